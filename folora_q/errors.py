@@ -1,0 +1,29 @@
+"""What can go wrong, in the user's words. The command line turns these into one line, a hint and an exit code."""
+
+from __future__ import annotations
+
+
+class FoloraError(Exception):
+    """An error with one sentence on what is wrong and where, and a hint on what to do.
+
+    Args:
+        message: one sentence without a full stop: what is wrong, and where.
+        hint: what the user can do about it, or None.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UserError(FoloraError):
+    """The user's mistake: a recipe, a path, a file, an argument. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunFailed(FoloraError):
+    """The run itself failed: a non-finite number, a missing tool, a broken download. Exit code 1."""
