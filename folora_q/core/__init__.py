@@ -1,0 +1,19 @@
+"""The mathematics: sketches of activation covariances, their generalized quotient, and the gate on Adam's steps.
+
+Imports torch and nothing else of the stack, so that it is usable in anyone's training loop.
+"""
+
+from folora_q.core.gate import SpectralGate
+from folora_q.core.optimizer import GatedOptimizer, SpectralAdamW
+from folora_q.core.sketch import CovarianceSketch, ProjectedCovariance
+from folora_q.core.spectrum import LowRankCovariance, joint_basis
+
+__all__ = [
+    "CovarianceSketch",
+    "GatedOptimizer",
+    "LowRankCovariance",
+    "ProjectedCovariance",
+    "SpectralAdamW",
+    "SpectralGate",
+    "joint_basis",
+]

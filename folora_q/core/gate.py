@@ -1,0 +1,243 @@
+"""The gate: which directions of an update may pass, by task utility per unit of forgetting penalty.
+
+    Σt v = γ H v        H = Σp + τI        quotient γ(v) = vᵀΣt v / vᵀH v
+    s(γ) = max(γᵖ / (γᵖ + λᵖ), s_min)      gate constant λ, sharpness p, floor s_min
+    P = V diag(s) V⁻¹                      oblique: it is not V diag(s) Vᵀ
+
+Inside the joint basis P₀ (d, m) the problem is m x m. Outside it both covariances are even, so that one quotient and one
+value serve the whole complement, and P = s_c I + P₀ M P₀ᵀ with a small M: two thin products a step.
+
+Source: FoLoRA (arXiv 2606.00132) section 3 for the quotient and the gate; shared design, section 2, for the sketched form.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folora_q.core.spectrum import LowRankCovariance, generalized_eigenproblem, joint_basis
+
+# Added to the r x r penalty, relative to its mean diagonal: rows of A that become parallel leave it singular.
+RANK_JITTER = 1e-6
+
+
+class SpectralGate:
+    """The operator P for the input space of one layer, and the same quotient for the rows of B.
+
+    Built with `from_covariances` or `from_state_dict`. Covariances are divided by their own mean variance, so that γ = 1
+    means "as present in the task as in the model's own text".
+
+    Attributes:
+        basis: P₀, (d, m), in the gate's dtype, on the gate's device.
+        quotients: γ, (m,) float64 descending.
+        complement_quotient: γ of every direction outside the basis.
+        values: s(γ), (m,) float64, and complement_value for the complement.
+    """
+
+    def __init__(
+        self,
+        basis: Tensor,
+        penalty_gram: Tensor,
+        utility_gram: Tensor,
+        penalty_tail: float,
+        utility_tail: float,
+        *,
+        ridge: float,
+        utility_ridge: float,
+        gate_lambda: float,
+        floor: float,
+        sharpness: float,
+    ) -> None:
+        if ridge <= 0 or utility_ridge < 0:
+            raise ValueError(f"need ridge > 0 and utility_ridge >= 0, got {ridge} and {utility_ridge}")
+        if gate_lambda < 0 or not 0 <= floor <= 1 or sharpness <= 0:
+            raise ValueError(
+                f"need gate_lambda >= 0, 0 <= floor <= 1, sharpness > 0, got {gate_lambda}, {floor}, {sharpness}"
+            )
+        self.basis = basis
+        self.penalty_gram, self.utility_gram = penalty_gram.double(), utility_gram.double()
+        self.penalty_tail, self.utility_tail = float(penalty_tail), float(utility_tail)
+        self.ridge, self.utility_ridge = float(ridge), float(utility_ridge)
+        self.gate_lambda, self.floor, self.sharpness = float(gate_lambda), float(floor), float(sharpness)
+
+        identity = torch.eye(self.penalty_gram.shape[0], dtype=torch.float64)
+        self._metric = self.penalty_gram + ridge * identity  # H inside the basis
+        self.quotients, self.vectors = generalized_eigenproblem(
+            self.utility_gram + utility_ridge * identity, self._metric
+        )
+        # The complement of a square basis is empty; a quotient of 1 there is never used.
+        self.complement_size = basis.shape[0] - basis.shape[1]
+        self.complement_quotient = (self.utility_tail + utility_ridge) / (self.penalty_tail + ridge)
+        self._set_values()
+
+    @classmethod
+    def from_covariances(
+        cls,
+        penalty: LowRankCovariance,
+        utility: LowRankCovariance,
+        ridge: float = 0.1,
+        utility_ridge: float = 0.0,
+        gate_lambda: float = 1.0,
+        floor: float = 0.0,
+        sharpness: float = 1.0,
+        grams: tuple[Tensor, Tensor] | None = None,
+    ) -> SpectralGate:
+        """Solve for the quotients of two covariances of one width.
+
+        Args:
+            penalty: Σp, of text that the model should go on handling as it does.
+            utility: Σt, of the task's text.
+            ridge, utility_ridge: τ, relative to each covariance's mean variance.
+            gate_lambda: λ >= 0; at a quotient of λ half of the step passes. 0 lets every useful direction pass.
+            floor: s_min in [0, 1].
+            sharpness: p > 0.
+            grams: exact (P₀ᵀΣpP₀, P₀ᵀΣtP₀), each (m, m), of a second pass over the text in `joint_basis(penalty,
+                utility)`; without them the sketches' own are used.
+
+        Raises:
+            ValueError: the widths differ, a parameter is out of range, or the grams are not (m, m).
+        """
+        if penalty.dim != utility.dim:
+            raise ValueError(f"the covariances differ in width: {penalty.dim} and {utility.dim}")
+        basis = joint_basis(penalty, utility)
+        m = basis.shape[1]
+        sp, st = grams if grams is not None else (penalty.project(basis), utility.project(basis))
+        if sp.shape != (m, m) or st.shape != (m, m):
+            raise ValueError(f"the grams must be ({m}, {m}), got {tuple(sp.shape)} and {tuple(st.shape)}")
+        return cls(
+            basis.float(),
+            *(_normalized(gram, cov) for gram, cov in ((sp, penalty), (st, utility))),
+            _tail(sp, penalty),
+            _tail(st, utility),
+            ridge=ridge,
+            utility_ridge=utility_ridge,
+            gate_lambda=gate_lambda,
+            floor=floor,
+            sharpness=sharpness,
+        )
+
+    def _set_values(self) -> None:
+        self.values = self._gate(self.quotients)
+        self.complement_value = float(self._gate(torch.tensor(self.complement_quotient, dtype=torch.float64)))
+        # M = V diag(s - s_c) V⁻¹ inside the basis, with V⁻¹ = VᵀH; zero, exactly, when all values are equal.
+        core = (self.vectors * (self.values - self.complement_value)) @ (self.vectors.T @ self._metric)
+        self.core = core.to(self.basis)
+
+    def _gate(self, quotients: Tensor) -> Tensor:
+        """s(γ), written in γ/λ so that large sharpness neither overflows nor divides infinity by infinity."""
+        if self.gate_lambda == 0:
+            return torch.ones_like(quotients)
+        odds = (quotients / self.gate_lambda).pow(self.sharpness)
+        return (1 - 1 / (1 + odds)).clamp_min(self.floor)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SpectralGate:
+        """The gate with its resident part (P₀ and M) on a device and in a dtype; bfloat16 halves it."""
+        moved = copy.copy(self)
+        moved.basis = self.basis.to(device=device, dtype=dtype)
+        moved.core = self.core.to(device=device, dtype=dtype)
+        return moved
+
+    def with_lambda(self, gate_lambda: float) -> SpectralGate:
+        """The gate of the same quotients at another strength; nothing is solved again."""
+        if gate_lambda < 0:
+            raise ValueError(f"need gate_lambda >= 0, got {gate_lambda}")
+        changed = copy.copy(self)
+        changed.gate_lambda = float(gate_lambda)
+        changed._set_values()
+        return changed
+
+    def correction(self, rows: Tensor) -> Tensor:
+        """rows @ (P - I)ᵀ, (r, d): what the gate changes of a step; exactly zero when every value is 1."""
+        inside = (rows.to(self.basis) @ self.basis) @ self.core.T @ self.basis.T
+        return (self.complement_value - 1) * rows + inside.to(rows)
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """rows @ Pᵀ, (r, d) -> (r, d), in the rows' dtype."""
+        return rows + self.correction(rows)
+
+    def dense(self) -> Tensor:
+        """P as a (d, d) float64 matrix, for tests."""
+        basis, core = self.basis.double().cpu(), self.core.double().cpu()
+        identity = torch.eye(basis.shape[0], dtype=torch.float64)
+        return self.complement_value * identity + basis @ core @ basis.T
+
+    def penalty(self, rows: Tensor) -> Tensor:
+        """tr(rows Σp rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
+        return torch.trace(self._form(rows, self.penalty_gram, self.penalty_tail))
+
+    def utility(self, rows: Tensor) -> Tensor:
+        """tr(rows Σt rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
+        return torch.trace(self._form(rows, self.utility_gram, self.utility_tail))
+
+    def _form(self, rows: Tensor, gram: Tensor, tail: float) -> Tensor:
+        """rows Σ rowsᵀ (r, r) in float64 on the CPU, for Σ = P₀ gram P₀ᵀ + tail (I - P₀P₀ᵀ)."""
+        inside = (rows.to(self.basis) @ self.basis).double().cpu()
+        gram_of_rows = (rows @ rows.T).double().cpu()
+        return inside @ gram @ inside.T + tail * (gram_of_rows - inside @ inside.T)
+
+    def rank_gate(self, a: Tensor) -> Tensor:
+        """The gate for the rows of B, given where A points now.
+
+        A step dB costs tr(dB (A Σp Aᵀ) dBᵀ): the quotient of the d-dimensional problem restricted to A's rows. A moves
+        during training, so the answer ages; callers refresh it (`GatedOptimizer(refresh_every=...)`).
+
+        Args:
+            a: (r, d), the adapter's down-projection, any floating type.
+
+        Returns:
+            (r, r) in A's dtype and device; multiply a step of B, (o, r), by it from the right. The identity where every
+            quotient is far above λ.
+
+        Raises:
+            ValueError: A holds a NaN or an infinity.
+
+        Source: shared design, section 2, "Where the gated step acts", place 3.
+        """
+        a = a.detach()
+        if not bool(torch.isfinite(a).all()):
+            raise ValueError("A holds a NaN or an infinity")
+        gram = (a @ a.T).double().cpu()
+        penalty = self._form(a, self.penalty_gram, self.penalty_tail) + self.ridge * gram
+        utility = self._form(a, self.utility_gram, self.utility_tail) + self.utility_ridge * gram
+        jitter = RANK_JITTER * penalty.diagonal().mean() + torch.finfo(torch.float64).tiny
+        penalty = penalty + jitter * torch.eye(a.shape[0], dtype=torch.float64)
+        quotients, vectors = generalized_eigenproblem(utility, penalty)
+        # A step's row b has coordinates VᵀHb, so the gated row is bᵀ (V diag(s) VᵀH)ᵀ; around I, exact where s = 1.
+        change = penalty @ (vectors * (self._gate(quotients) - 1)) @ vectors.T
+        return (torch.eye(a.shape[0], dtype=torch.float64) + change).to(a)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the gate is made of: tensors and numbers, fit for safetensors or `weights_only` loading."""
+        return {
+            "basis": self.basis,
+            "penalty_gram": self.penalty_gram,
+            "utility_gram": self.utility_gram,
+            "penalty_tail": self.penalty_tail,
+            "utility_tail": self.utility_tail,
+            "ridge": self.ridge,
+            "utility_ridge": self.utility_ridge,
+            "gate_lambda": self.gate_lambda,
+            "floor": self.floor,
+            "sharpness": self.sharpness,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> SpectralGate:
+        """The gate again; bit for bit the same on the same machine."""
+        return cls(**state)
+
+
+def _normalized(gram: Tensor, covariance: LowRankCovariance) -> Tensor:
+    return gram.double() / (covariance.mean_variance or 1.0)
+
+
+def _tail(gram: Tensor, covariance: LowRankCovariance) -> float:
+    """The mean normalized variance outside the basis: what the gram leaves of the trace."""
+    outside = covariance.dim - gram.shape[0]
+    if outside == 0:
+        return 1.0
+    rest = max(covariance.trace - float(gram.diagonal().sum()), 0.0)
+    return rest / outside / (covariance.mean_variance or 1.0)

@@ -1,0 +1,215 @@
+"""The two update rules: any optimizer's step passed through the gate, and Adam in the gate's own coordinates.
+
+Both act on the preconditioned step, never on the gradient: Adam's normalization would undo a gate on the gradient.
+
+    GatedOptimizer     step of any torch optimizer      A += P-gated step,   B += step gated in r x r
+    SpectralAdamW      FoLoRA's SAdam (2606.00132 §3)   Ḡ = G V, Adam's moments of Ḡ, step x s, back by Vᵀ
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from folora_q.core.gate import SpectralGate
+
+Adapter = tuple[Tensor, Tensor, SpectralGate]  # A (r, d), B (o, r), the gate of the input space d
+
+
+class GatedOptimizer(Optimizer):
+    """Lets any optimizer take its step, then passes each adapter's step through its gate.
+
+    The step of A, row by row, becomes step @ Pᵀ; the step of B becomes step @ K with K the r x r gate at the present A.
+    A gate of all ones leaves the inner optimizer bit for bit as it is. Parameters without a gate are the inner
+    optimizer's alone. State and parameter groups are the inner optimizer's own, so schedulers and accelerate see one truth.
+
+    Args:
+        inner: e.g. AdamW or bitsandbytes' PagedAdamW8bit; its learning rates and weight decay stay in force.
+        adapters: (A, B, gate) triples; the gate must lie on A's device.
+        gate_a, gate_b: which factor's steps are gated.
+        refresh_every: steps between two solutions of the r x r problem, which ages as A moves.
+
+    Source: shared design, section 2 ("Gated step").
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        adapters: Iterable[Adapter],
+        gate_a: bool = True,
+        gate_b: bool = True,
+        refresh_every: int = 10,
+    ) -> None:
+        # Optimizer.__init__ is not called: it would make a second list of parameter groups (accelerate does the same).
+        if refresh_every < 1:
+            raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
+        self.inner = inner
+        self.adapters = list(adapters)
+        self.gate_a, self.gate_b, self.refresh_every = gate_a, gate_b, refresh_every
+        self.steps_taken = 0
+        self.rank_gates: list[Tensor] = []
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = value
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return self.inner.state
+
+    @state.setter
+    def state(self, value: dict[Tensor, Any]) -> None:
+        self.inner.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.inner.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.inner.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        if self.gate_b and self.steps_taken % self.refresh_every == 0:
+            self.rank_gates = [gate.rank_gate(a) for a, _, gate in self.adapters]
+        before = [(a.clone() if self.gate_a else None, b.clone() if self.gate_b else None)
+                  for a, b, _ in self.adapters]  # fmt: skip
+
+        loss = self.inner.step(closure)
+
+        for index, ((a, b, gate), (a_before, b_before)) in enumerate(zip(self.adapters, before, strict=True)):
+            if a_before is not None:
+                a += gate.correction(a - a_before)  # A after + (P - I) step: exact where P = I
+            if b_before is not None:
+                step = b - b_before
+                b += step @ self.rank_gates[index] - step
+        self.steps_taken += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state with the gate's own: the step count and the r x r gates in force."""
+        return {
+            **self.inner.state_dict(),
+            "gated": {"steps_taken": self.steps_taken, "rank_gates": list(self.rank_gates)},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)
+        gated = state_dict.pop("gated")
+        self.inner.load_state_dict(state_dict)
+        self.steps_taken = gated["steps_taken"]
+        self.rank_gates = [
+            k.to(a) for k, (a, _, _) in zip(gated["rank_gates"], self.adapters, strict=bool(gated["rank_gates"]))
+        ]
+
+
+class SpectralAdamW(Optimizer):
+    """FoLoRA's SAdam for A, AdamW for B and for every parameter without a gate.
+
+    With V the generalized eigenvectors (VᵀHV = I) and s the gate's values:
+
+        Ḡ = G V;  m̄, v̄: Adam's moments of Ḡ;  ΔĀ = -η m̂ / (√v̂ + ε) ⊙ s;  ΔA = ΔĀ Vᵀ
+
+    V is the truncated basis (d, m), so the moments of A are r x m. What lies outside of it is one even direction class:
+    complement="frozen" leaves it alone (the paper's own truncation, Appendix D), "gated" moves along the gradient there
+    with one second moment per row and the complement's gate value.
+
+    Args:
+        adapters: (A, B, gate) triples.
+        lr, betas, eps, weight_decay: AdamW's; decay is decoupled.
+        others: parameters without a gate.
+        gate_b: also gate the steps of B in r x r, which the paper does not.
+
+    Source: FoLoRA, arXiv 2606.00132, section 3 (SAdam) and Appendix B.3; shared methods 7, step 7.
+    """
+
+    def __init__(
+        self,
+        adapters: Iterable[Adapter],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        complement: str = "gated",
+        others: Iterable[Tensor] = (),
+    ) -> None:
+        if complement not in ("gated", "frozen"):
+            raise ValueError(f'complement must be "gated" or "frozen", got {complement!r}')
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"bad lr {lr}, eps {eps}, weight_decay {weight_decay} or betas {betas}")
+        self.adapters = list(adapters)
+        self.complement = complement
+        # V = P₀ V_m in float32: (d, m), and H^(-1/2) of the complement.
+        self.bases = [
+            (gate.basis.float() @ gate.vectors.to(gate.basis.device, torch.float32)) for _, _, gate in self.adapters
+        ]
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        params = [p for a, b, _ in self.adapters for p in (a, b)] + list(others)
+        super().__init__([{"params": params}], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gated = {a: index for index, (a, _, _) in enumerate(self.adapters)}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                index = gated.get(p)
+                if index is None:
+                    p.add_(_adam_direction(self.state[p], p.grad, group), alpha=-group["lr"])
+                else:
+                    p.add_(self._spectral_direction(p, index, group), alpha=-group["lr"])
+        return loss
+
+    def _spectral_direction(self, a: Tensor, index: int, group: dict[str, Any]) -> Tensor:
+        gate, basis = self.adapters[index][2], self.bases[index]
+        gradient = a.grad.float()
+        direction = _adam_direction(self.state[a], gradient @ basis, group)  # of Ḡ = G V, (r, m)
+        update = (direction * gate.values.to(direction)) @ basis.T  # ΔA = ΔĀ Vᵀ
+        if self.complement == "gated" and gate.complement_size > 0:
+            update += self._complement_direction(a, gradient, gate, group)
+        return update.to(a)
+
+    def _complement_direction(self, a: Tensor, gradient: Tensor, gate: SpectralGate, group: dict[str, Any]) -> Tensor:
+        """s_c g_c / (h (√v̂ + ε)), where √h g_c are the complement's coordinates and v̂ their mean square per row."""
+        p0 = gate.basis.float()
+        outside = gradient - (gradient @ p0) @ p0.T
+        h = gate.penalty_tail + gate.ridge
+        state, beta2 = self.state[a], group["betas"][1]
+        mean_square = outside.square().sum(1, keepdim=True) / (h * gate.complement_size)
+        second = state.setdefault("complement_sq", torch.zeros_like(mean_square))
+        second.mul_(beta2).add_(mean_square, alpha=1 - beta2)
+        scale = (second / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
+        return gate.complement_value * outside / (h * scale)
+
+
+def _adam_direction(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    """m̂ / (√v̂ + ε), with the moments kept in `state`; Adam, arXiv 1412.6980, Algorithm 1."""
+    if "step" not in state:
+        state["step"] = 0
+        state["exp_avg"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+    beta1, beta2 = group["betas"]
+    state["step"] += 1
+    state["exp_avg"].lerp_(gradient, 1 - beta1)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    step_size = 1 / (1 - beta1 ** state["step"])
+    denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+    return state["exp_avg"] / denominator * step_size

@@ -1,0 +1,188 @@
+"""What is seen of the activations: a one-pass sketch of their covariance, and its exact image in a small basis.
+
+Shapes: n tokens, d input features, l sketch columns (rank + oversampling), m columns of a basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from folora_q.core.spectrum import LowRankCovariance
+
+# One test matrix serves every layer of a width: at 7B shapes 128 copies of it would be as large as the sketches.
+_TEST_MATRICES: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
+
+
+class CovarianceSketch:
+    """A randomized Nyström sketch of Σ = E[x xᵀ] that is updated while activations stream by.
+
+    It keeps Y = Σᵢ xᵢ (xᵢᵀΩ) for a fixed orthonormal test matrix Ω (d, l), the energy Σᵢ ||xᵢ||², and the count: d x l
+    numbers in place of d x d. The update is two matrix products, and sketches of two batches or two ranks add up to the
+    sketch of all their tokens. With l >= d it is exact.
+
+    Args:
+        dim: d, the width of the activations.
+        rank: k, how many directions `covariance` returns (at most d).
+        oversampling: columns beyond the rank, which make the leading directions accurate.
+        seed: of the test matrix; only sketches of equal seed can be merged.
+        dtype: of the sums. Inputs of any floating type are converted; float32 resolves eigenvalues down to about
+            1e-7 of the largest, which matters where a few channels are 10³ times the others.
+
+    Source: Tropp et al. 2017, arXiv 1706.05736; shared design, section 2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int,
+        oversampling: int = 16,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dim < 1 or rank < 1 or oversampling < 0:
+            raise ValueError(f"need dim >= 1, rank >= 1, oversampling >= 0, got {dim}, {rank}, {oversampling}")
+        self.dim, self.rank, self.seed = dim, min(rank, dim), seed
+        self.columns = min(rank + oversampling, dim)
+        self.test_matrix = _test_matrix(dim, self.columns, seed, torch.device(device), dtype)
+        self.product = torch.zeros(dim, self.columns, device=device, dtype=dtype)  # Y
+        self.energy = 0.0
+        self.count = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            x: (..., d) activations of any floating type.
+            mask: (...,) bool; rows where it is False are ignored, whatever they hold.
+
+        Raises:
+            ValueError: x is not d wide, or holds a NaN or an infinity. Nothing is added then.
+        """
+        rows, energy = _finite_rows(x, mask, self.dim, self.product)
+        with _exact_float32(rows.device.type):
+            self.product.addmm_(rows.T, rows @ self.test_matrix)
+        self.energy += energy
+        self.count += rows.shape[0]
+
+    def merge(self, other: CovarianceSketch) -> None:
+        """Add another sketch's tokens to this one.
+
+        Raises:
+            ValueError: the two differ in dim, rank, oversampling or seed, so their sums do not mean the same.
+        """
+        mine, theirs = ({"dim": s.dim, "rank": s.rank, "columns": s.columns, "seed": s.seed} for s in (self, other))
+        if mine != theirs:
+            raise ValueError(f"cannot merge a sketch of {theirs} into one of {mine}")
+        self.product += other.product.to(self.product)
+        self.energy += other.energy
+        self.count += other.count
+
+    def covariance(self) -> LowRankCovariance:
+        """The rank-k approximation of the mean E[x xᵀ], with the rest of the trace as an even tail.
+
+        Solved in float64 on the CPU with a shift against rounding (Tropp et al. 2017, Algorithm 3): Y_ν = Y + νΩ,
+        ΩᵀY_ν = LLᵀ, F = Y_ν L⁻ᵀ = U S Rᵀ, λ = S² - ν.
+
+        Raises:
+            ValueError: no token has been seen.
+        """
+        if self.count == 0:
+            raise ValueError("a covariance needs at least one token, the sketch has seen none")
+        omega = self.test_matrix.double().cpu()
+        product = self.product.double().cpu() / self.count
+        trace = self.energy / self.count
+        basis, eigenvalues = _nystrom(product, omega, torch.finfo(self.product.dtype).eps)
+        basis, eigenvalues = basis[:, : self.rank], eigenvalues[: self.rank]
+        outside = self.dim - self.rank
+        tail = max((trace - float(eigenvalues.sum())) / outside, 0.0) if outside else 0.0
+        return LowRankCovariance(basis, eigenvalues, tail, trace, self.count)
+
+
+class ProjectedCovariance:
+    """The exact S = P₀ᵀΣP₀ (m, m) of streaming activations in a given orthonormal basis P₀ (d, m): the second pass.
+
+    It makes every reported quotient the true quotient of its direction (Rayleigh-Ritz; shared design, section 2).
+    """
+
+    def __init__(self, basis: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.basis = basis.to(device=device, dtype=dtype)
+        self.gram = torch.zeros(basis.shape[1], basis.shape[1], device=device, dtype=dtype)
+        self.energy = 0.0
+        self.count = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add tokens; arguments and errors as in `CovarianceSketch.update`."""
+        rows, energy = _finite_rows(x, mask, self.basis.shape[0], self.gram)
+        with _exact_float32(rows.device.type):
+            coordinates = rows @ self.basis
+            self.gram.addmm_(coordinates.T, coordinates)
+        self.energy += energy
+        self.count += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """S = P₀ᵀ E[x xᵀ] P₀ as (m, m) float64 on the CPU."""
+        if self.count == 0:
+            raise ValueError("a covariance needs at least one token, the projection has seen none")
+        return self.gram.double().cpu() / self.count
+
+
+def _finite_rows(x: Tensor, mask: Tensor | None, dim: int, like: Tensor) -> tuple[Tensor, float]:
+    """The unmasked rows of x as (n, d) in the accumulator's type, and Σ||x||² in float64."""
+    if x.shape[-1] != dim:
+        raise ValueError(f"expected activations of width {dim}, got shape {tuple(x.shape)}")
+    rows = x.reshape(-1, dim)
+    if mask is not None:
+        rows = rows[mask.reshape(-1).to(rows.device)]
+    rows = rows.to(like)
+    # A square overflows before its root does, so one reduction finds NaN, infinity and hopeless scales alike.
+    energy = float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+    if not energy < float("inf"):
+        raise ValueError("the activations hold a NaN or an infinity")
+    return rows, energy
+
+
+def _test_matrix(dim: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Ω (dim, columns): a random orthonormal frame, the same on every machine for a seed."""
+    key = (dim, columns, seed, device, dtype)
+    omega = _TEST_MATRICES.get(key)
+    if omega is None:
+        generator = torch.Generator().manual_seed(seed)
+        gaussian = torch.randn(dim, columns, generator=generator, dtype=torch.float64)
+        omega = torch.linalg.qr(gaussian).Q.to(device=device, dtype=dtype)
+        _TEST_MATRICES[key] = omega
+    return omega
+
+
+def _nystrom(product: Tensor, omega: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (d, l) and eigenvalues (l,), descending, of Y (ΩᵀY)⁻¹ Yᵀ, stabilized by the shift ν."""
+    shift = eps * float(torch.linalg.matrix_norm(product)) + torch.finfo(torch.float64).tiny
+    while True:
+        shifted = product + shift * omega
+        core = omega.T @ shifted
+        factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
+        if not bool(failed):
+            break
+        shift *= 10  # rounding made the core indefinite; the shift is subtracted again below
+    half = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T  # F = Y_ν L⁻ᵀ
+    basis, singular, _ = torch.linalg.svd(half, full_matrices=False)
+    return basis, (singular.square() - shift).clamp_min(0)
+
+
+@contextmanager
+def _exact_float32(device_type: str) -> Iterator[None]:
+    """Full float32 products: TF32 and bf16 shortcuts keep 3 digits, the small eigenvalues need more."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

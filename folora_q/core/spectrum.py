@@ -1,0 +1,95 @@
+"""Covariances of low rank with an even tail, and the generalized eigenproblem in the space they share.
+
+Letters (the paper's, arXiv 2606.00132): Σp penalty covariance, Σt utility covariance, H = Σp + τI with ridge τ,
+Σt v = γ H v with quotient γ. Ours: P₀ (d x m) the joint basis, S = P₀ᵀΣP₀ a covariance inside it, tail σ outside it.
+Everything here is small and is computed in float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Directions of Σt's basis that Σp's basis already spans up to this fraction are not added a second time.
+SPANNED_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class LowRankCovariance:
+    """Σ = U diag(λ) Uᵀ + tail (I - UUᵀ): the leading directions, and what is left of the trace spread evenly.
+
+    Attributes:
+        basis: U, (dim, k) float64, orthonormal columns.
+        eigenvalues: λ, (k,) float64, descending, in units of the activations' variance.
+        tail: the variance in each direction outside the basis.
+        trace: tr Σ, exact (it is summed, not sketched).
+        count: the number of tokens seen.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    tail: float
+    trace: float
+    count: int
+
+    @property
+    def dim(self) -> int:
+        return self.basis.shape[0]
+
+    @property
+    def mean_variance(self) -> float:
+        """tr(Σ) / d, the unit in which ridges and quotients are measured."""
+        return self.trace / self.dim
+
+    @property
+    def captured(self) -> float:
+        """The share of the trace that the basis holds, between 0 and 1."""
+        return float(self.eigenvalues.sum()) / self.trace if self.trace > 0 else 1.0
+
+    def project(self, basis: Tensor) -> Tensor:
+        """PᵀΣP for an orthonormal P (dim, m), as (m, m) float64."""
+        basis = basis.double()
+        inner = self.basis.T @ basis  # UᵀP, (k, m)
+        return (inner.T * (self.eigenvalues - self.tail)) @ inner + self.tail * (basis.T @ basis)
+
+    def dense(self) -> Tensor:
+        """Σ as a (dim, dim) float64 matrix, for tests and small models."""
+        return self.project(torch.eye(self.dim, dtype=torch.float64))
+
+
+def joint_basis(penalty: LowRankCovariance, utility: LowRankCovariance) -> Tensor:
+    """P₀ = orth[Up, Ut], (d, m) float64 with m <= kp + kt.
+
+    Up's directions come first and are always kept: without them the most protected directions would fall into the
+    complement and be treated as average ones (shared methods, 4.3).
+    """
+    up, ut = penalty.basis, utility.basis
+    residual = ut - up @ (up.T @ ut)
+    residual = residual - up @ (up.T @ residual)  # twice is enough: orthogonal to rounding
+    left, singular, _ = torch.linalg.svd(residual, full_matrices=False)
+    return torch.cat([up, left[:, singular > SPANNED_TOLERANCE]], dim=1)
+
+
+def generalized_eigenproblem(utility: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve S_t v = γ H v for symmetric S_t and positive definite H, both (m, m).
+
+    Returns:
+        (γ, V): quotients (m,) descending and V (m, m) with VᵀHV = I and VᵀS_tV = diag(γ), float64.
+
+    Raises:
+        ValueError: H is not positive definite; a larger ridge makes it so.
+
+    Source: FoLoRA section 3, V = H^(-1/2) R. Cholesky's factor is used in place of the symmetric root: V is the same up
+    to the signs of its columns, and nothing is inverted.
+    """
+    utility, penalty = utility.double(), penalty.double()
+    factor, failed = torch.linalg.cholesky_ex((penalty + penalty.mT) / 2)
+    if bool(failed.any()):
+        raise ValueError("the penalty covariance is not positive definite; use a larger ridge")
+    half = torch.linalg.solve_triangular(factor, (utility + utility.mT) / 2, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)  # L⁻¹ S_t L⁻ᵀ
+    quotients, rotation = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    vectors = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
+    return quotients.flip(-1).clamp_min(0), vectors.flip(-1)
