@@ -1,0 +1,67 @@
+"""Token sequences in padded batches. Padding is by length, never by token id: many models pad with their end token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.formats import Example
+from folora_q.errors import UserError
+
+IGNORED = -100  # the label of a token that is not trained
+
+
+class Batch(NamedTuple):
+    """Right-padded sequences: ids and mask (b, t), labels (b, t) with IGNORED where a token does not count."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def batches(
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    device: torch.device,
+    labels: Sequence[Sequence[int]] | None = None,
+) -> Iterator[Batch]:
+    """Sequences in batches, longest first: little padding, and memory that does not fit is found at once."""
+    labels = labels if labels is not None else sequences
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = len(sequences[chosen[0]])
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        mask = torch.zeros(len(chosen), width, dtype=torch.long)
+        targets = torch.full((len(chosen), width), IGNORED)
+        for row, index in enumerate(chosen):
+            length = len(sequences[index])
+            ids[row, :length] = torch.tensor(sequences[index])
+            mask[row, :length] = 1
+            targets[row, :length] = torch.tensor(labels[index])
+        yield Batch(ids.to(device), mask.to(device), targets.to(device))
+
+
+def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
+    """The tokens that the model is given before it answers.
+
+    Raises:
+        UserError: the rows are chats and the model has no chat template.
+    """
+    if isinstance(example.prompt, str):
+        return tokenizer(example.prompt)["input_ids"]
+    require_chat_template(tokenizer)
+    return tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def require_chat_template(tokenizer: Tokenizer) -> None:
+    """Raise UserError where `messages` cannot be rendered."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the data are chats, but this model's tokenizer has no chat template",
+            "use the instruct version of the model, or rows with `prompt` and `completion`",
+        )

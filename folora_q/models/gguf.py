@@ -1,0 +1,42 @@
+"""GGUF files as plain Hugging Face folders, which is what the 4-bit loader and PEFT read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from folora_q.errors import UserError
+from folora_q.files import cache_folder, commit_directory, sha256
+
+
+def convert_gguf(path: Path, target: Path | None = None) -> Path:
+    """Decode a GGUF file into 16-bit safetensors, tokenizer and chat template, once.
+
+    Args:
+        path: the .gguf file.
+        target: the folder to make; by default one in the cache, named after the file's content.
+
+    Returns:
+        The folder, complete: it is made aside and renamed.
+
+    Raises:
+        UserError: transformers cannot read the file.
+    """
+    if target is None:
+        target = cache_folder() / "models" / f"{path.stem}-{sha256(path)[:12]}"
+    if target.exists():
+        return target
+    try:
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"transformers cannot read {path}: {error}") from error
+    with commit_directory(target) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return target
