@@ -1,0 +1,40 @@
+"""Sampled text is slow to make, so it is kept: one readable JSONL file a model, quantization, seed and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.files import atomic_write, cache_folder
+from folora_q.proxy.sample import ProxySample
+from folora_q.recipe.schema import ProxySection
+
+# Raised when the same settings come to mean other text.
+FORMAT = 1
+
+
+def cache_path(fingerprint: str, dtype: str, section: ProxySection) -> Path:
+    """The file for a model (its fingerprint covers the quantization), compute dtype and settings."""
+    key = json.dumps([FORMAT, fingerprint, dtype, section.model_dump(mode="json")], sort_keys=True)
+    return cache_folder() / "proxy" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+
+
+def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) -> None:
+    """One sample a line: where it began, its text for people, its tokens for us."""
+    lines = (
+        json.dumps({"source": s.source, "text": tokenizer.decode(s.ids), "ids": s.ids}, ensure_ascii=False)
+        for s in samples
+    )
+    atomic_write(path, "".join(line + "\n" for line in lines))
+
+
+def read_samples(path: Path) -> list[ProxySample] | None:
+    """The samples of a file, or None where there is none or it cannot be read."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [ProxySample([int(token) for token in row["ids"]], row["source"]) for row in rows] or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,217 @@
+"""Text sampled from the base model: what it already handles, drawn from itself, so that no other data is needed.
+
+Source: FoLoRA (arXiv 2606.00132) Appendix B.4 for the decoding mixture and the filters; Magpie (arXiv 2406.08464) for the
+user turns of chats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.errors import RunFailed, UserError
+from folora_q.recipe.schema import ProxySection
+
+# The paper's mixture: share of the samples, and their decoding settings.
+PAPER_MIXTURE = (
+    (0.7, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}),
+    (0.2, {"temperature": 1.0, "top_p": 0.95, "top_k": 0}),
+    (0.1, {"temperature": 1.2, "top_p": 0.98, "top_k": 50}),
+)
+PLAIN = ((1.0, PAPER_MIXTURE[0][1]),)
+# Fewer tokens than this say little about the model, and crops of them nothing.
+SHORTEST_SAMPLE = 16
+# With filters on, a model that mostly writes degenerate text must not sample for ever.
+MOST_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class ProxySample:
+    """One sampled sequence: its tokens, from the very first (the beginning-of-text token where the model has one)."""
+
+    ids: list[int]
+    source: str  # bos | chat
+
+
+def sample_proxy(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    section: ProxySection,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> list[ProxySample]:
+    """Draw `num_samples + num_heldout_samples` sequences from the model, with no adapter on it.
+
+    The random state of the process is left as it was. The same seed, settings and machine give the same text.
+
+    Args:
+        on_progress: called with the number of samples gained.
+
+    Raises:
+        UserError: chats are asked for and there is no chat template.
+        RunFailed: the model gives too little text that passes.
+    """
+    wanted = section.num_samples + section.num_heldout_samples
+    sources = {"bos": ["bos"], "chat": ["chat"], "mixed": ["bos", "chat"]}[section.source]
+    device = next(model.parameters()).device
+    samples: list[ProxySample] = []
+    seen: set[str] = set()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(section.seed)
+        for index, source in enumerate(sources):
+            share = wanted // len(sources) + (index < wanted % len(sources))
+            target = len(samples) + share
+            for _ in range(MOST_ROUNDS):
+                missing = target - len(samples)
+                if missing <= 0:
+                    break
+                drawn = _draw(model, tokenizer, section, source, missing)
+                passed = [ids for ids in drawn if len(ids) >= SHORTEST_SAMPLE and _passes(ids, section, seen)]
+                samples += [ProxySample(ids, source) for ids in passed[:missing]]
+                on_progress(min(len(passed), missing))
+            if len(samples) < target:
+                raise RunFailed(
+                    f"after {MOST_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts were long and varied enough",
+                    "turn proxy.filters off, or use another proxy.source",
+                )
+    return _interleaved(samples)
+
+
+def start_token(tokenizer: Tokenizer) -> int:
+    """The token that texts begin with: BOS, or `<|endoftext|>` for models without one (Qwen), or else EOS.
+
+    Raises:
+        UserError: the tokenizer has none of them.
+    """
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    if separator is not None and separator != tokenizer.unk_token_id:
+        return separator
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    raise UserError("this tokenizer has no BOS, <|endoftext|> or EOS token, so there is nothing to sample from")
+
+
+def chat_openings(tokenizer: Tokenizer) -> str:
+    """What the chat template writes before the user's first words.
+
+    Raises:
+        UserError: there is no template, or it changes what the user says.
+    """
+    marker = "folora-q user turn"
+    if tokenizer.chat_template is None:
+        raise UserError("proxy.source asks for chats, but this model has no chat template", "set proxy.source=bos")
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
+    opening, found, _ = rendered.partition(marker)
+    if not found:
+        raise UserError("this model's chat template hides what the user says", "set proxy.source=bos")
+    return opening
+
+
+def _draw(
+    model: PreTrainedModel, tokenizer: Tokenizer, section: ProxySection, source: str, count: int
+) -> Iterator[list[int]]:
+    mixture = PAPER_MIXTURE if section.decoding == "paper" else PLAIN
+    left = count
+    for position, (share, decoding) in enumerate(mixture):
+        amount = left if position == len(mixture) - 1 else round(count * share)
+        left -= amount
+        for first in range(0, amount, section.batch_size):
+            size = min(section.batch_size, amount - first)
+            if source == "bos":
+                prompts = [[start_token(tokenizer)]] * size
+                yield from _continue(model, tokenizer, prompts, section.max_new_tokens, decoding)
+            else:
+                yield from _draw_chats(model, tokenizer, size, section.max_new_tokens, decoding)
+
+
+def _draw_chats(
+    model: PreTrainedModel, tokenizer: Tokenizer, count: int, max_new_tokens: int, decoding: dict[str, float]
+) -> Iterator[list[int]]:
+    """The model writes the user's turn after the template's opening, and then answers it."""
+    opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
+    turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
+    users = [tokenizer.decode(turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": user}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for user in users
+        if user
+    ]
+    if prompts:
+        yield from _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding)
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    decoding: dict[str, float],
+) -> list[list[int]]:
+    """The prompts with what the model writes after them, up to and with its end token."""
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # generation continues at the right edge
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, width - len(prompt) :] = 1
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **decoding,
+    )
+    ends = _end_tokens(model)
+    return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def _until_end(row: Tensor, ends: set[int]) -> list[int]:
+    ids = row.tolist()
+    end = next((position for position, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: end + 1]
+
+
+def _passes(ids: list[int], section: ProxySection, seen: set[str]) -> bool:
+    """The paper's filters: no duplicate, 32 tokens or more, no run of 20 equal ones, varied tokens and 4-grams."""
+    if not section.filters:
+        return True
+    digest = hashlib.sha1(str(ids).encode(), usedforsecurity=False).hexdigest()
+    longest_run = run = 1
+    for before, token in zip(ids, ids[1:], strict=False):
+        run = run + 1 if token == before else 1
+        longest_run = max(longest_run, run)
+    four_grams = list(zip(*(ids[offset:] for offset in range(4)), strict=False))
+    good = (
+        digest not in seen
+        and len(ids) >= 32
+        and longest_run < 20
+        and not (len(ids) >= 128 and len(set(ids)) / len(ids) < 0.12)
+        and not (len(ids) >= 256 and len(set(four_grams)) / len(four_grams) < 0.25)
+    )
+    seen.add(digest)
+    return good
+
+
+def _interleaved(samples: list[ProxySample]) -> list[ProxySample]:
+    """Sources in turn, so that a held-out tail holds as much of each as the rest."""
+    by_source: dict[str, list[ProxySample]] = {}
+    for sample in samples:
+        by_source.setdefault(sample.source, []).append(sample)
+    queues = sorted(by_source.values(), key=len, reverse=True)
+    return [queue[i] for i in range(len(queues[0])) for queue in queues if i < len(queue)]

@@ -1,0 +1,81 @@
+"""Which adapted layers read the same tensor: found from what they are given, never from their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from folora_q.errors import RunFailed
+
+
+class TokenSink(Protocol):
+    """Takes tokens: a sketch, or a projection."""
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None: ...
+
+
+def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor) -> list[list[str]]:
+    """Group modules that are given the very same tensor in one forward pass (q, k and v; gate and up).
+
+    Args:
+        model: called with `input_ids` of a few tokens.
+        modules: candidates by name; one that is not called (an idle expert) is a group of its own.
+
+    Returns:
+        Groups of names, in the order of `modules`.
+    """
+    held: list[Tensor] = []  # keeps every input alive, so that no address is used twice
+    given: dict[str, tuple] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        held.append(x)
+        place = x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x._version
+        given[name] = (*place, x.dtype)
+
+    with torch.no_grad(), _inputs_of(modules, look):
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    groups: dict[tuple | str, list[str]] = {}
+    for name in modules:
+        groups.setdefault(given.get(name, name), []).append(name)
+    return list(groups.values())
+
+
+@contextmanager
+def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[list[Tensor | None]]:
+    """While this lasts, every forward pass feeds each module's input to its sink.
+
+    Yields:
+        A list of one: set its item to the batch's attention mask (b, t) before each forward pass; None masks nothing.
+
+    Raises:
+        RunFailed: an input is not finite; the module is named.
+    """
+    current: list[Tensor | None] = [None]
+
+    def feed(name: str, x: Tensor) -> None:
+        mask = current[0]
+        try:
+            # Experts are given tokens that were picked out of the batch, which no mask fits; padding was dropped or is rare.
+            sinks[name].update(x, mask.bool() if mask is not None and mask.shape == x.shape[:-1] else None)
+        except ValueError as error:
+            raise RunFailed(f"{error}, at the input of {name}") from error
+
+    with _inputs_of({name: modules[name] for name in sinks}, feed):
+        yield current
+
+
+@contextmanager
+def _inputs_of(modules, look) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
