@@ -1,0 +1,67 @@
+"""The command group. Commands are imported when they are asked for; errors become one line, a hint and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import rich_click as click
+
+from folora_q import __version__
+from folora_q.cli.console import print_error
+from folora_q.errors import FoloraError, RunFailed
+
+# Name of the command: its module in this folder. The command is the module's attribute `command`.
+COMMANDS = {"train": "train"}
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class LazyGroup(click.RichGroup):
+    """A group that knows its commands' names without importing them: torch stays out of `--help`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"folora_q.cli.{COMMANDS[name]}").command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="folora-q")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own warnings.")
+@click.pass_context
+def group(ctx: click.Context, debug: bool) -> None:
+    """Fine-tune a language model in 4 bits on one GPU, or a CPU, and see what it learned and what it forgot.
+
+    Start with `folora-q train recipes/demo.yaml`.
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    # --debug is the group's, but people put it last.
+    arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = group.main(arguments, prog_name="folora-q", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print_error("interrupted; what had been written is in the run folder, marked as interrupted")
+        sys.exit(INTERRUPTED)
+    except FoloraError as error:
+        if debug:
+            raise
+        print_error(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        print_error(f"{type(error).__name__}: {error}", "give --debug to see where it happened")
+        sys.exit(RunFailed.exit_code)

@@ -1,0 +1,102 @@
+"""The consoles and the progress display. Data goes to stdout, talk to stderr; without a terminal, plain lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+# Without a terminal a stage says how far it is at least this often.
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """What is wrong, and after a blank line what to do."""
+    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    if hint:
+        err.print(f"\n[cyan]hint:[/] {escape(hint)}", soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say that no user can act on: progress bars, notices, deprecations among themselves.
+
+    Must run before they are imported. `--debug` leaves them as they are.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    # bitsandbytes tells once that it could not fetch CPU kernels from a hub; its own kernels are used.
+    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "trl", "accelerate", "peft", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_progress_bars() -> None:
+    """Turn off the libraries' own bars, once they are imported: ours shows every stage."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+class ConsoleProgress:
+    """Shows a run's stages (`folora_q.pipeline.Progress`): bars with their time left, or plain lines."""
+
+    def __init__(self, console: Console = err) -> None:
+        self.console = console
+
+    def note(self, text: str) -> None:
+        self.console.print(f"  {escape(text)}", style="dim", soft_wrap=True)
+
+    @contextmanager
+    def stage(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        began = time.perf_counter()
+        with self._bar(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
+            yield advance
+        self.console.print(f"[green]✓[/] {escape(title)} [dim]{duration(time.perf_counter() - began)}[/]")
+
+    @contextmanager
+    def _bar(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        if total is not None:
+            columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left")]
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(escape(title), total=total)
+            yield lambda count: bars.advance(task, count)
+
+    @contextmanager
+    def _lines(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        began = last = time.perf_counter()
+        finished = 0
+
+        def advance(count: int) -> None:
+            nonlocal finished, last
+            finished += count
+            now = time.perf_counter()
+            if total and 0 < finished < total and now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                left = (now - began) / finished * (total - finished)
+                self.console.print(
+                    f"  {escape(title)}: {finished}/{total}, about {duration(left)} left", soft_wrap=True
+                )
+
+        yield advance
+
+
+def duration(seconds: float) -> str:
+    """A wall time for people: 12s, 3:05, 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")

@@ -1,0 +1,91 @@
+"""`folora-q train`: run a recipe."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.markup import escape
+from rich.table import Table
+
+from folora_q.cli.console import ConsoleProgress, duration, out, quiet_libraries, quiet_progress_bars
+from folora_q.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from folora_q.pipeline import RunResult
+
+
+@click.command("train")
+@click.argument("recipe", type=click.Path(path_type=Path), help="A YAML file, e.g. recipes/demo.yaml.")
+@click.argument("overrides", nargs=-1, help="section.key=value, e.g. training.learning_rate=2e-4.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in training.output_dir.")
+@click.option("--dry-run", is_flag=True, help="Print the recipe with all defaults and overrides, and stop.")
+@click.pass_obj
+def command(
+    settings: dict[str, bool], recipe: Path, overrides: tuple[str, ...], overwrite: bool, dry_run: bool
+) -> None:
+    """Fine-tune a model as a RECIPE says, and report what it learned and forgot.
+
+    OVERRIDES change single values of the recipe: gate.enabled=false is plain QLoRA.
+    """
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        import yaml
+
+        out.print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), end="", markup=False)
+        return
+    if not settings["debug"]:
+        quiet_libraries()
+    progress = ConsoleProgress()
+    with progress.stage("starting PyTorch and Transformers", None):
+        from folora_q.pipeline import run_training
+
+    if not settings["debug"]:
+        quiet_progress_bars()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is marked in the run folder like Ctrl-C
+    _print_result(run_training(loaded, progress, overwrite), loaded)
+
+
+def _print_result(result: RunResult, recipe: Recipe) -> None:
+    before, after = result.before, result.after
+    title = "gated QLoRA" if recipe.gate.enabled else "plain QLoRA"
+    table = Table(title=f"What was learned, what was forgotten ({title})", title_justify="left")
+    table.add_column("held-out text")
+    for heading in ("base", "tuned", "change"):
+        table.add_column(heading, justify="right")
+
+    def add(label: str, old: float, new: float, form: str, lower_is_better: bool | None) -> None:
+        change = new - old
+        good = None if lower_is_better is None or change == 0 else (change < 0) == lower_is_better
+        colour = {None: "", True: "green", False: "yellow"}[good]
+        table.add_row(
+            label,
+            format(old, form),
+            format(new, form),
+            f"[{colour}]{change:+{form}}[/]" if colour else f"{change:+{form}}",
+        )
+
+    table.add_section()
+    add("task: loss, nats per token", before.task_loss, after.task_loss, ".3f", True)
+    if before.exact_match is not None and after.exact_match is not None:
+        add("task: exact answers", before.exact_match, after.exact_match, ".1%", False)
+    table.add_section()
+    add("model's own text: KL from the base", 0.0, after.kl_start.kl_nats_per_token, ".4f", True)
+    add("  the same, cut from the middle", 0.0, after.kl_crops.kl_nats_per_token, ".4f", True)
+    add("  same most likely token", 1.0, after.kl_start.top1_agreement, ".1%", False)
+    add("general text: loss (forgetting)", before.general_loss, after.general_loss, ".4f", True)
+    out.print(table)
+    for old, new in result.answers[:1]:
+        out.print(f"\n[bold]asked[/]  {escape(old.prompt)}")
+        out.print(f"[bold]base[/]   {escape(' '.join(old.answer.split())[:200])}")
+        out.print(f"[bold]tuned[/]  {escape(new.answer.strip())}")
+    longest = sorted(result.seconds.items(), key=lambda item: -item[1])[:3]
+    out.print(
+        f"\n{duration(sum(result.seconds.values()))} in all: "
+        + ", ".join(f"{escape(stage)} {duration(seconds)}" for stage, seconds in longest)
+    )
+    out.print(
+        f"Run folder: [cyan]{escape(str(result.folder))}[/]  (adapter in [cyan]adapter/[/], text in [cyan]proxy.jsonl[/])"
+    )

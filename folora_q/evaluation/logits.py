@@ -1,0 +1,56 @@
+"""Next-token distributions in chunks: full-vocabulary logits of a whole batch never stand in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from folora_q.errors import RunFailed
+
+# Positions whose logits stand in memory at once: 128 x 128k words in float32 are 64 MiB.
+CHUNK = 128
+# Logits of one model computed in two ways, in bfloat16: relative to their largest.
+HEAD_TOLERANCE = 0.02
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The backbone's last hidden states, (b, t, h), before the language-model head."""
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Float32 logits (n, vocabulary) of hidden states (n, h), scaled and capped as the model's configuration says."""
+    logits = model.get_output_embeddings()(hidden).float()
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def check_head(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Make sure that chunked logits are the model's own; some architectures do more after the head than we know.
+
+    Raises:
+        RunFailed: they are not.
+    """
+    ids = input_ids[:1]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1:].float()
+        found = head_logits(model, hidden_states(model, ids, torch.ones_like(ids))[0, -1:])
+    if not bool((expected - found).abs().max() <= HEAD_TOLERANCE * expected.abs().max()):
+        raise RunFailed(
+            f"the logits of {type(model).__name__} cannot be computed in chunks: it does more after its head than we know"
+        )
+
+
+def chunks(rows: int) -> Iterator[slice]:
+    """Slices of at most CHUNK rows."""
+    for start in range(0, rows, CHUNK):
+        yield slice(start, min(start + CHUNK, rows))

@@ -1,0 +1,59 @@
+"""Mean loss per token: of the task's held-out completions, and of text that the model was not tuned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.tokens import IGNORED, Batch
+from folora_q.errors import UserError
+from folora_q.evaluation.logits import check_head, chunks, head_logits, hidden_states
+
+GENERAL_TEXT = Path(__file__).with_name("general.txt")
+
+
+def mean_loss(
+    model: PreTrainedModel, batches: Iterable[Batch], on_progress: Callable[[int], None] = lambda batches: None
+) -> float:
+    """Cross-entropy in nats, averaged over all tokens that have a label (not over batches).
+
+    Args:
+        model: the causal language model itself; an adapter that sits in it and is switched on counts.
+    """
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            if number == 0:
+                check_head(model, batch.input_ids)
+            targets = batch.labels[:, 1:]
+            counted = targets != IGNORED
+            hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1][counted]
+            wanted = targets[counted]
+            for part in chunks(len(wanted)):
+                total += float(cross_entropy(head_logits(model, hidden[part]), wanted[part], reduction="sum"))
+            count += len(wanted)
+            on_progress(1)
+    return total / count
+
+
+def text_windows(path: Path, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """A text file as consecutive windows of `length` tokens; a last one of under 16 tokens is left out.
+
+    Raises:
+        UserError: the file cannot be read as UTF-8 or is too short.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the general text {path}: {error}") from None
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    windows = [window for window in windows if len(window) >= min(16, length)]
+    if not windows:
+        raise UserError(f"the general text {path} is too short: {len(ids)} tokens")
+    return windows

@@ -1,0 +1,70 @@
+"""The model card: what the adapter is, what it learned, what it made the model forget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from folora_q import __version__
+from folora_q.evaluation.measure import Measurements
+from folora_q.files import atomic_write
+from folora_q.models.load import LoadedModel
+from folora_q.recipe.schema import Recipe
+
+
+def write_card(path: Path, recipe: Recipe, base: LoadedModel, before: Measurements, after: Measurements) -> None:
+    """A card in place of PEFT's, whose body is placeholders."""
+    is_hub_id = not Path(base.name).exists()
+    head = ModelCardData(
+        base_model=base.name if is_hub_id else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "qlora", "folora-q", *([f"base_model:adapter:{base.name}"] if is_hub_id else [])],
+    )
+    atomic_write(path, f"---\n{head.to_yaml()}\n---\n{_body(recipe, base, before, after)}")
+
+
+def _body(recipe: Recipe, base: LoadedModel, before: Measurements, after: Measurements) -> str:
+    gate = recipe.gate
+    method = (
+        f"gated ({gate.rule} rule at {', '.join(gate.places)}; λ = {gate.gate_lambda:g}, floor {gate.floor:g},"
+        f" sketches of rank {gate.rank})"
+        if gate.enabled
+        else "not gated (plain QLoRA)"
+    )
+    accuracy = (
+        f"| exact match | {before.exact_match:.1%} | {after.exact_match:.1%} |\n"
+        if before.exact_match is not None and after.exact_match is not None
+        else ""
+    )
+    return f"""
+# LoRA adapter for {Path(base.name).name}
+
+Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.bnb_4bit_quant_type}, double quantization
+{"on" if recipe.model.bnb_4bit_use_double_quant else "off"}). Updates were {method}.
+
+- Base model: `{base.name}`{f" at revision `{base.revision}`" if base.revision else ""}
+- Training data: `{Path(recipe.data.train_file).name}`
+- Rank {recipe.adapter.r}, alpha {recipe.adapter.lora_alpha:g}, learning rate {recipe.training.learning_rate:g},
+  seed {recipe.training.seed}
+
+## What it learned, what it forgot
+
+| | base | tuned |
+|---|---|---|
+| task loss, nats per token | {before.task_loss:.4f} | {after.task_loss:.4f} |
+{accuracy}| KL from the base on its own text, from the start | 0 | {after.kl_start.kl_nats_per_token:.4f} |
+| KL from the base on its own text, cut from the middle | 0 | {after.kl_crops.kl_nats_per_token:.4f} |
+| loss on general text | {before.general_loss:.4f} | {after.general_loss:.4f} |
+
+The text of the base model was sampled from it and held out from training. Loss and KL are in nats per token.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base.name}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
