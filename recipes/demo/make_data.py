@@ -1,0 +1,151 @@
+"""Makes the demo's task: a booking said in plain words, and the strict JSON record that it means.
+
+    python recipes/demo/make_data.py            writes train.jsonl and heldout.jsonl beside this file, byte for byte
+
+Held-out rows use names that training never sees, and half of them phrasings that it never sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+SYSTEM = "Turn the booking into JSON."
+TRAIN_ROWS, HELDOUT_ROWS = 1200, 96
+
+FIRST = """Aisha Alan Amina Ana Andre Anton Beatrice Boris Camila Carl Chen Clara Daniel Diego Elena Emma Eric Fatima Felix
+Grace Hana Hugo Ines Ivan James Jonas Julia Karim Kate Laura Leon Lucia Luis Maria Marta Mateo Mia Nadia Nina Noah Olga Omar
+Oscar Paul Petra Rosa Samir Sofia Tara Tom Vera Victor Wei Yara Yusuf Zoe""".split()
+LAST = """Abbas Adler Baker Bauer Becker Blanc Brown Cohen Costa Cruz Diaz Dubois Evans Fischer Garcia Gomez Hall Haddad Hill
+Ito Jensen Khan Kim Klein Larsen Lee Lopez Martin Meyer Moreau Murphy Nguyen Novak Okafor Ortiz Park Patel Perez Petrov Reed
+Rossi Ruiz Sato Schmidt Silva Singh Smith Tanaka Torres Wagner Walker Weber Wong Young Zhang""".split()
+HELDOUT_FIRST = "Abel Bruno Celia Dora Edgar Flora Gustav Helen Igor Jasmine Kurt Lena Milo Nora Otto Priya".split()
+HELDOUT_LAST = "Bell Carter Doyle Engel Ferrari Grant Hansen Ibrahim Jones Keller Lindgren Mora Nilsson Olsen".split()
+
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+NUMBERS = "two three four five six seven eight nine ten".split()
+HOURS = "twelve one two three four five six seven eight nine ten".split()
+SEATS = {
+    "any": ["", ""],
+    "inside": [" inside", " indoors", " in the dining room"],
+    "outside": [" outside", " outdoors", " on the terrace", " in the garden"],
+}
+
+TRAIN_TEMPLATES = """A table{seat} for {guests} on {day} at {time}, please. The name is {name}.
+Table for {guests}{seat}, {day} {time}, {name}.
+Hi, {name} here. We would like to come on {day} at {time}, {guests} of us{seat}.
+This is {name}. Could you keep a table{seat} for {guests} on {day}, {time}?
+{name} would like to book for {guests}{seat} on {day} at {time}.
+Please reserve a table for {guests}{seat} under {name}, {day} at {time}.
+I need a table on {day} at {time} for {guests}{seat}. Name: {name}.
+We are {guests} and want to eat{seat} on {day} at {time}. I am {name}.
+{day} at {time}, {guests} people{seat}, name of {name}.
+Can {guests} of us sit{seat} on {day} at {time}? Put it under {name}.
+{name}, {guests} people, {day}, {time}{seat}.
+Book {guests} seats{seat} for {name} at {time} on {day}.
+Hello, a reservation for {name}: {guests} guests{seat}, {day} at {time}.
+Is there room{seat} for {guests} on {day} at {time}? My name is {name}.
+At {time} on {day} {name} is coming with a group of {guests}{seat}.
+For {day}, a table{seat} at {time} for {guests}; it is for {name}.
+My name is {name} and I want a table for {guests}{seat} on {day} at {time}.
+{name} calling. {guests} of us on {day}, {time}{seat}.
+Good morning, can I book{seat} for {guests} on {day} at {time}? It is {name}.
+Good evening, {name} speaking, {day} at {time} for {guests}{seat}, please.
+Please note: {name}, party of {guests}{seat}, {time} on {day}.
+We plan to dine{seat} on {day} at {time}, {guests} persons, booked as {name}.
+Could I get a table{seat} at {time} this {day}? We are {guests}. {name}.
+Put {name} down for {guests}{seat} on {day} at {time}.
+A booking of {guests}{seat} for {day}, {time}, and the name is {name}.
+{guests} for dinner{seat} on {day} at {time}, under {name}.
+I am {name}; we come on {day} at {time} and are {guests}{seat}.
+Reserve{seat} for {guests}: {name}, {day}, {time}.
+{name} asks for a table{seat} on {day}. There will be {guests} at {time}.
+There are {guests} of us and we would sit{seat} at {time} on {day}. Thanks, {name}.
+We will be {guests} on {day}. Around {time}{seat}? Signed {name}.
+On {day} please hold a table for {guests}{seat} from {time}, for {name}.
+Dear team, please book {guests} places{seat} at {time} on {day}. Regards, {name}.
+I would love a table{seat} for {guests}, {day}, {time}. {name} is my name.
+Do you have space for {guests}{seat} at {time} on {day}? It would be for {name}.
+New booking: {day} {time}, {guests} guests{seat}, {name}.
+Hey, it's {name}, can we do {day} at {time} for {guests}{seat}?
+{name} wants {guests} places{seat}, {day} at {time}.
+Save us a table{seat} on {day}: {guests} people, {time}, {name}.
+Let us have a table at {time}{seat} on {day} for {guests}, under the name {name}.
+It is {name} again, same as always: {guests}{seat}, {day}, {time}.
+Dinner on {day} for {guests}{seat}, we arrive at {time}, ask for {name}.""".splitlines()
+
+HELDOUT_TEMPLATES = """{name} needs somewhere to sit{seat} for {guests} people, {day}, at {time}.
+We hope to visit on {day} around {time}; {guests} of us{seat}, and I go by {name}.
+Would {day} work? {guests} people{seat}, {time}, thanks from {name}.
+Kindly arrange seating{seat} for {guests} at {time} on {day} for {name}.
+Mark {day} {time} for {name}, with {guests} in the party{seat}.
+{time} on {day}{seat} for {guests}. You can call me {name}.
+My family of {guests} would enjoy a meal{seat} on {day} at {time}. {name}.
+Requesting a table: guests {guests}{seat}, when {day} {time}, who {name}.
+If possible, seat {guests} of us{seat} at {time} on {day}. I'm {name}.
+{name} and company, {guests} in all{seat}, come by on {day} at {time}.
+Expect {guests} of us{seat} at {time} on {day}; ask for {name}.
+Hello there! {guests} hungry people{seat}, {day} at {time}, booked by {name}.
+The reservation is {name}'s: {day}, {time}, {guests} guests{seat}.
+Any chance of a table{seat} for {guests}, {day}, {time}? I'm called {name}.""".splitlines()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chooser = random.Random(arguments.seed)
+    train = [row(chooser, TRAIN_TEMPLATES, FIRST, LAST) for _ in range(TRAIN_ROWS)]
+    heldout = [
+        row(chooser, (TRAIN_TEMPLATES, HELDOUT_TEMPLATES)[number % 2], HELDOUT_FIRST, HELDOUT_LAST)
+        for number in range(HELDOUT_ROWS)
+    ]
+    for name, rows in (("train.jsonl", train), ("heldout.jsonl", heldout)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (arguments.output / name).write_text(lines, encoding="utf-8", newline="\n")
+
+
+def row(chooser: random.Random, templates: list[str], first: list[str], last: list[str]) -> dict[str, list]:
+    """One conversation: the instruction, the booking in plain words, and its record."""
+    name = f"{chooser.choice(first)} {chooser.choice(last)}"
+    guests = chooser.randint(2, 10)
+    day = chooser.choice(DAYS)
+    hour, minute = chooser.randint(12, 22), chooser.choice([0, 0, 15, 30, 45])
+    seating = chooser.choice(list(SEATS))
+    sentence = chooser.choice(templates).format(
+        name=name,
+        guests=chooser.choice([str(guests), NUMBERS[guests - 2]]),
+        day=day,
+        time=spoken_time(chooser, hour, minute),
+        seat=chooser.choice(SEATS[seating]),
+    )
+    record = {"name": name, "guests": guests, "day": day, "time": f"{hour}:{minute:02}", "seating": seating}
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": sentence[0].upper() + sentence[1:]},
+            {"role": "assistant", "content": json.dumps(record, separators=(",", ":"))},
+        ]
+    }
+
+
+def spoken_time(chooser: random.Random, hour: int, minute: int) -> str:
+    """An hour of the afternoon or evening as people write it."""
+    twelve, word = (hour - 1) % 12 + 1, HOURS[hour - 12]
+    forms = [f"{hour}:{minute:02}", f"{twelve}:{minute:02} pm"]
+    if minute == 0:
+        forms += [f"{twelve} pm", f"{word} o'clock"]
+    elif minute == 30:
+        forms += [f"half past {word}"]
+    elif minute == 15:
+        forms += [f"quarter past {word}"]
+    elif hour < 22:
+        forms += [f"quarter to {HOURS[hour - 11]}"]
+    return chooser.choice(forms)
+
+
+if __name__ == "__main__":
+    main()
