@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
@@ -117,6 +117,7 @@ def build_trainer(
         eval_dataset=_dataset(heldout),
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     trainer.gate_section = gate
     return trainer
