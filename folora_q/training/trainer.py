@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -58,6 +59,11 @@ class GatedTrainer(SFTTrainer):
             others=[p for p in self.model.parameters() if p.requires_grad and id(p) not in gated],
         )
         return self.optimizer
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
+        head = super() if self.args.device.type == "cuda" else super(SFTTrainer, self)
+        return head.compute_loss(model, inputs, *args, **kwargs)
 
 
 def build_trainer(

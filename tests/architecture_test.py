@@ -1,0 +1,91 @@
+"""The rooms and the arrows between them, as the design lays them out."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import folora_q
+
+HOUSE = Path(folora_q.__file__).parent
+FILES = sorted(HOUSE.rglob("*.py"))
+# A room may import rooms of earlier tiers and itself, never a sibling.
+TIERS = [
+    {"errors", "files", "folora_q"},
+    {"core", "recipe"},
+    {"models", "data", "runs"},
+    {"proxy", "statistics", "evaluation"},
+    {"training", "export"},
+    {"pipeline"},
+    {"cli"},
+    {"__main__"},
+]
+TIER_OF = {room: number for number, rooms in enumerate(TIERS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(HOUSE).parts[0].removesuffix(".py")
+    return "folora_q" if first == "__init__" else first
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(HOUSE)))
+def test_imports_go_down_the_tiers(path: Path) -> None:
+    room = room_of(path)
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] != "folora_q":
+            continue
+        other = parts[1] if len(parts) > 1 else "folora_q"
+        assert other == room or TIER_OF[other] < TIER_OF[room], f"{room} must not import {other}"
+
+
+def test_core_needs_torch_alone() -> None:
+    for path in (HOUSE / "core").glob("*.py"):
+        outside = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "folora_q"}, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(HOUSE)))
+def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None:
+    calls = {
+        ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+    }
+    if room_of(path) != "cli":
+        assert not calls & {"print", "sys.exit", "exit", "quit", "os._exit"}
+    if room_of(path) != "files":
+        assert not calls & {"os.replace", "os.rename", "shutil.move"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import folora_q",
+        "import folora_q.errors, folora_q.files",
+        "import folora_q.recipe",
+        "import folora_q.cli.app",
+        "import folora_q.cli.train",
+        "from folora_q.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from folora_q.cli.app import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
+        "from folora_q.cli.app import main\n"
+        "try: main(['train', 'recipes/demo.yaml', '--dry-run'])\nexcept SystemExit: pass",
+    ],
+)
+def test_no_heavy_import_before_it_is_needed(statement: str) -> None:
+    heavy = "torch transformers peft trl bitsandbytes accelerate datasets numpy"
+    code = f"{statement}\nimport sys\nfound = set('{heavy}'.split()) & set(sys.modules)\nassert not found, found"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE.parent)
+    assert done.returncode == 0, done.stderr
