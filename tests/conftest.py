@@ -30,8 +30,8 @@ def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: 
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
+    vocabulary = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [("t", "h")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -67,3 +67,53 @@ def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def random_gate(dim: int, rank: int = 8, gate_lambda: float = 1.0):
+    """A gate between two random covariances, with quotients on both sides of 1."""
+    import torch
+
+    from folora_q.core import CovarianceSketch, SpectralGate
+
+    generator = torch.Generator().manual_seed(dim)
+    covariances = []
+    for _ in range(2):
+        sketch = CovarianceSketch(dim, rank)
+        mix = torch.randn(dim, dim, generator=generator) * torch.logspace(0, -2, dim)
+        sketch.update(torch.randn(256, dim, generator=generator) @ mix.T)
+        covariances.append(sketch.covariance())
+    return SpectralGate.from_covariances(*covariances, gate_lambda=gate_lambda)
+
+
+@pytest.fixture
+def recipe_file(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A recipe of a few steps on the tiny model, with its data beside it; the run goes to tmp_path/run."""
+    import json
+
+    import yaml
+
+    for name, rows in (("train.jsonl", range(12)), ("heldout.jsonl", range(20, 24))):
+        lines = [
+            {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+            for i in rows
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    recipe = {
+        "model": {"model_name_or_path": str(tiny_folder), "dtype": "float32"},
+        "adapter": {"r": 4},
+        "data": {"train_file": "train.jsonl", "eval_file": "heldout.jsonl"},
+        "proxy": {"source": "mixed", "num_samples": 4, "num_heldout_samples": 2, "max_new_tokens": 24},
+        "gate": {"rank": 8, "oversampling": 4, "num_task_samples": 6, "refresh_every": 2},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "learning_rate": 1e-2,
+            "max_steps": 5,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 2,
+        },
+        "evaluation": {"metric": "exact_match", "max_new_tokens": 8},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path

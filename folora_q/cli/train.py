@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,9 @@ from folora_q.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from folora_q.pipeline import RunResult
+
+# What QLoRA's paper and most recipes use.
+PLAIN_LEARNING_RATE = "2e-4"
 
 
 @click.command("train")
@@ -34,7 +39,8 @@ def command(
     if dry_run:
         import yaml
 
-        out.print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), end="", markup=False)
+        # Not through rich, which would wrap long paths.
+        click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
         return
     if not settings["debug"]:
         quiet_libraries()
@@ -46,6 +52,7 @@ def command(
         quiet_progress_bars()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is marked in the run folder like Ctrl-C
     _print_result(run_training(loaded, progress, overwrite), loaded)
+    _print_next(recipe, loaded)
 
 
 def _print_result(result: RunResult, recipe: Recipe) -> None:
@@ -86,6 +93,24 @@ def _print_result(result: RunResult, recipe: Recipe) -> None:
         f"\n{duration(sum(result.seconds.values()))} in all: "
         + ", ".join(f"{escape(stage)} {duration(seconds)}" for stage, seconds in longest)
     )
-    out.print(
-        f"Run folder: [cyan]{escape(str(result.folder))}[/]  (adapter in [cyan]adapter/[/], text in [cyan]proxy.jsonl[/])"
-    )
+
+
+def _print_next(path: Path, recipe: Recipe) -> None:
+    """What to type next, in a form that works in the same shell."""
+    program = "folora-q" if shutil.which("folora-q") else sys.argv[0]
+    if program.endswith(".py"):
+        program = f"{sys.executable} {program}"
+    folder = Path(recipe.training.output_dir)
+    steps = [
+        (f"less {folder}/proxy.jsonl", "the text that the model wrote, which it should go on handling"),
+        (f"less {folder}/answers.jsonl", "every held-out answer, before and after"),
+        (f"less {folder}/adapter/README.md", "the model card, with the lines that load the adapter"),
+    ]
+    if recipe.gate.enabled:
+        plain = (
+            f"{path} gate.enabled=false training.learning_rate={PLAIN_LEARNING_RATE} training.output_dir={folder}-plain"
+        )
+        steps.append((f"{program} train {plain}", "plain QLoRA, to compare"))
+    out.print(f"\n[bold]Next[/]  (the adapter is in [cyan]{escape(str(folder / 'adapter'))}[/])")
+    for line, purpose in steps:
+        out.print(f"  [dim]# {escape(purpose)}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)

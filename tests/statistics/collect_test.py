@@ -1,0 +1,164 @@
+"""Sketches of a real (tiny) model's activations against dense float64 covariances gathered by other means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.linalg import eigh
+
+from folora_q.core import CovarianceSketch
+from folora_q.data.tokens import batches
+from folora_q.errors import RunFailed
+from folora_q.models.adapters import adapter_pairs, attach_adapter
+from folora_q.models.hardware import Hardware
+from folora_q.models.load import load_model
+from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
+from folora_q.statistics.collect import build_gates, statistics_passes
+from folora_q.statistics.hooks import feeding, shared_inputs
+from folora_q.statistics.store import load_gates, save_gates
+from tests.conftest import random_gate
+
+CPU = torch.device("cpu")
+FULL = GateSection(rank=128, oversampling=0, ridge=0.1, utility_ridge=0.05, gate_lambda=2.0)
+
+
+def sequences(seed: int, count: int = 6) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 250, (9 + 7 * i,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path):
+    base = load_model(ModelSection(model_name_or_path=str(tiny_folder)), Hardware(CPU, torch.float32, "a test"))
+    model = attach_adapter(base, AdapterSection(r=4), seed=0)
+    for pair in adapter_pairs(model):  # an adapter that is switched on would change what is seen
+        torch.nn.init.normal_(pair.b, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def dense_covariance(model, name: str, texts: list[list[int]]) -> torch.Tensor:
+    """E[x xᵀ] of one layer's inputs, one unpadded sequence at a time, divided by its mean variance."""
+    seen: list[torch.Tensor] = []
+    layer = model.get_base_model().get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, layer.in_features)))
+    with torch.no_grad(), model.disable_adapter():
+        for ids in texts:
+            model(input_ids=torch.tensor([ids]))
+    handle.remove()
+    x = torch.cat(seen).double()
+    covariance = x.T @ x / len(x)
+    return covariance / covariance.diagonal().mean()
+
+
+def test_layers_that_read_the_same_tensor_are_found_without_their_names(model) -> None:
+    modules = {pair.name: pair.module for pair in adapter_pairs(model)}
+    renamed = {f"layer {i}": module for i, module in enumerate(modules.values())}
+    with model.disable_adapter():
+        groups = shared_inputs(model, renamed, torch.tensor([[3, 4, 5]]))
+    names = list(modules)
+    found = [[names[int(name.split()[1])].split(".", 2)[2] for name in group] for group in groups]
+    assert found == [
+        [f"{i}.{name}" for name in group]
+        for i in range(2)
+        for group in (
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        )
+    ]
+
+
+def test_gates_solve_the_dense_problem_of_the_text_without_its_padding(model) -> None:
+    proxy, task = sequences(1), sequences(2)
+    counted: list[int] = []
+    gates = build_gates(
+        model, adapter_pairs(model), list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU)), FULL, counted.append
+    )
+    assert sum(counted) == statistics_passes(FULL) * 4
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
+        penalty, utility = dense_covariance(model, name, proxy), dense_covariance(model, name, task)
+        identity = torch.eye(len(penalty), dtype=torch.float64)
+        quotients, vectors = eigh((utility + 0.05 * identity).numpy(), (penalty + 0.1 * identity).numpy())
+        assert torch.allclose(gates[name].quotients, torch.tensor(quotients[::-1].copy()), rtol=1e-3, atol=1e-5)
+        v = torch.tensor(vectors)
+        values = torch.tensor(quotients / (quotients + 2.0))
+        expected = v @ torch.diag(values) @ torch.linalg.inv(v)
+        assert torch.allclose(gates[name].dense(), expected, atol=2e-3)
+
+
+def test_layers_with_one_input_share_one_gate(model) -> None:
+    text = list(batches(sequences(1), 4, CPU))
+    gates = build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=4))
+    layer = "model.layers.0.self_attn."
+    assert gates[layer + "q_proj"] is gates[layer + "k_proj"] is gates[layer + "v_proj"]
+    assert gates[layer + "q_proj"] is not gates[layer + "o_proj"]
+    assert list(gates) == [pair.name for pair in adapter_pairs(model)]
+    # The same text on both sides: with equal ridges no direction is worth more than another.
+    assert torch.allclose(gates[layer + "q_proj"].quotients, torch.ones(4, dtype=torch.float64), atol=1e-4)
+
+
+def test_the_second_pass_makes_quotients_exact_in_their_directions(model) -> None:
+    proxy, task = sequences(1), sequences(2)
+    text = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU))
+    name = "model.layers.1.mlp.gate_proj"
+    penalty, utility = dense_covariance(model, name, proxy), dense_covariance(model, name, task)
+
+    def error(second_pass: bool) -> float:
+        section = GateSection(rank=6, oversampling=2, second_pass=second_pass, ridge=0.1, utility_ridge=0.0)
+        gate = build_gates(model, adapter_pairs(model), *text, section)[name]
+        directions = gate.basis.double() @ gate.vectors
+        true = torch.einsum("di,de,ei->i", directions, utility, directions) / (
+            torch.einsum("di,de,ei->i", directions, penalty, directions) + 0.1 * directions.square().sum(0)
+        )
+        return float((gate.quotients / true - 1).abs().max())
+
+    assert error(True) < 1e-3 < error(False)
+
+
+def test_hooks_are_gone_and_the_mode_is_evaluation_afterwards(model) -> None:
+    text = list(batches(sequences(1, 2), 4, CPU))
+    build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=0))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_nan_activation_is_refused_with_the_layers_name(model) -> None:
+    pairs = adapter_pairs(model)
+    norm = model.get_base_model().model.layers[1].input_layernorm
+    kept = norm.weight.data.clone()
+    norm.weight.data[0] = float("nan")
+    text = list(batches(sequences(1, 2), 4, CPU))
+    try:
+        with pytest.raises(RunFailed, match=r"hold a NaN or an infinity, at the input of model.layers.1.self_attn.q_"):
+            build_gates(model, pairs, text, text, GateSection(rank=4, oversampling=0))
+    finally:
+        norm.weight.data = kept
+    assert not any(module._forward_pre_hooks for module in model.modules()), "an error must not leave hooks behind"
+
+
+def test_a_mask_of_another_shape_masks_nothing() -> None:
+    """Experts are given tokens picked out of the batch, (n, d): the batch's mask (b, t) says nothing about them."""
+    layer = torch.nn.Linear(8, 8)
+    sketch = CovarianceSketch(8, 4)
+    with feeding({"expert": layer}, {"expert": sketch}) as mask:
+        mask[0] = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        layer(torch.randn(2, 3, 8))
+        assert sketch.count == 3
+        layer(torch.randn(5, 8))
+        assert sketch.count == 8
+
+
+def test_gates_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
+    shared, other = random_gate(24), random_gate(40, gate_lambda=3.0)
+    gates = {"q": shared, "k": shared, "down": other}
+    save_gates(tmp_path / "gates.safetensors", gates)
+    found = load_gates(tmp_path / "gates.safetensors")
+    assert list(found) == ["q", "k", "down"]
+    assert found["q"] is found["k"]
+    for name, gate in gates.items():
+        assert torch.equal(found[name].basis, gate.basis)
+        assert torch.equal(found[name].quotients, gate.quotients)
+        assert torch.equal(found[name].core, gate.core)
+        assert found[name].gate_lambda == gate.gate_lambda

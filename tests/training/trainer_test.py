@@ -1,0 +1,172 @@
+"""What the trainer does is TRL's; what is ours is the optimizer, the adapter's dtype and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
+from folora_q.data.formats import Example, to_examples
+from folora_q.data.sources import read_jsonl
+from folora_q.data.tokens import IGNORED, prompt_ids
+from folora_q.errors import RunFailed, UserError
+from folora_q.models.adapters import adapter_pairs, attach_adapter
+from folora_q.models.hardware import Hardware
+from folora_q.models.load import load_model
+from folora_q.recipe import Recipe, load_recipe
+from folora_q.training.callbacks import Reporting
+from folora_q.training.trainer import GatedTrainer, build_trainer
+from tests.conftest import random_gate
+
+CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
+GATE_OF_ONES = 0.0
+
+
+def examples(recipe: Recipe) -> list[Example]:
+    path = Path(recipe.data.train_file)
+    return to_examples(read_jsonl(path), path)
+
+
+def trainer_of(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> GatedTrainer:
+    base = load_model(recipe.model, CPU)
+    model = attach_adapter(base, recipe.adapter, recipe.training.seed)
+    rows = examples(recipe)
+    return build_trainer(
+        model, base.tokenizer, rows, rows[:2], recipe.training, recipe.gate, CPU, Path("unused"), callbacks or []
+    )
+
+
+def gates_of(trainer: GatedTrainer, gate_lambda: float) -> Mapping[str, SpectralGate]:
+    return {p.name: random_gate(p.module.in_features, gate_lambda=gate_lambda) for p in adapter_pairs(trainer.model)}
+
+
+class Batches(TrainerCallback):
+    """Remembers which batches were trained on, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[list[int]]] = []
+
+    def watch(self, trainer: GatedTrainer) -> GatedTrainer:
+        step = trainer.training_step
+
+        def watched(model, inputs, *args, **kwargs):
+            self.seen.append(inputs["input_ids"].tolist())
+            return step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = watched
+        return trainer
+
+
+def trained(recipe: Recipe, gate_lambda: float | None) -> tuple[list[torch.Tensor], list]:
+    batches = Batches()
+    trainer = batches.watch(trainer_of(recipe))
+    if gate_lambda is not None:
+        trainer.gates = gates_of(trainer, gate_lambda)
+    trainer.train()
+    return [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)], batches.seen
+
+
+def test_a_gate_of_ones_is_plain_qlora_bit_for_bit_and_every_gate_sees_the_same_batches(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    plain, order = trained(recipe, None)
+    ones, order_of_ones = trained(recipe, GATE_OF_ONES)
+    gated, order_of_gated = trained(recipe, 4.0)
+    assert order == order_of_ones == order_of_gated
+    assert all(torch.equal(x, y) for x, y in zip(plain, ones, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(plain, gated, strict=True))
+
+
+def test_training_is_the_same_the_second_time_and_other_with_another_seed(recipe_file: Path) -> None:
+    first, order = trained(load_recipe(recipe_file), 4.0)
+    second, _ = trained(load_recipe(recipe_file), 4.0)
+    _, other = trained(load_recipe(recipe_file, ["training.seed=1"]), None)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert other != order
+
+
+def test_loss_is_on_completions_and_their_end_token_alone(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    trainer = trainer_of(recipe)
+    for row, example in zip(trainer.train_dataset, examples(recipe), strict=True):
+        start = len(prompt_ids(trainer.processing_class, example))
+        assert row["labels"][:start] == [IGNORED] * start
+        assert row["labels"][start:] == row["input_ids"][start:]
+        trained_text = trainer.processing_class.decode(row["input_ids"][start:])
+        assert trained_text == example.reference + "<|im_end|>\n"
+
+
+def test_adapters_stay_in_float32_through_training(recipe_file: Path) -> None:
+    trainer = trainer_of(load_recipe(recipe_file, ["model.dtype=bfloat16"]))
+    dtypes = lambda: {p.dtype for p in trainer.model.parameters() if p.requires_grad}  # noqa: E731
+    assert dtypes() == {torch.float32}
+    trainer.train()
+    assert dtypes() == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "inner"),
+    [([], torch.optim.AdamW), (["training.optim=sgd"], torch.optim.SGD)],
+)
+def test_rule_step_wraps_the_optimizer_that_the_recipe_names(recipe_file: Path, overrides: list, inner: type) -> None:
+    trainer = trainer_of(load_recipe(recipe_file, overrides))
+    trainer.gates = gates_of(trainer, 1.0)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, GatedOptimizer)
+    assert type(optimizer.inner) is inner
+    assert (optimizer.gate_a, optimizer.gate_b, optimizer.refresh_every) == (True, True, 2)
+
+
+def test_places_choose_what_is_gated(recipe_file: Path) -> None:
+    trainer = trainer_of(load_recipe(recipe_file, ["gate.places=[a_start,b_step]"]))
+    trainer.gates = gates_of(trainer, 1.0)
+    optimizer = trainer.create_optimizer()
+    assert (optimizer.gate_a, optimizer.gate_b) == (False, True)
+
+
+def test_rule_spectral_trains_with_the_papers_optimizer(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["gate.rule=spectral", "gate.places=[a_step]", "training.weight_decay=0.1"])
+    lines: list[dict] = []
+    trainer = trainer_of(recipe, [Reporting(lambda n: None, lines.append)])
+    trainer.gates = gates_of(trainer, 1.0)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer  # accelerate wraps it
+    assert isinstance(optimizer, SpectralAdamW)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_the_fast_loss_on_a_cpu_is_trls_loss(recipe_file: Path) -> None:
+    trainer = trainer_of(load_recipe(recipe_file))
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model.eval()
+    ours = trainer.compute_loss(trainer.model, dict(inputs))
+    trls = super(GatedTrainer, trainer).compute_loss(trainer.model, dict(inputs))
+    assert torch.allclose(ours, trls, rtol=1e-5)
+
+
+def test_every_step_and_line_is_reported(recipe_file: Path) -> None:
+    steps, lines = [], []
+    trainer_of(load_recipe(recipe_file), [Reporting(steps.append, lines.append)]).train()
+    assert sum(steps) == 5
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4]
+    assert all({"loss", "learning_rate", "grad_norm"} <= set(line) for line in lines if "loss" in line)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(recipe_file: Path) -> None:
+    trainer = trainer_of(load_recipe(recipe_file), [Reporting(lambda n: None, lambda line: None)])
+    adapter_pairs(trainer.model)[0].a.data[0, 0] = float("nan")
+    with pytest.raises(RunFailed, match="the training loss is nan at step 1") as caught:
+        trainer.train()
+    assert "learning_rate" in caught.value.hint
+
+
+@pytest.mark.parametrize("override", ["training.optim=adamv", "training.lr_scheduler_type=cosin"])
+def test_a_setting_that_transformers_does_not_know_is_the_users_mistake(recipe_file: Path, override: str) -> None:
+    with pytest.raises(UserError, match="section `training`") as caught:
+        trainer_of(load_recipe(recipe_file, [override]))
+    assert override.split("=")[1] in caught.value.message
