@@ -130,7 +130,7 @@ class SpectralAdamW(Optimizer):
         adapters: (A, B, gate) triples.
         lr, betas, eps, weight_decay: AdamW's; decay is decoupled.
         others: parameters without a gate.
-        gate_b: also gate the steps of B in r x r, which the paper does not.
+        complement: what happens to A's step outside the basis, as above.
 
     Source: FoLoRA, arXiv 2606.00132, section 3 (SAdam) and Appendix B.3; shared methods 7, step 7.
     """
@@ -151,7 +151,7 @@ class SpectralAdamW(Optimizer):
             raise ValueError(f"bad lr {lr}, eps {eps}, weight_decay {weight_decay} or betas {betas}")
         self.adapters = list(adapters)
         self.complement = complement
-        # V = P₀ V_m in float32: (d, m), and H^(-1/2) of the complement.
+        # V, (d, m): the eigenvectors of the small problem, back in the layer's input space.
         self.bases = [
             (gate.basis.float() @ gate.vectors.to(gate.basis.device, torch.float32)) for _, _, gate in self.adapters
         ]
