@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/gate_vs_lora.py                 about six minutes a run on two CPU cores, six runs
     .venv/bin/python benchmarks/gate_vs_lora.py training.max_steps=40     overrides go to every run
 
-A learning rate that is too small forgets nothing because it learns nothing, so forgetting is compared at the gated run's
+A learning rate that is too small forgets nothing because it learns nothing: forgetting is compared at the gated run's
 task loss, on the curve that the plain runs draw: both axes in logarithms for the two KLs, straight for the loss rises.
 Finished runs in --output are taken as they are if their recipe is the same.
 """

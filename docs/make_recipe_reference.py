@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md from the schema, so that the two cannot differ: `.venv/bin/python docs/make_recipe_reference.py`."""
+"""Writes docs/recipe.md from the schema: `.venv/bin/python docs/make_recipe_reference.py`. A test compares them."""
 
 from __future__ import annotations
 

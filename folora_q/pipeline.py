@@ -1,4 +1,4 @@
-"""One run in reading order: load, sample, statistics, train, evaluate, save. Prints nothing; reports through `Progress`."""
+"""One run in reading order: load, sample, statistics, train, evaluate, save. Prints nothing; tells `Progress`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Progress(Protocol):
     """How a run tells whoever started it what it is doing."""
 
     def stage(self, title: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
-        """A stage of `total` units; the value is called with units done. Other exits than a normal one are not success."""
+        """A stage of `total` units; the value is called with units done. Only a normal exit is success."""
         ...
 
     def note(self, text: str) -> None:

@@ -4,10 +4,10 @@
     s(γ) = max(γᵖ / (γᵖ + λᵖ), s_min)      gate constant λ, sharpness p, floor s_min
     P = V diag(s) V⁻¹                      oblique: it is not V diag(s) Vᵀ
 
-Inside the joint basis P₀ (d, m) the problem is m x m. Outside it both covariances are even, so that one quotient and one
+Inside the joint basis P₀ (d, m) the problem is m x m. Outside it both covariances are even, so one quotient and one
 value serve the whole complement, and P = s_c I + P₀ M P₀ᵀ with a small M: two thin products a step.
 
-Source: FoLoRA (arXiv 2606.00132) section 3 for the quotient and the gate; shared design, section 2, for the sketched form.
+Source: FoLoRA (arXiv 2606.00132) section 3 for quotient and gate; shared design, section 2, for the sketched form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RANK_JITTER = 1e-6
 class SpectralGate:
     """The operator P for the input space of one layer, and the same quotient for the rows of B.
 
-    Built with `from_covariances` or `from_state_dict`. Covariances are divided by their own mean variance, so that γ = 1
+    Built with `from_covariances` or `from_state_dict`. Covariances are divided by their own mean variance: γ = 1
     means "as present in the task as in the model's own text".
 
     Attributes:

@@ -26,7 +26,7 @@ class GatedOptimizer(Optimizer):
 
     The step of A, row by row, becomes step @ Pᵀ; the step of B becomes step @ K with K the r x r gate at the present A.
     A gate of all ones leaves the inner optimizer bit for bit as it is. Parameters without a gate are the inner
-    optimizer's alone. State and parameter groups are the inner optimizer's own, so schedulers and accelerate see one truth.
+    optimizer's alone. State and parameter groups are the inner optimizer's, so schedulers and accelerate see one truth.
 
     Args:
         inner: e.g. AdamW or bitsandbytes' PagedAdamW8bit; its learning rates and weight decay stay in force.

@@ -28,8 +28,8 @@ class Example:
 def to_examples(rows: Sequence[Row], path: Path) -> list[Example]:
     """Read `messages` rows, or `prompt` and `completion` rows.
 
-    Every assistant turn of a conversation becomes an example of its own with all earlier turns as its prompt: nothing of
-    a conversation is left untrained, and no mask depends on how a template marks turns.
+    Every assistant turn of a conversation becomes an example of its own, all earlier turns its prompt: nothing of a
+    conversation is left untrained, and no mask depends on how a template marks turns.
 
     Raises:
         UserError: a row has another shape; it names the row (blank lines not counted) and the field.

@@ -46,7 +46,7 @@ def check_head(model: PreTrainedModel, input_ids: Tensor) -> None:
         found = head_logits(model, hidden_states(model, ids, torch.ones_like(ids))[0, -1:])
     if not bool((expected - found).abs().max() <= HEAD_TOLERANCE * expected.abs().max()):
         raise RunFailed(
-            f"the logits of {type(model).__name__} cannot be computed in chunks: it does more after its head than we know"
+            f"the logits of {type(model).__name__} cannot be computed in chunks: something follows its head"
         )
 
 

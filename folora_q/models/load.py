@@ -79,7 +79,7 @@ def load_model(section: ModelSection, hardware: Hardware) -> LoadedModel:
 def guard_cpu_kernels(model: PreTrainedModel) -> int:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU, and count them.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a `Linear4bit` in place at its first no-grad forward in eval mode.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a `Linear4bit` in place at its first no-grad forward in eval.
     Every later forward, also in training, then runs without autograd: adapters train on wrong gradients, and only a
     warning tells. We sample and evaluate before we train, so we would always meet it.
     """

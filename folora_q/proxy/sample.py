@@ -1,7 +1,7 @@
 """Text sampled from the base model: what it already handles, drawn from itself, so that no other data is needed.
 
-Source: FoLoRA (arXiv 2606.00132) Appendix B.4 for the decoding mixture and the filters; Magpie (arXiv 2406.08464) for the
-user turns of chats.
+Source: FoLoRA (arXiv 2606.00132) Appendix B.4 for the decoding mixture and the filters; Magpie (arXiv 2406.08464) for
+the user turns of chats.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def sample_proxy(
                 on_progress(min(len(passed), missing))
             if len(samples) < target:
                 raise RunFailed(
-                    f"after {MOST_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts were long and varied enough",
+                    f"after {MOST_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
                     "turn proxy.filters off, or use another proxy.source",
                 )
     return _interleaved(samples)

@@ -74,7 +74,7 @@ class ProxySection(Section):
     max_new_tokens: Annotated[int, Field(ge=16)] = 256
     """Length of a sample in tokens, at most."""
     decoding: Literal["plain", "paper"] = "plain"
-    """Temperature 1 without cuts, or the paper's mixture: 70 % plain, 20 % top-p 0.95, 10 % T 1.2, top-p 0.98, top-k 50."""
+    """Temperature 1 without cuts, or the paper's: 70 % plain, 20 % top-p 0.95, 10 % T 1.2, top-p 0.98, top-k 50."""
     filters: bool = False
     """The paper's filters against degenerate text: duplicates, short samples, runs, few distinct tokens or 4-grams."""
     batch_size: PositiveInt = 32
@@ -171,7 +171,7 @@ class EvaluationSection(Section):
     batch_size: PositiveInt = 16
     """Sequences measured at a time."""
     general_text: str | None = None
-    """A text file for PEFT's `forgetting` (loss after - before), relative to the recipe; by default public-domain prose."""
+    """A text file for PEFT's `forgetting` (loss after - before), relative to the recipe; unset: public-domain prose."""
 
 
 class Recipe(Section):
@@ -189,6 +189,6 @@ class Recipe(Section):
     def _spectral_is_its_own_optimizer(self) -> Recipe:
         if self.gate.enabled and self.gate.rule == "spectral" and self.training.optim != "adamw_torch":
             raise ValueError(
-                f"gate.rule spectral is an AdamW of its own: leave training.optim at adamw_torch, not {self.training.optim}"
+                f"gate.rule spectral is an AdamW of its own: training.optim: adamw_torch, not {self.training.optim}"
             )
         return self

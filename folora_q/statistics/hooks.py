@@ -59,7 +59,7 @@ def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) ->
     def feed(name: str, x: Tensor) -> None:
         mask = current[0]
         try:
-            # Experts are given tokens that were picked out of the batch, which no mask fits; padding was dropped or is rare.
+            # Experts are given tokens picked out of the batch, which no mask fits; padding was dropped or is rare.
             sinks[name].update(x, mask.bool() if mask is not None and mask.shape == x.shape[:-1] else None)
         except ValueError as error:
             raise RunFailed(f"{error}, at the input of {name}") from error

@@ -15,12 +15,13 @@ from pathlib import Path
 SYSTEM = "Turn the booking into JSON."
 TRAIN_ROWS, HELDOUT_ROWS = 1200, 96
 
-FIRST = """Aisha Alan Amina Ana Andre Anton Beatrice Boris Camila Carl Chen Clara Daniel Diego Elena Emma Eric Fatima Felix
-Grace Hana Hugo Ines Ivan James Jonas Julia Karim Kate Laura Leon Lucia Luis Maria Marta Mateo Mia Nadia Nina Noah Olga Omar
-Oscar Paul Petra Rosa Samir Sofia Tara Tom Vera Victor Wei Yara Yusuf Zoe""".split()
-LAST = """Abbas Adler Baker Bauer Becker Blanc Brown Cohen Costa Cruz Diaz Dubois Evans Fischer Garcia Gomez Hall Haddad Hill
-Ito Jensen Khan Kim Klein Larsen Lee Lopez Martin Meyer Moreau Murphy Nguyen Novak Okafor Ortiz Park Patel Perez Petrov Reed
-Rossi Ruiz Sato Schmidt Silva Singh Smith Tanaka Torres Wagner Walker Weber Wong Young Zhang""".split()
+FIRST = """Aisha Alan Amina Ana Andre Anton Beatrice Boris Camila Carl Chen Clara Daniel Diego Elena Emma Eric
+Fatima Felix Grace Hana Hugo Ines Ivan James Jonas Julia Karim Kate Laura Leon Lucia Luis Maria Marta Mateo
+Mia Nadia Nina Noah Olga Omar Oscar Paul Petra Rosa Samir Sofia Tara Tom Vera Victor Wei Yara Yusuf Zoe""".split()
+LAST = """Abbas Adler Baker Bauer Becker Blanc Brown Cohen Costa Cruz Diaz Dubois Evans Fischer Garcia Gomez Hall
+Haddad Hill Ito Jensen Khan Kim Klein Larsen Lee Lopez Martin Meyer Moreau Murphy Nguyen Novak Okafor Ortiz
+Park Patel Perez Petrov Reed Rossi Ruiz Sato Schmidt Silva Singh Smith Tanaka Torres Wagner Walker Weber Wong
+Young Zhang""".split()
 HELDOUT_FIRST = "Abel Bruno Celia Dora Edgar Flora Gustav Helen Igor Jasmine Kurt Lena Milo Nora Otto Priya".split()
 HELDOUT_LAST = "Bell Carter Doyle Engel Ferrari Grant Hansen Ibrahim Jones Keller Lindgren Mora Nilsson Olsen".split()
 

@@ -62,6 +62,25 @@ class Adam:
         return (self.m / (1 - one**self.t)) / (np.sqrt(self.v / (1 - two**self.t)) + self.eps)
 
 
+class ComplementAdam:
+    """Adam in the H-normalized coordinates Ḡ = G Q / √h of an even complement: no momentum, one second moment a row.
+
+    Q, (d, c), is an orthonormal basis of the complement, h its penalty with the ridge and s its gate value.
+    """
+
+    def __init__(self, q: Array, h: float, value: float, lr: float, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        self.v_c, self.value, self.lr, self.beta2, self.eps = q / np.sqrt(h), value, lr, beta2, eps
+        self.second: Array | float = 0.0
+        self.t = 0
+
+    def step(self, gradient: Array) -> Array:
+        self.t += 1
+        coordinates = gradient @ self.v_c
+        self.second = self.beta2 * self.second + (1 - self.beta2) * (coordinates**2).mean(1, keepdims=True)
+        scale = np.sqrt(self.second / (1 - self.beta2**self.t)) + self.eps
+        return -self.lr * self.value * coordinates / scale @ self.v_c.T
+
+
 class SpectralAdam:
     """FoLoRA's five lines for A: Ḡ = G V; m̄; v̄; ΔĀ = -η m̂ / (√v̂ + ε) diag(s̃); ΔA = ΔĀ Vᵀ, with decoupled decay."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from folora_q.core import CovarianceSketch, GatedOptimizer, SpectralAdamW, SpectralGate
 from tests.core import dense
 
-D, O, R = 20, 6, 4
+D, OUT, R = 20, 6, 4
 
 
 def covariance(seed: int, d: int = D, rank: int = 5):
@@ -37,9 +37,9 @@ class Adapter(nn.Module):
         generator = torch.Generator().manual_seed(2)
         self.a, self.b, self.c, self.d = (
             nn.Parameter((torch.randn(*shape, generator=generator, dtype=torch.float64) / 4).to(dtype))
-            for shape in ((R, D), (O, R), (R, D), (O, R))
+            for shape in ((R, D), (OUT, R), (R, D), (OUT, R))
         )
-        self.bias = nn.Parameter(torch.zeros(O, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(OUT, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.a.T @ self.b.T + x @ self.c.T @ self.d.T + self.bias
@@ -49,7 +49,7 @@ class Adapter(nn.Module):
 
 
 X = torch.randn(32, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-Y = torch.randn(32, O, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+Y = torch.randn(32, OUT, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
 def backward(model: Adapter, step: int = 0) -> float:
@@ -291,6 +291,22 @@ def test_outside_the_basis_a_step_is_frozen_or_gated() -> None:
     assert float(gated.norm()) > 1e-3
     ratio = gate(4.0).complement_value / gate(1.0).complement_value
     assert torch.allclose(weaker, gated * ratio, atol=1e-6)
+
+
+def test_the_gated_complement_is_adam_with_one_second_moment_a_row() -> None:
+    ours, model, lr = gate(), Adapter(torch.float64), 0.02
+    optimizer = SpectralAdamW(model.adapters(ours), lr=lr, complement="gated")
+    q = np.linalg.svd(ours.basis.double().numpy())[0][:, ours.basis.shape[1] :]  # what the basis leaves out
+    h = dense.normalized(covariance(0).dense().numpy()) + 0.1 * np.eye(D)
+    reference = dense.ComplementAdam(q, float(q[:, 0] @ h @ q[:, 0]), ours.complement_value, lr)
+    for step in range(5):
+        backward(model, step)
+        before = model.a.detach().numpy().copy()
+        expected = reference.step(model.a.grad.numpy())
+        optimizer.step()
+        moved = (model.a.detach().numpy() - before) @ q @ q.T
+        assert np.allclose(moved, expected, atol=1e-6 * np.abs(expected).max() + 1e-7), step
+        assert np.abs(expected).max() > 1e-4
 
 
 @pytest.mark.parametrize(
