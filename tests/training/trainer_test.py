@@ -36,7 +36,15 @@ def trainer_of(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
     rows = examples(recipe)
     return build_trainer(
-        model, base.tokenizer, rows, rows[:2], recipe.training, recipe.gate, CPU, Path("unused"), callbacks or []
+        model,
+        base.tokenizer,
+        rows,
+        rows[:2],
+        recipe.training,
+        recipe.gate,
+        CPU,
+        Path(recipe.training.output_dir),
+        callbacks or [],
     )
 
 
