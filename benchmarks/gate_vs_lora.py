@@ -91,15 +91,16 @@ def measure(recipes: dict[str, Recipe], texts: dict[str, Path]) -> list[Outcome]
         before = before or {kind: mean_loss(base.model, text) for kind, text in windows.items()}
         folder = Path(recipe.training.output_dir)
         model = PeftModel.from_pretrained(base.model, folder / "adapter").eval()
-        after = json.loads((folder / "run.json").read_text())["after"]
+        saved = json.loads((folder / "run.json").read_text())
+        after, divergence = saved["after"], saved["divergence"]
         outcomes.append(
             Outcome(
                 name=name,
                 gated=recipe.gate.enabled,
                 task_loss=after["task_loss"],
                 exact_match=after["exact_match"],
-                kl_start=after["kl_start"]["kl_nats_per_token"],
-                kl_crops=after["kl_crops"]["kl_nats_per_token"],
+                kl_start=divergence["start"]["kl_nats_per_token"],
+                kl_crops=divergence["crops"]["kl_nats_per_token"],
                 rises={kind: mean_loss(model.get_base_model(), text) - before[kind] for kind, text in windows.items()},
                 update_norm=_update_norm(model),
             )

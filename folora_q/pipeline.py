@@ -18,7 +18,7 @@ from folora_q.data.sources import read_jsonl
 from folora_q.data.tokens import batches
 from folora_q.errors import UserError
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
-from folora_q.evaluation.measure import HeldOut, Measurements, measure
+from folora_q.evaluation.measure import Divergences, HeldOut, Measurements, compare, measure
 from folora_q.evaluation.task import Answer
 from folora_q.export.card import write_card
 from folora_q.files import atomic_write
@@ -59,6 +59,7 @@ class RunResult:
     folder: Path
     before: Measurements
     after: Measurements
+    divergence: Divergences
     answers: list[tuple[Answer, Answer]]
     seconds: dict[str, float]
 
@@ -148,14 +149,18 @@ def _run(
     _train(trainer, folder, clock)
 
     after, answers_after = _measure(recipe, base, model, measured_on, clock, "measuring the tuned model")
-    folder.append_metrics({"stage": "after", **asdict(after)})
+    with clock.stage("comparing it with the base", len(measured_on.proxy_start) + len(measured_on.proxy_crops)) as done:
+        divergence = compare(model, measured_on, done)
+    folder.append_metrics({"stage": "after", **asdict(after), "divergence": asdict(divergence)})
 
-    result = RunResult(folder.path, before, after, list(zip(answers_before, answers_after, strict=True)), clock.seconds)
+    answers = list(zip(answers_before, answers_after, strict=True))
+    result = RunResult(folder.path, before, after, divergence, answers, clock.seconds)
     _save(recipe, base, model, folder, result)
     manifest |= {
         "status": "complete",
         "before": asdict(before),
         "after": asdict(after),
+        "divergence": asdict(divergence),
         "forgetting": result.forgetting,
         "seconds": result.seconds,
     }
@@ -264,7 +269,7 @@ def _train(trainer: GatedTrainer, folder: RunFolder, clock: _Clock) -> None:
 def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder, result: RunResult) -> None:
     save_adapter(model, base, folder.adapter)
     base.tokenizer.save_pretrained(folder.adapter)
-    write_card(folder.adapter / "README.md", recipe, base, result.before, result.after)
+    write_card(folder.adapter / "README.md", recipe, base, result.before, result.after, result.divergence)
     if result.answers:
         folder.write_answers(
             {"prompt": old.prompt, "reference": old.reference, "before": old.answer, "after": new.answer}

@@ -56,7 +56,7 @@ def command(
 
 
 def _print_result(result: RunResult, recipe: Recipe) -> None:
-    before, after = result.before, result.after
+    before, after, kept = result.before, result.after, result.divergence
     title = "gated QLoRA" if recipe.gate.enabled else "plain QLoRA"
     table = Table(title=f"What was learned, what was forgotten ({title})", title_justify="left")
     table.add_column("held-out text")
@@ -79,9 +79,9 @@ def _print_result(result: RunResult, recipe: Recipe) -> None:
     if before.exact_match is not None and after.exact_match is not None:
         add("task: exact answers", before.exact_match, after.exact_match, ".1%", False)
     table.add_section()
-    add("model's own text: KL from the base", 0.0, after.kl_start.kl_nats_per_token, ".4f", True)
-    add("  the same, cut from the middle", 0.0, after.kl_crops.kl_nats_per_token, ".4f", True)
-    add("  same most likely token", 1.0, after.kl_start.top1_agreement, ".1%", False)
+    add("model's own text: KL from the base", 0.0, kept.start.kl_nats_per_token, ".4f", True)
+    add("  the same, cut from the middle", 0.0, kept.crops.kl_nats_per_token, ".4f", True)
+    add("  same most likely token", 1.0, kept.start.top1_agreement, ".1%", False)
     add("general text: loss (forgetting)", before.general_loss, after.general_loss, ".4f", True)
     out.print(table)
     for old, new in result.answers[:1]:

@@ -7,7 +7,7 @@
 Inside the joint basis P₀ (d, m) the problem is m x m. Outside it both covariances are even, so one quotient and one
 value serve the whole complement, and P = s_c I + P₀ M P₀ᵀ with a small M: two thin products a step.
 
-Source: FoLoRA (arXiv 2606.00132) section 3 for quotient and gate; shared design, section 2, for the sketched form.
+Source: FoLoRA (arXiv 2606.00132) section 3 for quotient and gate; docs/method.md, section 6, for the sketched form.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class SpectralGate:
         Raises:
             ValueError: A holds a NaN or an infinity.
 
-        Source: shared design, section 2, "Where the gated step acts", place 3.
+        Source: docs/method.md, section 4, place 3.
         """
         a = a.detach()
         if not bool(torch.isfinite(a).all()):

@@ -34,7 +34,7 @@ class GatedOptimizer(Optimizer):
         gate_a, gate_b: which factor's steps are gated.
         refresh_every: steps between two solutions of the r x r problem, which ages as A moves.
 
-    Source: shared design, section 2 ("Gated step").
+    Source: docs/method.md, section 4.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class SpectralAdamW(Optimizer):
         others: parameters without a gate.
         complement: what happens to A's step outside the basis, as above.
 
-    Source: FoLoRA, arXiv 2606.00132, section 3 (SAdam) and Appendix B.3; shared methods 7, step 7.
+    Source: FoLoRA, arXiv 2606.00132, section 3 (SAdam) and Appendix B.3; docs/method.md, section 5.
     """
 
     def __init__(

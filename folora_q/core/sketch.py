@@ -33,7 +33,7 @@ class CovarianceSketch:
         dtype: of the sums. Inputs of any floating type are converted; float32 resolves eigenvalues down to about
             1e-7 of the largest, which matters where a few channels are 10³ times the others.
 
-    Source: Tropp et al. 2017, arXiv 1706.05736; shared design, section 2.
+    Source: Tropp et al. 2017, arXiv 1706.05736; docs/method.md, section 6.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class CovarianceSketch:
 class ProjectedCovariance:
     """The exact S = P₀ᵀΣP₀ (m, m) of streaming activations in a given orthonormal basis P₀ (d, m): the second pass.
 
-    It makes every reported quotient the true quotient of its direction (Rayleigh-Ritz; shared design, section 2).
+    It makes every reported quotient the true quotient of its direction (Rayleigh-Ritz; docs/method.md, section 6).
     """
 
     def __init__(self, basis: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:

@@ -63,7 +63,7 @@ def joint_basis(penalty: LowRankCovariance, utility: LowRankCovariance) -> Tenso
     """P₀ = orth[Up, Ut], (d, m) float64 with m <= kp + kt.
 
     Up's directions come first and are always kept: without them the most protected directions would fall into the
-    complement and be treated as average ones (shared methods, 4.3).
+    complement and be treated as average ones.
     """
     up, ut = penalty.basis, utility.basis
     residual = ut - up @ (up.T @ ut)

@@ -36,7 +36,7 @@ class HeldOut:
     @property
     def units(self) -> int:
         """How many units `measure` reports in all."""
-        return sum(map(len, (self.examples, self.task, self.proxy_start, self.proxy_crops, self.general)))
+        return sum(map(len, (self.examples, self.task, self.general)))
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,20 @@ class Measurements:
     Attributes:
         task_loss: nats per trained token of the held-out rows.
         exact_match: share of right answers to the held-out prompts, or None.
-        kl_start, kl_crops: KL(base ‖ tuned) on held-out proxy text from its start, and cut from its middle.
         general_loss: nats per token of general text; after - before is PEFT's `forgetting`.
     """
 
     task_loss: float
     exact_match: float | None
-    kl_start: Divergence
-    kl_crops: Divergence
     general_loss: float
+
+
+@dataclass(frozen=True)
+class Divergences:
+    """Tuned model against base on the base's own held-out text: from its start, and cut from its middle."""
+
+    start: Divergence
+    crops: Divergence
 
 
 def measure(
@@ -64,7 +69,7 @@ def measure(
     section: EvaluationSection,
     on_progress: Callable[[int], None] = lambda units: None,
 ) -> tuple[Measurements, list[Answer]]:
-    """Measure the model with its adapter on; the base, where it is compared with, is the same model with it off."""
+    """Measure the model as it is, with its adapter on."""
     model.eval()
     base = model.get_base_model()
     answers = (
@@ -75,8 +80,12 @@ def measure(
     measurements = Measurements(
         task_loss=mean_loss(base, on.task, on_progress),
         exact_match=exact_match(answers) if answers else None,
-        kl_start=divergence(model, on.proxy_start, on_progress),
-        kl_crops=divergence(model, on.proxy_crops, on_progress),
         general_loss=mean_loss(base, on.general, on_progress),
     )
     return measurements, answers
+
+
+def compare(model: PeftModel, on: HeldOut, on_progress: Callable[[int], None] = lambda batches: None) -> Divergences:
+    """Compare the model with its adapter on against itself with it off; one unit of progress a batch."""
+    model.eval()
+    return Divergences(divergence(model, on.proxy_start, on_progress), divergence(model, on.proxy_crops, on_progress))

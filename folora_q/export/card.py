@@ -7,13 +7,20 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from folora_q import __version__
-from folora_q.evaluation.measure import Measurements
+from folora_q.evaluation.measure import Divergences, Measurements
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.recipe.schema import Recipe
 
 
-def write_card(path: Path, recipe: Recipe, base: LoadedModel, before: Measurements, after: Measurements) -> None:
+def write_card(
+    path: Path,
+    recipe: Recipe,
+    base: LoadedModel,
+    before: Measurements,
+    after: Measurements,
+    divergence: Divergences,
+) -> None:
     """A card in place of PEFT's, whose body is placeholders."""
     is_hub_id = not Path(base.name).exists()
     head = ModelCardData(
@@ -22,10 +29,10 @@ def write_card(path: Path, recipe: Recipe, base: LoadedModel, before: Measuremen
         pipeline_tag="text-generation",
         tags=["lora", "qlora", "folora-q", *([f"base_model:adapter:{base.name}"] if is_hub_id else [])],
     )
-    atomic_write(path, f"---\n{head.to_yaml()}\n---\n{_body(recipe, base, before, after)}")
+    atomic_write(path, f"---\n{head.to_yaml()}\n---\n{_body(recipe, base, before, after, divergence)}")
 
 
-def _body(recipe: Recipe, base: LoadedModel, before: Measurements, after: Measurements) -> str:
+def _body(recipe: Recipe, base: LoadedModel, before: Measurements, after: Measurements, divergence: Divergences) -> str:
     gate = recipe.gate
     method = (
         f"gated ({gate.rule} rule at {', '.join(gate.places)}; λ = {gate.gate_lambda:g}, floor {gate.floor:g},"
@@ -54,8 +61,8 @@ Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.b
 | | base | tuned |
 |---|---|---|
 | task loss, nats per token | {before.task_loss:.4f} | {after.task_loss:.4f} |
-{accuracy}| KL from the base on its own text, from the start | 0 | {after.kl_start.kl_nats_per_token:.4f} |
-| KL from the base on its own text, cut from the middle | 0 | {after.kl_crops.kl_nats_per_token:.4f} |
+{accuracy}| KL from the base on its own text, from the start | 0 | {divergence.start.kl_nats_per_token:.4f} |
+| KL from the base on its own text, cut from the middle | 0 | {divergence.crops.kl_nats_per_token:.4f} |
 | loss on general text | {before.general_loss:.4f} | {after.general_loss:.4f} |
 
 The text of the base model was sampled from it and held out from training. Loss and KL are in nats per token.

@@ -1,7 +1,7 @@
 """The ways in which sampled text is shown to the model: from its start, and cut from the middle.
 
 At the first position a model keeps a massive activation, which carries most of a covariance's trace and most of a KL
-divergence. Text without the real start shows what the rest needs (shared design, section 2's table).
+divergence. Text without the real start shows what the rest needs (docs/method.md, section 7).
 """
 
 from __future__ import annotations
