@@ -102,7 +102,7 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
         (MINIMAL + "  learning_rate: 0\n", "`training.learning_rate`: input should be greater than 0"),
         (MINIMAL + "gate:\n  rule: spectral\n", "rule spectral leaves B to AdamW"),
         (MINIMAL + "gate: {rule: spectral, places: [a_start]}\n", "rule spectral needs a_step"),
-        (MINIMAL + "  optim: sgd\ngate: {rule: spectral, places: [a_step]}\n", "leave training.optim at adamw_torch"),
+        (MINIMAL + "  optim: sgd\ngate: {rule: spectral, places: [a_step]}\n", "training.optim: adamw_torch, not"),
     ],
 )
 def test_bad_recipes_are_refused_with_a_sentence(write, text: str, message: str) -> None:
