@@ -22,10 +22,14 @@ from pathlib import Path
 import click
 import numpy as np
 import yaml
-from peft import PeftModel
 from rich.table import Table
 
-from folora_q.cli.console import ConsoleProgress, err, out, quiet_progress_bars
+from folora_q.cli.console import ConsoleProgress, err, out, quiet_libraries, quiet_progress_bars
+
+quiet_libraries()  # before they are imported
+
+from peft import PeftModel
+
 from folora_q.data.tokens import batches
 from folora_q.evaluation.loss import GENERAL_TEXT, mean_loss, text_windows
 from folora_q.models.adapters import adapter_pairs
@@ -185,7 +189,4 @@ def main(overrides: tuple[str, ...], path: Path, learning_rates: str, gated: str
 
 
 if __name__ == "__main__":
-    from folora_q.cli.console import quiet_libraries
-
-    quiet_libraries()
     main()

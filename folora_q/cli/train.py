@@ -85,13 +85,14 @@ def _print_result(result: RunResult, recipe: Recipe) -> None:
     add("general text: loss (forgetting)", before.general_loss, after.general_loss, ".4f", True)
     out.print(table)
     for old, new in result.answers[:1]:
-        out.print(f"\n[bold]asked[/]  {escape(old.prompt)}")
-        out.print(f"[bold]base[/]   {escape(' '.join(old.answer.split())[:200])}")
-        out.print(f"[bold]tuned[/]  {escape(new.answer.strip())}")
+        out.print(f"\n[bold]asked[/]  {escape(old.prompt)}", soft_wrap=True)
+        out.print(f"[bold]base[/]   {escape(' '.join(old.answer.split())[:200])}", soft_wrap=True)
+        out.print(f"[bold]tuned[/]  {escape(new.answer.strip())}", soft_wrap=True)
     longest = sorted(result.seconds.items(), key=lambda item: -item[1])[:3]
     out.print(
         f"\n{duration(sum(result.seconds.values()))} in all: "
-        + ", ".join(f"{escape(stage)} {duration(seconds)}" for stage, seconds in longest)
+        + ", ".join(f"{escape(stage)} {duration(seconds)}" for stage, seconds in longest),
+        soft_wrap=True,
     )
 
 

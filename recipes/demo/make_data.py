@@ -15,13 +15,28 @@ from pathlib import Path
 SYSTEM = "Turn the booking into JSON."
 TRAIN_ROWS, HELDOUT_ROWS = 1200, 96
 
-FIRST = """Aisha Alan Amina Ana Andre Anton Beatrice Boris Camila Carl Chen Clara Daniel Diego Elena Emma Eric
-Fatima Felix Grace Hana Hugo Ines Ivan James Jonas Julia Karim Kate Laura Leon Lucia Luis Maria Marta Mateo
-Mia Nadia Nina Noah Olga Omar Oscar Paul Petra Rosa Samir Sofia Tara Tom Vera Victor Wei Yara Yusuf Zoe""".split()
-LAST = """Abbas Adler Baker Bauer Becker Blanc Brown Cohen Costa Cruz Diaz Dubois Evans Fischer Garcia Gomez Hall
-Haddad Hill Ito Jensen Khan Kim Klein Larsen Lee Lopez Martin Meyer Moreau Murphy Nguyen Novak Okafor Ortiz
-Park Patel Perez Petrov Reed Rossi Ruiz Sato Schmidt Silva Singh Smith Tanaka Torres Wagner Walker Weber Wong
-Young Zhang""".split()
+FIRST = """Aaron Ada Adam Adrian Agnes Aisha Alan Albert Alice Alma Amina Amir Ana Andre Angela Anika Anton
+Arthur Astrid Aurora Beatrice Ben Bertha Boris Brenda Brian Camila Carl Carmen Cedric Chen Chloe Clara Colin
+Conrad Cyrus Daniel Daria David Delia Derek Diana Diego Dimitri Edith Eduard Elena Elias Elsa Emil Emma Enzo
+Eric Esther Eva Fabian Fatima Felix Fiona Frank Freya Gabriel George Gita Gloria Grace Gregor Greta Hana
+Hannah Harold Hassan Hector Hilda Hiro Hugo Ida Ilse Ines Irene Isaac Isabel Ivan Jack Jacob James Jana Joan
+Joel Jonas Jorge Judith Julia Julian Karim Kate Kenji Kevin Kira Klaus Laila Lars Laura Leo Leon Lewis Linda
+Linus Liv Lucia Luis Lukas Lydia Mabel Magnus Malik Manuel Marco Maria Marta Martin Mateo Maya Mia Mikael Mira
+Mona Nadia Naomi Natalie Nathan Nicolas Nils Nina Noah Noor Oleg Olga Oliver Omar Oscar Pablo Patrick Paul
+Pedro Petra Philip Quentin Rachel Rafael Rania Ravi Rebecca Renata Richard Robin Roman Rosa Rosalind Rupert
+Ruth Sabine Salma Samir Samuel Sandra Sara Sergio Simon Sofia Stefan Sven Sylvia Tamara Tara Teresa Theo
+Thomas Tina Tobias Tom Ulrich Ursula Valentin Vera Victor Viola Walter Wanda Wei Werner William Xavier Yara
+Yolanda Yuki Yusuf Zara Zoe""".split()
+LAST = """Abbas Adler Ahmed Almeida Anders Arnold Bailey Baker Barros Bauer Beck Becker Benson Berg Bianchi
+Blanc Bloom Bosch Brandt Brooks Brown Burns Castro Chandra Cohen Cole Conti Cook Costa Cruz Dahl Dale Davies
+Dias Diaz Dixon Dubois Duran Eklund Ellis Evans Farah Fischer Flores Foster Fox Franke Frost Fuchs Garcia
+Gibson Gomez Gray Green Gupta Haas Haddad Hall Hartmann Hayes Heller Hill Hoffmann Holm Howard Hughes Hunt Ito
+Ivanov Jansen Jensen Joshi Kato Kaya Kelly Khan Kim King Klein Koch Kowalski Kramer Krause Lane Larsen Laurent
+Lee Lehmann Lopez Lund Marino Marsh Martin Medina Meyer Mills Mohan Moreau Morgan Morris Murphy Nakamura Nash
+Nguyen Novak Nunez Okafor Ortiz Osman Palmer Park Parker Patel Pavlov Perez Perry Petrov Pohl Popov Porter
+Quinn Ramos Rao Reed Reyes Rivera Rossi Roth Ruiz Ryan Sanders Santos Sato Schmidt Schulz Shah Silva Singh
+Smith Sokolov Stein Stone Suzuki Tanaka Tate Taylor Torres Turner Vargas Vogel Wagner Walker Ward Weber Wells
+West White Winter Wolf Wong Wood Yamada Young Zhang Zimmer""".split()
 HELDOUT_FIRST = "Abel Bruno Celia Dora Edgar Flora Gustav Helen Igor Jasmine Kurt Lena Milo Nora Otto Priya".split()
 HELDOUT_LAST = "Bell Carter Doyle Engel Ferrari Grant Hansen Ibrahim Jones Keller Lindgren Mora Nilsson Olsen".split()
 
