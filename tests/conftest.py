@@ -30,8 +30,8 @@ def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: 
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [("t", "h")]))
+    vocabulary = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "in"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [("t", "h"), ("i", "n")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -180,7 +180,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "i n"])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_chat_template(tokenizer.chat_template)
