@@ -95,10 +95,10 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
         RunFailed: the run could not go on.
     """
     train, heldout = _read_data(recipe)
-    folder = open_run_folder(Path(recipe.training.output_dir), overwrite)
     manifest = new_manifest(recipe)
-    atomic_write(folder.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    folder = open_run_folder(Path(recipe.training.output_dir), overwrite)
     folder.write_manifest(manifest)
+    atomic_write(folder.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     clock = _Clock(progress)
     try:
         result = _run(recipe, folder, train, heldout, manifest, clock)

@@ -1,0 +1,97 @@
+"""The run folder: the names of its files, who may write there, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from folora_q.errors import UserError
+from folora_q.files import atomic_write
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds one run and nothing else of ours."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """Status, versions, seeds, fingerprints and results; a folder with this file is a run."""
+        return self.path / "run.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe with its defaults and overrides, which does the same again."""
+        return self.path / "recipe.resolved.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, in the order of time."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def proxy(self) -> Path:
+        """The text sampled from the base model."""
+        return self.path / "proxy.jsonl"
+
+    @property
+    def gates(self) -> Path:
+        """The gates of the adapted layers."""
+        return self.path / "gates.safetensors"
+
+    @property
+    def answers(self) -> Path:
+        """Held-out answers before and after training."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter, as PEFT loads it."""
+        return self.path / "adapter"
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace run.json."""
+        atomic_write(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def write_answers(self, answers: Iterable[dict[str, Any]]) -> None:
+        """Write answers.jsonl."""
+        atomic_write(self.answers, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+
+    def clear(self) -> None:
+        """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        for file in (self.recipe, self.metrics, self.proxy, self.gates, self.answers, self.manifest):
+            file.unlink(missing_ok=True)
+
+
+def open_run_folder(path: Path, overwrite: bool) -> RunFolder:
+    """An empty folder for a new run.
+
+    Args:
+        overwrite: remove the run that is there already. Files that are no part of a run are never removed.
+
+    Raises:
+        UserError: something else is there, or a run and not `overwrite`, or the folder cannot be made.
+    """
+    folder = RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if folder.manifest.exists():
+            if not overwrite:
+                raise UserError(f"{path} holds a run already", "add --overwrite, or name another training.output_dir")
+            folder.clear()
+        elif any(not file.name.startswith(".") for file in path.iterdir()):
+            raise UserError(f"{path} holds files that are no run", "name another training.output_dir")
+    except OSError as error:
+        raise UserError(f"cannot use {path} as the run folder: {error.strerror}", "see training.output_dir") from error
+    return folder

@@ -1,0 +1,38 @@
+"""What it takes to know, later, where a run's numbers came from."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from folora_q.errors import UserError
+from folora_q.files import sha256
+from folora_q.recipe.schema import Recipe
+
+PACKAGES = ("folora-q", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+
+
+def new_manifest(recipe: Recipe) -> dict[str, Any]:
+    """The content of run.json when a run begins: its status, time, seeds, versions and the SHA-256 of its data.
+
+    Raises:
+        UserError: a file that the recipe names cannot be read.
+    """
+    named = (recipe.data.train_file, recipe.data.eval_file, recipe.evaluation.general_text)
+    return {
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seeds": {"training": recipe.training.seed, "proxy": recipe.proxy.seed},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "data_sha256": {name: _checksum(name) for name in named if name is not None},
+    }
+
+
+def _checksum(name: str) -> str:
+    try:
+        return sha256(Path(name))
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
