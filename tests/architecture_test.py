@@ -89,3 +89,13 @@ def test_no_heavy_import_before_it_is_needed(statement: str) -> None:
     code = f"{statement}\nimport sys\nfound = set('{heavy}'.split()) & set(sys.modules)\nassert not found, found"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE.parent)
     assert done.returncode == 0, done.stderr
+
+
+def test_git_ignores_no_source_file() -> None:
+    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--", "*.py", "*.yaml", "*.jsonl"]
+    done = subprocess.run(
+        [*command, ":!.venv", ":!runs"], capture_output=True, text=True, cwd=HOUSE.parent, check=False
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    assert done.stdout == ""
