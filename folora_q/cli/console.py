@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,9 +47,11 @@ def quiet_progress_bars() -> None:
     """Turn off the libraries' own bars, once they are imported: ours shows every stage."""
     import datasets
     import transformers
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    gguf_reader.tqdm = partial(gguf_reader.tqdm, disable=True)  # the one bar without a switch
 
 
 class ConsoleProgress:

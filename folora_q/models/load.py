@@ -70,6 +70,10 @@ def load_model(section: ModelSection, hardware: Hardware) -> LoadedModel:
     quantized = guard_cpu_kernels(model)
     if quantized == 0:
         raise RunFailed(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
+    if hardware.device.type == "cpu":
+        # Before its first word `generate` cuts the last position out of the prompts' states. On that strided view a CPU
+        # multiplies batch by batch, and copies the head once for every sequence: gigabytes, and seconds.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     model.requires_grad_(False)
     model.eval()
     revision = getattr(model.config, "_commit_hash", None)
