@@ -167,9 +167,7 @@ def tables(outcomes: Sequence[Outcome]) -> list[Table]:
 @click.argument("overrides", nargs=-1)
 @click.option("--recipe", "path", type=click.Path(path_type=Path), default=Path("recipes/demo.yaml"))
 @click.option("--learning-rates", default=",".join(PLAIN_LEARNING_RATES), help="Of the plain runs.")
-@click.option(
-    "--gated", default=MORE_GATED, help="More gated runs, as gate_lambda:learning_rate, separated by commas."
-)
+@click.option("--gated", default=MORE_GATED, help="More gated runs, as gate_lambda:learning_rate, separated by commas.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/gate_vs_lora"))
 def main(overrides: tuple[str, ...], path: Path, learning_rates: str, gated: str, output: Path) -> None:
     settings: dict[str, list[str]] = {"gated, as the recipe": []}
@@ -188,6 +186,7 @@ def main(overrides: tuple[str, ...], path: Path, learning_rates: str, gated: str
         err.print(f"\n[bold]{name}[/]")
         run_once(recipe)
     outcomes = measure(recipes, real_texts(output / "texts"))
+    out.width = max(out.width, 140)  # the tables are wide; a file has room
     for table in tables(outcomes):
         out.print(table)
 
