@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +53,9 @@ def command(
     if not settings["debug"]:
         quiet_progress_bars()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is marked in the run folder like Ctrl-C
-    _print_result(run_training(loaded, progress, overwrite), loaded)
-    _print_next(recipe, loaded)
+    result = run_training(loaded, progress, overwrite)
+    _print_result(result, loaded)
+    _print_next(recipe, overrides, loaded, has_answers=bool(result.answers))
 
 
 def _print_result(result: RunResult, recipe: Recipe) -> None:
@@ -96,22 +99,21 @@ def _print_result(result: RunResult, recipe: Recipe) -> None:
     )
 
 
-def _print_next(path: Path, recipe: Recipe) -> None:
+def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, has_answers: bool) -> None:
     """What to type next, in a form that works in the same shell."""
     program = "folora-q" if shutil.which("folora-q") else sys.argv[0]
     if program.endswith(".py"):
         program = f"{sys.executable} {program}"
     folder = Path(recipe.training.output_dir)
-    steps = [
-        (f"less {folder}/proxy.jsonl", "the text that the model wrote, which it should go on handling"),
-        (f"less {folder}/answers.jsonl", "every held-out answer, before and after"),
-        (f"less {folder}/adapter/README.md", "the model card, with the lines that load the adapter"),
-    ]
+    steps = [(f"less {folder}/proxy.jsonl", "the text that the model wrote, which it should go on handling")]
+    if has_answers:
+        steps.append((f"less {folder}/answers.jsonl", "every held-out answer, before and after"))
+    steps.append((f"less {folder}/adapter/README.md", "the model card, with the lines that load the adapter"))
     if recipe.gate.enabled:
-        plain = (
-            f"{path} gate.enabled=false training.learning_rate={PLAIN_LEARNING_RATE} training.output_dir={folder}-plain"
-        )
-        steps.append((f"{program} train {plain}", "plain QLoRA, to compare"))
+        plain = ["gate.enabled=false", f"training.learning_rate={PLAIN_LEARNING_RATE}"]
+        plain.append(f"training.output_dir={folder}-plain")
+        line = shlex.join(["train", str(path), *overrides, *plain])
+        steps.append((f"{program} {line}", "plain QLoRA, to compare"))
     out.print(f"\n[bold]Next[/]  (the adapter is in [cyan]{escape(str(folder / 'adapter'))}[/])")
     for line, purpose in steps:
         out.print(f"  [dim]# {escape(purpose)}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)

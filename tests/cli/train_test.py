@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,6 +32,11 @@ def run(*arguments: object) -> int:
 
 def manifest(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text("utf-8"))
+
+
+def named_files(text: str) -> list[str]:
+    """What the last lines of a run tell the user to read."""
+    return [line.split()[1] for line in text.splitlines() if line.lstrip().startswith("less ")]
 
 
 def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: Path, capfd) -> None:
@@ -67,6 +73,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert "gated (step rule at a_start, a_step, b_step; λ = 16" in card
 
     text, talk = capfd.readouterr()
+    assert [Path(line).exists() for line in named_files(text)] == [True] * 3
     assert "What was learned, what was forgotten (gated QLoRA)" in text
     assert f"{saved['after']['task_loss']:.3f}" in text
     assert "✓ training" in talk
@@ -76,6 +83,18 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
 
     resolved = load_recipe(folder / "recipe.resolved.yaml")
     assert resolved.model_dump() == load_recipe(recipe_file).model_dump()
+
+
+def test_what_to_type_next_exists_and_keeps_the_overrides(recipe_file: Path, tmp_path: Path, capfd) -> None:
+    changes = ["evaluation.metric=none", "training.max_steps=1", "gate.places=[a_start, a_step]"]
+    assert run("train", recipe_file, *changes) == 0
+    text = capfd.readouterr().out
+    assert [Path(line).exists() for line in named_files(text)] == [True] * 2
+    [line] = [line for line in text.splitlines() if "gate.enabled=false" in line]
+    plain = shlex.split(line)
+    assert run(*plain[plain.index("train") :]) == 0
+    resolved = load_recipe(tmp_path / "run-plain" / "recipe.resolved.yaml")
+    assert (resolved.gate.enabled, resolved.training.max_steps) == (False, 1)
 
 
 def test_plain_peft_loads_the_adapter_and_gets_the_measured_loss(recipe_file: Path, tmp_path: Path) -> None:
@@ -220,6 +239,13 @@ def test_a_model_without_bos_and_template_trains_on_prompt_and_completion(tmp_pa
     assert run("train", recipe_file, *changes) == 0
     answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
     assert [answer["reference"] for answer in answers] == ["10", "11", "12"]
+
+
+def test_outside_the_environment_the_script_says_what_to_do() -> None:
+    script = Path(__file__).parents[2] / "cli.py"
+    done = subprocess.run([sys.executable, "-S", script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not installed" in done.stderr and "make setup" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
