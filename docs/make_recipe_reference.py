@@ -10,12 +10,18 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from folora_q.recipe import Recipe
+from folora_q.recipe.dataset import DataSection, Source
 
 TARGET = Path(__file__).with_name("recipe.md")
 HEAD = """# The recipe, key by key
 
 A recipe is a YAML file of the sections below; an unknown key is an error. Any value can be overridden on the command
-line: `folora-q train recipe.yaml training.learning_rate=2e-4`. `--dry-run` prints the recipe with everything filled in.
+line: `folora-q train recipe.yaml training.learning_rate=2e-4`, or `learning_rate=2e-4` where only one section has the
+key, or `--set learning_rate=2e-4`. `--dry-run` prints the recipe with everything filled in, `folora-q schema` the JSON
+schema from which editors complete. YAML is read as version 1.2: `2e-5` is a number, `on` and `no` are words, and a key
+that stands twice is an error.
+
+[data.md](data.md) shows the shapes of rows; [coming-from.md](coming-from.md) has other tools' words for these.
 
 Made from `folora_q/recipe/schema.py` by `docs/make_recipe_reference.py`; do not edit.
 """
@@ -28,6 +34,9 @@ def reference() -> str:
         model = section.annotation
         parts.append(f"\n## `{name}`\n\n{model.__doc__}\n\n| key | type | default | |\n|---|---|---|---|\n")
         parts += [_row(key, field) for key, field in model.model_fields.items()]
+        if model is DataSection:
+            parts.append(f"\n### A source\n\n{Source.__doc__}\n\n| key | type | default | |\n|---|---|---|---|\n")
+            parts += [_row(key, field) for key, field in Source.model_fields.items()]
     return "".join(parts)
 
 
@@ -47,7 +56,11 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(argument) for argument in arguments if argument is not types.NoneType)
     if origin is list:
         return f"list of {_type(arguments[0])}"
-    return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
+    if origin is dict:
+        return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
+    return {Source: "[source](#a-source)", int: "integer", float: "number", str: "text", bool: "true or false"}[
+        annotation
+    ]
 
 
 def _yaml(value: Any) -> str:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from peft import PeftModel
 
-from folora_q.data.formats import Example, to_examples
-from folora_q.data.sources import read_jsonl
+from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
+from folora_q.data.read import TaskData
+from folora_q.data.sources import source_files
+from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
-from folora_q.errors import UserError
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
 from folora_q.evaluation.measure import Divergences, HeldOut, Measurements, compare, measure
 from folora_q.evaluation.task import Answer
@@ -24,7 +23,9 @@ from folora_q.export.card import write_card
 from folora_q.files import atomic_write
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, choose_hardware
-from folora_q.models.load import LoadedModel, load_model
+from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
+from folora_q.models.tokenizer import load_tokenizer
+from folora_q.progress import Clock, Progress
 from folora_q.proxy.cache import cache_path, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample, sample_proxy
 from folora_q.proxy.windows import crops, whole
@@ -34,22 +35,11 @@ from folora_q.runs.manifest import new_manifest
 from folora_q.statistics.collect import build_gates, statistics_passes
 from folora_q.statistics.store import save_gates
 from folora_q.training.callbacks import Reporting
+from folora_q.training.packing import check_packing
 from folora_q.training.trainer import GatedTrainer, build_trainer
 
 # The general text is read in windows of so many tokens, or fewer if training is shorter.
 GENERAL_WINDOW = 256
-
-
-class Progress(Protocol):
-    """How a run tells whoever started it what it is doing."""
-
-    def stage(self, title: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
-        """A stage of `total` units; the value is called with units done. Only a normal exit is success."""
-        ...
-
-    def note(self, text: str) -> None:
-        """One fact worth a line, such as a choice and its reason."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -69,21 +59,6 @@ class RunResult:
         return self.after.general_loss - self.before.general_loss
 
 
-@dataclass
-class _Clock:
-    """Wall time by stage."""
-
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        began = time.perf_counter()
-        with self.progress.stage(title, total) as advance:
-            yield advance
-        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - began
-
-
 def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) -> RunResult:
     """Do everything that a recipe says.
 
@@ -94,14 +69,15 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
         UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
         RunFailed: the run could not go on.
     """
-    train, heldout = _read_data(recipe)
-    manifest = new_manifest(recipe)
+    clock = Clock(progress)
+    task = read_task(recipe, clock)
+    sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
+    manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
     folder = open_run_folder(Path(recipe.training.output_dir), overwrite)
     folder.write_manifest(manifest)
     atomic_write(folder.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    clock = _Clock(progress)
     try:
-        result = _run(recipe, folder, train, heldout, manifest, clock)
+        result = _run(recipe, folder, task, manifest, clock)
     except BaseException as error:
         manifest["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         manifest["error"] = str(error)
@@ -113,18 +89,23 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
 def _run(
     recipe: Recipe,
     folder: RunFolder,
-    train: list[Example],
-    heldout: list[Example],
+    task: TaskData,
     manifest: dict[str, Any],
-    clock: _Clock,
+    clock: Clock,
 ) -> RunResult:
-    progress = clock.progress
+    if recipe.training.packing:
+        require_packable(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
+    data = tokenize_task(recipe, task, tokenizer, clock)
+    _write_skipped(folder, task, data)
     hardware = choose_hardware(recipe.model.dtype)
-    progress.note(f"computing in {str(hardware.dtype).removeprefix('torch.')} on {hardware.reason}")
+    clock.note(f"computing in {str(hardware.dtype).removeprefix('torch.')} on {hardware.reason}")
 
     with clock.stage("loading the model in 4 bits", None):
-        base = load_model(recipe.model, hardware)
-    progress.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
+        base = load_model(recipe.model, hardware, tokenizer)
+    if data.end_of_turn is not None:
+        stop_at(base, data.end_of_turn)
+    clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
     manifest |= {
         "hardware": hardware.reason,
         "model": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
@@ -133,18 +114,20 @@ def _run(
     proxy, proxy_heldout = _proxy_text(recipe, base, hardware, folder, clock)
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
-    with clock.stage("tokenizing", None):
-        trainer = build_trainer(
-            model, base.tokenizer, train, heldout, recipe.training, recipe.gate, hardware, folder.path
-        )
-    progress.note(f"{len(trainer.train_dataset)} training rows, {len(trainer.eval_dataset)} held out")
-    measured_on = _held_out(recipe, base, trainer, heldout, proxy_heldout)
+    if recipe.training.packing:
+        check_packing(model, *data.train.sequences[:2]["input_ids"])
+    trainer = build_trainer(
+        model, tokenizer, data.train.sequences, data.heldout.sequences, recipe, hardware, folder.path
+    )
+    if recipe.training.packing:
+        clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
+    measured_on = _held_out(recipe, base, task, data.heldout, proxy_heldout)
 
     before, answers_before = _measure(recipe, base, model, measured_on, clock, "measuring the base model")
     folder.append_metrics({"stage": "before", **asdict(before)})
 
     if recipe.gate.enabled:
-        _gate(recipe, base, model, trainer, proxy, folder, clock)
+        _gate(recipe, base, model, trainer, data.train, proxy, folder, clock)
 
     _train(trainer, folder, clock)
 
@@ -168,27 +151,21 @@ def _run(
     return result
 
 
-def _read_data(recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; without an eval_file the last rows of the training file are held out."""
-    data = recipe.data
-    train_path = Path(data.train_file)
-    rows = read_jsonl(train_path, data.max_train_samples)
-    if data.eval_file is not None:
-        heldout = to_examples(read_jsonl(Path(data.eval_file), data.max_eval_samples), Path(data.eval_file))
-        return to_examples(rows, train_path), heldout
-    count = max(1, round(len(rows) * data.eval_size))
-    if count >= len(rows):
-        raise UserError(f"{train_path} has {len(rows)} rows: too few to hold any out", "name a data.eval_file")
-    heldout = to_examples(rows[-count:][: data.max_eval_samples], train_path)
-    return to_examples(rows[:-count], train_path), heldout
+def _write_skipped(folder: RunFolder, task: TaskData, data: TaskTokens) -> None:
+    skipped = [(error.where, error.reason) for error in task.skipped]
+    for examples, half in ((task.train, data.train), (task.heldout, data.heldout)):
+        skipped += [(examples[index].where, reason) for index, reason in half.counts.refused]
+    if skipped:
+        folder.write_lines(folder.skipped, ({"where": where, "error": reason} for where, reason in skipped))
 
 
 def _proxy_text(
-    recipe: Recipe, base: LoadedModel, hardware: Hardware, folder: RunFolder, clock: _Clock
+    recipe: Recipe, base: LoadedModel, hardware: Hardware, folder: RunFolder, clock: Clock
 ) -> tuple[list[ProxySample], list[ProxySample]]:
     """Sampled text from the cache or from the model, and its held-out tail."""
     section = recipe.proxy
-    path = cache_path(base.fingerprint, str(hardware.dtype), section)
+    template = base.tokenizer.chat_template if section.source != "bos" else None
+    path = cache_path(base.fingerprint, str(hardware.dtype), template, section)
     samples = read_samples(path)
     if samples is None:
         with clock.stage(
@@ -196,26 +173,22 @@ def _proxy_text(
         ) as done:
             samples = sample_proxy(base.model, base.tokenizer, section, done)
         write_samples(path, samples, base.tokenizer)
-        clock.progress.note(f"sampled text kept in {path}")
+        clock.note(f"sampled text kept in {path}")
     else:
-        clock.progress.note(f"sampled text taken from {path}")
+        clock.note(f"sampled text taken from {path}")
     write_samples(folder.proxy, samples, base.tokenizer)
     return samples[: section.num_samples], samples[section.num_samples :]
 
 
 def _held_out(
-    recipe: Recipe,
-    base: LoadedModel,
-    trainer: GatedTrainer,
-    heldout: list[Example],
-    proxy: Sequence[ProxySample],
+    recipe: Recipe, base: LoadedModel, task: TaskData, heldout: Tokenized, proxy: Sequence[ProxySample]
 ) -> HeldOut:
     size, device = recipe.evaluation.batch_size, base.model.device
     text = Path(recipe.evaluation.general_text) if recipe.evaluation.general_text else GENERAL_TEXT
     window = min(GENERAL_WINDOW, recipe.training.max_length)
-    labelled = trainer.eval_dataset
+    labelled = heldout.sequences
     return HeldOut(
-        examples=heldout if recipe.evaluation.metric == "exact_match" else [],
+        examples=task.heldout if recipe.evaluation.metric == "exact_match" else [],
         task=list(batches(labelled["input_ids"][:], size, device, labelled["labels"][:])),
         proxy_start=list(batches(whole(proxy), size, device)),
         proxy_crops=list(batches(crops(proxy, recipe.proxy.seed), size, device)),
@@ -224,7 +197,7 @@ def _held_out(
 
 
 def _measure(
-    recipe: Recipe, base: LoadedModel, model: PeftModel, on: HeldOut, clock: _Clock, title: str
+    recipe: Recipe, base: LoadedModel, model: PeftModel, on: HeldOut, clock: Clock, title: str
 ) -> tuple[Measurements, list[Answer]]:
     with clock.stage(title, on.units) as done:
         return measure(model, base.tokenizer, on, recipe.evaluation, done)
@@ -235,29 +208,30 @@ def _gate(
     base: LoadedModel,
     model: PeftModel,
     trainer: GatedTrainer,
+    task: Tokenized,
     proxy: Sequence[ProxySample],
     folder: RunFolder,
-    clock: _Clock,
+    clock: Clock,
 ) -> None:
     """Statistics of both texts, the gates from them, and A's gated start."""
     size, device = recipe.proxy.batch_size, base.model.device
-    rows = len(trainer.train_dataset)
+    rows = len(task.sequences)
     chosen = random.Random(recipe.training.seed).sample(range(rows), min(recipe.gate.num_task_samples, rows))
-    task_text = list(batches(trainer.train_dataset[chosen]["input_ids"], size, device))
+    task_text = list(batches(task.sequences[chosen]["input_ids"], size, device))
     # Another seed than the held-out crops': the same offsets would be no error, but need not be.
     proxy_text = list(batches(whole(proxy) + crops(proxy, recipe.proxy.seed + 1), size, device))
     total = statistics_passes(recipe.gate) * (len(task_text) + len(proxy_text))
     pairs = adapter_pairs(model)
     with clock.stage("statistics of both texts", total) as done:
         gates = build_gates(model, pairs, proxy_text, task_text, recipe.gate, done)
-    clock.progress.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
+    clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
     save_gates(folder.gates, gates)
     if "a_start" in recipe.gate.places:
         start_gated(pairs, gates)
     trainer.gates = gates
 
 
-def _train(trainer: GatedTrainer, folder: RunFolder, clock: _Clock) -> None:
+def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock) -> None:
     arguments = trainer.args
     per_epoch = len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps
     steps = arguments.max_steps if arguments.max_steps > 0 else max(1, round(per_epoch * arguments.num_train_epochs))
@@ -267,11 +241,15 @@ def _train(trainer: GatedTrainer, folder: RunFolder, clock: _Clock) -> None:
 
 
 def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder, result: RunResult) -> None:
-    save_adapter(model, base, folder.adapter)
+    save_adapter(model, base, recipe.export, folder.adapter)
     base.tokenizer.save_pretrained(folder.adapter)
+    base.model.generation_config.save_pretrained(folder.adapter)
     write_card(folder.adapter / "README.md", recipe, base, result.before, result.after, result.divergence)
     if result.answers:
-        folder.write_answers(
-            {"prompt": old.prompt, "reference": old.reference, "before": old.answer, "after": new.answer}
-            for old, new in result.answers
+        folder.write_lines(
+            folder.answers,
+            (
+                {"prompt": old.prompt, "reference": old.reference, "before": old.answer, "after": new.answer}
+                for old, new in result.answers
+            ),
         )

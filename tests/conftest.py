@@ -101,7 +101,7 @@ def recipe_file(tiny_folder: Path, tmp_path: Path) -> Path:
     recipe = {
         "model": {"model_name_or_path": str(tiny_folder), "dtype": "float32"},
         "adapter": {"r": 4},
-        "data": {"train_file": "train.jsonl", "eval_file": "heldout.jsonl"},
+        "data": {"train_dataset": "train.jsonl", "eval_dataset": "heldout.jsonl"},
         "proxy": {"source": "mixed", "num_samples": 4, "num_heldout_samples": 2, "max_new_tokens": 24},
         "gate": {"rank": 8, "oversampling": 4, "num_task_samples": 6, "refresh_every": 2},
         "training": {
@@ -110,8 +110,8 @@ def recipe_file(tiny_folder: Path, tmp_path: Path) -> Path:
             "max_steps": 5,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1,
-            "logging_steps": 2,
         },
+        "logging": {"logging_steps": 2},
         "evaluation": {"metric": "exact_match", "max_new_tokens": 8},
     }
     path = tmp_path / "recipe.yaml"

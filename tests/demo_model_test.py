@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel
 
 from folora_q.core import SpectralGate
-from folora_q.data.formats import to_examples
-from folora_q.data.sources import read_jsonl
+from folora_q.data.read import read_task_data
 from folora_q.data.tokens import Batch, batches, prompt_ids
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.demo import DEMO_MODEL
@@ -19,6 +18,7 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import LoadedModel, load_model
 from folora_q.proxy.sample import ProxySample, sample_proxy
 from folora_q.proxy.windows import crops, whole
+from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection, ProxySection
 from folora_q.statistics.collect import build_gates
 
@@ -53,7 +53,8 @@ def real() -> Real:
     samples = sample_proxy(base.model, base.tokenizer, section)
     names = [name.removeprefix("model.layers.") for name in (*ORDINARY, LOUDEST)]
     model = attach_adapter(base, AdapterSection(target_modules=names), seed=0)
-    rows = to_examples(read_jsonl(TRAIN, 12), TRAIN)
+    data = DataSection(train_dataset=str(TRAIN), max_train_samples=12)
+    rows = read_task_data(data, seed=0).train
     task = [prompt_ids(base.tokenizer, row) + base.tokenizer(row.reference)["input_ids"] for row in rows]
     (proxy_batch,) = batches(whole(samples) + crops(samples, seed=0), 64, CPU)
     (task_batch,) = batches(task, 64, CPU)

@@ -12,7 +12,14 @@ from folora_q.cli.console import print_error
 from folora_q.errors import FoloraError, RunFailed
 
 # Name of the command: its module in this folder. The command is the module's attribute `command`.
-COMMANDS = {"train": "train"}
+COMMANDS = {
+    "train": "train",
+    "init": "init",
+    "recipes": "recipes",
+    "validate": "validate",
+    "preview": "preview",
+    "schema": "schema",
+}
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -35,7 +42,7 @@ class LazyGroup(click.RichGroup):
 def group(ctx: click.Context, debug: bool) -> None:
     """Fine-tune a language model in 4 bits on one GPU, or a CPU, and see what it learned and what it forgot.
 
-    Start with `folora-q train recipes/demo.yaml`.
+    Start with `folora-q init` for your own data, or with `folora-q train recipes/demo.yaml`.
     """
     ctx.obj = {"debug": debug}
 

@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from folora_q.cli.console import ConsoleProgress, duration, out, quiet_libraries, quiet_progress_bars
-from folora_q.recipe import Recipe, load_recipe
+from folora_q.cli.options import recipe_arguments
+from folora_q.recipe import Recipe
 
 if TYPE_CHECKING:
     from folora_q.pipeline import RunResult
@@ -25,24 +26,27 @@ PLAIN_LEARNING_RATE = "2e-4"
 
 
 @click.command("train")
-@click.argument("recipe", type=click.Path(path_type=Path), help="A YAML file, e.g. recipes/demo.yaml.")
-@click.argument("overrides", nargs=-1, help="section.key=value, e.g. training.learning_rate=2e-4.")
+@recipe_arguments
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in training.output_dir.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe with all defaults and overrides, and stop.")
 @click.pass_obj
 def command(
-    settings: dict[str, bool], recipe: Path, overrides: tuple[str, ...], overwrite: bool, dry_run: bool
+    settings: dict[str, bool],
+    path: Path,
+    overrides: tuple[str, ...],
+    recipe: Recipe,
+    overwrite: bool,
+    dry_run: bool,
 ) -> None:
     """Fine-tune a model as a RECIPE says, and report what it learned and forgot.
 
     OVERRIDES change single values of the recipe: gate.enabled=false is plain QLoRA.
     """
-    loaded = load_recipe(recipe, overrides)
     if dry_run:
         import yaml
 
         # Not through rich, which would wrap long paths.
-        click.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+        click.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
         return
     if not settings["debug"]:
         quiet_libraries()
@@ -53,9 +57,9 @@ def command(
     if not settings["debug"]:
         quiet_progress_bars()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is marked in the run folder like Ctrl-C
-    result = run_training(loaded, progress, overwrite)
-    _print_result(result, loaded)
-    _print_next(recipe, overrides, loaded, has_answers=bool(result.answers))
+    result = run_training(recipe, progress, overwrite)
+    _print_result(result, recipe)
+    _print_next(path, overrides, recipe, has_answers=bool(result.answers))
 
 
 def _print_result(result: RunResult, recipe: Recipe) -> None:

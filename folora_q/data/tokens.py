@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.formats import Example
-from folora_q.errors import UserError
+from folora_q.data.formats import Chat, Completion
 
 IGNORED = -100  # the label of a token that is not trained
 
@@ -46,22 +45,8 @@ def batches(
         yield Batch(ids.to(device), mask.to(device), targets.to(device))
 
 
-def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
-    """The tokens that the model is given before it answers.
-
-    Raises:
-        UserError: the rows are chats and the model has no chat template.
-    """
-    if isinstance(example.prompt, str):
+def prompt_ids(tokenizer: Tokenizer, example: Chat | Completion) -> list[int]:
+    """The tokens that the model is given before it answers."""
+    if isinstance(example, Completion):
         return tokenizer(example.prompt)["input_ids"]
-    require_chat_template(tokenizer)
     return tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
-def require_chat_template(tokenizer: Tokenizer) -> None:
-    """Raise UserError where `messages` cannot be rendered."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the data are chats, but this model's tokenizer has no chat template",
-            "use the instruct version of the model, or rows with `prompt` and `completion`",
-        )

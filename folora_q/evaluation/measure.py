@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.formats import Example
+from folora_q.data.formats import Chat, Completion
 from folora_q.data.tokens import Batch
 from folora_q.evaluation.divergence import Divergence, divergence
 from folora_q.evaluation.loss import mean_loss
@@ -27,7 +27,7 @@ class HeldOut:
         general: real text.
     """
 
-    examples: Sequence[Example]
+    examples: Sequence[Chat | Completion]
     task: Sequence[Batch]
     proxy_start: Sequence[Batch]
     proxy_crops: Sequence[Batch]

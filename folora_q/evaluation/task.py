@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.formats import Example
+from folora_q.data.formats import Chat, Completion
 from folora_q.data.tokens import prompt_ids
 
 
@@ -29,7 +29,7 @@ class Answer:
 def answer_all(
     model: PeftModel,
     tokenizer: Tokenizer,
-    examples: Sequence[Example],
+    examples: Sequence[Chat | Completion],
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] = lambda examples: None,

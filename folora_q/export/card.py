@@ -10,6 +10,8 @@ from folora_q import __version__
 from folora_q.evaluation.measure import Divergences, Measurements
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
+from folora_q.recipe.dataset import Source
+from folora_q.recipe.paths import is_hub_dataset
 from folora_q.recipe.schema import Recipe
 
 
@@ -52,7 +54,7 @@ Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.b
 {"on" if recipe.model.bnb_4bit_use_double_quant else "off"}). Updates were {method}.
 
 - Base model: `{base.name}`{f" at revision `{base.revision}`" if base.revision else ""}
-- Training data: `{Path(recipe.data.train_file).name}`
+- Training data: {", ".join(f"`{_named(source)}`" for source in recipe.data.train_dataset)}
 - Rank {recipe.adapter.r}, alpha {recipe.adapter.lora_alpha:g}, learning rate {recipe.training.learning_rate:g},
   seed {recipe.training.seed}
 
@@ -75,3 +77,8 @@ base = AutoModelForCausalLM.from_pretrained("{base.name}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
+
+
+def _named(source: Source) -> str:
+    """A hub id, or a file's name without the folders of the machine that it lay on."""
+    return source.path if is_hub_dataset(source) else Path(source.path).name

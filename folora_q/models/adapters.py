@@ -16,7 +16,7 @@ from folora_q.core import SpectralGate
 from folora_q.errors import UserError
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
-from folora_q.recipe.schema import AdapterSection
+from folora_q.recipe.schema import AdapterSection, ExportSection
 
 ADAPTER = "default"
 
@@ -93,16 +93,18 @@ def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate])
             pair.a.copy_(gated * (pair.a.norm() / gated.norm()))
 
 
-def save_adapter(model: PeftModel, base: LoadedModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, folder: Path) -> None:
     """Save in PEFT's format, so that plain `PeftModel.from_pretrained` loads it.
 
     PEFT writes the path that the model was loaded from, no revision, and the target modules in the order of a set; here
     they name the base and its commit and are sorted, so that the file is the same for the same run.
     """
-    model.save_pretrained(folder)
+    dtype = getattr(torch, section.adapter_dtype)
+    weights = {name: weight.detach().to(dtype) for name, weight in model.named_parameters() if weight.requires_grad}
+    model.save_pretrained(folder, state_dict=weights)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base.name
+    config["base_model_name_or_path"] = section.base_model_name_or_path or base.name
     config["revision"] = base.revision
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.errors import RunFailed, UserError
-from folora_q.models.demo import DEMO_MODEL, demo_model_folder
-from folora_q.models.gguf import convert_gguf
 from folora_q.models.hardware import Hardware
+from folora_q.models.tokenizer import load_tokenizer, loading, local_or_hub
 from folora_q.recipe.schema import ModelSection
 
 # Enough of a weight file to tell two checkpoints apart without reading 15 GB.
 FINGERPRINT_BYTES = 2**20
+# Layers that a mask keeps from seeing other samples, as transformers' configurations call them.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -38,35 +39,34 @@ class LoadedModel:
     quantized_modules: int
 
 
-def load_model(section: ModelSection, hardware: Hardware) -> LoadedModel:
+def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer | None = None) -> LoadedModel:
     """Load a causal language model with every linear layer of the transformer in 4 bits.
+
+    Args:
+        tokenizer: its tokenizer, if that is loaded already.
 
     Raises:
         UserError: there is no such model, or it is no causal language model.
         RunFailed: nothing of it could be quantized, or the demo's model could not be fetched.
     """
-    source = _resolve(section.model_name_or_path)
+    tokenizer = tokenizer or load_tokenizer(section)
+    source = local_or_hub(section.model_name_or_path)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=section.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=hardware.dtype,
     )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=section.revision)
+    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
+    with loading(section):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             revision=section.revision,
             quantization_config=quantization,
             dtype=hardware.dtype,
             device_map={"": hardware.device},
+            **attention,
         )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cannot load the model {section.model_name_or_path}: {first_line}",
-            "give a hub id, a local folder with config.json, or a .gguf file",
-        ) from error
     quantized = guard_cpu_kernels(model)
     if quantized == 0:
         raise RunFailed(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
@@ -80,6 +80,31 @@ def load_model(section: ModelSection, hardware: Hardware) -> LoadedModel:
     return LoadedModel(model, tokenizer, source, revision, _fingerprint(source, revision, section), quantized)
 
 
+def stop_at(base: LoadedModel, token: int) -> None:
+    """Let generation stop at a token too: a chat template may end a turn otherwise than the model's configuration."""
+    config = base.model.generation_config
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if token not in known:
+        config.eos_token_id = [known_token for known_token in known if known_token is not None] + [token]
+
+
+def require_packable(section: ModelSection) -> None:
+    """Look in the model's configuration, before its weights are loaded, for layers that no packing can keep apart.
+
+    Raises:
+        UserError: it has layers other than attention, which carry what they read from one sample into the next.
+    """
+    with loading(section):
+        config = AutoConfig.from_pretrained(local_or_hub(section.model_name_or_path), revision=section.revision)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYERS
+    if kinds:
+        raise UserError(
+            f"packed samples would see each other in {section.model_name_or_path}, which has {', '.join(sorted(kinds))}"
+            " layers",
+            "set training.packing: false",
+        )
+
+
 def guard_cpu_kernels(model: PreTrainedModel) -> int:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU, and count them.
 
@@ -91,17 +116,6 @@ def guard_cpu_kernels(model: PreTrainedModel) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
-
-
-def _resolve(name: str) -> str:
-    if name == DEMO_MODEL:
-        return str(demo_model_folder())
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"`model.model_name_or_path`: no file at {path}")
-        return str(convert_gguf(path))
-    return name
 
 
 def _fingerprint(source: str, revision: str | None, section: ModelSection) -> str:

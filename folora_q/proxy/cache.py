@@ -13,12 +13,12 @@ from folora_q.proxy.sample import ProxySample
 from folora_q.recipe.schema import ProxySection
 
 # Raised when the same settings come to mean other text.
-FORMAT = 1
+FORMAT = 2
 
 
-def cache_path(fingerprint: str, dtype: str, section: ProxySection) -> Path:
-    """The file for a model (its fingerprint covers the quantization), compute dtype and settings."""
-    key = json.dumps([FORMAT, fingerprint, dtype, section.model_dump(mode="json")], sort_keys=True)
+def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section: ProxySection) -> Path:
+    """The file for a model (its fingerprint covers the quantization), compute dtype, chat template and settings."""
+    key = json.dumps([FORMAT, fingerprint, dtype, chat_template, section.model_dump(mode="json")], sort_keys=True)
     return cache_folder() / "proxy" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
 

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from folora_q.errors import UserError
+from folora_q.recipe.dataset import DataSection
+from folora_q.recipe.hints import FOREIGN_WORDS
+from folora_q.recipe.paths import with_absolute_paths
 from folora_q.recipe.schema import Recipe
+from folora_q.recipe.strict_yaml import KeyPath, parse_yaml
 
-KeyPath = tuple[str | int, ...]
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's SafeLoader drops a repeated key without a word; this one refuses it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands here twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+# An error quotes no more of a value than this.
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 160
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -36,122 +28,197 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `section.key=value`, the value in YAML; later ones win.
+        overrides: `section.key=value`, or `key=value` where only one section has the key; the value in YAML; later ones
+            win.
 
     Returns:
-        The recipe, with its input paths (`data.*_file`, `evaluation.general_text`, a local model) made absolute.
+        The recipe, with its input paths (data, templates, texts, a local model) made absolute.
 
     Raises:
         UserError: the file cannot be read, or anything in it is wrong; the message lists every finding.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"no recipe at {path}", "the shipped ones are in the folder recipes/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from None
+        raise UserError(f"no recipe at {path}", "`folora-q recipes` lists the shipped ones") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the recipe {path} is not UTF-8 text: byte {error.start}", "save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
     try:
-        loader = _StrictLoader(text)
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node is not None else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        values, lines = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as `model:` and `data:`, not a single value")
 
-    lines = {key: f"{path} line {line}" for key, line in _lines(node)} if node is not None else {}
+    places = {key: f"{path} line {line}" for key, line in lines.items()}
     for override in overrides:
         key = _apply_override(values, override)
-        lines[key] = f"override {override!r}"
+        places = {known: place for known, place in places.items() if known[: len(key)] != key}
+        places[key] = f"override {_short(override)}"
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        findings = [_finding(detail, lines, path) for detail in error.errors(include_url=False)]
-        raise UserError("\n       ".join(findings), "every key is explained in README.md and docs/recipe.md") from None
-    return _with_absolute_paths(recipe, path.parent, lines)
+        order = {place: number for number, place in enumerate(dict.fromkeys(places.values()))}
+        found = [(detail, _place(detail["loc"], places, path)) for detail in error.errors(include_url=False)]
+        found.sort(key=lambda item: order.get(item[1], -1))
+        findings = dict.fromkeys(_finding(detail, where) for detail, where in found)
+        raise UserError("\n       ".join(findings), "docs/recipe.md explains every key") from None
+    return with_absolute_paths(recipe, path.parent, lambda *key: _place(key, places, path))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
     key, equals, raw = override.partition("=")
     path = tuple(key.split("."))
-    if not equals or len(path) != 2 or not all(path):
+    if not equals or not all(path):
         raise UserError(
-            f"cannot read the override {override!r}",
+            f"cannot read the override {_short(override)}",
             "write section.key=value, e.g. training.learning_rate=2e-4",
         )
+    if len(path) == 1 and path[0] not in Recipe.model_fields:
+        path = (_section_of(path[0]), *path)
     try:
-        value = yaml.load(raw, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of the override {override!r} is not valid YAML: {_one_line(error)}") from None
-    section = values.setdefault(path[0], {})
-    if section is None:
-        section = values[path[0]] = {}
-    if not isinstance(section, dict):
-        raise UserError(f"the section `{path[0]}` of the recipe is not a list of keys, so {override!r} cannot be set")
-    section[path[1]] = value
+        value, _ = parse_yaml(raw)
+    except ValueError as error:
+        raise UserError(f"the value of the override {_short(override)} is not valid YAML: {error}") from None
+    section = values
+    for part in path[:-1]:
+        below = section.get(part)
+        if below is None:
+            below = {}
+        elif isinstance(below, str) and part in DataSection.model_fields:
+            below = {"path": below}  # a source is short for a mapping with its path
+        elif not isinstance(below, dict):
+            raise UserError(f"`{part}` in the recipe is no mapping, so the override {_short(override)} cannot be set")
+        section[part] = below
+        section = below
+    section[path[-1]] = value
     return path
 
 
-def _finding(detail: Any, lines: dict[KeyPath, str], path: Path) -> str:
+def _section_of(key: str) -> str:
+    """The one section that has this key; overrides may leave it out."""
+    sections = _sections_with(key)
+    if len(sections) == 1:
+        return sections[0]
+    if sections:
+        choices = " or ".join(f"{section}.{key}" for section in sections)
+        raise UserError(f"the override `{key}` could be {choices}", "write the section too")
+    everywhere = [name for section in Recipe.model_fields.values() for name in section.annotation.model_fields]
+    raise UserError(
+        f"unknown key `{key}` in an override{_suggestion((key,), everywhere)}", "docs/recipe.md explains every key"
+    )
+
+
+def _sections_with(key: str) -> list[str]:
+    return [name for name, section in Recipe.model_fields.items() if key in section.annotation.model_fields]
+
+
+def _finding(detail: Any, where: str) -> str:
     location: KeyPath = detail["loc"]
-    name = ".".join(str(part) for part in location)
-    where = next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), path)
+    name = ".".join(str(part) for part in location if not isinstance(part, int))
     match detail["type"]:
         case "extra_forbidden":
-            near = get_close_matches(str(location[-1]), _keys_of(Recipe, location[:-1]), n=1)
-            suggestion = f"; did you mean `{near[0]}`?" if near else ""
-            return f"unknown key `{name}`{suggestion} ({where})"
+            return f"unknown key `{name}`{_suggestion(location, _keys_of(location[:-1]))} ({where})"
         case "missing":
             return f"`{name}` is required ({where})"
         case "value_error":
             return f"{detail['ctx']['error']} ({where})"
+        case "model_type" | "dict_type":
+            hint = FOREIGN_WORDS.get(name) if name not in Recipe.model_fields else None
+            hint = hint or ALSO_SECTIONS.get(name)
+            reason = f"; {hint}" if hint else ""
+            return f"`{name}` must be a section with keys of its own, not {_short(detail['input'])}{reason} ({where})"
+        case "literal_error":
+            choices = [str(value) for value in _choices(location)]
+            near = get_close_matches(str(detail["input"]).lower(), choices, n=1)
+            suggestion = f"; did you mean {near[0]}?" if near else ""
+            name = name.removesuffix(".[key]")
+            return (
+                f"`{name}` cannot be {_short(detail['input'])}: it is one of {', '.join(choices)}{suggestion} ({where})"
+            )
         case _:
             message = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"`{name}`: {message}, got {detail['input']!r} ({where})"
+            return f"`{name}`: {message}, got {_short(detail['input'])} ({where})"
 
 
-def _keys_of(model: type[BaseModel], location: KeyPath) -> list[str]:
+# Words that are a value elsewhere and a section here.
+ALSO_SECTIONS = {
+    "adapter": "folora-q always trains a LoRA adapter on a 4-bit base; here its rank is `adapter.r`",
+    "model": "here a model is named by `model.model_name_or_path`",
+    "data": "here the rows are named by `data.train_dataset`",
+}
+
+
+def _suggestion(location: KeyPath, siblings: Sequence[str]) -> str:
+    """What an unknown key is meant to be: a misspelt sibling, a key of another section, another tool's word."""
+    key = str(location[-1])
+    theirs = FOREIGN_WORDS.get(key.lower(), "")
+    elsewhere = _sections_with(key)
+    if elsewhere and not theirs.startswith(f"{location[0]}."):
+        return f"; it belongs in the section `{elsewhere[0]}`"
+    if theirs:
+        is_key = all(part.isidentifier() for part in theirs.split("."))
+        return f"; folora-q calls it `{theirs}`" if is_key else f"; {theirs}"
+    if near := get_close_matches(key, siblings, n=1):
+        return f"; did you mean `{near[0]}`?"
+    return ""
+
+
+def _place(location: Sequence[str | int], places: Mapping[KeyPath, str], path: Path) -> str:
+    """Where a key stands, or the nearest thing around it; a list position that the file does not write is skipped."""
+    inside = next((place for key, place in places.items() if key[: len(location)] == tuple(location)), None)
+    if inside is not None:
+        return inside
+    for end in range(len(location), 0, -1):
+        around = tuple(location[:end])
+        for candidate in (around, tuple(part for part in around if not isinstance(part, int))):
+            if candidate in places:
+                return places[candidate]
+    return str(path)
+
+
+def _keys_of(location: KeyPath) -> list[str]:
+    model = _annotation_at(location)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _choices(location: KeyPath) -> Iterator[Any]:
+    """The values that a Literal anywhere in the annotation at `location` allows."""
+
+    def literals(annotation: Any) -> Iterator[Any]:
+        if get_origin(annotation) is Literal:
+            yield from get_args(annotation)
+        elif get_origin(annotation) is dict:
+            yield from literals(get_args(annotation)[0 if location[-1] == "[key]" else 1])
+        else:
+            for argument in get_args(annotation):
+                yield from literals(argument)
+
+    named = [part for part in location if part != "[key]"]
+    yield from dict.fromkeys(literals(_annotation_at(tuple(named))))
+
+
+def _annotation_at(location: KeyPath) -> Any:
+    annotation: Any = Recipe
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        if get_origin(annotation) in (Union, UnionType):
-            annotation = next(a for a in get_args(annotation) if isinstance(a, type))
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def _lines(node: yaml.Node, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield (*prefix, key.value), key.start_mark.line + 1
-            yield from _lines(value, (*prefix, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*prefix, index), value.start_mark.line + 1
-
-
-def _with_absolute_paths(recipe: Recipe, folder: Path, lines: dict[KeyPath, str]) -> Recipe:
-    """Inputs are looked for beside the recipe, so that it runs from any folder; a missing one is found here."""
-    changes: dict[str, dict[str, str]] = {}
-    for section, key in (("data", "train_file"), ("data", "eval_file"), ("evaluation", "general_text")):
-        value = getattr(getattr(recipe, section), key)
-        if value is None:
+        annotation = _innermost(annotation)
+        if isinstance(part, int) or not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             continue
-        absolute = (folder / Path(value).expanduser()).resolve()
-        if not absolute.is_file():
-            where = lines.get((section, key), folder)
-            raise UserError(
-                f"`{section}.{key}`: no file at {absolute} ({where})", "paths are relative to the recipe's folder"
-            )
-        changes.setdefault(section, {})[key] = str(absolute)
-    local_model = (folder / Path(recipe.model.model_name_or_path).expanduser()).resolve()
-    if local_model.exists():
-        changes["model"] = {"model_name_or_path": str(local_model)}
-    return recipe.model_copy(
-        update={name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
-    )
+        if part not in annotation.model_fields:
+            return None
+        annotation = annotation.model_fields[str(part)].annotation
+    return _innermost(annotation) if isinstance(_innermost(annotation), type) else annotation
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _innermost(annotation: Any) -> Any:
+    """The model inside Annotated, optional and list annotations, if there is one."""
+    while get_origin(annotation) in (Union, UnionType, Annotated, list):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _short(value: Any) -> str:
+    return SHORT.repr(value)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+from folora_q.recipe.dataset import DataSection
+from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section
+
 Place = Literal["a_start", "a_step", "b_step"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+# Names of transformers (a test holds that they are): those that need nothing besides what we install.
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "ademamix_8bit",
+    "paged_ademamix_8bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "adafactor",
+    "rmsprop",
+    "sgd",
+]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
 
 class ModelSection(Section):
@@ -30,6 +45,10 @@ class ModelSection(Section):
     """4-bit data type of bitsandbytes."""
     bnb_4bit_use_double_quant: bool = True
     """Quantize the quantization constants too, which saves about 0.4 bits a parameter."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = "auto"
+    """The attention backend; auto is what transformers chooses, which is sdpa for most models."""
 
 
 class AdapterSection(Section):
@@ -45,21 +64,6 @@ class AdapterSection(Section):
     """Scale by lora_alpha / sqrt(r) instead."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Which linear layers get an adapter: all of the transformer, or a list of name endings."""
-
-
-class DataSection(Section):
-    """The task: JSONL rows with `messages`, or with `prompt` and `completion`. Paths are relative to the recipe."""
-
-    train_file: str
-    """Rows to train on."""
-    eval_file: str | None = None
-    """Rows for evaluation only; without it, eval_size of the training rows are held out."""
-    eval_size: Fraction = 0.05
-    """Share of train_file to hold out when there is no eval_file."""
-    max_train_samples: PositiveInt | None = None
-    """Use only the first so many training rows."""
-    max_eval_samples: PositiveInt | None = None
-    """Use only the first so many evaluation rows."""
 
 
 class ProxySection(Section):
@@ -129,7 +133,7 @@ class GateSection(Section):
 class TrainingSection(Section):
     """The training loop, which is transformers' Trainer through TRL's SFTTrainer."""
 
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     """The run folder, relative to where the command is given."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
@@ -142,23 +146,39 @@ class TrainingSection(Section):
     gradient_accumulation_steps: PositiveInt = 4
     """Forward passes in one optimizer step."""
     max_length: Annotated[int, Field(ge=16)] = 1024
-    """Longer examples are cut to so many tokens."""
-    lr_scheduler_type: str = "cosine"
-    """A schedule of transformers: linear, cosine, constant, constant_with_warmup, ..."""
+    """The longest sequence in tokens; data.overlong says what happens to longer ones."""
+    packing: bool = False
+    """Put several examples into one sequence of max_length, where they cannot attend to each other."""
+    assistant_only_loss: bool = True
+    """Chats: train on what the assistant says alone; false trains on every token."""
+    completion_only_loss: bool = True
+    """Rows with a prompt and a completion: train on the completion alone; false trains on both."""
+    lr_scheduler_type: Scheduler = "cosine"
+    """The learning rate's schedule."""
     warmup_steps: NonNegative = 0.03
     """Steps of warm-up; below 1 it is a share of all steps."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay on the adapter."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm; 0 turns it off."""
-    optim: str = "adamw_torch"
-    """An optimizer of transformers, e.g. adamw_torch or paged_adamw_8bit. The gate acts on its step."""
+    optim: Optimizer = "adamw_torch"
+    """The optimizer, by transformers' name, whose step is gated."""
+    adam_beta1: Fraction = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of Adam's second moment."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    save_steps: PositiveInt | None = None
+    """Steps between two checkpoints, which go to checkpoint-N in the run folder; unset: none."""
+    save_total_limit: PositiveInt = 2
+    """How many checkpoints are kept."""
+    load_best_model_at_end: bool = False
+    """End with the checkpoint that has the least held-out loss, in place of the last step's; needs evaluation.steps."""
     seed: int = 0
-    """Of the adapter's start, the data order and dropout."""
-    logging_steps: PositiveInt = 10
-    """Steps between two lines of metrics."""
+    """Of the adapter's start, the data order, the split and dropout."""
 
 
 class EvaluationSection(Section):
@@ -170,8 +190,38 @@ class EvaluationSection(Section):
     """Length of a generated answer, at most."""
     batch_size: PositiveInt = 16
     """Sequences measured at a time."""
+    steps: PositiveInt | None = None
+    """Steps between two measurements of the held-out loss during training; unset: before and after it only."""
     general_text: str | None = None
     """A text file for PEFT's `forgetting` (loss after - before), relative to the recipe; unset: public-domain prose."""
+
+
+class ExportSection(Section):
+    """The adapter as it is saved."""
+
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The saved adapter's dtype; 16 bits halve the file. It is trained in float32."""
+    base_model_name_or_path: str | None = None
+    """What the adapter names as its base, e.g. a hub id when it was loaded from a folder; unset: what was loaded."""
+
+
+def _no_trackers(value: Any) -> Any:
+    if value is None or value == "none" or value == ["none"]:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+class LoggingSection(Section):
+    """Training metrics, which always go to metrics.jsonl in the run folder."""
+
+    report_to: Annotated[
+        list[Tracker], BeforeValidator(_no_trackers, json_schema_input_type=Literal["none"] | Tracker | list[Tracker])
+    ] = []
+    """Trackers that get the metrics too, by transformers' names; their packages are installed by you."""
+    run_name: str | None = None
+    """The run's name there; unset: the name of the run folder."""
+    logging_steps: PositiveInt = 10
+    """Steps between two lines of metrics."""
 
 
 class Recipe(Section):
@@ -184,11 +234,29 @@ class Recipe(Section):
     gate: GateSection = GateSection()
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
+    logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
     def _spectral_is_its_own_optimizer(self) -> Recipe:
         if self.gate.enabled and self.gate.rule == "spectral" and self.training.optim != "adamw_torch":
             raise ValueError(
                 f"gate.rule spectral is an AdamW of its own: training.optim: adamw_torch, not {self.training.optim}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_needs_measurements(self) -> Recipe:
+        every, saved = self.evaluation.steps, self.training.save_steps
+        if not self.training.load_best_model_at_end:
+            return self
+        if every is None:
+            raise ValueError(
+                "training.load_best_model_at_end needs measurements during training: set evaluation.steps, e.g. to 50"
+            )
+        if saved is not None and saved % every:
+            raise ValueError(
+                f"training.load_best_model_at_end can only find a best step that was saved: make training.save_steps "
+                f"({saved}) a multiple of evaluation.steps ({every}), or leave it out"
             )
         return self

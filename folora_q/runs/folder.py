@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "answers.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """Rows of the data that could not be used, with the reason."""
+        return self.path / "skipped.jsonl"
+
+    @property
     def adapter(self) -> Path:
         """The adapter, as PEFT loads it."""
         return self.path / "adapter"
@@ -63,14 +68,15 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def write_answers(self, answers: Iterable[dict[str, Any]]) -> None:
-        """Write answers.jsonl."""
-        atomic_write(self.answers, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
+        """Write one of the folder's JSONL files whole."""
+        atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def clear(self) -> None:
         """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        for file in (self.recipe, self.metrics, self.proxy, self.gates, self.answers, self.manifest):
+        for folder in (self.adapter, *self.path.glob("checkpoint-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.recipe, self.metrics, self.proxy, self.gates, self.answers, self.skipped, self.manifest):
             file.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +16,16 @@ from folora_q.recipe.schema import Recipe
 PACKAGES = ("folora-q", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
-def new_manifest(recipe: Recipe) -> dict[str, Any]:
+def new_manifest(recipe: Recipe, data: Sequence[Path]) -> dict[str, Any]:
     """The content of run.json when a run begins: its status, time, seeds, versions and the SHA-256 of its data.
+
+    Args:
+        data: the files that the recipe's data come from.
 
     Raises:
         UserError: a file that the recipe names cannot be read.
     """
-    named = (recipe.data.train_file, recipe.data.eval_file, recipe.evaluation.general_text)
+    named = [*map(str, data), recipe.evaluation.general_text]
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

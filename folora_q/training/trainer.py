@@ -12,15 +12,15 @@ from peft import PeftModel
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
-from folora_q.data.formats import Example
-from folora_q.data.tokens import require_chat_template
+from folora_q.data.tokens import Batch, batches
 from folora_q.errors import UserError
+from folora_q.evaluation.loss import mean_loss
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import Hardware
-from folora_q.recipe.schema import GateSection, TrainingSection
+from folora_q.recipe.schema import GateSection, Recipe
 
 
 class GatedTrainer(SFTTrainer):
@@ -28,10 +28,12 @@ class GatedTrainer(SFTTrainer):
 
     Attributes:
         gates: by adapted layer; None is plain QLoRA.
+        heldout: what `evaluate` measures on.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
     gate_section: GateSection
+    heldout: Sequence[Batch]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.optimizer is not None or self.gates is None:
@@ -60,6 +62,20 @@ class GatedTrainer(SFTTrainer):
         )
         return self.optimizer
 
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """The held-out loss in nats per token, as it is measured before and after training.
+
+        The Trainer's own is a mean over batches, whatever they hold, and keeps their logits.
+        """
+        self.model.eval()
+        metrics = {f"{metric_key_prefix}_loss": mean_loss(self.model.get_base_model(), self.heldout)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None beside a checkpoint: the card with the numbers is written with the adapter."""
+
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
         head = super() if self.args.device.type == "cuda" else super(SFTTrainer, self)
@@ -69,21 +85,23 @@ class GatedTrainer(SFTTrainer):
 def build_trainer(
     model: PeftModel,
     tokenizer: Tokenizer,
-    train: Sequence[Example],
-    heldout: Sequence[Example],
-    training: TrainingSection,
-    gate: GateSection,
+    train: Dataset,
+    heldout: Dataset,
+    recipe: Recipe,
     hardware: Hardware,
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> GatedTrainer:
-    """A trainer whose `train_dataset` and `eval_dataset` are tokenized and labelled by TRL (loss on completions only).
+    """A trainer on tokenized data.
+
+    Args:
+        train, heldout: columns `input_ids` and `labels`; `training.packing` packs the first here.
 
     Raises:
-        UserError: the data are chats without a chat template, or a setting is not one of transformers'.
+        UserError: a combination of settings is not one that transformers takes.
     """
-    if not isinstance(train[0].prompt, str):
-        require_chat_template(tokenizer)
+    training, every = recipe.training, recipe.evaluation.steps
+    save_steps = training.save_steps or (every if training.load_best_model_at_end else None)
     on_gpu = hardware.device.type == "cuda"
     try:
         config = SFTConfig(
@@ -98,36 +116,50 @@ def build_trainer(
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             optim=training.optim,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_epsilon=training.adam_epsilon,
             gradient_checkpointing=training.gradient_checkpointing,
             seed=training.seed,
             max_length=training.max_length,
-            logging_steps=training.logging_steps,
+            packing=training.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared
+            eval_strategy="steps" if every else "no",
+            eval_steps=every,
+            save_strategy="steps" if save_steps else "no",
+            save_steps=save_steps or 1,
+            save_total_limit=training.save_total_limit,
+            load_best_model_at_end=training.load_best_model_at_end,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            logging_steps=recipe.logging.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,  # it would show a running average in place of a NaN
+            report_to=list(recipe.logging.report_to) or "none",
+            run_name=recipe.logging.run_name or output_dir.name,
             bf16=on_gpu and hardware.dtype == torch.bfloat16,
             fp16=on_gpu and hardware.dtype == torch.float16,
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,
-            save_strategy="no",
-            report_to="none",
             disable_tqdm=True,
         )
     except ValueError as error:
         raise UserError(f"section `training`: {str(error).splitlines()[0]}") from error
+    if training.packing:
+        train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = GatedTrainer(
         model=model,
         args=config,
         processing_class=tokenizer,
-        train_dataset=_dataset(train),
-        eval_dataset=_dataset(heldout),
+        train_dataset=train,
+        eval_dataset=heldout,
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
-    trainer.gate_section = gate
+    trainer.gate_section = recipe.gate
+    trainer.heldout = list(
+        batches(heldout["input_ids"][:], recipe.evaluation.batch_size, model.device, heldout["labels"][:])
+    )
     return trainer
-
-
-def _dataset(examples: Sequence[Example]) -> Dataset:
-    return Dataset.from_list([{"prompt": e.prompt, "completion": e.completion} for e in examples])

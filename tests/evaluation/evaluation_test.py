@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from folora_q.data.formats import Example
+from folora_q.data.formats import Completion
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation import logits
@@ -134,7 +134,7 @@ def test_the_packaged_text_is_plain_and_has_its_sources_beside_it() -> None:
 
 
 def test_answers_are_the_models_own_whatever_stands_beside_them_in_a_batch(tuned, base: LoadedModel) -> None:
-    examples = [Example("ab" * length, "x") for length in (9, 2, 5)]
+    examples = [Completion("a test", "ab" * length, "x") for length in (9, 2, 5)]
     together = answer_all(tuned, base.tokenizer, examples, 8, batch_size=3)
     alone = [answer_all(tuned, base.tokenizer, [example], 8, batch_size=1)[0] for example in examples]
     assert together == alone

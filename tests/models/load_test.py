@@ -17,7 +17,7 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter, keep_in_floa
 from folora_q.models.gguf import convert_gguf
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import LoadedModel, load_model
-from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.recipe.schema import AdapterSection, ExportSection, ModelSection
 from tests.conftest import random_gate, save_tiny_model
 
 repacks = pytest.mark.skipif(not has_avx512bf16(), reason="only CPUs with AVX512-BF16 repack weights")
@@ -132,7 +132,7 @@ def test_a_saved_adapter_names_its_base_and_loads_in_plain_peft(tiny_folder: Pat
     base = load(tiny_folder)
     model = attach_adapter(base, AdapterSection(r=4), seed=0)
     adapter_gradients(model)  # B is no longer zero
-    save_adapter(model, base, tmp_path)
+    save_adapter(model, base, ExportSection(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_folder)
     assert config["target_modules"] == sorted(config["target_modules"])

@@ -120,18 +120,19 @@ def test_the_cache_is_readable_keyed_by_everything_and_forgiving(tiny, tmp_path:
     _, tokenizer = tiny
     samples = [ProxySample([1, 70, 80], "bos"), ProxySample([1, 90], "chat")]
     section = ProxySection(**SMALL)
-    path = cache_path("f", "float32", section)
+    path = cache_path("f", "float32", None, section)
     assert read_samples(path) is None
     write_samples(path, samples, tokenizer)
     assert read_samples(path) == samples
     assert json.loads(path.read_text("utf-8").splitlines()[0])["text"] == tokenizer.decode([1, 70, 80])
     others = {
-        cache_path("g", "float32", section),
-        cache_path("f", "bfloat16", section),
-        cache_path("f", "float32", ProxySection(**SMALL, seed=1)),
-        cache_path("f", "float32", ProxySection(**SMALL, source="chat")),
+        cache_path("g", "float32", None, section),
+        cache_path("f", "bfloat16", None, section),
+        cache_path("f", "float32", "{{ 1 }}", section),
+        cache_path("f", "float32", None, ProxySection(**SMALL, seed=1)),
+        cache_path("f", "float32", None, ProxySection(**SMALL, source="chat")),
     }
-    assert len(others | {path}) == 5
+    assert len(others | {path}) == 6
     path.write_text(path.read_text("utf-8")[:-20], encoding="utf-8")
     assert read_samples(path) is None, "a cut file is sampled again"
 

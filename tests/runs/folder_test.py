@@ -16,7 +16,7 @@ def finished_run(path: Path) -> RunFolder:
     folder.write_manifest({"status": "complete"})
     folder.append_metrics({"step": 1})
     folder.append_metrics({"step": 2})
-    folder.write_answers([{"before": "é", "after": "\n"}])
+    folder.write_lines(folder.answers, [{"before": "é", "after": "\n"}])
     folder.adapter.mkdir()
     (folder.adapter / "weights").write_text("1")
     return folder

@@ -1,0 +1,91 @@
+"""`folora-q init`: a first recipe from a few questions, or from flags."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import rich_click as click
+from rich.markup import escape
+
+from folora_q.cli.console import out
+from folora_q.data.read import examine
+from folora_q.errors import UserError
+from folora_q.files import atomic_write
+from folora_q.recipe.dataset import Shape, Source
+from folora_q.recipe.json_schema import json_schema
+from folora_q.recipe.new import Answers, Card, new_recipe
+from folora_q.recipe.paths import HUB_ID
+from folora_q.recipe.shipped import SCHEMA_FILE
+
+MODEL = "Qwen/Qwen2.5-7B-Instruct"
+CARDS = get_args(Card)
+FIRST_ROWS = 100
+
+
+@click.command("init")
+@click.argument("path", default="recipe.yaml", type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--model", help=f"A hub id, a folder or a .gguf file, e.g. {MODEL}.")
+@click.option("--data", help="Your rows: a file, a folder, a glob or a hub id.")
+@click.option("--gpu", type=click.Choice(CARDS), help="Memory of your card in GB, or cpu.")
+@click.option("--output-dir", help="The run folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+def command(
+    path: Path, model: str | None, data: str | None, gpu: Card | None, output_dir: str | None, overwrite: bool
+) -> None:
+    """Write a first recipe for your data, with a comment on every line. What no flag says is asked for."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already", "add --overwrite, or name another file")
+    data = data or _ask("Your data (file, folder, glob or hub id)", None, "--data")
+    shape, written = _look_at(data, path.parent)
+    model = model or _ask("Model", MODEL, "--model")
+    gpu = gpu or _ask("Memory of your card in GB, or cpu", _card(), "--gpu", click.Choice(CARDS))
+    output_dir = output_dir or _ask("Run folder", f"runs/{path.stem}", "--output-dir")
+    recipe = new_recipe(Answers(model, written, shape, gpu, output_dir))
+    try:
+        atomic_write(path, recipe)
+        atomic_write(path.parent / SCHEMA_FILE, json_schema())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    out.print(f"[green]✓[/] {escape(str(path))}  [dim](rows of `{shape}`)[/]", soft_wrap=True)
+    out.print(
+        f"[green]✓[/] {escape(str(path.parent / SCHEMA_FILE))}  [dim](editors complete from it)[/]", soft_wrap=True
+    )
+    out.print("\n[bold]Next[/]")
+    for verb in ("validate", "preview", "train"):
+        out.print(f"  [cyan]folora-q {verb} {escape(str(path))}[/]", soft_wrap=True)
+
+
+def _look_at(data: str, folder: Path) -> tuple[Shape, str]:
+    """The shape of the rows, and the path as the recipe should have it: relative to its own folder."""
+    path = Path(data).expanduser().resolve()
+    if not path.exists() and HUB_ID.fullmatch(data):
+        return "messages", data
+    facts = examine(Source(path=str(path)), FIRST_ROWS, "raise")
+    return facts.shape, Path(os.path.relpath(path, folder.resolve())).as_posix()
+
+
+def _ask(question: str, default: str | None, flag: str, kind: click.ParamType | None = None) -> str:
+    if not sys.stdin.isatty():
+        if default is None:
+            raise UserError(f"{flag} is needed where nobody can be asked", "give it as a flag")
+        return default
+    return click.prompt(question, default=default, type=kind, err=True)
+
+
+def _card() -> Card:
+    """The card's memory as the driver tells it, rounded down to a size that has recipes; 8 where nothing is known."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "8"
+    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        megabytes = int(subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.split()[0])
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        return "8"
+    # A card of 8 GB says 8,188 MiB or less.
+    return next((card for card in ("24", "16", "12") if megabytes >= int(card) * 1000), "8")

@@ -1,0 +1,148 @@
+"""`folora-q preview`: what would be trained, token by token, and what was left out and why."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from folora_q.cli.console import ConsoleProgress, out, quiet_libraries, quiet_progress_bars
+from folora_q.cli.options import recipe_arguments
+from folora_q.progress import Clock
+from folora_q.recipe import Recipe
+
+if TYPE_CHECKING:
+    from folora_q.data.read import TaskData
+    from folora_q.data.tokenized import Tokenized
+
+BINS = 10
+BAR = 40
+# An example's text is cut to so many characters, half at its beginning and half at its end.
+LONGEST = 3000
+MOST_REASONS = 5
+
+
+@click.command("preview")
+@recipe_arguments
+@click.option(
+    "-n", "count", default=3, show_default=True, type=click.IntRange(min=0), help="How many examples to show."
+)
+@click.option("--heldout", is_flag=True, help="Show the held-out examples in place of the training ones.")
+@click.option("--full", is_flag=True, help="Show long examples whole.")
+@click.pass_obj
+def command(
+    settings: dict[str, bool],
+    path: Path,
+    overrides: tuple[str, ...],
+    recipe: Recipe,
+    count: int,
+    heldout: bool,
+    full: bool,
+) -> None:
+    """Show examples as the model will see them: learned tokens in green, the others dim. No model is loaded."""
+    if not settings["debug"]:
+        quiet_libraries()
+    progress = ConsoleProgress()
+    with progress.stage("starting Transformers", None):
+        from folora_q.data.prepare import chat_template, read_task, tokenize_task
+        from folora_q.models.tokenizer import load_tokenizer
+    if not settings["debug"]:
+        quiet_progress_bars()
+    clock = Clock(progress)
+    task = read_task(recipe, clock)
+    tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
+    data = tokenize_task(recipe, task, tokenizer, clock)
+    half, examples = (data.heldout, task.heldout) if heldout else (data.train, task.train)
+
+    rows = half.sequences
+    chosen = sorted(random.Random(recipe.training.seed).sample(range(len(rows)), min(count, len(rows))))
+    for row in (rows[index] for index in chosen):
+        learned = sum(label >= 0 for label in row["labels"][1:])
+        where = examples[row["example"]].where
+        out.print(
+            f"\n[bold]{escape(where)}[/] [dim]{len(row['input_ids'])} tokens, {learned} learned[/]", soft_wrap=True
+        )
+        runs = _runs(tokenizer, row["input_ids"], row["labels"])
+        out.print(_coloured(runs if full else _shortened(runs)), soft_wrap=True)
+    _print_lengths(rows["input_ids"][:])
+    _print_left_out(recipe, half, task)
+
+
+def _runs(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[str, bool]]:
+    """The text in pieces that are learned, or not."""
+    pairs = zip(ids, [label >= 0 for label in labels], strict=True)
+    for learned, run in groupby(pairs, key=lambda pair: pair[1]):
+        yield _visible(tokenizer.decode([token for token, _ in run])), learned
+
+
+def _visible(text: str) -> str:
+    """Control characters as their codes: data must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shortened(runs: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    half = LONGEST // 2
+    for text, learned in runs:
+        if len(text) > LONGEST:
+            text = f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
+        yield text, learned
+
+
+def _coloured(runs: Iterator[tuple[str, bool]]) -> Text:
+    """Learned text in green and the rest dim; where there is no colour, learned text in ⟦ ⟧."""
+    colour = out.color_system is not None
+    text = Text()
+    for piece, learned in runs:
+        text.append(piece if colour or not learned else f"⟦{piece}⟧", style="green" if learned else "dim")
+    return text
+
+
+def _print_lengths(sequences: Sequence[Sequence[int]]) -> None:
+    lengths = [len(ids) for ids in sequences]
+    least = min(lengths)
+    width = -(-(max(lengths) - least + 1) // BINS)
+    counts = [0] * ((max(lengths) - least) // width + 1)
+    for length in lengths:
+        counts[(length - least) // width] += 1
+    table = Table(title=f"{len(lengths):,} sequences by length in tokens", title_justify="left", box=None)
+    table.add_column("tokens", justify="right")
+    table.add_column("")
+    table.add_column("sequences", justify="right")
+    for number, count in enumerate(counts):
+        bar = "█" * max(round(BAR * count / max(counts)), 1 if count else 0)
+        first = least + number * width
+        span = f"{first:,} to {first + width - 1:,}" if width > 1 else f"{first:,}"
+        table.add_row(span, f"[cyan]{bar}[/]", f"{count:,}")
+    out.print()
+    out.print(table)
+
+
+def _print_left_out(recipe: Recipe, half: Tokenized, task: TaskData) -> None:
+    counts, limit = half.counts, recipe.training.max_length
+    out.print(
+        f"\n{counts.tokens:,} tokens, {counts.trained:,} of them learned ({counts.trained / counts.tokens:.1%}); "
+        f"the longest example has {counts.longest:,}",
+        soft_wrap=True,
+    )
+    for count, what in ((counts.dropped, "left out"), (counts.cut, "cut"), (counts.split, "split")):
+        if count:
+            out.print(
+                f"[yellow]{count:,} examples over {limit:,} tokens were {what}[/] (data.overlong)", soft_wrap=True
+            )
+    if counts.untrained:
+        out.print(f"[yellow]{counts.untrained:,} sequences without a token to learn were left out[/]", soft_wrap=True)
+    skipped = [error.message for error in task.skipped]
+    skipped += [f"row {index + 1} of the mixture: {reason}" for index, reason in counts.refused]
+    if skipped:
+        out.print(f"[yellow]{len(skipped):,} rows were skipped[/] (data.on_error)", soft_wrap=True)
+        for message in skipped[:MOST_REASONS]:
+            out.print(f"  {escape(_visible(message))}", soft_wrap=True)
+        if len(skipped) > MOST_REASONS:
+            out.print(f"  ... and {len(skipped) - MOST_REASONS:,} more")

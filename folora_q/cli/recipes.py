@@ -1,0 +1,38 @@
+"""`folora-q recipes`: list the shipped recipes, or copy one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+from rich.markup import escape
+
+from folora_q.cli.console import out
+from folora_q.recipe.shipped import copy_recipe, shipped_recipes
+
+
+@click.group("recipes", invoke_without_command=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """List the shipped recipes; `folora-q recipes copy NAME` copies one to change."""
+    if ctx.invoked_subcommand is not None:
+        return
+    recipes = shipped_recipes()
+    width = max(len(recipe.name) for recipe in recipes)
+    for recipe in recipes:
+        out.print(f"[cyan]{recipe.name:{width}}[/]  {escape(recipe.title)}", soft_wrap=True)
+    out.print("\nfolora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one, to change[/]")
+
+
+@command.command("copy")
+@click.argument("name", help="A recipe's name, as listed.")
+@click.argument(
+    "target", default=".", type=click.Path(path_type=Path), help="A .yaml file or a folder; here by default."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
+def copy(name: str, target: Path, overwrite: bool) -> None:
+    """Copy the recipe NAME to TARGET, with its data if it brings any, and the schema that editors complete from."""
+    files = copy_recipe(name, target, overwrite)
+    for file in files:
+        out.print(f"[green]✓[/] {escape(str(file))}", soft_wrap=True)
+    out.print(f"\n[bold]Next[/]\n  [cyan]folora-q validate {escape(str(files[0]))}[/]", soft_wrap=True)

@@ -1,0 +1,152 @@
+"""All of a recipe's rows: read, shaped, split and mixed. Needs neither a model nor torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from folora_q.data.formats import Example, Text, content_of, shape_of, to_example
+from folora_q.data.rows import RowError, Sieve
+from folora_q.data.sources import read_source
+from folora_q.errors import UserError
+from folora_q.recipe.dataset import DataSection, Shape, Source
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What was found in one source.
+
+    Attributes:
+        path: as the recipe names it.
+        shape: that of its rows.
+        rows: how many can be used.
+    """
+
+    path: str
+    shape: Shape
+    rows: int
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The task's examples.
+
+    Attributes:
+        train: in the order of the sources; each as often as its source's weight says.
+        heldout: of the eval_dataset, or held out from the sources; no row of it is in `train`.
+        facts: by source, training before evaluation.
+        skipped: rows that could not be used (`data.on_error: skip`).
+        repeated: so many held-out examples are word for word in `train` too, since the files repeat them.
+    """
+
+    train: list[Example]
+    heldout: list[Example]
+    facts: list[SourceFacts]
+    skipped: list[RowError] = field(default_factory=list)
+    repeated: int = 0
+
+
+def read_task_data(section: DataSection, seed: int) -> TaskData:
+    """Read, hold out, mix and cut to size; every choice is drawn with `seed`.
+
+    Raises:
+        UserError: a source cannot be read, a row cannot be used (unless `on_error: skip`), or nothing is left.
+    """
+    sieve: Sieve = Sieve(section.on_error == "skip")
+    facts: list[SourceFacts] = []
+    heldout: list[Example] = []
+    train: list[Example] = []
+    for number, source in enumerate(section.train_dataset):
+        examples = _read(source, sieve, facts)
+        chooser = random.Random(f"{seed} {number}")
+        if section.eval_dataset is None:
+            examples, held = _hold_out(examples, section.eval_size, len(section.train_dataset), chooser, source)
+            heldout += held
+        train += _weighted(examples, source.weight, chooser)
+    for source in section.eval_dataset or []:
+        heldout += _read(source, sieve, facts)
+    train = _at_most(train, section.max_train_samples, seed)
+    heldout = _at_most(heldout, section.max_eval_samples, seed)
+    if not train:
+        raise UserError("no training row is left", "check `weight` and `on_error` in the recipe's data section")
+    known = {content_of(example) for example in train}
+    repeated = sum(content_of(example) in known for example in heldout)
+    return TaskData(train, heldout, facts, sieve.skipped, repeated)
+
+
+def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
+    """The shape of a source, from its first rows.
+
+    Raises:
+        UserError: as `read_task_data`, as far as these rows show it.
+    """
+    facts: list[SourceFacts] = []
+    _read(source, Sieve(on_error == "skip"), facts, rows)
+    return facts[0]
+
+
+def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | None = None) -> list[Example]:
+    found: list[Shape] = []
+
+    def examples() -> Iterator[Example | RowError]:
+        for row in sieve.pass_on(islice(read_source(source), most)):
+            try:
+                shape = shape_of(row, source)
+                found[:] = found or [shape]
+                if shape != found[0]:
+                    raise RowError(
+                        row.where, f"its columns are those of `{shape}`, but the rows before it are `{found[0]}`"
+                    )
+                yield to_example(row, shape, source)
+            except RowError as error:
+                yield error
+
+    usable = list(sieve.pass_on(examples()))
+    if not usable:
+        raise UserError(f"no row of {source.path} can be used; the first: {sieve.skipped[-1].message}")
+    facts.append(SourceFacts(source.path, found[0], len(usable)))
+    return usable
+
+
+def _hold_out(
+    examples: list[Example], size: float, sources: int, chooser: random.Random, source: Source
+) -> tuple[list[Example], list[Example]]:
+    """A random share of one source, or its part of a number of rows; both halves in their old order."""
+    if len(examples) == 1 and isinstance(examples[0], Text) and size < 1:
+        return _cut_in_two(examples[0], size)
+    count = max(1, round(len(examples) * size if size < 1 else size / sources))
+    if count >= len(examples):
+        name = Path(source.path).name
+        raise UserError(
+            f"{name} has {len(examples)} rows: too few to hold {count} out for evaluation",
+            "name a data.eval_dataset, or set a smaller data.eval_size",
+        )
+    held = set(chooser.sample(range(len(examples)), count))
+    return (
+        [example for index, example in enumerate(examples) if index not in held],
+        [example for index, example in enumerate(examples) if index in held],
+    )
+
+
+def _cut_in_two(document: Text, share: float) -> tuple[list[Example], list[Example]]:
+    """A single document's end is held out, from the next line on."""
+    place = document.text.find("\n", int(len(document.text) * (1 - share))) + 1
+    if not document.text[place:].strip() or not document.text[:place].strip():
+        raise UserError(f"{document.where} is too short to hold its end out", "name a data.eval_dataset")
+    return [replace(document, text=document.text[:place])], [replace(document, text=document.text[place:])]
+
+
+def _weighted(examples: list[Example], weight: float, chooser: random.Random) -> list[Example]:
+    """Every example floor(weight) times, and a random part of them once more."""
+    whole, part = divmod(weight, 1)
+    more = sorted(chooser.sample(range(len(examples)), round(len(examples) * part)))
+    return examples * int(whole) + [examples[index] for index in more]
+
+
+def _at_most(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    if count is None or count >= len(examples):
+        return examples
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]

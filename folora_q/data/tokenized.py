@@ -1,0 +1,179 @@
+"""A whole set of examples as tokens: what was left out and why, and the cache that makes the second time quick."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Sequence as ListOf
+
+from folora_q.data.encode import Encoded, Encoder
+from folora_q.data.formats import Example, Text, content_of
+from folora_q.data.rows import RowError
+from folora_q.errors import UserError
+from folora_q.files import cache_folder, commit_directory
+
+# Raised when the same settings come to mean other tokens.
+FORMAT = 1
+FEATURES = Features({"input_ids": ListOf(Value("int32")), "labels": ListOf(Value("int32")), "example": Value("int32")})
+COUNTS = "counts.json"
+
+
+@dataclass
+class Counts:
+    """What became of the examples.
+
+    Attributes:
+        examples, sequences: that came in, and that are left to train on.
+        tokens, trained: of the sequences; `trained` are those that are learned.
+        overlong: examples longer than max_length.
+        dropped, cut, split: what happened to these.
+        untrained: sequences without any token to learn; they are left out.
+        longest: the longest sequence before anything was cut.
+        refused: examples that the chat template refused, by position, with the reason.
+    """
+
+    examples: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    trained: int = 0
+    overlong: int = 0
+    dropped: int = 0
+    cut: int = 0
+    split: int = 0
+    untrained: int = 0
+    longest: int = 0
+    refused: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Sequences to train or to measure on.
+
+    Attributes:
+        sequences: columns `input_ids`, `labels`, and `example`, the position of the example that each comes from.
+        folder: where they are kept.
+        from_cache: whether they were found there.
+    """
+
+    sequences: Dataset
+    counts: Counts
+    folder: Path
+    from_cache: bool
+
+
+def tokenize(
+    examples: Sequence[Example],
+    encoder: Encoder,
+    *,
+    max_length: int,
+    overlong: str,
+    skip_errors: bool = False,
+    on_progress: Callable[[int], None] = lambda examples: None,
+) -> Tokenized:
+    """Encode all examples, or take them from the cache, whose key is all that they depend on.
+
+    Args:
+        overlong: `data.overlong`: what happens to an example of more than max_length tokens.
+        skip_errors: leave out and count what the chat template refuses, instead of raising.
+
+    Raises:
+        RowError: the template refuses an example.
+        UserError: an example is too long (`overlong: raise`), or nothing is left to learn.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT, encoder.key(), max_length, overlong, skip_errors]).encode())
+    for example in examples:
+        digest.update(content_of(example).encode("utf-8", "surrogatepass") + b"\n")
+    folder = cache_folder() / "tokenized" / digest.hexdigest()[:24]
+    if folder.exists():
+        on_progress(len(examples))
+        counts = Counts(**json.loads((folder / COUNTS).read_text(encoding="utf-8")))
+        return Tokenized(load_from_disk(folder), counts, folder, from_cache=True)
+
+    counts = Counts(examples=len(examples))
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    origins: list[int] = []
+    for index, example in enumerate(examples):
+        try:
+            encoded = encoder(example)
+        except RowError as error:
+            if not skip_errors:
+                raise
+            counts.refused.append((index, error.reason))
+            encoded = []
+        for sequence in _fitted(example, encoded, max_length, overlong, counts):
+            ids.append(np.asarray(sequence.input_ids, np.int32))
+            labels.append(np.asarray(sequence.labels, np.int32))
+            origins.append(index)
+            counts.tokens += len(sequence.input_ids)
+            counts.trained += sequence.trained
+        on_progress(1)
+    counts.sequences = len(ids)
+    if not ids:
+        raise UserError(_nothing_left(examples, counts, max_length), "look at them with `folora-q preview`")
+    with commit_directory(folder) as staging:
+        made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
+        made.save_to_disk(staging)
+        (staging / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
+    return Tokenized(load_from_disk(folder), counts, folder, from_cache=False)
+
+
+def _fitted(
+    example: Example, encoded: Sequence[Encoded], max_length: int, overlong: str, counts: Counts
+) -> Iterator[Encoded]:
+    """The sequences of one example that can be trained on."""
+    for sequence in encoded:
+        length = len(sequence.input_ids)
+        counts.longest = max(counts.longest, length)
+        parts = [sequence]
+        if length > max_length:
+            counts.overlong += 1
+            parts = _shortened(example, sequence, max_length, overlong, counts)
+        for part in parts:
+            if part.trained:
+                yield part
+            else:
+                counts.untrained += 1
+
+
+def _shortened(example: Example, sequence: Encoded, max_length: int, overlong: str, counts: Counts) -> list[Encoded]:
+    length = len(sequence.input_ids)
+    too_long = f"{example.where} has {length} tokens, more than training.max_length ({max_length})"
+    match overlong:
+        case "raise":
+            raise UserError(too_long, "raise training.max_length, or set data.overlong to drop or truncate")
+        case "drop":
+            counts.dropped += 1
+            return []
+        case "truncate":
+            counts.cut += 1
+            return [Encoded(sequence.input_ids[:max_length], sequence.labels[:max_length])]
+    if not isinstance(example, Text):
+        raise UserError(
+            f"{too_long}, and data.overlong: split is for plain text", "set data.overlong: drop or truncate"
+        )
+    counts.split += 1
+    return [
+        Encoded(sequence.input_ids[start : start + max_length], sequence.labels[start : start + max_length])
+        for start in range(0, length, max_length)
+    ]
+
+
+def _nothing_left(examples: Sequence[Example], counts: Counts, max_length: int) -> str:
+    reasons = []
+    if counts.dropped:
+        reasons.append(
+            f"{counts.dropped} are longer than training.max_length ({max_length}; the longest: {counts.longest})"
+        )
+    if counts.untrained:
+        reasons.append(f"in {counts.untrained} no token would be learned")
+    if counts.refused:
+        index, reason = counts.refused[0]
+        reasons.append(f"{len(counts.refused)} cannot be used; the first is {examples[index].where}: {reason}")
+    return f"none of the {counts.examples} examples can be used: {', '.join(reasons)}"

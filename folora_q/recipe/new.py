@@ -1,0 +1,109 @@
+"""A first recipe for somebody's own data, commented, from a few answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+
+from folora_q.recipe.dataset import Shape
+
+Card = Literal["8", "12", "16", "24", "cpu"]
+
+COMMENT_COLUMN = 48
+# By card: sequences in a forward pass, passes in a step, longest sequence; sequences sampled, and measured, at a time.
+# Sized by arithmetic for 7B models, not yet measured on a GPU.
+SIZES: dict[Card, tuple[int, int, int, int, int]] = {
+    "8": (1, 16, 1024, 4, 2),
+    "12": (1, 16, 2048, 4, 2),
+    "16": (2, 8, 2048, 8, 4),
+    "24": (4, 4, 2048, 16, 8),
+    "cpu": (2, 4, 512, 16, 8),
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a first recipe depends on.
+
+    Attributes:
+        data: as it should stand in the recipe.
+        shape: that of the data's rows.
+        card: memory of the GPU in GB, or cpu.
+    """
+
+    model: str
+    data: str
+    shape: Shape
+    card: Card
+    output_dir: str
+
+
+def new_recipe(answers: Answers) -> str:
+    """The text of the recipe. It loads as it is, if the data are where the answers say."""
+    micro_batch, accumulation, length, sampled, measured = SIZES[answers.card]
+    is_text = answers.shape == "text"
+    source = "bos" if is_text or answers.shape == "prompt_completion" else "mixed"
+    on_gpu = answers.card != "cpu"
+    machine = f"a {answers.card} GB card" if on_gpu else "a CPU"
+    name = answers.output_dir.rstrip("/").rsplit("/", 1)[-1]
+    lines = f"""\
+# yaml-language-server: $schema=recipe.schema.json
+# {name}: rows of `{answers.shape}`, for {machine}
+#   folora-q validate FILE      checks this recipe, without loading the model
+#   folora-q preview FILE       shows what would be trained, token by token
+#   folora-q train FILE         trains, and says what was learned and what was forgotten
+
+model:
+  model_name_or_path: {_yaml(answers.model)} ## a hub id, a folder, or a .gguf file; loaded in 4 bits
+
+adapter:
+  r: 16 ## rank; higher learns more and takes more memory
+  lora_alpha: 16 ## the adapter's output is scaled by lora_alpha / r
+
+data:
+  train_dataset: {_yaml(answers.data)} ## a file, a folder, a glob, a hub id, or a list of them
+  eval_size: 0.05 ## share held out for measuring; or name an eval_dataset
+  overlong: {"split" if is_text else "drop"} ## over max_length: drop, truncate, raise; plain text: split
+  on_error: raise ## a broken row stops the run; skip leaves it out and counts it
+
+proxy: ## text that the model writes itself: what it should not forget
+  source: {source} ## bos: from its start token; chat: as chats; mixed: half of each
+  num_samples: {256 if on_gpu else 64}
+  max_new_tokens: {256 if on_gpu else 128}
+  batch_size: {sampled}
+
+gate:
+  enabled: true ## false is plain QLoRA; then set training.learning_rate to 2e-4
+  gate_lambda: 16 ## higher keeps more of the model; raise learning_rate with it
+
+training:
+  output_dir: {_yaml(answers.output_dir)}
+  learning_rate: 2e-3 ## about ten times plain LoRA's: the gate takes most of a step away
+  num_train_epochs: 1
+  per_device_train_batch_size: {micro_batch}
+  gradient_accumulation_steps: {accumulation} ## {micro_batch} x {accumulation} sequences in a step
+  max_length: {length} ## in tokens
+  packing: {str(is_text).lower()} ## several examples in one sequence, which do not see each other
+  gradient_checkpointing: {str(on_gpu).lower()} ## recompute activations: slower, far less memory
+  optim: {"paged_adamw_8bit" if on_gpu else "adamw_torch"}
+
+evaluation:
+  metric: none ## exact_match: greedy answers to the held-out prompts, compared with yours
+  batch_size: {measured}
+"""
+    return "".join(_aligned(line) + "\n" for line in lines.splitlines())
+
+
+def _aligned(line: str) -> str:
+    code, mark, comment = line.partition(" ## ")
+    return f"{code:<{COMMENT_COLUMN}} # {comment}" if mark else line
+
+
+def _yaml(text: str) -> str:
+    return (
+        yaml.safe_dump(text, default_flow_style=True, width=10_000, allow_unicode=True)
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )

@@ -1,0 +1,156 @@
+"""Inputs are looked for beside the recipe, so that it runs from any folder; what is missing is found before a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+
+from folora_q.errors import UserError
+from folora_q.recipe.dataset import Source
+from folora_q.recipe.schema import Recipe
+
+Where = Callable[..., str]
+
+# Endings of data files that can be read.
+DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What must be importable for a setting that names it.
+PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "comet_ml": "comet_ml",
+    "swanlab": "swanlab",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+}
+
+
+def is_hub_dataset(source: Source) -> bool:
+    """Whether a checked source is read from a hub: every local path was made absolute."""
+    return not Path(source.path).is_absolute()
+
+
+def matching_files(path: Path) -> list[Path]:
+    """Files that an absolute pattern matches; ** stands for any number of folders."""
+    root = Path(path.anchor)
+    return sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+
+
+def with_absolute_paths(recipe: Recipe, folder: Path, where: Where) -> Recipe:
+    """The recipe with the paths of its inputs made absolute.
+
+    Args:
+        folder: the recipe's.
+        where: tells the file and line of a key, given as its parts.
+
+    Raises:
+        UserError: a file, or a package that a setting needs, is missing; the message lists every one.
+    """
+    findings: list[str] = []
+
+    def found(key: tuple[str | int, ...], value: str, look: Callable[[Path, str], str]) -> str:
+        try:
+            return look(folder, value)
+        except LookupError as error:
+            name = ".".join(str(part) for part in key if not isinstance(part, int))
+            findings.append(f"`{name}`: {error.args[0]} ({where(*key)})")
+            return value
+
+    def sources(key: str, given: list[Source] | None) -> list[Source] | None:
+        return given and [
+            source.model_copy(update={"path": found(("data", key, index, "path"), source.path, _data)})
+            for index, source in enumerate(given)
+        ]
+
+    data = recipe.data.model_copy(
+        update={key: sources(key, getattr(recipe.data, key)) for key in ("train_dataset", "eval_dataset")}
+    )
+    if data.chat_template is not None and _is_file_name(data.chat_template):
+        template = found(("data", "chat_template"), data.chat_template, _file)
+        data = data.model_copy(update={"chat_template": template})
+    evaluation = recipe.evaluation
+    if evaluation.general_text is not None:
+        text = found(("evaluation", "general_text"), evaluation.general_text, _file)
+        evaluation = evaluation.model_copy(update={"general_text": text})
+    name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, _model)
+    model = recipe.model.model_copy(update={"model_name_or_path": name})
+
+    needed = [(("model", "attn_implementation"), model.attn_implementation)]
+    needed += [(("logging", "report_to"), tracker) for tracker in recipe.logging.report_to]
+    findings += [
+        f"`{'.'.join(key)}`: {value} needs the package {PACKAGES[value]}, which is not installed ({where(*key)})"
+        for key, value in needed
+        if value in PACKAGES and find_spec(PACKAGES[value]) is None
+    ]
+    if findings:
+        raise UserError("\n       ".join(findings), "paths are relative to the recipe's folder")
+    return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model})
+
+
+def _is_file_name(template: str) -> bool:
+    return template.endswith(TEMPLATE_ENDINGS) or "/" in template or "\\" in template
+
+
+def _absolute(folder: Path, value: str) -> Path:
+    try:
+        return (folder / Path(value).expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LookupError(f"{value!r} is no path ({error})") from None
+
+
+def _file(folder: Path, value: str) -> str:
+    path = _absolute(folder, value)
+    if not _exists(path.is_file):
+        raise LookupError(f"no file at {path}{_near(path)}")
+    return str(path)
+
+
+def _data(folder: Path, value: str) -> str:
+    path = _absolute(folder, value)
+    if _exists(path.exists):
+        return str(path)
+    if any(mark in value for mark in "*?["):
+        if not matching_files(path):
+            raise LookupError(f"no file matches {path}")
+        return str(path)
+    if HUB_ID.fullmatch(value) and path.suffix not in DATA_ENDINGS:
+        return value
+    raise LookupError(f"no file at {path}{_near(path)}")
+
+
+def _model(folder: Path, value: str) -> str:
+    path = _absolute(folder, value)
+    if _exists(path.is_dir):
+        if not (path / "config.json").is_file():
+            raise LookupError(f"{path} has no config.json, so it is no model's folder")
+        return str(path)
+    if _exists(path.is_file):
+        if path.suffix != ".gguf":
+            raise LookupError(f"{path} is a file, but no .gguf file; name the model's folder")
+        return str(path)
+    if path.suffix == ".gguf" or value.startswith(("/", "./", "../", "~")) or not value:
+        raise LookupError(f"no model at {path}{_near(path)}")
+    return value
+
+
+def _exists(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
+
+
+def _near(path: Path) -> str:
+    try:
+        near = get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
+    except OSError:
+        near = []
+    return f"; did you mean {near[0]}?" if near else ""

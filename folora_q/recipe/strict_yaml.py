@@ -1,0 +1,94 @@
+"""YAML as people mean it. PyYAML reads YAML 1.1, where 2e-5 is text, `no` is false, 010 is 8, 1:30 is 90 and a repeated
+key is dropped without a word; this reads YAML 1.2's core types, and refuses repeated keys and aliases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import yaml
+
+KeyPath = tuple[str | int, ...]
+# Deep enough for any recipe, far from Python's recursion limit.
+DEEPEST = 20
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) have no place in a recipe", mark)
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                message = f"the key {key.value!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+            seen.add(key.value)
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value
+        if node.tag.endswith("float"):
+            return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+# The core schema of YAML 1.2.2, section 10.3.2.
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+0123456789.")),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+
+
+def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    """The value of a YAML document, and the line of every key and list item in it.
+
+    Raises:
+        ValueError: it is not valid YAML, or more than a recipe may hold; the message is one line and names the place.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (loader.construct_document(node), dict(_lines(node))) if node is not None else (None, {})
+    except yaml.YAMLError as error:
+        raise ValueError(_sentence(error)) from None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        # A value with an explicit tag that it does not fit, such as `!!int x` or `!!timestamp x`.
+        raise ValueError(f"a value does not fit its tag ({error})") from None
+
+
+def _lines(node: yaml.Node, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*prefix, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*prefix, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*prefix, index), value.start_mark.line + 1
+            yield from _lines(value, (*prefix, index))
+
+
+def _sentence(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else problem
