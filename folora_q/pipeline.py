@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
-from folora_q.data.read import TaskData
 from folora_q.data.sources import source_files
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
@@ -30,7 +30,7 @@ from folora_q.proxy.cache import cache_path, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample, sample_proxy
 from folora_q.proxy.windows import crops, whole
 from folora_q.recipe.schema import Recipe
-from folora_q.runs.folder import RunFolder, open_run_folder
+from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.manifest import new_manifest
 from folora_q.statistics.collect import build_gates, statistics_passes
 from folora_q.statistics.store import save_gates
@@ -70,18 +70,29 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
         RunFailed: the run could not go on.
     """
     clock = Clock(progress)
+    target = Path(recipe.training.output_dir)
+    check_run_folder(target, overwrite)
+    if recipe.training.packing:
+        require_packable(recipe.model)
     task = read_task(recipe, clock)
+    tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
+    data = tokenize_task(recipe, task, tokenizer, clock)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
     manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
-    folder = open_run_folder(Path(recipe.training.output_dir), overwrite)
+    manifest["data"] = data.summary()
+    folder = open_run_folder(target, overwrite)
     folder.write_manifest(manifest)
+    if skipped := data.skipped():
+        folder.write_lines(folder.skipped, skipped)
     atomic_write(folder.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     try:
-        result = _run(recipe, folder, task, manifest, clock)
+        result = _run(recipe, folder, data, tokenizer, manifest, clock)
     except BaseException as error:
-        manifest["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        manifest["error"] = str(error)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        manifest |= {"status": "interrupted" if interrupted else "failed", "error": str(error)}
         folder.write_manifest(manifest)
+        if interrupted:
+            raise KeyboardInterrupt(f"what had been written is in {target}, marked as interrupted") from None
         raise
     return result
 
@@ -89,15 +100,11 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
 def _run(
     recipe: Recipe,
     folder: RunFolder,
-    task: TaskData,
+    data: TaskTokens,
+    tokenizer: Tokenizer,
     manifest: dict[str, Any],
     clock: Clock,
 ) -> RunResult:
-    if recipe.training.packing:
-        require_packable(recipe.model)
-    tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
-    data = tokenize_task(recipe, task, tokenizer, clock)
-    _write_skipped(folder, task, data)
     hardware = choose_hardware(recipe.model.dtype)
     clock.note(f"computing in {str(hardware.dtype).removeprefix('torch.')} on {hardware.reason}")
 
@@ -115,13 +122,14 @@ def _run(
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
     if recipe.training.packing:
-        check_packing(model, *data.train.sequences[:2]["input_ids"])
+        rows = data.train.sequences
+        check_packing(model, rows[0]["input_ids"], rows[len(rows) - 1]["input_ids"])
     trainer = build_trainer(
         model, tokenizer, data.train.sequences, data.heldout.sequences, recipe, hardware, folder.path
     )
     if recipe.training.packing:
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
-    measured_on = _held_out(recipe, base, task, data.heldout, proxy_heldout)
+    measured_on = _held_out(recipe, base, data, proxy_heldout)
 
     before, answers_before = _measure(recipe, base, model, measured_on, clock, "measuring the base model")
     folder.append_metrics({"stage": "before", **asdict(before)})
@@ -151,14 +159,6 @@ def _run(
     return result
 
 
-def _write_skipped(folder: RunFolder, task: TaskData, data: TaskTokens) -> None:
-    skipped = [(error.where, error.reason) for error in task.skipped]
-    for examples, half in ((task.train, data.train), (task.heldout, data.heldout)):
-        skipped += [(examples[index].where, reason) for index, reason in half.counts.refused]
-    if skipped:
-        folder.write_lines(folder.skipped, ({"where": where, "error": reason} for where, reason in skipped))
-
-
 def _proxy_text(
     recipe: Recipe, base: LoadedModel, hardware: Hardware, folder: RunFolder, clock: Clock
 ) -> tuple[list[ProxySample], list[ProxySample]]:
@@ -180,15 +180,13 @@ def _proxy_text(
     return samples[: section.num_samples], samples[section.num_samples :]
 
 
-def _held_out(
-    recipe: Recipe, base: LoadedModel, task: TaskData, heldout: Tokenized, proxy: Sequence[ProxySample]
-) -> HeldOut:
+def _held_out(recipe: Recipe, base: LoadedModel, data: TaskTokens, proxy: Sequence[ProxySample]) -> HeldOut:
     size, device = recipe.evaluation.batch_size, base.model.device
     text = Path(recipe.evaluation.general_text) if recipe.evaluation.general_text else GENERAL_TEXT
     window = min(GENERAL_WINDOW, recipe.training.max_length)
-    labelled = heldout.sequences
+    labelled = data.heldout.sequences
     return HeldOut(
-        examples=task.heldout if recipe.evaluation.metric == "exact_match" else [],
+        examples=data.task.heldout if recipe.evaluation.metric == "exact_match" else [],
         task=list(batches(labelled["input_ids"][:], size, device, labelled["labels"][:])),
         proxy_start=list(batches(whole(proxy), size, device)),
         proxy_crops=list(batches(crops(proxy, recipe.proxy.seed), size, device)),
@@ -238,6 +236,9 @@ def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock) -> None:
     with clock.stage("training", steps) as done:
         trainer.add_callback(Reporting(done, lambda line: folder.append_metrics({"stage": "training", **line})))
         trainer.train()
+    state = trainer.state
+    if arguments.load_best_model_at_end and state.best_metric is not None:
+        clock.note(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
 
 
 def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder, result: RunResult) -> None:

@@ -80,8 +80,16 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
         "import folora_q.cli.train",
         "from folora_q.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from folora_q.cli.app import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
-        "from folora_q.cli.app import main\n"
-        "try: main(['train', 'recipes/demo.yaml', '--dry-run'])\nexcept SystemExit: pass",
+        *(
+            f"from folora_q.cli.app import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code"
+            for arguments in (
+                ["train", "recipes/demo.yaml", "--dry-run"],
+                ["validate", "recipes/demo.yaml", "--all-rows"],
+                ["preview", "--help"],
+                ["recipes"],
+                ["schema"],
+            )
+        ),
     ],
 )
 def test_no_heavy_import_before_it_is_needed(statement: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from difflib import get_close_matches
 
 import rich_click as click
 
@@ -31,7 +32,8 @@ class LazyGroup(click.RichGroup):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
-            return None
+            near = get_close_matches(name, COMMANDS, n=1)
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         return importlib.import_module(f"folora_q.cli.{COMMANDS[name]}").command
 
 
@@ -59,8 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        print_error("interrupted; what had been written is in the run folder, marked as interrupted")
+    except (click.Abort, KeyboardInterrupt) as stop:
+        interrupt = stop.__context__ or stop  # click wraps it
+        print_error("interrupted", str(interrupt) or None)
         sys.exit(INTERRUPTED)
     except FoloraError as error:
         if debug:

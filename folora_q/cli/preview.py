@@ -19,7 +19,7 @@ from folora_q.progress import Clock
 from folora_q.recipe import Recipe
 
 if TYPE_CHECKING:
-    from folora_q.data.read import TaskData
+    from folora_q.data.prepare import TaskTokens
     from folora_q.data.tokenized import Tokenized
 
 BINS = 10
@@ -72,7 +72,7 @@ def command(
         runs = _runs(tokenizer, row["input_ids"], row["labels"])
         out.print(_coloured(runs if full else _shortened(runs)), soft_wrap=True)
     _print_lengths(rows["input_ids"][:])
-    _print_left_out(recipe, half, task)
+    _print_left_out(recipe, data, half)
 
 
 def _runs(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[str, bool]]:
@@ -124,7 +124,7 @@ def _print_lengths(sequences: Sequence[Sequence[int]]) -> None:
     out.print(table)
 
 
-def _print_left_out(recipe: Recipe, half: Tokenized, task: TaskData) -> None:
+def _print_left_out(recipe: Recipe, data: TaskTokens, half: Tokenized) -> None:
     counts, limit = half.counts, recipe.training.max_length
     out.print(
         f"\n{counts.tokens:,} tokens, {counts.trained:,} of them learned ({counts.trained / counts.tokens:.1%}); "
@@ -138,8 +138,7 @@ def _print_left_out(recipe: Recipe, half: Tokenized, task: TaskData) -> None:
             )
     if counts.untrained:
         out.print(f"[yellow]{counts.untrained:,} sequences without a token to learn were left out[/]", soft_wrap=True)
-    skipped = [error.message for error in task.skipped]
-    skipped += [f"row {index + 1} of the mixture: {reason}" for index, reason in counts.refused]
+    skipped = [f"{row['where']}: {row['error']}" for row in data.skipped()]
     if skipped:
         out.print(f"[yellow]{len(skipped):,} rows were skipped[/] (data.on_error)", soft_wrap=True)
         for message in skipped[:MOST_REASONS]:

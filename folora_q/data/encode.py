@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -77,11 +78,13 @@ class Encoder:
     def key(self) -> str:
         """All that the tokens depend on besides the examples."""
         tokenizer = self.tokenizer
+        tells_the_date = self._template is not None and "strftime_now" in self._template
         return json.dumps(
             [
                 tokenizer.backend_tokenizer.to_str(),
                 tokenizer.chat_template,
                 self._template,
+                date.today().isoformat() if tells_the_date else None,
                 sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
                 self.assistant_only_loss,
                 self.completion_only_loss,
@@ -103,17 +106,16 @@ class Encoder:
             )
         self._template = template["default"] if isinstance(template, dict) else template
         try:
-            rendered = self._render(PROBE)
+            self.marking = "the chat template's own marks"
+            self._marked = has_generation_markers(self._template)
+            if not self._marked:
+                self.marking = "rendering with and without them"
+                self._use_trls_variant(self._render(PROBE))
+            self._find_end()
         except TemplateSyntaxError as error:
             raise UserError(f"the chat template is not valid Jinja: {error.message}, line {error.lineno}") from None
         except TEMPLATE_ERRORS as error:
             raise UserError(f"the chat template fails on a question and an answer: {_sentence(error)}") from None
-        self.marking = "the chat template's own marks"
-        self._marked = has_generation_markers(self._template)
-        if not self._marked:
-            self.marking = "rendering with and without them"
-            self._use_trls_variant(rendered)
-        self._find_end()
 
     def __call__(self, example: Example) -> list[Encoded]:
         """The sequences of one example; a chat may need several.

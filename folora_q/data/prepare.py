@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -18,11 +19,37 @@ from folora_q.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """The task as sequences of tokens; `end_of_turn` ends an assistant's turn, where there are chats."""
+    """The task as sequences of tokens.
 
+    Attributes:
+        task: what they were made of.
+        marking: how the assistant's turns were found, where there are chats.
+        end_of_turn: the token that ends one.
+    """
+
+    task: TaskData
     train: Tokenized
     heldout: Tokenized
+    marking: str | None
     end_of_turn: int | None
+
+    def skipped(self) -> list[dict[str, str]]:
+        """Every row that could not be used, with its place and the reason."""
+        found = [(error.where, error.reason) for error in self.task.skipped]
+        for examples, half in ((self.task.train, self.train), (self.task.heldout, self.heldout)):
+            found += [(examples[index].where, reason) for index, reason in half.counts.refused]
+        return [{"where": where, "error": reason} for where, reason in found]
+
+    def summary(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "sources": [asdict(facts) for facts in self.task.facts],
+            "marking": self.marking,
+            "train": asdict(self.train.counts),
+            "heldout": asdict(self.heldout.counts),
+            "skipped": len(self.task.skipped),
+            "repeated": self.task.repeated,
+        }
 
 
 def read_task(recipe: Recipe, clock: Clock) -> TaskData:
@@ -71,12 +98,13 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: C
                 encoder,
                 max_length=training.max_length,
                 overlong=data.overlong,
+                kind=name,
                 skip_errors=data.on_error == "skip",
                 on_progress=done,
             )
         clock.note(_described(half, training.max_length))
         halves.append(half)
-    return TaskTokens(*halves, encoder.end_of_turn)
+    return TaskTokens(task, *halves, encoder.marking, encoder.end_of_turn)
 
 
 def _described(data: Tokenized, max_length: int) -> str:

@@ -73,6 +73,7 @@ def tokenize(
     *,
     max_length: int,
     overlong: str,
+    kind: str = "training",
     skip_errors: bool = False,
     on_progress: Callable[[int], None] = lambda examples: None,
 ) -> Tokenized:
@@ -80,6 +81,7 @@ def tokenize(
 
     Args:
         overlong: `data.overlong`: what happens to an example of more than max_length tokens.
+        kind: what the examples are, for messages: training or held-out.
         skip_errors: leave out and count what the chat template refuses, instead of raising.
 
     Raises:
@@ -116,7 +118,7 @@ def tokenize(
         on_progress(1)
     counts.sequences = len(ids)
     if not ids:
-        raise UserError(_nothing_left(examples, counts, max_length), "look at them with `folora-q preview`")
+        raise UserError(_nothing_left(examples, counts, max_length, kind), "look at them with `folora-q preview`")
     with commit_directory(folder) as staging:
         made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
         made.save_to_disk(staging)
@@ -165,7 +167,7 @@ def _shortened(example: Example, sequence: Encoded, max_length: int, overlong: s
     ]
 
 
-def _nothing_left(examples: Sequence[Example], counts: Counts, max_length: int) -> str:
+def _nothing_left(examples: Sequence[Example], counts: Counts, max_length: int, kind: str) -> str:
     reasons = []
     if counts.dropped:
         reasons.append(
@@ -176,4 +178,4 @@ def _nothing_left(examples: Sequence[Example], counts: Counts, max_length: int) 
     if counts.refused:
         index, reason = counts.refused[0]
         reasons.append(f"{len(counts.refused)} cannot be used; the first is {examples[index].where}: {reason}")
-    return f"none of the {counts.examples} examples can be used: {', '.join(reasons)}"
+    return f"none of the {counts.examples} {kind} examples can be used: {', '.join(reasons)}"

@@ -14,13 +14,15 @@ from pydantic import BaseModel, ValidationError
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.hints import FOREIGN_WORDS
-from folora_q.recipe.paths import with_absolute_paths
+from folora_q.recipe.paths import exists, with_absolute_paths
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import KeyPath, parse_yaml
 
 # An error quotes no more of a value than this.
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 160
+# How the place of a value that the command line gives begins.
+OVERRIDE = "override "
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -57,7 +59,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key = _apply_override(values, override)
         places = {known: place for known, place in places.items() if known[: len(key)] != key}
-        places[key] = f"override {_short(override)}"
+        places[key] = OVERRIDE + _short(override)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -65,8 +67,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         found = [(detail, _place(detail["loc"], places, path)) for detail in error.errors(include_url=False)]
         found.sort(key=lambda item: order.get(item[1], -1))
         findings = dict.fromkeys(_finding(detail, where) for detail, where in found)
-        raise UserError("\n       ".join(findings), "docs/recipe.md explains every key") from None
-    return with_absolute_paths(recipe, path.parent, lambda *key: _place(key, places, path))
+        raise UserError(
+            "\n       ".join(findings), "docs/recipe.md explains every key, and so does `folora-q schema`"
+        ) from None
+
+    def folder_for(value: str, key: KeyPath) -> Path:
+        """A recipe's paths are relative to it; those of an override to where the command is given."""
+        given_here = _place(key, places, path).startswith(OVERRIDE)
+        only_there = exists(path.parent / value) and not exists(Path(value))
+        return Path.cwd() if given_here and not only_there else path.parent
+
+    return with_absolute_paths(recipe, folder_for, lambda key: _place(key, places, path))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
@@ -80,7 +91,7 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
     if len(path) == 1 and path[0] not in Recipe.model_fields:
         path = (_section_of(path[0]), *path)
     try:
-        value, _ = parse_yaml(raw)
+        value = raw if raw.startswith("*") else parse_yaml(raw)[0]  # a glob, which YAML would take for an alias
     except ValueError as error:
         raise UserError(f"the value of the override {_short(override)} is not valid YAML: {error}") from None
     section = values
@@ -108,7 +119,8 @@ def _section_of(key: str) -> str:
         raise UserError(f"the override `{key}` could be {choices}", "write the section too")
     everywhere = [name for section in Recipe.model_fields.values() for name in section.annotation.model_fields]
     raise UserError(
-        f"unknown key `{key}` in an override{_suggestion((key,), everywhere)}", "docs/recipe.md explains every key"
+        f"unknown key `{key}` in an override{_suggestion((key,), everywhere)}",
+        "docs/recipe.md explains every key, and so does `folora-q schema`",
     )
 
 

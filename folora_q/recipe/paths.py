@@ -12,7 +12,7 @@ from folora_q.errors import UserError
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.schema import Recipe
 
-Where = Callable[..., str]
+Key = tuple[str | int, ...]
 
 # Endings of data files that can be read.
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
@@ -44,11 +44,19 @@ def matching_files(path: Path) -> list[Path]:
     return sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
 
 
-def with_absolute_paths(recipe: Recipe, folder: Path, where: Where) -> Recipe:
+def exists(path: Path) -> bool:
+    """Whether something is there; nothing can be where a name is too long or holds a NUL."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], where: Callable[[Key], str]) -> Recipe:
     """The recipe with the paths of its inputs made absolute.
 
     Args:
-        folder: the recipe's.
+        folder_for: tells the folder that a path is relative to, given the path and its key.
         where: tells the file and line of a key, given as its parts.
 
     Raises:
@@ -56,12 +64,12 @@ def with_absolute_paths(recipe: Recipe, folder: Path, where: Where) -> Recipe:
     """
     findings: list[str] = []
 
-    def found(key: tuple[str | int, ...], value: str, look: Callable[[Path, str], str]) -> str:
+    def found(key: Key, value: str, look: Callable[[Path, str], str]) -> str:
         try:
-            return look(folder, value)
+            return look(folder_for(value, key), value)
         except LookupError as error:
             name = ".".join(str(part) for part in key if not isinstance(part, int))
-            findings.append(f"`{name}`: {error.args[0]} ({where(*key)})")
+            findings.append(f"`{name}`: {error.args[0]} ({where(key)})")
             return value
 
     def sources(key: str, given: list[Source] | None) -> list[Source] | None:
@@ -86,12 +94,15 @@ def with_absolute_paths(recipe: Recipe, folder: Path, where: Where) -> Recipe:
     needed = [(("model", "attn_implementation"), model.attn_implementation)]
     needed += [(("logging", "report_to"), tracker) for tracker in recipe.logging.report_to]
     findings += [
-        f"`{'.'.join(key)}`: {value} needs the package {PACKAGES[value]}, which is not installed ({where(*key)})"
+        f"`{'.'.join(key)}`: {value} needs the package {PACKAGES[value]}, which is not installed ({where(key)})"
         for key, value in needed
         if value in PACKAGES and find_spec(PACKAGES[value]) is None
     ]
     if findings:
-        raise UserError("\n       ".join(findings), "paths are relative to the recipe's folder")
+        raise UserError(
+            "\n       ".join(findings),
+            "paths in a recipe are relative to it; those on the command line to where you are",
+        )
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model})
 
 
@@ -108,14 +119,14 @@ def _absolute(folder: Path, value: str) -> Path:
 
 def _file(folder: Path, value: str) -> str:
     path = _absolute(folder, value)
-    if not _exists(path.is_file):
+    if not (exists(path) and path.is_file()):
         raise LookupError(f"no file at {path}{_near(path)}")
     return str(path)
 
 
 def _data(folder: Path, value: str) -> str:
     path = _absolute(folder, value)
-    if _exists(path.exists):
+    if exists(path):
         return str(path)
     if any(mark in value for mark in "*?["):
         if not matching_files(path):
@@ -128,24 +139,17 @@ def _data(folder: Path, value: str) -> str:
 
 def _model(folder: Path, value: str) -> str:
     path = _absolute(folder, value)
-    if _exists(path.is_dir):
+    if exists(path) and path.is_dir():
         if not (path / "config.json").is_file():
             raise LookupError(f"{path} has no config.json, so it is no model's folder")
         return str(path)
-    if _exists(path.is_file):
+    if exists(path):
         if path.suffix != ".gguf":
             raise LookupError(f"{path} is a file, but no .gguf file; name the model's folder")
         return str(path)
     if path.suffix == ".gguf" or value.startswith(("/", "./", "../", "~")) or not value:
         raise LookupError(f"no model at {path}{_near(path)}")
     return value
-
-
-def _exists(question: Callable[[], bool]) -> bool:
-    try:
-        return question()
-    except (OSError, ValueError):  # a name that is too long, or holds a NUL
-        return False
 
 
 def _near(path: Path) -> str:

@@ -21,7 +21,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) have no place in a recipe", mark)
+            raise yaml.composer.ComposerError(
+                None, None, "aliases have no place in a recipe; quote a value with a *", mark
+            )
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > DEEPEST:
             raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
@@ -91,4 +93,6 @@ def _lines(node: yaml.Node, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, int
 def _sentence(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    if getattr(error, "context", None) == "while scanning an alias":
+        problem = "a value that begins with * must be in quotes"
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else problem

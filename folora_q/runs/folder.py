@@ -80,6 +80,22 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
 
+def check_run_folder(path: Path, overwrite: bool) -> None:
+    """See whether a new run can have this folder, without touching it.
+
+    Raises:
+        UserError: something else is there, or a run and not `overwrite`.
+    """
+    try:
+        if RunFolder(path).manifest.exists():
+            if not overwrite:
+                raise UserError(f"{path} holds a run already", "add --overwrite, or name another training.output_dir")
+        elif path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
+            raise UserError(f"{path} holds files that are no run", "name another training.output_dir")
+    except OSError as error:
+        raise UserError(f"cannot use {path} as the run folder: {error.strerror}", "see training.output_dir") from error
+
+
 def open_run_folder(path: Path, overwrite: bool) -> RunFolder:
     """An empty folder for a new run.
 
@@ -87,17 +103,13 @@ def open_run_folder(path: Path, overwrite: bool) -> RunFolder:
         overwrite: remove the run that is there already. Files that are no part of a run are never removed.
 
     Raises:
-        UserError: something else is there, or a run and not `overwrite`, or the folder cannot be made.
+        UserError: as `check_run_folder`, or the folder cannot be made.
     """
+    check_run_folder(path, overwrite)
     folder = RunFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if folder.manifest.exists():
-            if not overwrite:
-                raise UserError(f"{path} holds a run already", "add --overwrite, or name another training.output_dir")
-            folder.clear()
-        elif any(not file.name.startswith(".") for file in path.iterdir()):
-            raise UserError(f"{path} holds files that are no run", "name another training.output_dir")
+        folder.clear()
     except OSError as error:
         raise UserError(f"cannot use {path} as the run folder: {error.strerror}", "see training.output_dir") from error
     return folder

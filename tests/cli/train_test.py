@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from folora_q import pipeline
 from folora_q.cli.app import main
+from folora_q.data.templates import read_template
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
@@ -207,11 +209,91 @@ def test_a_finished_run_is_not_overwritten_unasked_and_foreign_files_never(
 def test_a_failure_is_one_line_and_its_folder_says_so(recipe_file: Path, tmp_path: Path, capfd) -> None:
     assert run("train", recipe_file, "model.model_name_or_path=no/such-model") == 2
     assert "error: cannot load the model no/such-model" in capfd.readouterr().err
-    assert manifest(tmp_path / "run")["status"] == "failed"
-    assert run("train", recipe_file, "training.learning_rate=1e30", "--overwrite") == 1
+    assert not (tmp_path / "run").exists(), "found before anything is written"
+    assert run("train", recipe_file, "training.learning_rate=1e30") == 1
     talk = capfd.readouterr().err
     assert "error: the training loss is" in talk and "hint: lower training.learning_rate" in talk
     assert manifest(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_mistake_leaves_the_old_run_alone(recipe_file: Path, tmp_path: Path) -> None:
+    assert run("train", recipe_file, "evaluation.metric=none", "training.max_steps=1") == 0
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    assert run("train", recipe_file, "model.model_name_or_path=no/such-model", "--overwrite") == 2
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_the_best_step_is_kept_and_measured_on_the_way(recipe_file: Path, tmp_path: Path, capfd) -> None:
+    # At this rate the first steps learn and the last ones destroy.
+    changes = ["evaluation.metric=none", "evaluation.steps=2", "training.max_steps=8", "training.learning_rate=0.3"]
+    changes += ["training.load_best_model_at_end=true", "training.warmup_steps=0", "gate.enabled=false"]
+    changes += ["training.lr_scheduler_type=constant", "training.save_total_limit=8"]
+    assert run("train", recipe_file, *changes) == 0
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert list(losses) == [2, 4, 6, 8]
+    best = min(losses, key=losses.__getitem__)
+    assert best != 8, "the test needs a best step that is not the last"
+    assert f"kept step {best}, with the least held-out loss: {losses[best]:.4f}" in capfd.readouterr().err
+    assert manifest(folder)["after"]["task_loss"] == pytest.approx(losses[best], rel=1e-6)
+    kept, saved = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", f"checkpoint-{best}"))
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+    assert {weight.dtype for weight in kept.values()} == {torch.float32}
+    assert not (folder / "README.md").exists()
+    assert run("train", recipe_file, "training.max_steps=1", "evaluation.metric=none", "--overwrite") == 0
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_run_shorter_than_its_measurements_keeps_its_last_step(recipe_file: Path, tmp_path: Path, capfd) -> None:
+    quick = ["evaluation.metric=none", "gate.enabled=false", "training.max_steps=2"]
+    assert run("train", recipe_file, *quick, "evaluation.steps=9", "training.load_best_model_at_end=true") == 0
+    assert "kept step 2, with the least held-out loss" in capfd.readouterr().err
+    assert run("train", recipe_file, *quick, "evaluation.steps=1", "--overwrite") == 0
+    assert "kept" not in capfd.readouterr().err.replace("kept in", "")
+
+
+def test_the_saved_adapter_follows_the_export_section(recipe_file: Path, tmp_path: Path) -> None:
+    changes = ["export.adapter_dtype=bfloat16", "export.base_model_name_or_path=me/tiny", "training.max_steps=1"]
+    assert run("train", recipe_file, "evaluation.metric=none", *changes) == 0
+    adapter = tmp_path / "run" / "adapter"
+    assert {w.dtype for w in load_file(adapter / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/tiny"
+
+
+def test_packed_and_unpacked_rows_train_the_same_tokens(recipe_file: Path, tmp_path: Path, capfd) -> None:
+    changes = ["training.packing=true", "training.max_length=96", "evaluation.metric=none", "evaluation.steps=2"]
+    assert run("train", recipe_file, *changes) == 0
+    assert "packed into" in capfd.readouterr().err
+    saved = manifest(tmp_path / "run")
+    assert saved["after"]["task_loss"] < saved["before"]["task_loss"]
+    assert saved["data"]["train"]["sequences"] == 12
+
+
+def test_the_second_run_finds_its_tokens_and_a_changed_row_does_not(recipe_file: Path, tmp_path: Path, capfd) -> None:
+    quick = ["training.max_steps=1", "evaluation.metric=none", "gate.enabled=false", "--overwrite"]
+    assert run("train", recipe_file, *quick) == 0
+    assert "(kept in " in capfd.readouterr().err
+    assert run("train", recipe_file, *quick) == 0
+    talk = capfd.readouterr().err
+    assert talk.count("(found in ") == 2 and "(kept in " not in talk
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(rows.read_text().replace("it is 3", "it is 4"))
+    assert run("train", recipe_file, *quick) == 0
+    talk = capfd.readouterr().err
+    assert talk.count("(found in ") == 1 and talk.count("(kept in ") == 1
+
+
+def test_a_named_template_goes_with_the_adapter_and_ends_its_answers(tmp_path: Path, recipe_file: Path) -> None:
+    from tests.conftest import save_tiny_model
+
+    folder = save_tiny_model(tmp_path / "bare", chat=False)
+    changes = [f"model.model_name_or_path={folder}", "training.max_steps=1"]
+    assert run("train", recipe_file, *changes) == 2, "no chat template"
+    assert run("train", recipe_file, *changes, "data.chat_template=chatml") == 0
+    adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "chat_template.jinja").read_text("utf-8") == read_template("chatml")
+    assert json.loads((adapter / "generation_config.json").read_text())["eos_token_id"] is not None
 
 
 def test_debug_shows_the_traceback(recipe_file: Path) -> None:
@@ -271,5 +353,6 @@ def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path, sent: sig
     finally:
         process.kill()
     assert process.returncode == code
-    assert "interrupted" in output and "Traceback" not in output
+    assert "error: interrupted\n" in output and "Traceback" not in output
+    assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted" in output
     assert manifest(tmp_path / "run")["status"] == "interrupted"

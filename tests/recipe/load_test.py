@@ -125,3 +125,131 @@ def test_the_reference_page_is_the_schema() -> None:
     assert (docs / "recipe.md").read_text("utf-8") == namespace["reference"](), (
         "run: .venv/bin/python docs/make_recipe_reference.py"
     )
+
+
+def test_an_override_may_leave_out_a_section_that_is_the_only_one_with_its_key(write) -> None:
+    recipe = load_recipe(write(MINIMAL), ["learning_rate=2e-5", "r=8", "training.max_steps=3"])
+    assert (recipe.training.learning_rate, recipe.adapter.r, recipe.training.max_steps) == (2e-5, 8, 3)
+    assert "could be proxy.batch_size or evaluation.batch_size" in refusal(write(MINIMAL), "batch_size=2").message
+    assert (
+        "`lerning_rate` in an override; did you mean `learning_rate`?"
+        in refusal(write(MINIMAL), "lerning_rate=1").message
+    )
+    assert "folora-q calls it `training.max_length`" in refusal(write(MINIMAL), "cutoff_len=1").message
+
+
+def test_an_override_reaches_into_a_source(write, tmp_path: Path) -> None:
+    recipe = load_recipe(write(MINIMAL), ["data.train_dataset.weight=2", "data.train_dataset.fields.prompt=question"])
+    (source,) = recipe.data.train_dataset
+    assert (source.path, source.weight, source.fields) == (str(tmp_path / "train.jsonl"), 2, {"prompt": "question"})
+    assert "is no mapping" in refusal(write(MINIMAL), "model.model_name_or_path.x=1").message
+
+
+def test_paths_in_overrides_are_looked_for_here_and_then_beside_the_recipe(write, tmp_path: Path, monkeypatch) -> None:
+    path, here = write(MINIMAL), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "mine.jsonl").write_text("{}\n")
+    for override, found in (("mine.jsonl", here / "mine.jsonl"), ("train.jsonl", tmp_path / "train.jsonl")):
+        assert load_recipe(path, [f"data.train_dataset={override}"]).data.train_dataset[0].path == str(found)
+    (here / "train.jsonl").write_text("{}\n")
+    assert load_recipe(path, ["data.train_dataset=train.jsonl"]).data.train_dataset[0].path == str(here / "train.jsonl")
+    assert load_recipe(path).data.train_dataset[0].path == str(tmp_path / "train.jsonl")
+    assert str(here / "gone.jsonl") in refusal(path, "data.train_dataset=gone.jsonl").message
+
+
+def test_a_glob_needs_no_quotes_in_an_override(write, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(write(MINIMAL), ["data.train_dataset=*.jsonl"]).data.train_dataset[0].path.endswith("*.jsonl")
+
+
+def test_sources_are_told_in_each_way_and_are_the_same(write, tmp_path: Path) -> None:
+    ways = ["train.jsonl", "{path: train.jsonl}", "[train.jsonl]", "[{path: train.jsonl}]"]
+    recipes = [load_recipe(write(MINIMAL.replace("train.jsonl", way))) for way in ways]
+    assert all(recipe == recipes[0] for recipe in recipes)
+
+
+def test_a_flat_configuration_of_another_tool_is_answered_word_by_word(write) -> None:
+    text = "base_model: x\nmicro_batch_size: 2\nlearning_rate: 1e-4\nadapter: qlora\nload_in_4bit: true\n"
+    lines = refusal(write(text)).message.splitlines()
+    for number, part in enumerate(
+        [
+            "unknown key `base_model`; folora-q calls it `model.model_name_or_path`",
+            "unknown key `micro_batch_size`; folora-q calls it `training.per_device_train_batch_size`",
+            "unknown key `learning_rate`; it belongs in the section `training`",
+            "`adapter` must be a section with keys of its own, not 'qlora'; folora-q always trains a LoRA adapter",
+            "unknown key `load_in_4bit`; leave it out: the base is always loaded in 4 bits",
+        ],
+        start=1,
+    ):
+        (line,) = [line for line in lines if part in line]
+        assert f"line {number})" in line
+
+
+def test_a_value_that_is_none_of_a_few_is_answered_with_the_nearest(write) -> None:
+    message = refusal(write(MINIMAL + "  optim: paged_adamw\n")).message
+    assert "`training.optim` cannot be 'paged_adamw': it is one of adamw_torch, " in message
+    assert "did you mean paged_adamw_8bit?" in message
+    nested = "data:\n  train_dataset:\n    path: train.jsonl\n    fields: {promt: q}\n    roles: {x: usr}\n"
+    message = refusal(write(MINIMAL.replace("data:\n  train_dataset: train.jsonl\n", nested))).message
+    assert "`data.train_dataset.fields.promt` cannot be 'promt'" in message and "did you mean prompt?" in message
+    assert "`data.train_dataset.roles.x` cannot be 'usr'" in message and "line 7)" in message
+
+
+def test_a_long_value_is_not_quoted_whole(write) -> None:
+    assert len(refusal(write(MINIMAL + f"  max_length: {'x' * 10_000_000}\n")).message) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./gone", "no model at"),
+        ("gone.gguf", "no model at"),
+        ("empty", "has no config.json"),
+        ("train.jsonl", "is a file, but no .gguf file"),
+    ],
+)
+def test_a_local_model_is_looked_for_before_a_run(write, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert message in refusal(write(MINIMAL.replace("some/model", name))).message
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("trian.jsonl", "did you mean train.jsonl?"),
+        ("'*.csv'", "no file matches"),
+        ("org/name.jsonl", "no file at"),
+        ("a/b/c", "no file at"),
+        ("name", "no file at"),
+        ("'" + "x" * 5000 + "'", "no file at"),
+        ('"a\\0b"', "`data.train_dataset.path`"),
+        ("''", "`data.train_dataset.path`"),
+        ("[]", "`data.train_dataset`"),
+    ],
+)
+def test_data_that_are_not_there_are_found_before_a_run(write, path: str, message: str) -> None:
+    assert message in refusal(write(MINIMAL.replace("train.jsonl", path))).message
+
+
+def test_every_missing_file_is_named_at_once(write) -> None:
+    path = write(MINIMAL + "evaluation: {general_text: gone.txt}\n")
+    message = refusal(path, "data.eval_dataset=gone.jsonl", "data.chat_template=gone.jinja").message
+    assert message.count("no file at") == 3
+    assert f"`evaluation.general_text`: no file at {path.parent / 'gone.txt'} ({path} line 7)" in message
+
+
+def test_trackers_may_be_named_in_each_way(write, monkeypatch) -> None:
+    monkeypatch.setattr("folora_q.recipe.paths.find_spec", lambda name: object())
+    for written, found in (("none", []), ("[]", []), ("wandb", ["wandb"]), ("[wandb, mlflow]", ["wandb", "mlflow"])):
+        assert load_recipe(write(MINIMAL + f"logging: {{report_to: {written}}}\n")).logging.report_to == found
+
+
+def test_the_best_step_needs_steps_that_are_measured_and_saved(write) -> None:
+    best = ["training.load_best_model_at_end=true"]
+    assert "set evaluation.steps" in refusal(write(MINIMAL), *best).message
+    assert (
+        "a multiple of evaluation.steps (20)"
+        in refusal(write(MINIMAL), *best, "evaluation.steps=20", "training.save_steps=30").message
+    )
+    assert load_recipe(write(MINIMAL), [*best, "evaluation.steps=20", "training.save_steps=40"])
