@@ -6,11 +6,11 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
+from folora_q.recipe.strict_yaml import dump_yaml
 
 TARGET = Path(__file__).with_name("recipe.md")
 HEAD = """# The recipe, key by key
@@ -64,7 +64,7 @@ def _type(annotation: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+    return dump_yaml(value, flow=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -30,6 +29,7 @@ from folora_q.proxy.cache import cache_path, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample, sample_proxy
 from folora_q.proxy.windows import crops, whole
 from folora_q.recipe.schema import Recipe
+from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.manifest import new_manifest
 from folora_q.statistics.collect import build_gates, statistics_passes
@@ -82,10 +82,10 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
     manifest["data"] = data.summary()
     folder = open_run_folder(target, overwrite)
     folder.write_manifest(manifest)
-    if skipped := data.skipped():
-        folder.write_lines(folder.skipped, skipped)
-    atomic_write(folder.recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     try:
+        if skipped := data.skipped():
+            folder.write_lines(folder.skipped, skipped)
+        atomic_write(folder.recipe, dump_yaml(recipe.model_dump(mode="json")))
         result = _run(recipe, folder, data, tokenizer, manifest, clock)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)

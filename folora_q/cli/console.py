@@ -24,9 +24,14 @@ SECONDS_BETWEEN_LINES = 15.0
 
 def print_error(message: str, hint: str | None = None) -> None:
     """What is wrong, and after a blank line what to do."""
-    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(visible(message))}", soft_wrap=True)
     if hint:
-        err.print(f"\n[cyan]hint:[/] {escape(hint)}", soft_wrap=True)
+        err.print(f"\n[cyan]hint:[/] {escape(visible(hint))}", soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Control characters as their codes: what stands in data and recipes must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def quiet_libraries() -> None:
@@ -61,7 +66,7 @@ class ConsoleProgress:
         self.console = console
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {escape(text)}", style="dim", soft_wrap=True)
+        self.console.print(f"  {escape(visible(text))}", style="dim", soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import ConsoleProgress, out, quiet_libraries, quiet_progress_bars
+from folora_q.cli.console import ConsoleProgress, out, quiet_libraries, quiet_progress_bars, visible
 from folora_q.cli.options import recipe_arguments
 from folora_q.progress import Clock
 from folora_q.recipe import Recipe
@@ -79,12 +79,7 @@ def _runs(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> Iterator[tupl
     """The text in pieces that are learned, or not."""
     pairs = zip(ids, [label >= 0 for label in labels], strict=True)
     for learned, run in groupby(pairs, key=lambda pair: pair[1]):
-        yield _visible(tokenizer.decode([token for token, _ in run])), learned
-
-
-def _visible(text: str) -> str:
-    """Control characters as their codes: data must not steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+        yield visible(tokenizer.decode([token for token, _ in run])), learned
 
 
 def _shortened(runs: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
@@ -142,6 +137,6 @@ def _print_left_out(recipe: Recipe, data: TaskTokens, half: Tokenized) -> None:
     if skipped:
         out.print(f"[yellow]{len(skipped):,} rows were skipped[/] (data.on_error)", soft_wrap=True)
         for message in skipped[:MOST_REASONS]:
-            out.print(f"  {escape(_visible(message))}", soft_wrap=True)
+            out.print(f"  {escape(visible(message))}", soft_wrap=True)
         if len(skipped) > MOST_REASONS:
             out.print(f"  ... and {len(skipped) - MOST_REASONS:,} more")

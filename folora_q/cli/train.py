@@ -17,6 +17,7 @@ from rich.table import Table
 from folora_q.cli.console import ConsoleProgress, duration, out, quiet_libraries, quiet_progress_bars
 from folora_q.cli.options import recipe_arguments
 from folora_q.recipe import Recipe
+from folora_q.recipe.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
     from folora_q.pipeline import RunResult
@@ -43,10 +44,8 @@ def command(
     OVERRIDES change single values of the recipe: gate.enabled=false is plain QLoRA.
     """
     if dry_run:
-        import yaml
-
         # Not through rich, which would wrap long paths.
-        click.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), nl=False)
+        click.echo(dump_yaml(recipe.model_dump(mode="json")), nl=False)
         return
     if not settings["debug"]:
         quiet_libraries()

@@ -23,7 +23,7 @@ FIRST_ROWS = 1000
 @click.command("validate")
 @recipe_arguments
 @click.option(
-    "--all-rows", is_flag=True, help=f"Check every row of the data, not the first {FIRST_ROWS:,} of each file."
+    "--all-rows", is_flag=True, help=f"Check every row of the data, not the first {FIRST_ROWS:,} of each source."
 )
 def command(path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bool) -> None:
     """Check a RECIPE, its files and its data's rows. Nothing is downloaded, and no model is loaded."""
@@ -63,5 +63,7 @@ def _source(source: Source, recipe: Recipe, rows: int | None) -> str:
     if is_hub_dataset(source):
         return f"{source.path} ({source.split}) from the hub, not looked at"
     facts = examine(source, rows, recipe.data.on_error)
-    first = "the first " if facts.rows == rows else ""
-    return f"{source.path}: {first}{facts.rows:,} rows of `{facts.shape}`"
+    if facts.read != rows:
+        return f"{source.path}: {facts.rows:,} rows of `{facts.shape}`"
+    usable = "" if facts.rows == facts.read else f"{facts.rows:,} of "
+    return f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`"

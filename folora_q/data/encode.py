@@ -28,7 +28,6 @@ from folora_q.errors import UserError
 
 Span = tuple[int, int]
 PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-REFUSED = "the chat template cannot mark what the assistant says"
 # What a template may raise on a conversation that it does not take.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError)
 
@@ -53,6 +52,7 @@ class Encoder:
         tokenizer: fast; its `chat_template` is the one to use.
         assistant_only_loss: chats are learned where the assistant speaks, otherwise everywhere.
         completion_only_loss: completions are learned alone, otherwise with their prompts.
+        template_name: what messages call the chat template.
 
     Attributes:
         marking: how the assistant's turns are marked, for people.
@@ -60,7 +60,12 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, assistant_only_loss: bool = True, completion_only_loss: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *,
+        assistant_only_loss: bool = True,
+        completion_only_loss: bool = True,
+        template_name: str = "the model's chat template",
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -70,6 +75,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.assistant_only_loss = assistant_only_loss
         self.completion_only_loss = completion_only_loss
+        self.template_name = template_name
         self.marking: str | None = None
         self.end_of_turn: int | None = None
         self._template: str | None = None
@@ -113,9 +119,9 @@ class Encoder:
                 self._use_trls_variant(self._render(PROBE))
             self._find_end()
         except TemplateSyntaxError as error:
-            raise UserError(f"the chat template is not valid Jinja: {error.message}, line {error.lineno}") from None
+            raise UserError(f"{self.template_name} is not valid Jinja: {error.message}, line {error.lineno}") from None
         except TEMPLATE_ERRORS as error:
-            raise UserError(f"the chat template fails on a question and an answer: {_sentence(error)}") from None
+            raise UserError(f"{self.template_name} fails on a question and an answer: {_sentence(error)}") from None
 
     def __call__(self, example: Example) -> list[Encoded]:
         """The sequences of one example; a chat may need several.
@@ -158,7 +164,8 @@ class Encoder:
             span = self._span(messages[: index + 1], index, text)
             if span is None:
                 raise UserError(
-                    f"{REFUSED}: the prompt of a turn is not the beginning of that turn ({chat.where})",
+                    f"{self.template_name} cannot mark what the assistant says: the prompt of a turn is not its "
+                    f"beginning ({chat.where})",
                     "set data.chat_template to one that can (chatml, llama3, ...) or to a .jinja file with "
                     "{% generation %} marks, or set training.assistant_only_loss: false",
                 )
@@ -232,7 +239,7 @@ class Encoder:
         learned = [label for label in encoded.labels if label != IGNORED and self.tokenizer.decode([label]).strip()]
         if not learned or learned[-1] not in added:
             raise UserError(
-                "the chat template ends the assistant's turn with no token of its own, so it would not be learned",
+                f"{self.template_name} ends the assistant's turn with no token of its own, so it would not be learned",
                 "the template's end of a turn, such as <|im_end|>, must be in the tokenizer, and inside the "
                 "{% generation %} marks where there are any; or set data.chat_template",
             )

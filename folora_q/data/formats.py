@@ -98,12 +98,12 @@ def shape_of(row: Row, source: Source) -> Shape:
     if source.shape != "auto":
         return source.shape
     columns = {*row.values, *source.fields}
-    for shape, needed in COLUMNS.items():
-        if needed <= columns:
-            return shape
+    fitting = [shape for shape, needed in COLUMNS.items() if needed <= columns]
+    if fitting:  # one that the recipe maps a column for comes before all others
+        return max(fitting, key=lambda shape: bool(FIELDS[shape] & source.fields.keys()))
     raise RowError(
         row.where,
-        f"its columns ({', '.join(sorted(map(str, row.values))[:8]) or 'none'}) are those of no known shape",
+        f"its columns ({_listed(row.values)}) are those of no known shape",
         "known are messages, conversations, instruction with output, prompt with completion, and text; other names go "
         "into `fields`, e.g. train_dataset: {path: ..., fields: {prompt: question, completion: answer}}",
     )
@@ -145,8 +145,7 @@ class _Fields:
         if column is not None:
             return self.row.values[column]
         wanted = self.source.fields.get(names[0], names[0])
-        columns = ", ".join(sorted(map(str, self.row.values))[:8])
-        raise RowError(self.where, f"the column `{wanted}` is missing; there are {columns or 'none'}")
+        raise RowError(self.where, f"the column `{wanted[:40]}` is missing; there are {_listed(self.row.values)}")
 
     def text(self, name: str, required: bool = True) -> str:
         """The text of a column; "" where it is not required and absent or null."""
@@ -205,6 +204,8 @@ def _turn(fields: _Fields, turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
         raise RowError(fields.where, f"`{place}` must have a role and a content, but is {_kind(turn)}")
     names = fields.source.fields
+    if turn.get("tool_calls"):
+        raise RowError(fields.where, f"`{place}` calls a tool, which is not supported")
     role = _first(turn, [names["role"]] if "role" in names else ["role", "from"], fields.where, place)
     content = _first(turn, [names["content"]] if "content" in names else ["content", "value"], fields.where, place)
     known = {**ROLES, **fields.source.roles}
@@ -214,8 +215,6 @@ def _turn(fields: _Fields, turn: Any, place: str) -> Message:
             f"`{place}` has the role {str(role)[:40]!r}, which is unknown",
             f"known are {', '.join(known)}; others go into `roles`, as {{path: ..., roles: {{customer: user}}}}",
         )
-    if turn.get("tool_calls"):
-        raise RowError(fields.where, f"`{place}` calls a tool, which is not supported")
     if isinstance(content, list):
         content = _joined(content, fields.where, place)
     if not isinstance(content, str):
@@ -257,6 +256,11 @@ def _check_order(where: str, messages: list[Message], column: str) -> None:
             raise RowError(where, f"roles out of order: `{column}[{index}]` is a tool's, but nothing called it")
 
 
+def _listed(columns: Mapping[str, Any]) -> str:
+    """The names of a row's columns, or as much of them as a message can hold."""
+    return ", ".join(sorted(str(name)[:40] for name in columns)[:8]) or "none"
+
+
 def _kind(value: Any) -> str:
     names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
     return names.get(type(value), f"a {type(value).__name__}") if value != [] else "an empty list"
@@ -268,6 +272,14 @@ COLUMNS: dict[Shape, set[str]] = {
     "sharegpt": {"conversations"},
     "prompt_completion": {"prompt", "completion"},
     "alpaca": {"instruction", "output"},
+    "text": {"text"},
+}
+# What `fields` may map for each.
+FIELDS: dict[Shape, set[str]] = {
+    "messages": {"messages", "role", "content"},
+    "sharegpt": {"role", "content"},
+    "prompt_completion": {"prompt", "completion"},
+    "alpaca": {"instruction", "input", "output", "system"},
     "text": {"text"},
 }
 PARSERS: dict[Shape, Callable[[_Fields], Example]] = {

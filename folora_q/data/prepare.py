@@ -85,6 +85,7 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: C
         tokenizer,
         assistant_only_loss=training.assistant_only_loss,
         completion_only_loss=training.completion_only_loss,
+        template_name=f"the chat template {data.chat_template}" if data.chat_template else "the model's chat template",
     )
     if any(isinstance(example, Chat) for example in (*task.train, *task.heldout)):
         encoder.prepare_chats()

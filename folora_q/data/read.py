@@ -23,11 +23,13 @@ class SourceFacts:
         path: as the recipe names it.
         shape: that of its rows.
         rows: how many can be used.
+        read: how many there were.
     """
 
     path: str
     shape: Shape
     rows: int
+    read: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
         examples = _read(source, sieve, facts)
         chooser = random.Random(f"{seed} {number}")
         if section.eval_dataset is None:
-            examples, held = _hold_out(examples, section.eval_size, len(section.train_dataset), chooser, source)
+            size = _share_of(section.eval_size, number, len(section.train_dataset))
+            examples, held = _hold_out(examples, size, chooser, source)
             heldout += held
         train += _weighted(examples, source.weight, chooser)
     for source in section.eval_dataset or []:
@@ -90,34 +93,54 @@ def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
 
 def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | None = None) -> list[Example]:
     found: list[Shape] = []
+    columns: set[str] = set()
+    skipped_before = len(sieve.skipped)
 
     def examples() -> Iterator[Example | RowError]:
         for row in sieve.pass_on(islice(read_source(source), most)):
+            columns.update(row.values)
             try:
                 shape = shape_of(row, source)
-                found[:] = found or [shape]
-                if shape != found[0]:
+                if found and shape != found[0]:
                     raise RowError(
                         row.where, f"its columns are those of `{shape}`, but the rows before it are `{found[0]}`"
                     )
-                yield to_example(row, shape, source)
+                example = to_example(row, shape, source)
+                found[:] = [shape]
+                yield example
             except RowError as error:
                 yield error
 
     usable = list(sieve.pass_on(examples()))
+    skipped = sieve.skipped[skipped_before:]
     if not usable:
-        raise UserError(f"no row of {source.path} can be used; the first: {sieve.skipped[-1].message}")
-    facts.append(SourceFacts(source.path, found[0], len(usable)))
+        raise UserError(
+            f"no row of {source.path} can be used; the first: {skipped[0].message}"
+            if skipped
+            else f"{source.path} holds no rows"
+        )
+    mapped = [column for name, column in source.fields.items() if name not in ("role", "content")]
+    if unknown := [column for column in mapped if column not in columns]:
+        raise UserError(
+            f"no row of {source.path} has the column `{unknown[0][:40]}`, which `fields` names",
+            f"its columns are {', '.join(sorted(columns)[:8])}",
+        )
+    facts.append(SourceFacts(source.path, found[0], len(usable), len(usable) + len(skipped)))
     return usable
 
 
+def _share_of(size: float, number: int, sources: int) -> float:
+    """What one of several sources holds out: the same share, or its part of a number of rows."""
+    return size if size < 1 else size // sources + (number < size % sources)
+
+
 def _hold_out(
-    examples: list[Example], size: float, sources: int, chooser: random.Random, source: Source
+    examples: list[Example], size: float, chooser: random.Random, source: Source
 ) -> tuple[list[Example], list[Example]]:
-    """A random share of one source, or its part of a number of rows; both halves in their old order."""
-    if len(examples) == 1 and isinstance(examples[0], Text) and size < 1:
+    """A random share of one source, or so many of its rows; both halves in their old order."""
+    if len(examples) == 1 and isinstance(examples[0], Text) and 0 < size < 1:
         return _cut_in_two(examples[0], size)
-    count = max(1, round(len(examples) * size if size < 1 else size / sources))
+    count = max(1, round(len(examples) * size)) if 0 < size < 1 else int(size)
     if count >= len(examples):
         name = Path(source.path).name
         raise UserError(

@@ -30,7 +30,7 @@ def read_file(path: Path) -> Rows:
     try:
         yield from reader(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _jsonl(path: Path) -> Rows:
@@ -40,7 +40,7 @@ def _jsonl(path: Path) -> Rows:
             if number == 1:
                 _refuse_utf_16(path, text)
             if text.strip():
-                yield _parsed(f"{path} line {number}", text)
+                yield _parsed(f"{path} line {number}", text.rstrip(b"\r\n"))
 
 
 def _parsed(where: str, line: bytes) -> Row | RowError:
@@ -94,6 +94,8 @@ def _csv(path: Path, delimiter: str = ",") -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
+            if header is None:
+                raise UserError(f"{where}: the header cannot be read ({error})") from None
             yield RowError(where, f"a quote does not close here, or stands in the middle of a field ({error})")
             continue
         if not cells:
@@ -118,14 +120,31 @@ def _parquet(path: Path) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"{path}: the column {min(repeated)!r} stands in it twice")
+        for batch in file.iter_batches(batch_size=1024):
+            for index in range(len(batch)):
                 number += 1
-                yield Row(f"{path} row {number}", values)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a parquet file that can be read: {str(error).splitlines()[0]}") from None
+                yield _parquet_row(f"{path} row {number}", names, [column[index] for column in batch.columns])
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a parquet file that can be read: {reason}") from None
+
+
+def _parquet_row(where: str, names: list[str], cells: list[Any]) -> Row | RowError:
+    values: dict[str, Any] = {}
+    for name, cell in zip(names, cells, strict=True):
+        try:
+            values[name] = cell.as_py()
+        except UnicodeDecodeError:
+            return RowError(where, f"the column {name!r} is not UTF-8 text")
+        except (OverflowError, ValueError):  # a date beyond Python's, say: nothing to train on, but no obstacle either
+            values[name] = None
+    return Row(where, values)
 
 
 def _text(path: Path) -> Rows:

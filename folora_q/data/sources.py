@@ -64,6 +64,8 @@ def _read_hub(source: Source) -> Iterator[Row]:
 
     try:
         dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        for number, values in enumerate(dataset, 1):
+            yield Row(f"{source.path} ({source.split}) row {number}", values)
     except Exception as error:  # the hub client raises whatever its transport does
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -71,5 +73,3 @@ def _read_hub(source: Source) -> Iterator[Row]:
             f"recipe: {reason}",
             "check the id, and `name` and `split` in the recipe's mapping; HF_HUB_OFFLINE must not be set",
         ) from error
-    for number, values in enumerate(dataset, 1):
-        yield Row(f"{source.path} ({source.split}) row {number}", values)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from folora_q.recipe.section import Positive, PositiveInt, Section
+from folora_q.recipe.section import PositiveInt, Section
 
 Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
@@ -26,7 +26,7 @@ class Source(Section):
     """The split of a hub dataset; slices such as train[:10%] work."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often a training row counts: 0.5 takes a random half, 2 takes every row twice."""
     shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """The shape of a row; auto finds it from the columns."""

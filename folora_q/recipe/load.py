@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.hints import FOREIGN_WORDS
-from folora_q.recipe.paths import exists, with_absolute_paths
+from folora_q.recipe.paths import exists, short, with_absolute_paths
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import KeyPath, parse_yaml
 
@@ -119,7 +119,7 @@ def _section_of(key: str) -> str:
         raise UserError(f"the override `{key}` could be {choices}", "write the section too")
     everywhere = [name for section in Recipe.model_fields.values() for name in section.annotation.model_fields]
     raise UserError(
-        f"unknown key `{key}` in an override{_suggestion((key,), everywhere)}",
+        f"unknown key `{short(key)}` in an override{_suggestion((key,), everywhere)}",
         "docs/recipe.md explains every key, and so does `folora-q schema`",
     )
 
@@ -130,7 +130,7 @@ def _sections_with(key: str) -> list[str]:
 
 def _finding(detail: Any, where: str) -> str:
     location: KeyPath = detail["loc"]
-    name = ".".join(str(part) for part in location if not isinstance(part, int))
+    name = short(".".join(str(part) for part in location if not isinstance(part, int)))
     match detail["type"]:
         case "extra_forbidden":
             return f"unknown key `{name}`{_suggestion(location, _keys_of(location[:-1]))} ({where})"

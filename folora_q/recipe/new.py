@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import yaml
-
 from folora_q.recipe.dataset import Shape
+from folora_q.recipe.strict_yaml import dump_yaml
 
 Card = Literal["8", "12", "16", "24", "cpu"]
 
@@ -56,14 +55,14 @@ def new_recipe(answers: Answers) -> str:
 #   folora-q train FILE         trains, and says what was learned and what was forgotten
 
 model:
-  model_name_or_path: {_yaml(answers.model)} ## a hub id, a folder, or a .gguf file; loaded in 4 bits
+  model_name_or_path: {dump_yaml(answers.model, flow=True)} ## a hub id, a folder, or a .gguf file; loaded in 4 bits
 
 adapter:
   r: 16 ## rank; higher learns more and takes more memory
   lora_alpha: 16 ## the adapter's output is scaled by lora_alpha / r
 
 data:
-  train_dataset: {_yaml(answers.data)} ## a file, a folder, a glob, a hub id, or a list of them
+  train_dataset: {dump_yaml(answers.data, flow=True)} ## a file, a folder, a glob, a hub id, or a list of them
   eval_size: 0.05 ## share held out for measuring; or name an eval_dataset
   overlong: {"split" if is_text else "drop"} ## over max_length: drop, truncate, raise; plain text: split
   on_error: raise ## a broken row stops the run; skip leaves it out and counts it
@@ -79,7 +78,7 @@ gate:
   gate_lambda: 16 ## higher keeps more of the model; raise learning_rate with it
 
 training:
-  output_dir: {_yaml(answers.output_dir)}
+  output_dir: {dump_yaml(answers.output_dir, flow=True)}
   learning_rate: 2e-3 ## about ten times plain LoRA's: the gate takes most of a step away
   num_train_epochs: 1
   per_device_train_batch_size: {micro_batch}
@@ -99,11 +98,3 @@ evaluation:
 def _aligned(line: str) -> str:
     code, mark, comment = line.partition(" ## ")
     return f"{code:<{COMMENT_COLUMN}} # {comment}" if mark else line
-
-
-def _yaml(text: str) -> str:
-    return (
-        yaml.safe_dump(text, default_flow_style=True, width=10_000, allow_unicode=True)
-        .removesuffix("\n")
-        .removesuffix("\n...")
-    )

@@ -17,6 +17,7 @@ Key = tuple[str | int, ...]
 # Endings of data files that can be read.
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
+LONGEST_QUOTE = 400
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What must be importable for a setting that names it.
 PACKAGES = {
@@ -41,13 +42,16 @@ def is_hub_dataset(source: Source) -> bool:
 def matching_files(path: Path) -> list[Path]:
     """Files that an absolute pattern matches; ** stands for any number of folders."""
     root = Path(path.anchor)
-    return sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+    try:
+        return sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+    except (ValueError, OSError, NotImplementedError):  # no pattern, or one with a name that is too long
+        return []
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there; nothing can be where a name is too long or holds a NUL."""
+    """Whether something is there, or matches; nothing can be where a name is too long or holds a NUL."""
     try:
-        return path.exists()
+        return path.exists() or (any(mark in path.name for mark in "*?[") and bool(matching_files(path.resolve())))
     except (OSError, ValueError):
         return False
 
@@ -120,7 +124,7 @@ def _absolute(folder: Path, value: str) -> Path:
 def _file(folder: Path, value: str) -> str:
     path = _absolute(folder, value)
     if not (exists(path) and path.is_file()):
-        raise LookupError(f"no file at {path}{_near(path)}")
+        raise LookupError(f"no file at {short(path)}{_near(path)}")
     return str(path)
 
 
@@ -129,12 +133,10 @@ def _data(folder: Path, value: str) -> str:
     if exists(path):
         return str(path)
     if any(mark in value for mark in "*?["):
-        if not matching_files(path):
-            raise LookupError(f"no file matches {path}")
-        return str(path)
+        raise LookupError(f"no file matches {short(path)}")
     if HUB_ID.fullmatch(value) and path.suffix not in DATA_ENDINGS:
         return value
-    raise LookupError(f"no file at {path}{_near(path)}")
+    raise LookupError(f"no file at {short(path)}{_near(path)}")
 
 
 def _model(folder: Path, value: str) -> str:
@@ -148,8 +150,16 @@ def _model(folder: Path, value: str) -> str:
             raise LookupError(f"{path} is a file, but no .gguf file; name the model's folder")
         return str(path)
     if path.suffix == ".gguf" or value.startswith(("/", "./", "../", "~")) or not value:
-        raise LookupError(f"no model at {path}{_near(path)}")
+        raise LookupError(f"no model at {short(path)}{_near(path)}")
     return value
+
+
+def short(text: object) -> str:
+    """A path or a word as far as a message should quote it."""
+    quoted = str(text)
+    return (
+        quoted if len(quoted) <= LONGEST_QUOTE else f"{quoted[: LONGEST_QUOTE // 2]}...{quoted[-LONGEST_QUOTE // 2 :]}"
+    )
 
 
 def _near(path: Path) -> str:

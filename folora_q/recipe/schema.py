@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from folora_q.recipe.dataset import DataSection
-from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section
+from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
 Place = Literal["a_start", "a_step", "b_step"]
 # Names of transformers (a test holds that they are): those that need nothing besides what we install.
@@ -83,7 +83,7 @@ class ProxySection(Section):
     """The paper's filters against degenerate text: duplicates, short samples, runs, few distinct tokens or 4-grams."""
     batch_size: PositiveInt = 32
     """Sequences sampled, or measured, at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampling, apart from the training's, so that runs share their proxy text."""
 
 
@@ -133,7 +133,7 @@ class GateSection(Section):
 class TrainingSection(Section):
     """The training loop, which is transformers' Trainer through TRL's SFTTrainer."""
 
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     """The run folder, relative to where the command is given."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
@@ -177,7 +177,7 @@ class TrainingSection(Section):
     """How many checkpoints are kept."""
     load_best_model_at_end: bool = False
     """End with the checkpoint that has the least held-out loss, in place of the last step's; needs evaluation.steps."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the adapter's start, the data order, the split and dropout."""
 
 

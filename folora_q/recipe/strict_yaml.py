@@ -13,6 +13,7 @@ import yaml
 KeyPath = tuple[str | int, ...]
 # Deep enough for any recipe, far from Python's recursion limit.
 DEEPEST = 20
+LONGEST_NUMBER = 400
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,9 +45,17 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value
+        if len(text) > LONGEST_NUMBER:
+            raise ValueError(f"a number of {len(text)} digits")
         if node.tag.endswith("float"):
             return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would take for something else than text."""
+
+    yaml_implicit_resolvers = {first: list(known) for first, known in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
 
 # The core schema of YAML 1.2.2, section 10.3.2.
@@ -57,7 +66,8 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+0123456789.")),
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+    for _reader in (_Loader, _Dumper):
+        _reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
@@ -74,9 +84,16 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
         return (loader.construct_document(node), dict(_lines(node))) if node is not None else (None, {})
     except yaml.YAMLError as error:
         raise ValueError(_sentence(error)) from None
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         # A value with an explicit tag that it does not fit, such as `!!int x` or `!!timestamp x`.
         raise ValueError(f"a value does not fit its tag ({error})") from None
+
+
+def dump_yaml(value: Any, flow: bool = False) -> str:
+    """YAML that `parse_yaml` reads back to the same value; in one line with `flow`."""
+    width = float("inf") if flow else 80
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=width)
+    return text.removesuffix("\n").removesuffix("\n...") if flow else text
 
 
 def _lines(node: yaml.Node, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:

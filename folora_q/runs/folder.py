@@ -70,7 +70,8 @@ class RunFolder:
 
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
         """Write one of the folder's JSONL files whole."""
-        atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        atomic_write(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes JSON's own escape
 
     def clear(self) -> None:
         """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 import pytest
-import yaml
 from hypothesis import event, given, reject, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
@@ -22,7 +22,7 @@ from folora_q.recipe import Recipe, load_recipe
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.hints import FOREIGN_WORDS
 from folora_q.recipe.paths import PACKAGES
-from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.recipe.strict_yaml import dump_yaml, parse_yaml
 
 SECTIONS = {name: field.annotation.model_fields for name, field in Recipe.model_fields.items()}
 KEYS = sorted({key for fields in SECTIONS.values() for key in fields})
@@ -34,7 +34,7 @@ MINIMAL = {
 
 # Letters first: a word that looks like a number has a test of its own below. No marks of a pattern: / is not searched.
 words = st.from_regex(r"[A-Za-zäλ][\w .:#'\"-]{0,8}", fullmatch=True).filter(lambda word: word == word.strip())
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="*?["), max_size=10)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\\"), max_size=10)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -158,7 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: Path, recipe: Any, overrides: Sequence[str] = ()) -> Recipe | UserError:
     """What loading comes to; anything else that it raises fails the test."""
-    text = recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    text = recipe if isinstance(recipe, str) else dump_yaml(recipe)
     path.write_text(text, encoding="utf-8")
     try:
         return load_recipe(path, overrides)
@@ -253,11 +253,7 @@ def test_random_overrides_are_a_recipe_or_a_user_error(folder: Path, overrides: 
 def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: dict[str, Any]) -> None:
     recipe = load(folder / "good.yaml", values)
     if isinstance(recipe, UserError):
-        assert (
-            "rule spectral" in recipe.message
-            or "load_best_model_at_end" in recipe.message
-            or ("gate.rule spectral" in recipe.message)
-        ), recipe.message
+        assert "rule spectral" in recipe.message or "load_best_model_at_end" in recipe.message, recipe.message
         reject()
     again = load(folder / "again" / "resolved.yaml", recipe.model_dump(mode="json"))
     assert again == recipe
@@ -271,12 +267,12 @@ def test_a_value_in_an_override_is_the_value_in_the_file(
     section, name = data.draw(st.sampled_from([(s, k) for s, fields in values.items() for k in fields]))
     expected = load(folder / "whole.yaml", values)
     value = values[section].pop(name)
-    found = load(folder / "whole.yaml", values, [f"{section}.{name}={json.dumps(value, ensure_ascii=False)}"])
+    with contextlib.chdir(folder):  # where an override's paths are looked for
+        found = load(folder / "whole.yaml", values, [f"{section}.{name}={json.dumps(value, ensure_ascii=False)}"])
     assert type(found) is type(expected)
     assert isinstance(expected, UserError) or found == expected
 
 
-@pytest.mark.xfail(strict=True, reason="PyYAML writes what is text to YAML 1.1 alone without quotes")
 @pytest.mark.parametrize("name", ["2e-4", "1e5", "08", "0o17"])
 def test_a_name_that_looks_like_a_number_survives_too(folder: Path, name: str) -> None:
     recipe = load(folder / "number.yaml", json.dumps({**MINIMAL, "logging": {"run_name": name}}))
@@ -284,24 +280,20 @@ def test_a_name_that_looks_like_a_number_survives_too(folder: Path, name: str) -
     assert load(folder / "again.yaml", recipe.model_dump(mode="json")) == recipe
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="chr() raises it for more than 0x7fffffff")
 def test_an_escape_beyond_unicode_is_a_value_error() -> None:
     with pytest.raises(ValueError):
         parse_yaml(r'"\UFFFFFFFF"')
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="an int of over 4300 digits has no repr for the message")
 def test_a_hexadecimal_number_of_thousands_of_digits_is_a_user_error(folder: Path) -> None:
     assert isinstance(load(folder / "hex.yaml", MINIMAL, ["training.learning_rate=0x" + "f" * 4000]), UserError)
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, OSError), reason="the search for files raises it")
 @pytest.mark.parametrize("pattern", ["x**.jsonl", "a" * 300 + "/*.jsonl"])
 def test_a_pattern_that_cannot_be_searched_for_is_a_user_error(folder: Path, pattern: str) -> None:
     assert isinstance(load(folder / "glob.yaml", {**MINIMAL, "data": {"train_dataset": pattern}}), UserError)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="keys and paths are quoted whole")
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [

@@ -101,6 +101,20 @@ def test_loss_is_on_completions_and_their_end_token_alone(recipe_file: Path) -> 
         assert trained_text == example.reference + "<|im_end|>\n"
 
 
+def test_padding_is_masked_and_the_end_token_that_it_equals_is_learned(recipe_file: Path) -> None:
+    trainer = trainer_of(load_recipe(recipe_file))
+    tokenizer = trainer.processing_class
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == end, "the tiny model pads with its end token"
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in trainer.train_dataset]
+    rows[0] = {name: values[-6:] for name, values in rows[0].items()}
+    batch = trainer.data_collator(rows)
+    padded = batch["attention_mask"] == 0
+    assert padded[0].sum() > 6 and (batch["input_ids"][padded] == end).all()
+    assert (batch["labels"][padded] == IGNORED).all()
+    assert ((batch["labels"] == end).sum(1) == 1).all(), "every answer's end is learned, once"
+
+
 def test_adapters_stay_in_float32_through_training(recipe_file: Path) -> None:
     trainer = trainer_of(load_recipe(recipe_file, ["model.dtype=bfloat16"]))
     dtypes = lambda: {p.dtype for p in trainer.model.parameters() if p.requires_grad}  # noqa: E731
