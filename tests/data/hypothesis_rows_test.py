@@ -10,9 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from folora_q.data.formats import ROLES, Chat, Completion, Example, Text
 from folora_q.data.read import TaskData, read_task_data
@@ -88,6 +90,20 @@ def as_csv(rows: list[Any], delimiter: str) -> bytes:
     return file.getvalue().encode("utf-8", "surrogatepass")
 
 
+def as_parquet(rows: list[Any]) -> bytes:
+    """Text columns, with null where a row has none."""
+    objects = [row for row in rows if isinstance(row, dict)]
+    names = sorted({key for row in objects for key in row})
+    cells = {
+        name: [json.dumps(row[name]) if name in row and row[name] is not None else None for row in objects]
+        for name in names
+    }
+    sink = pyarrow.BufferOutputStream()
+    columns = [pyarrow.array(values, pyarrow.string()) for values in cells.values()]
+    parquet.write_table(pyarrow.table(columns, names=[json.dumps(name)[1:-1] for name in names]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 def as_file(rows: list[Any], ending: str) -> bytes:
     match ending:
         case ".jsonl":
@@ -96,6 +112,8 @@ def as_file(rows: list[Any], ending: str) -> bytes:
             return json.dumps(rows, indent=1).encode()
         case ".csv" | ".tsv":
             return as_csv(rows, "," if ending == ".csv" else "\t")
+        case ".parquet":
+            return as_parquet(rows)
         case _:
             return "\n".join(str(row) for row in rows).encode("utf-8", "surrogatepass")
 
@@ -178,7 +196,7 @@ def check(example: Example, path: Path) -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     rows=row_lists(),
-    ending=st.sampled_from([".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".txt"]),
+    ending=st.sampled_from([".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet"]),
     options=plain | plain | sections,
     evaluate=st.booleans(),
 )
@@ -203,7 +221,7 @@ def test_random_bytes_are_examples_or_a_user_error(ending: str, content: bytes) 
 @settings(max_examples=200, deadline=None)
 @given(
     rows=row_lists(),
-    ending=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".md"]),
+    ending=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".md", ".parquet", ".parquet"]),
     place=st.floats(0, 1),
     cut=st.integers(0, 9),
     put=st.sampled_from([b'"', b"{", b"]", b",", b"\n", b"\r", b"\t", b"\\", b"\x00", b"\xff"]) | st.binary(max_size=3),
