@@ -24,6 +24,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def free_bytes(folder: Path) -> int:
+    """Free space where a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Write a file so that a reader, or a power cut, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +48,27 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 
 @contextmanager
+def commit_file(target: Path) -> Iterator[Path]:
+    """An empty file beside `target`, to be filled, that takes its name if the block ends well.
+
+    It replaces a file that was there, and may itself be replaced in the block.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    staging = Path(name)
+    try:
+        yield staging
+        with staging.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(staging, 0o644)
+        os.replace(staging, target)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def commit_directory(target: Path) -> Iterator[Path]:
     """A staging folder beside `target` that takes its name, replacing what was there, if the block ends well.
 
@@ -51,6 +79,10 @@ def commit_directory(target: Path) -> Iterator[Path]:
     try:
         yield staging
         os.chmod(staging, 0o755)
+        for path in staging.rglob("*"):
+            if path.is_file():  # what the rename shows must be on the disk, also after a power cut
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         if target.exists():
             shutil.rmtree(target)
         os.replace(staging, target)

@@ -21,7 +21,7 @@ TIERS = [
     {"models", "data", "runs"},
     {"proxy", "statistics", "evaluation"},
     {"training", "export"},
-    {"pipeline"},
+    {"pipeline", "merging", "chat"},
     {"cli"},
     {"__main__"},
 ]

@@ -19,6 +19,7 @@ COMMANDS = {
     "recipes": "recipes",
     "validate": "validate",
     "preview": "preview",
+    "merge": "merge",
     "schema": "schema",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

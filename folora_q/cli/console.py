@@ -73,7 +73,9 @@ class ConsoleProgress:
         began = time.perf_counter()
         with self._bar(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
             yield advance
-        self.console.print(f"[green]✓[/] {escape(title)} [dim]{duration(time.perf_counter() - began)}[/]")
+        self.console.print(
+            f"[green]✓[/] {escape(title)} [dim]{duration(time.perf_counter() - began)}[/]", soft_wrap=True
+        )
 
     @contextmanager
     def _bar(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from folora_q import __version__
 from folora_q.evaluation.measure import Divergences, Measurements
+from folora_q.export.merge import Merge
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.recipe.dataset import Source
@@ -82,3 +85,51 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 def _named(source: Source) -> str:
     """A hub id, or a file's name without the folders of the machine that it lay on."""
     return source.path if is_hub_dataset(source) else Path(source.path).name
+
+
+def write_merged_card(path: Path, merge: Merge, report: Mapping[str, Any]) -> None:
+    """The card of a merged model: what it was made of, and what the verification found."""
+    is_hub_id = not Path(report["base"]).exists()
+    head = ModelCardData(
+        base_model=report["base"] if is_hub_id else None,
+        base_model_relation="finetune",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["folora-q", "lora", "merged"],
+    )
+    adapters = "\n".join(f"- adapter `{adapter.folder.name}`, weight {share:g}" for adapter, share in merge.adapters)
+    kind = {
+        "original": "the base's own 16-bit weights",
+        "dequantized": "the base's weights after the round trip through 4 bits that the adapter was trained on",
+    }[merge.weights]
+    revision = f" at revision `{report['revision']}`" if report["revision"] else ""
+    body = f"""
+# {Path(report["base"]).name}, merged
+
+Made by folora-q {__version__} from `{report["base"]}`{revision}.
+Each adapter's change was added to {kind}, in float32, and rounded once to {report["dtype"]}.
+
+{adapters}
+
+## Is it the adapter?
+
+{_verdict(report)}
+"""
+    atomic_write(path, f"---\n{head.to_yaml()}\n---\n{body}")
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    if report["verified"] is None:
+        return "**Not verified.**"
+    if not report["verified"]:
+        return "**No: " + "; ".join(report["failures"]) + ".** Do not use this model."
+    merged, base = report["merged"], report["base_difference"]
+    return f"""Yes. Every weight is the nearest number to the sum. On {report["tokens"]:,} tokens of held-out text,
+against PEFT's adapter on the same base:
+
+| | merged | bare base |
+|---|---|---|
+| largest logit difference | {merged["largest"]:.3g} | {base["largest"]:.3g} |
+| mean logit difference | {merged["mean"]:.3g} | {base["mean"]:.3g} |
+| KL, nats per token | {merged["kl"]:.2g} | {base["kl"]:.2g} |
+| same most likely token | {merged["agreement"]:.1%} | {base["agreement"]:.1%} |"""

@@ -106,6 +106,7 @@ def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, fo
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = section.base_model_name_or_path or base.name
     config["revision"] = base.revision
+    config["auto_mapping"] = {"quantization_config": base.quantization.to_dict()}  # PEFT's one field for others' facts
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])
     atomic_write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

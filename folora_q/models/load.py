@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.errors import RunFailed, UserError
 from folora_q.models.hardware import Hardware
+from folora_q.models.quantization import Quantization
 from folora_q.models.tokenizer import load_tokenizer, loading, local_or_hub
 from folora_q.recipe.schema import ModelSection
 
@@ -28,6 +29,7 @@ class LoadedModel:
     Attributes:
         name: what an adapter's `base_model_name_or_path` should say: a hub id, or the folder that was loaded.
         revision: the hub commit, or None for local files.
+        quantization: how its weights are held, for whoever merges the adapter later.
         fingerprint: tells this checkpoint and quantization from any other; keys the proxy cache.
     """
 
@@ -37,6 +39,7 @@ class LoadedModel:
     revision: str | None
     fingerprint: str
     quantized_modules: int
+    quantization: Quantization
 
 
 def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer | None = None) -> LoadedModel:
@@ -51,6 +54,9 @@ def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer |
     """
     tokenizer = tokenizer or load_tokenizer(section)
     source = local_or_hub(section.model_name_or_path)
+    held = Quantization(
+        section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant, str(hardware.dtype).removeprefix("torch.")
+    )
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=section.bnb_4bit_quant_type,
@@ -77,7 +83,7 @@ def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer |
     model.requires_grad_(False)
     model.eval()
     revision = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model, tokenizer, source, revision, _fingerprint(source, revision, section), quantized)
+    return LoadedModel(model, tokenizer, source, revision, _fingerprint(source, revision, section), quantized, held)
 
 
 def stop_at(base: LoadedModel, token: int) -> None:

@@ -59,6 +59,11 @@ class RunFolder:
         """The adapter, as PEFT loads it."""
         return self.path / "adapter"
 
+    @property
+    def merged(self) -> Path:
+        """The merged model, where it was merged."""
+        return self.path / "merged"
+
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace run.json."""
         atomic_write(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -75,7 +80,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
-        for folder in (self.adapter, *self.path.glob("checkpoint-*")):
+        for folder in (self.adapter, self.merged, *self.path.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.recipe, self.metrics, self.proxy, self.gates, self.answers, self.skipped, self.manifest):
             file.unlink(missing_ok=True)

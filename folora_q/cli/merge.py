@@ -1,0 +1,101 @@
+"""`folora-q merge`: an adapter and its base as one model, and the proof that it is the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.markup import escape
+from rich.table import Table
+
+from folora_q.cli.console import ConsoleProgress, out, quiet_libraries, quiet_progress_bars
+from folora_q.errors import UserError
+
+if TYPE_CHECKING:
+    from folora_q.merging import MergeResult
+
+
+@click.command("merge")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), help="Run or adapter folders.")
+@click.option(
+    "--base",
+    "weights",
+    default="dequantized",
+    show_default=True,
+    type=click.Choice(["dequantized", "original"]),
+    help="Add to the weights that the adapter was trained on (4 bits, decoded), or to the original 16-bit ones.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the merged model; the base's by default."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="The folder to make; RUN/merged by default.")
+@click.option("--base-model", help="Another place or id of the base than the adapter names.")
+@click.option("--weight", "shares", multiple=True, type=float, help="An adapter's weight; once for each. 1 by default.")
+@click.option("--verify/--no-verify", default=True, help="Compare the result with the adapter. On by default.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@click.pass_obj
+def command(
+    settings: dict[str, bool],
+    sources: tuple[Path, ...],
+    weights: str,
+    dtype: str | None,
+    output: Path | None,
+    base_model: str | None,
+    shares: tuple[float, ...],
+    verify: bool,
+    overwrite: bool,
+) -> None:
+    """Merge the adapter of a run, or any LoRA adapter, into its base, and check that the result is the adapter.
+
+    Several SOURCES of one base are added with their --weight. Needs no GPU, and memory for two shards; the check that
+    follows needs memory for the model.
+    """
+    if shares and len(shares) != len(sources):
+        raise UserError(
+            f"{len(sources)} adapters and {len(shares)} weights", "give --weight once for each adapter, or not at all"
+        )
+    if not settings["debug"]:
+        quiet_libraries()
+    progress = ConsoleProgress()
+    with progress.stage("starting PyTorch and Transformers", None):
+        import torch
+
+        from folora_q.merging import MergeRequest, run_merge
+    if not settings["debug"]:
+        quiet_progress_bars()
+    request = MergeRequest(
+        sources=sources,
+        shares=shares or (1.0,) * len(sources),
+        weights=weights,
+        dtype=getattr(torch, dtype) if dtype else None,
+        output=output,
+        base_model=base_model,
+        verify=verify,
+        overwrite=overwrite,
+    )
+    _print_result(run_merge(request, progress))
+
+
+def _print_result(result: MergeResult) -> None:
+    found = result.verification
+    if found is None:
+        out.print("[yellow]not verified[/] (--no-verify)")
+    else:
+        table = Table(title=f"Is it the adapter? Yes, on {found.tokens:,} tokens", title_justify="left")
+        table.add_column("against the adapter on its base")
+        table.add_column("merged", justify="right")
+        table.add_column("bare base", justify="right")
+        merged, base = found.merged, found.base_difference
+        table.add_row("largest logit difference", f"{merged.largest:.3g}", f"{base.largest:.3g}")
+        table.add_row("mean logit difference", f"{merged.mean:.3g}", f"{base.mean:.3g}")
+        table.add_row("KL, nats per token", f"{merged.kl:.2g}", f"{base.kl:.2g}")
+        table.add_row("same most likely token", f"{merged.agreement:.1%}", f"{base.agreement:.1%}")
+        out.print(table)
+        explained = "" if found.rounding is None else f"; rounding alone explains {found.rounding:.3g} of the mean"
+        out.print(
+            f"{found.weights} weights changed, each to the nearest number of its dtype{explained}", soft_wrap=True
+        )
+    out.print(f"\n[bold]Next[/]  (the model is in [cyan]{escape(str(result.folder))}[/])")
+    loading = f"AutoModelForCausalLM.from_pretrained({str(result.folder)!r})"
+    out.print(f"  [dim]# any program that reads Hugging Face folders[/]\n  [cyan]{escape(loading)}[/]", soft_wrap=True)

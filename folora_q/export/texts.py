@@ -1,0 +1,59 @@
+"""What a merged model is checked on: the run's own held-out text where there is a run, else general text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.encode import Encoder
+from folora_q.data.formats import Chat
+from folora_q.data.read import read_task_data
+from folora_q.errors import UserError
+from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
+from folora_q.proxy.cache import read_samples
+from folora_q.recipe import Recipe
+from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.runs.folder import RunFolder
+
+# So many sequences of each kind, of at most so many tokens.
+SEQUENCES = 8
+LENGTH = 128
+
+
+@dataclass(frozen=True)
+class CheckTexts:
+    """Token ids, and where they are from, for people."""
+
+    sequences: list[list[int]]
+    origin: str
+
+
+def check_texts(adapter: Path, tokenizer: Tokenizer) -> CheckTexts:
+    """Held-out task rows and held-out sampled text of the run that an adapter lies in, and general text always."""
+    general = [ids for ids in text_windows(GENERAL_TEXT, tokenizer, LENGTH)][:SEQUENCES]
+    run = RunFolder(adapter.parent)
+    if not run.manifest.exists() or adapter != run.adapter:
+        return CheckTexts(general, "general text")
+    recipe = Recipe.model_validate(parse_yaml(run.recipe.read_text(encoding="utf-8"))[0])
+    samples = read_samples(run.proxy) or []
+    proxy = [sample.ids[:LENGTH] for sample in samples[recipe.proxy.num_samples :]][:SEQUENCES]
+    task = _held_out_rows(recipe, tokenizer)
+    parts = {"held-out rows of the task": task, "held-out text of the base's own": proxy, "general text": general}
+    named = [name for name, ids in parts.items() if ids]
+    in_turn = [ids for row in zip_longest(*parts.values()) for ids in row if ids]  # so that a cut leaves some of each
+    return CheckTexts(in_turn, ", ".join(named))
+
+
+def _held_out_rows(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
+    """The first held-out rows as the run measured them; none if the data are gone."""
+    try:
+        examples = read_task_data(recipe.data, recipe.training.seed).heldout[:SEQUENCES]
+        encoder = Encoder(tokenizer)
+        if any(isinstance(example, Chat) for example in examples):
+            encoder.prepare_chats()
+        return [encoded.input_ids[:LENGTH] for example in examples for encoded in encoder(example)]
+    except (UserError, OSError):
+        return []

@@ -1,0 +1,234 @@
+"""Is the merged model the adapter? Asked twice: of every number on the disk, and of what the model says.
+
+1. Every merged weight is read back and compared with W + Σ wᵢ sᵢ Bᵢ Aᵢ in float64: each number must be the nearest one
+   that its dtype has. A scale off by a hundredth, a module left out or two matrices swapped are seen here.
+2. Logits on held-out text, merged against PEFT's adapter on its base: their mean difference must be that of rounding,
+   which is measured by rounding the same weights another way; and far less than the adapter's own effect, or the merged
+   model is the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from folora_q.errors import RunFailed
+from folora_q.export.merge import Merge, base_weight
+from folora_q.models.checkpoint import open_checkpoint
+from folora_q.models.quantization import quantized_weights
+
+# Rows of a weight that are compared at a time.
+ROWS = 1024
+# Logits kept of one model, in numbers: 0.8 GB.
+MOST_LOGITS = 2 * 10**8
+# The mean logit difference may be so many times that of another rounding.
+ROUNDING_FACTOR = 2.0
+# In float32 rounding is too small to be a yardstick.
+FLOAT32_MEAN = 1e-4
+FLOAT32_KL = 1e-9
+# The adapter's own effect must be so many times what is left between it and the merged model.
+EFFECT_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two models' logits on the same text, the first being the adapter on its base.
+
+    Attributes:
+        largest, mean: of the absolute differences of logits.
+        kl: KL(first ‖ second), nats per token.
+        agreement: how often both find the same token most likely.
+    """
+
+    largest: float
+    mean: float
+    kl: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        weights: how many weights differ from the base's, and are what they should be.
+        merged: adapter on its base against the merged model.
+        base_difference: adapter on its base against the bare base.
+        rounding: mean logit difference that another rounding of the same weights makes; None in float32.
+        tokens: how many predictions were compared.
+        failures: sentences; empty if the merged model is the adapter.
+    """
+
+    weights: int
+    merged: Difference
+    base_difference: Difference
+    rounding: float | None
+    tokens: int
+    failures: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For merge.json."""
+        return {"verified": not self.failures, **asdict(self)}
+
+
+def check_weights(merge: Merge, folder: Path, on_progress: Callable[[int], None] = lambda weights: None) -> int:
+    """Compare every weight on the disk with what it should be, in float64.
+
+    Returns:
+        How many weights the merge changed.
+
+    Raises:
+        RunFailed: one is not the nearest that its dtype has, or a changed one is the base's; the weight is named.
+    """
+    merged = open_checkpoint(folder)
+    if merged.tensors.keys() != merge.base.tensors.keys():
+        odd = sorted(merged.tensors.keys() ^ merge.base.tensors.keys())[0]
+        raise RunFailed(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
+    quantized = quantized_weights(str(merge.base.folder)) if merge.weights == "dequantized" else set()
+    for name in merge.base.tensors:
+        found = merged.read(name)
+        replacement = merge.replacement(name)
+        base = base_weight(merge, name, quantized) if replacement is None else replacement
+        if found.shape != base.shape:
+            raise RunFailed(
+                f"{name} has the shape {tuple(found.shape)} in the merged model, {tuple(base.shape)} in the base"
+            )
+        wrong = _wrong(merge, name, base, found)
+        if wrong:
+            raise RunFailed(f"the merged {name} is not the base's plus the adapter's change: {wrong}")
+        on_progress(1)
+    return len(merge.changed)
+
+
+def _wrong(merge: Merge, name: str, base: Tensor, found: Tensor) -> str | None:
+    if not base.is_floating_point():
+        return None if torch.equal(base, found) else "it is no number that is rounded, and was changed"
+    deltas = [(share * delta.scale, delta) for share, delta in merge.deltas(name)]
+    changed = not deltas
+    for start in range(0, max(len(base), 1), ROWS):
+        rows = slice(start, start + ROWS)
+        expected = base[rows].double() if base.ndim else base.double()
+        terms = expected.abs()
+        for scale, delta in deltas:
+            left, right = (delta.a.T, delta.b.T) if delta.transposed else (delta.b, delta.a)
+            expected = expected + scale * (left[rows].double() @ right.double())
+            terms = terms + abs(scale) * (left[rows].abs().double() @ right.abs().double())
+        rank = max((delta.a.shape[0] for _, delta in deltas), default=0)
+        allowed = 0.5 * _spacing(expected, found.dtype) + (rank + 4) * 2.0**-24 * terms * bool(deltas)
+        actual = found[rows] if base.ndim else found
+        error = (actual.double() - expected).abs() - allowed
+        if bool((error > 0).any()):
+            return f"a number is off by {float((actual.double() - expected).abs().max()):.3g}, more than rounding"
+        changed = changed or not torch.equal(actual, (base[rows] if base.ndim else base).to(found.dtype))
+    return None if changed else "it is the base's"
+
+
+def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of a dtype, at float64 values."""
+    info = torch.finfo(dtype)
+    return info.eps * torch.exp2(values.abs().clamp_min(info.smallest_normal).log2().floor())
+
+
+def check_outputs(
+    merge: Merge,
+    folder: Path,
+    texts: Sequence[Sequence[int]],
+    weights: int,
+    on_progress: Callable[[int], None] = lambda models: None,
+) -> Verification:
+    """Compare logits on held-out text: adapter on its base, bare base, merged.
+
+    All three compute in float32, one model in memory at a time.
+
+    Args:
+        texts: token ids.
+        weights: what `check_weights` found.
+        on_progress: called with 1 after each of three models.
+    """
+    tuned, bare = _reference_logits(merge, texts)
+    on_progress(2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    merged = logits_of(model, texts, tuned.shape[-1])
+    rounding = None
+    if merge.dtype != torch.float32:
+        _round_otherwise(model, merge)
+        rounding = float((logits_of(model, texts, tuned.shape[-1]) - merged).abs().mean())
+    on_progress(1)
+    found, effect = compare_logits(tuned, merged), compare_logits(tuned, bare)
+    limit = FLOAT32_MEAN if rounding is None else ROUNDING_FACTOR * rounding
+    failures = []
+    if not (found.mean <= limit and (rounding is not None or found.kl <= FLOAT32_KL)):
+        failures.append(
+            f"the merged model is not the adapter: their logits differ by {found.mean:.3g} on average, "
+            f"of which rounding explains {limit:.3g}"
+        )
+    if not effect.mean >= EFFECT_FACTOR * found.mean or effect.mean == 0:
+        failures.append(
+            f"the merged model could be the base: the adapter's own effect on logits is {effect.mean:.3g} on average, "
+            f"the merged model is {found.mean:.3g} from the adapter"
+        )
+    return Verification(weights, found, effect, rounding, len(tuned), failures)
+
+
+def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Of PEFT's own adapter on the base, and of the base."""
+    base = AutoModelForCausalLM.from_pretrained(merge.base.folder, dtype=torch.float32).eval()
+    if merge.weights == "dequantized":
+        for name in quantized_weights(str(merge.base.folder)):
+            parameter = base.get_parameter(name)
+            parameter.data = merge.quantization.round_trip(parameter.data).float()
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    bare = logits_of(base, texts, vocabulary)
+    names = [str(number) for number in range(len(merge.adapters))]
+    model = PeftModel.from_pretrained(base, merge.adapters[0][0].folder, adapter_name=names[0])
+    for (adapter, _), name in zip(merge.adapters[1:], names[1:], strict=True):
+        model.load_adapter(adapter.folder, adapter_name=name)
+    shares = [share for _, share in merge.adapters]
+    if shares != [1.0]:
+        model.add_weighted_adapter(names, shares, "together", combination_type="cat")
+        model.set_adapter("together")
+    return logits_of(model.eval(), texts, vocabulary), bare
+
+
+def logits_of(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """Logits of every prediction in the texts, one text after another, (n, vocabulary)."""
+    most = max(1, MOST_LOGITS // vocabulary)
+    rows: list[Tensor] = []
+    with torch.no_grad():
+        for ids in texts:
+            left = most - sum(map(len, rows))
+            if left <= 0:
+                break
+            rows.append(model(input_ids=torch.tensor([ids[: left + 1]]), use_cache=False).logits[0, :-1].float())
+    return torch.cat(rows)
+
+
+def _round_otherwise(model: PreTrainedModel, merge: Merge) -> None:
+    """Move every changed weight by as much as rounding does, up to half of the spacing, at random."""
+    generator = torch.Generator().manual_seed(0)
+    for name in merge.changed:
+        weight = model.get_parameter(name).data
+        for start in range(0, len(weight), ROWS):
+            rows = weight[start : start + ROWS]
+            noise = torch.rand(rows.shape, generator=generator) - 0.5
+            rows.add_(noise * _spacing(rows.double(), merge.dtype).float())
+
+
+def compare_logits(first: Tensor, second: Tensor) -> Difference:
+    """Between two models' logits (n, vocabulary) on the same text."""
+    apart = (first - second).abs()
+    kl, agreed = 0.0, 0
+    for start in range(0, len(first), ROWS):
+        p = log_softmax(first[start : start + ROWS].double(), -1)
+        q = log_softmax(second[start : start + ROWS].double(), -1)
+        kl += float((p.exp() * (p - q)).sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return Difference(float(apart.max()), float(apart.mean()), kl / len(first), agreed / len(first))

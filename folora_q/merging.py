@@ -1,0 +1,178 @@
+"""One merge in reading order: read the adapters, find the base, write, verify. Prints nothing; tells `Progress`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from folora_q import __version__
+from folora_q.errors import RunFailed, UserError
+from folora_q.export.adapter import CONFIG, AdapterFile, read_adapter
+from folora_q.export.card import write_merged_card
+from folora_q.export.merge import BaseWeights, Merge, write_merged
+from folora_q.export.texts import check_texts
+from folora_q.export.verify import Verification, check_outputs, check_weights
+from folora_q.models.checkpoint import Checkpoint, model_folder, open_checkpoint
+from folora_q.models.quantization import Quantization
+from folora_q.progress import Clock, Progress
+from folora_q.runs.folder import RunFolder
+
+# Lies in a merged folder whose verification failed.
+UNVERIFIED = "UNVERIFIED"
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What somebody wants merged.
+
+    Attributes:
+        sources: run folders or adapter folders, of one base.
+        shares: an adapter's weight each.
+        dtype: None takes the base's own, if it has 16 bits, else bfloat16.
+        output: None is `merged` in the run folder, or beside the adapter's.
+        base_model: takes the place of the base that the adapter names.
+    """
+
+    sources: Sequence[Path]
+    shares: Sequence[float]
+    weights: BaseWeights
+    dtype: torch.dtype | None = None
+    output: Path | None = None
+    base_model: str | None = None
+    verify: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written, and what was found of it; None where nothing was verified."""
+
+    folder: Path
+    merge: Merge
+    verification: Verification | None
+
+
+def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
+    """Merge adapters into their base, and verify the result.
+
+    Raises:
+        UserError: an adapter or its base cannot be merged, or the output is taken.
+        RunFailed: what was written is not the adapter; the folder is there and marked.
+    """
+    clock = Clock(progress)
+    adapters = [read_adapter(adapter_folder(source)) for source in request.sources]
+    target = request.output or _beside(request.sources[0])
+    if target.exists() and not request.overwrite:
+        raise UserError(f"{target} is there already", "add --overwrite, or name another place with --output")
+    base = _base(adapters, request, clock)
+    dtype, reason = (request.dtype, "as asked") if request.dtype else _dtype_of(base)
+    merge = Merge(
+        base, list(zip(adapters, request.shares, strict=True)), request.weights, dtype, _quantization(adapters)
+    )
+    size = merge.result_bytes / 1e9
+    clock.note(
+        f"{len(merge.changed)} of {len(base.tensors)} weights change; {size:.2f} GB in {_name(dtype)} ({reason})"
+    )
+    facts = {
+        "folora_q": __version__,
+        "base": adapters[0].base if request.base_model is None else request.base_model,
+        "revision": adapters[0].revision,
+        "base_weights": request.weights,
+        "dtype": _name(dtype),
+        "adapters": [{"folder": str(a.folder), "weight": share} for a, share in merge.adapters],
+    }
+    verification: list[Verification] = []
+    failures: list[str] = []
+    writing = ExitStack()
+
+    def finish(folder: Path) -> dict[str, Any]:
+        writing.close()
+        report = dict(facts, verified=None)
+        if request.verify:
+            try:
+                verification.append(_verify(merge, folder, clock))
+                report |= verification[0].to_dict()
+            except RunFailed as failure:
+                report |= {"verified": False, "failures": [failure.message]}
+            if not report["verified"]:
+                (folder / UNVERIFIED).write_text("\n".join(report["failures"]) + "\n", encoding="utf-8")
+        write_merged_card(folder / "README.md", merge, report)
+        failures.extend(report.get("failures", []))
+        return report
+
+    with writing:
+        done = writing.enter_context(clock.stage("merging", len(base.tensors)))
+        write_merged(merge, target, finish, done)
+    if failures:
+        raise RunFailed(
+            f"{'; '.join(failures)}; {target} is marked {UNVERIFIED}",
+            "please report this with the adapter's configuration",
+        )
+    return MergeResult(target, merge, verification[0] if verification else None)
+
+
+def adapter_folder(source: Path) -> Path:
+    """The adapter of a run folder, or the folder itself.
+
+    Raises:
+        UserError: it is neither.
+    """
+    run = RunFolder(source)
+    if run.manifest.exists():
+        if not (run.adapter / CONFIG).exists():
+            raise UserError(f"the run in {source} has no adapter yet: see its run.json")
+        return run.adapter
+    if (source / CONFIG).exists():
+        return source
+    raise UserError(
+        f"{source} is neither a run folder nor an adapter", "name a folder with run.json or adapter_config.json"
+    )
+
+
+def _verify(merge: Merge, folder: Path, clock: Clock) -> Verification:
+    with clock.stage("checking every weight", len(merge.base.tensors)) as done:
+        weights = check_weights(merge, folder, done)
+    texts = check_texts(merge.adapters[0][0].folder, AutoTokenizer.from_pretrained(folder))
+    with clock.stage("comparing what it says", 3) as done:
+        verification = check_outputs(merge, folder, texts.sequences, weights, done)
+    clock.note(f"compared on {verification.tokens:,} tokens: {texts.origin}")
+    return verification
+
+
+def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) -> Checkpoint:
+    others = {(adapter.base, adapter.revision) for adapter in adapters}
+    if len(others) > 1 and request.base_model is None:
+        raise UserError(f"the adapters have different bases: {', '.join(sorted(base for base, _ in others))}")
+    name = request.base_model or adapters[0].base
+    if not name:
+        raise UserError(f"{adapters[0].folder} names no base model", "name it with --base-model")
+    with clock.stage(f"finding the base {name}", None):
+        folder = model_folder(name, None if request.base_model else adapters[0].revision)
+        return open_checkpoint(folder)
+
+
+def _quantization(adapters: Sequence[AdapterFile]) -> Quantization:
+    known = next((adapter.quantization for adapter in adapters if adapter.quantization), None)
+    return Quantization.from_dict(known) if known else Quantization()
+
+
+def _dtype_of(base: Checkpoint) -> tuple[torch.dtype, str]:
+    stored = {tensor.dtype for tensor in base.tensors.values()}
+    if stored == {"F16"}:
+        return torch.float16, "as the base is stored"
+    return torch.bfloat16, "as the base is stored" if stored == {"BF16"} else "the usual"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _beside(source: Path) -> Path:
+    run = RunFolder(source)
+    return run.merged if run.manifest.exists() else source.with_name(f"{source.resolve().name}-merged")

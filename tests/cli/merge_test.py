@@ -1,0 +1,200 @@
+"""`folora-q merge` as a person types it: a run, a foreign adapter, several; what it prints, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from folora_q import merging
+from folora_q.cli.app import main
+from folora_q.export.merge import REPORT
+from folora_q.merging import UNVERIFIED
+from folora_q.models.checkpoint import INDEX
+from tests.export.models import save_adapter, sharded_llama
+
+KILLS = 12
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / REPORT).read_text("utf-8"))
+
+
+@pytest.fixture
+def trained(recipe_file: Path, tmp_path: Path) -> Path:
+    quick = ["evaluation.metric=none", "gate.enabled=false", "training.learning_rate=0.1"]
+    assert run("train", recipe_file, *quick) == 0
+    return tmp_path / "run"
+
+
+def test_a_run_is_merged_into_what_it_was_trained_on_and_proven(trained: Path, tiny_folder: Path, capfd) -> None:
+    capfd.readouterr()
+    assert run("merge", trained) == 0
+    text, talk = capfd.readouterr()
+    merged = trained / "merged"
+    report = report_of(merged)
+    assert report["verified"] is True and report["base_weights"] == "dequantized" and report["dtype"] == "bfloat16"
+    assert report["weights"] == 14
+    assert "Is it the adapter? Yes, on" in text and f"{report['merged']['mean']:.3g}" in text
+    assert "14 weights changed, each to the nearest number of its dtype" in text and str(merged) in text
+    assert "held-out rows of the task, held-out text of the base's own, general text" in talk
+    card = (merged / "README.md").read_text("utf-8")
+    assert "Yes. Every weight is the nearest number to the sum." in card and f"{report['merged']['mean']:.3g}" in card
+    assert not (merged / UNVERIFIED).exists()
+    config = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["quantization_config"] == {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "dtype": "float32",
+    }
+    assert run("merge", trained) == 2
+    assert f"{merged} is there already" in capfd.readouterr().err
+    assert run("merge", trained, "--overwrite", "--no-verify", "--base", "original", "--dtype", "float32") == 0
+    assert report_of(merged)["verified"] is None and "not verified" in capfd.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, trained / "adapter").eval()
+    ids = AutoTokenizer.from_pretrained(merged)("say 3", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(merged).eval()(ids).logits
+        assert torch.allclose(found, tuned(ids).logits, atol=1e-4)
+
+
+def test_adapters_trained_elsewhere_are_merged_with_weights(tmp_path: Path, capfd) -> None:
+    base = sharded_llama(tmp_path)
+    one, two = (save_adapter(base, tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    assert run("merge", one, "--base", "original") == 0
+    assert report_of(tmp_path / "0-merged")["verified"] is True
+    assert "general text" in capfd.readouterr().err
+    output = tmp_path / "both"
+    assert run("merge", one, two, "--weight", 0.5, "--weight", -1, "--output", output) == 0
+    assert [adapter["weight"] for adapter in report_of(output)["adapters"]] == [0.5, -1.0]
+    assert run("merge", one, two, "--weight", 0.5, "--output", tmp_path / "x") == 2
+    assert "2 adapters and 1 weights" in capfd.readouterr().err
+
+
+def test_what_is_no_adapter_and_a_base_that_is_gone_are_told(trained: Path, tmp_path: Path, capfd) -> None:
+    for source in (tmp_path, tmp_path / "gone"):
+        assert run("merge", source) == 2
+        assert "is neither a run folder nor an adapter" in capfd.readouterr().err
+    config = trained / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(json.loads(config.read_text())["base_model_name_or_path"], "no/such"))
+    assert run("merge", trained) == 2
+    assert "cannot find the base model no/such" in capfd.readouterr().err
+    assert not (trained / "merged").exists()
+
+
+def test_a_merge_that_is_not_the_adapter_is_marked_and_fails(tmp_path: Path, capfd, monkeypatch) -> None:
+    base = sharded_llama(tmp_path)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    write = merging.write_merged
+
+    def sabotaged(merge, *arguments):
+        wrong = [(adapter, share * 1.01) for adapter, share in merge.adapters]
+        write(type(merge)(merge.base, wrong, merge.weights, merge.dtype, merge.quantization), *arguments)
+
+    monkeypatch.setattr(merging, "write_merged", sabotaged)
+    assert run("merge", adapter) == 1
+    talk = capfd.readouterr().err
+    merged = tmp_path / "adapter-merged"
+    assert "is not the base's plus the adapter's change" in talk and f"{merged} is marked UNVERIFIED" in talk
+    assert report_of(merged)["verified"] is False
+    assert "is not the base's plus" in (merged / UNVERIFIED).read_text()
+    assert "Do not use this model" in (merged / "README.md").read_text()
+
+
+def test_a_killed_merge_leaves_nothing_or_the_whole(tmp_path: Path) -> None:
+    """Forks of one process that has everything imported are killed at random moments."""
+    base = sharded_llama(tmp_path)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    script = tmp_path / "merge.py"
+    script.write_text(
+        f"""
+import os, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from folora_q.merging import MergeRequest, run_merge
+from folora_q.cli.console import ConsoleProgress
+def merge(target):
+    request = MergeRequest([Path({str(adapter)!r})], [1.0], "original", output=Path(target), verify=False)
+    run_merge(request, ConsoleProgress())
+began = time.perf_counter()
+merge({str(tmp_path / "whole")!r})
+print(time.perf_counter() - began, flush=True)
+for line in sys.stdin:
+    delay, target = line.split()
+    child = os.fork()
+    if child == 0:
+        merge(target)
+        os._exit(0)
+    time.sleep(float(delay))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print("done", flush=True)
+"""
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(merging.__file__).parents[1])},
+    )
+    assert process.stdin and process.stdout
+    try:
+        duration = float(process.stdout.readline())
+        chooser, outcomes = random.Random(0), set()
+        for number in range(KILLS):
+            target = tmp_path / f"killed-{number}"
+            delay = duration * chooser.uniform(0, 1.6)
+            process.stdin.write(f"{delay} {target}\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            outcomes.add(target.exists())
+            if target.exists():
+                whole = tmp_path / "whole"
+                assert {p.name for p in target.iterdir()} == {p.name for p in whole.iterdir()}
+                for path in whole.iterdir():
+                    if path.name not in (REPORT, "README.md"):
+                        assert (target / path.name).read_bytes() == path.read_bytes(), path.name
+                assert (target / INDEX).exists() and (target / REPORT).exists()
+        assert outcomes == {True, False}, "the delays must reach from before the end to after it"
+    finally:
+        process.stdin.close()
+        process.wait(timeout=30)
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    base = sharded_llama(tmp_path)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    command = [sys.executable, "-m", "folora_q", "merge", str(adapter)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    assert process.stdout
+    seen = ""
+    while "✓ merging" not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "error: interrupted" in output
+    assert not (tmp_path / "adapter-merged").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".adapter-merged")]

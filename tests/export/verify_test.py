@@ -1,0 +1,149 @@
+"""A merge that is not the adapter is found out, by its numbers or by what it says; a right one is not accused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from folora_q.errors import RunFailed
+from folora_q.export.merge import Merge, write_merged
+from folora_q.export.verify import check_outputs, check_weights
+from folora_q.models.checkpoint import INDEX, open_checkpoint
+from tests.export.merge_test import merge_of
+from tests.export.models import save_adapter, sharded_llama, sharded_qwen
+
+TEXTS = [list(range(3, 40)), list(range(100, 160)), [5] * 20]
+SQUARE = "model.layers.1.self_attn.q_proj.weight"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sharded_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(base, tmp_path_factory.mktemp("adapter"), size=0.02)
+
+
+def merged(merge: Merge, folder: Path) -> Path:
+    write_merged(merge, folder)
+    return folder
+
+
+def sabotage(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace one weight of a merged folder."""
+    shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] = change(tensors[name]).to(tensors[name].dtype).contiguous()
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("weights", ["original", "dequantized"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_right_merge_passes(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype, weights: str) -> None:
+    merge = merge_of(base, (adapter, 1.0), weights=weights, dtype=dtype)
+    folder = merged(merge, tmp_path / "merged")
+    changed = check_weights(merge, folder)
+    found = check_outputs(merge, folder, TEXTS, changed)
+    assert found.failures == []
+    assert (changed, found.tokens) == (14, sum(map(len, TEXTS)) - 3)
+    assert found.merged.mean < 0.1 * found.base_difference.mean
+    assert found.merged.kl < 1e-2 * found.base_difference.kl
+    if dtype == torch.float32:
+        assert found.rounding is None and found.merged.largest <= 1e-4 and found.merged.kl <= 1e-9
+
+
+def test_tied_embeddings_and_several_adapters_pass(tmp_path: Path) -> None:
+    base = sharded_qwen(tmp_path)
+    one, two = (save_adapter(base, tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    merge = merge_of(base, (one, 0.5), (two, -1.5), dtype=torch.bfloat16)
+    folder = merged(merge, tmp_path / "merged")
+    assert check_outputs(merge, folder, TEXTS, check_weights(merge, folder)).failures == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_off_by_a_hundredth_is_found(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = merged(merge_of(base, (adapter, 1.01), dtype=dtype), tmp_path / "merged")
+    with pytest.raises(RunFailed, match=r"the merged model\.layers\.\S+ is not the base's plus the adapter's change"):
+        check_weights(merge_of(base, (adapter, 1.0), dtype=dtype), folder)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_module_left_out_is_found(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    merge = merge_of(base, (adapter, 1.0), dtype=dtype)
+    folder = merged(merge, tmp_path / "merged")
+    sabotage(folder, SQUARE, lambda _: merge.base.read(SQUARE))
+    with pytest.raises(RunFailed, match=f"the merged {SQUARE} "):
+        check_weights(merge, folder)
+    if dtype != torch.bfloat16:  # whose rounding says as much as one small module of fourteen: the numbers tell
+        found = check_outputs(merge, folder, TEXTS, 13)
+        assert any("is not the adapter" in failure for failure in found.failures)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halves_that_were_swapped_are_found(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    merge = merge_of(base, (adapter, 1.0), dtype=dtype)
+    folder = merged(merge, tmp_path / "merged")
+    [(_, delta)] = merge.deltas(SQUARE)
+    swapped = merge.base.read(SQUARE).float() + delta.dense().T
+    sabotage(folder, SQUARE, lambda _: swapped)
+    with pytest.raises(RunFailed, match=f"the merged {SQUARE} "):
+        check_weights(merge, folder)
+    found = check_outputs(merge, folder, TEXTS, 14)
+    assert any("is not the adapter" in failure for failure in found.failures)
+
+
+def test_the_base_under_another_name_is_found(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge = merge_of(base, (adapter, 1.0))
+    folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "merged")
+    with pytest.raises(RunFailed, match="is not the base's plus the adapter's change"):
+        check_weights(merge, folder)
+    found = check_outputs(merge, folder, TEXTS, 0)
+    assert any("could be the base" in failure for failure in found.failures)
+
+
+def test_an_adapter_that_changes_nothing_is_told(base: Path, tmp_path: Path) -> None:
+    idle = save_adapter(base, tmp_path / "idle", size=0.0)
+    merge = merge_of(base, (idle, 1.0))
+    folder = merged(merge, tmp_path / "merged")
+    with pytest.raises(RunFailed, match="it is the base's"):
+        check_weights(merge, folder)
+    assert any("could be the base" in failure for failure in check_outputs(merge, folder, TEXTS, 0).failures)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_weight_that_should_be_the_base_s_and_is_not_is_found(
+    base: Path, adapter: Path, tmp_path: Path, name: str
+) -> None:
+    merge = merge_of(base, (adapter, 1.0))
+    folder = merged(merge, tmp_path / "merged")
+
+    def touch(weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.clone()
+        weight.view(-1)[3] *= 1.02
+        return weight
+
+    sabotage(folder, name, touch)
+    with pytest.raises(RunFailed, match=f"the merged {name} is not"):
+        check_weights(merge, folder)
+
+
+def test_a_weight_too_many_or_too_few_is_found(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge = merge_of(base, (adapter, 1.0))
+    folder = merged(merge, tmp_path / "merged")
+    index = json.loads((folder / INDEX).read_text())
+    shard = folder / index["weight_map"].pop("model.norm.weight")
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps(index))
+    assert "model.norm.weight" not in open_checkpoint(folder).tensors
+    with pytest.raises(RunFailed, match=r"model\.norm\.weight is in one of them alone"):
+        check_weights(merge, folder)
