@@ -1,8 +1,8 @@
 """Merging: what it takes beside PEFT's own way, and which base to merge into.
 
     .venv/bin/python benchmarks/export.py cost               wall time and peak memory at three model sizes
-    .venv/bin/python benchmarks/export.py bases runs/demo    original or dequantized weights: on a finished run, and on a
-                                                             Qwen2 that is trained and tuned for it (about 15 minutes)
+    .venv/bin/python benchmarks/export.py bases runs/demo    original or dequantized weights: on a finished run, and on
+                                                             a Qwen2 that is trained and tuned for it (15 minutes)
 
 `cost`: each way is a process of its own, three times, in turn; memory is the process's peak, which counts the pages of
 files that it has mapped. PEFT's way is from_pretrained, merge_and_unload, save_pretrained on 16-bit weights.
@@ -10,13 +10,11 @@ files that it has mapped. PEFT's way is from_pretrained, merge_and_unload, save_
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +54,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size="150MB")
+"""
+# A process's peak starts at that of the process that forked it, so a small one does the forking.
+LAUNCHER = """
+import os, sys, time
+began = time.perf_counter()
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+print(time.perf_counter() - began, usage.ru_maxrss / 1e3, os.waitstatus_to_exitcode(status))
 """
 IMPORTS = "import torch, peft, transformers, folora_q.merging"
 
@@ -100,12 +106,11 @@ def cost(runs: int) -> None:
 
 def _measure(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak memory in MB of one process."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, command
-    return time.perf_counter() - began, usage.ru_maxrss / 1e3
+    launched = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
+    seconds, peak, code = launched.stdout.split()[-3:]
+    if code != "0":
+        raise click.ClickException(f"{command[:4]} failed: {launched.stderr[-500:]}")
+    return float(seconds), float(peak)
 
 
 def _random_model(folder: Path, layers: int) -> tuple[Path, Path]:

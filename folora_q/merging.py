@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoTokenizer
 
@@ -25,6 +26,8 @@ from folora_q.runs.folder import RunFolder
 
 # Lies in a merged folder whose verification failed.
 UNVERIFIED = "UNVERIFIED"
+# Bytes a weight that comparing in float32 takes: the weights, and what loading and computing add.
+FLOAT32_MEMORY = 5
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,20 @@ def _verify(merge: Merge, folder: Path, clock: Clock) -> Verification:
     with clock.stage("checking every weight", len(merge.base.tensors)) as done:
         weights = check_weights(merge, folder, done)
     texts = check_texts(merge.adapters[0][0].folder, AutoTokenizer.from_pretrained(folder))
-    with clock.stage("comparing what it says", 3) as done:
-        verification = check_outputs(merge, folder, texts.sequences, weights, done)
+    compute, reason = _compute_dtype(merge)
+    with clock.stage(f"comparing what it says, in {_name(compute)} ({reason})", 3) as done:
+        verification = check_outputs(merge, folder, texts.sequences, weights, compute, done)
     clock.note(f"compared on {verification.tokens:,} tokens: {texts.origin}")
     return verification
+
+
+def _compute_dtype(merge: Merge) -> tuple[torch.dtype, str]:
+    """Float32 if the model fits in memory so, else the merged model's own."""
+    needed = FLOAT32_MEMORY * sum(stored.numel for stored in merge.base.tensors.values())
+    free = psutil.virtual_memory().available
+    if needed <= free:
+        return torch.float32, f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+    return merge.dtype, f"float32 needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
 
 
 def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) -> Checkpoint:

@@ -76,6 +76,13 @@ def test_a_run_is_merged_into_what_it_was_trained_on_and_proven(trained: Path, t
         assert torch.allclose(found, tuned(ids).logits, atol=1e-4)
 
 
+def test_the_comparison_takes_the_memory_that_there_is(trained: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(merging, "FLOAT32_MEMORY", 1e12)
+    assert run("merge", trained) == 0
+    assert "comparing what it says, in bfloat16 (float32 needs" in capfd.readouterr().err
+    assert report_of(trained / "merged")["verified"] is True
+
+
 def test_adapters_trained_elsewhere_are_merged_with_weights(tmp_path: Path, capfd) -> None:
     base = sharded_llama(tmp_path)
     one, two = (save_adapter(base, tmp_path / str(seed), seed=seed) for seed in (0, 1))

@@ -60,6 +60,15 @@ def test_a_right_merge_passes(base: Path, adapter: Path, tmp_path: Path, dtype: 
         assert found.rounding is None and found.merged.largest <= 1e-4 and found.merged.kl <= 1e-9
 
 
+def test_a_right_merge_passes_where_memory_is_for_16_bits_alone(base: Path, adapter: Path, tmp_path: Path) -> None:
+    for weights in ("original", "dequantized"):
+        merge = merge_of(base, (adapter, 1.0), weights=weights)
+        folder = merged(merge, tmp_path / weights)
+        assert check_outputs(merge, folder, TEXTS, check_weights(merge, folder), torch.bfloat16).failures == []
+    folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "base")
+    assert check_outputs(merge_of(base, (adapter, 1.0)), folder, TEXTS, 0, torch.bfloat16).failures
+
+
 def test_tied_embeddings_and_several_adapters_pass(tmp_path: Path) -> None:
     base = sharded_qwen(tmp_path)
     one, two = (save_adapter(base, tmp_path / str(seed), seed=seed) for seed in (0, 1))

@@ -1,0 +1,237 @@
+"""`folora-q chat`: talk to what came out of a run, and to its base beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from folora_q.cli.console import ConsoleProgress, err, out, print_error, quiet_libraries, quiet_progress_bars, visible
+from folora_q.errors import FoloraError, UserError
+
+if TYPE_CHECKING:
+    from folora_q.chat import Conversation
+
+BASE, TUNED = "base", "tuned"
+PROMPT = "> "
+# Two answers stand beside each other from this width on.
+SIDE_BY_SIDE = 100
+GAP = 3
+REFRESHES_PER_SECOND = 8
+FORGET, END = "/reset", "/exit"
+COMMAND_WORD = re.compile(r"/\w+")
+
+
+@click.command("chat")
+@click.argument(
+    "name", metavar="RUN_OR_MODEL", help="A folder of a run, an adapter or a model; a .gguf file; a hub id."
+)
+@click.option("--base", "compare", is_flag=True, help="Let the base answer too, as it was before training.")
+@click.option("--system", metavar="TEXT", help="A system prompt.")
+@click.option(
+    "--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 100), help="0 always takes the likeliest."
+)
+@click.option(
+    "--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1), help="An answer's length at most."
+)
+@click.option(
+    "--bits", default="4", show_default=True, type=click.Choice(["4", "16"]), help="Of the weights; training has 4."
+)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Ask this and end; may be repeated.")
+@click.pass_obj
+def command(
+    settings: dict[str, bool],
+    name: str,
+    compare: bool,
+    system: str | None,
+    temperature: float,
+    max_new_tokens: int,
+    bits: str,
+    prompts: tuple[str, ...],
+) -> None:
+    """Talk to a run's result, or to any model, with its chat template.
+
+    /reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer. Without a terminal, every line of the
+    input is a question. Questions follow each other in one conversation, those of --prompt too.
+    """
+    if math.isnan(temperature):
+        raise UserError("--temperature must be a number")
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("--prompt is empty")
+    if not settings["debug"]:
+        quiet_libraries()
+    progress = ConsoleProgress()
+    with progress.stage("starting PyTorch and Transformers", None):
+        from folora_q.chat import Conversation, Sampling, load_chat
+    if not settings["debug"]:
+        quiet_progress_bars()
+    with progress.stage("loading the model", None):
+        chatter = load_chat(name, "auto", int(bits), compare)
+    progress.note(chatter.origin)
+    sampling = Sampling(temperature, max_new_tokens)
+    sides = {TUNED: Conversation(chatter, False, sampling, system and _clean(system))}
+    if compare:
+        sides = {BASE: Conversation(chatter, True, sampling, system and _clean(system))} | sides
+    if not chatter.has_template:
+        progress.note("it has no chat template: it continues plain text, each question's alone")
+    elif chatter.system is not None and system is None:
+        progress.note(f"it was trained with a system prompt, so give it: --system {shlex.quote(chatter.system)}")
+
+    if prompts:
+        _ask_all(iter(prompts), sides)
+    elif sys.stdin.isatty() and out.is_terminal:
+        _talk(sides)
+    else:
+        if sys.stdin.isatty():
+            progress.note("one question a line, Ctrl-D ends")
+        _ask_all(click.get_text_stream("stdin", encoding="utf-8", errors="replace"), sides)
+
+
+def _talk(sides: dict[str, Conversation]) -> None:
+    """The loop in a terminal."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` a line to edit, and a history)
+    err.print(f"[dim]{FORGET} forgets what was said, {END} or Ctrl-D ends, Ctrl-C stops an answer[/]", soft_wrap=True)
+    while True:
+        try:
+            question = _clean(input(PROMPT)).strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            if _typed():
+                continue
+            return
+        except UnicodeDecodeError:
+            print_error("this line is no valid UTF-8")
+            continue
+        if question == END:
+            return
+        if question == FORGET:
+            _forget(sides)
+            err.print("[dim]forgotten[/]")
+        elif COMMAND_WORD.fullmatch(question):
+            print_error(f"there is no {question}", f"{FORGET} forgets what was said, {END} ends")
+        elif question:
+            try:
+                _ask(question, sides, can_be_stopped=True)
+            except FoloraError as error:
+                print_error(error.message, error.hint)
+            except KeyboardInterrupt:  # between two answers
+                click.echo()
+            click.echo()
+
+
+def _ask_all(questions: Iterator[str], sides: dict[str, Conversation]) -> None:
+    """Questions from the command line, or from a file; answers alone go to stdout."""
+    asked = 0
+    for line in questions:
+        question = _clean(line).strip()
+        if question == END:
+            return
+        if question == FORGET:
+            _forget(sides)
+        elif question:
+            if asked and (out.is_terminal or len(sides) > 1):
+                click.echo()
+            if out.is_terminal:
+                out.print(Text(PROMPT + visible(question), style="dim"), soft_wrap=True)
+            _ask(question, sides, can_be_stopped=False)
+            asked += 1
+
+
+def _ask(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
+    beside = len(sides) > 1 and out.is_terminal and not out.is_dumb_terminal and out.width >= SIDE_BY_SIDE
+    (_answer_beside if beside else _answer_below)(question, sides, can_be_stopped)
+
+
+def _answer_below(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
+    """One answer after the other, as they come."""
+    for number, (label, side) in enumerate(sides.items()):
+        if len(sides) > 1:
+            click.echo(("\n" if number else "") + click.style(label, **{"dim" if label == BASE else "bold": True}))
+        shown = ""
+        try:
+            with _stopping(can_be_stopped), closing(side.ask(question)) as pieces:
+                for piece in pieces:
+                    shown = visible(piece)
+                    # Not through rich, which would make spaces of tabs.
+                    click.echo(click.style(shown, dim=True) if label == BASE else shown, nl=False)
+        except BaseException:
+            if shown and not shown.endswith("\n"):
+                click.echo()
+            raise
+        if not shown.endswith("\n"):
+            click.echo()
+
+
+def _answer_beside(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
+    """Both answers in columns; there is one model, so they come one after the other."""
+    columns = _Columns(dict.fromkeys(sides, ""))
+    with Live(columns, console=out, refresh_per_second=REFRESHES_PER_SECOND):
+        try:
+            for label, side in sides.items():
+                with _stopping(can_be_stopped), closing(side.ask(question)) as pieces:
+                    for piece in pieces:
+                        columns.said[label] += visible(piece)
+        finally:
+            columns.whole = True
+
+
+@dataclass
+class _Columns:
+    """Answers beside each other: while they come, as much of their ends as the screen holds."""
+
+    said: dict[str, str]
+    whole: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = (options.max_width - GAP * (len(self.said) - 1)) // len(self.said)
+        table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
+        cells = []
+        for label, said in self.said.items():
+            style = "dim" if label == BASE else ""
+            table.add_column(label, width=width, header_style=style or "bold")
+            lines = Text(said, style=style).wrap(console, width, tab_size=console.tab_size)
+            # The header, and the line of the cursor below, need room too.
+            cells.append(Text("\n").join(lines if self.whole else lines[-max(console.height - 2, 1) :]))
+        table.add_row(*cells)
+        yield table
+
+
+@contextlib.contextmanager
+def _stopping(allowed: bool) -> Iterator[None]:
+    """Ctrl-C ends the answer, not the talk."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not allowed:
+            raise
+
+
+def _forget(sides: dict[str, Conversation]) -> None:
+    for side in sides.values():
+        side.reset()
+
+
+def _typed() -> str:
+    """What stood in the line when Ctrl-C was pressed, where that can be known."""
+    return sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
+
+
+def _clean(text: str) -> str:
+    """Bytes that are no UTF-8, which came as half characters, as a replacement that a tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
