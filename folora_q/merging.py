@@ -16,6 +16,8 @@ from folora_q import __version__
 from folora_q.errors import RunFailed, UserError
 from folora_q.export.adapter import CONFIG, AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
+from folora_q.export.gguf import GgufFacts, find_converter, write_gguf
+from folora_q.export.hub import push_folder, require_token
 from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
 from folora_q.export.verify import Verification, check_outputs, check_weights
@@ -40,6 +42,10 @@ class MergeRequest:
         dtype: None takes the base's own, if it has 16 bits, else bfloat16.
         output: None is `merged` in the run folder, or beside the adapter's.
         base_model: takes the place of the base that the adapter names.
+        gguf: also write a GGUF file of this type, beside the output.
+        converter: llama.cpp's converter, where it is not found by itself.
+        push_to_hub: the repository to push the merged model to.
+        private: what to make that repository, if it is new.
     """
 
     sources: Sequence[Path]
@@ -50,15 +56,27 @@ class MergeRequest:
     base_model: str | None = None
     verify: bool = True
     overwrite: bool = False
+    gguf: str | None = None
+    converter: Path | None = None
+    push_to_hub: str | None = None
+    private: bool = True
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written, and what was found of it; None where nothing was verified."""
+    """What was written, and what was found of it.
+
+    Attributes:
+        verification: None where nothing was verified.
+        gguf: the GGUF file and what it holds.
+        url: of the repository that it was pushed to.
+    """
 
     folder: Path
     merge: Merge
     verification: Verification | None
+    gguf: tuple[Path, GgufFacts] | None = None
+    url: str | None = None
 
 
 def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
@@ -69,6 +87,9 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
         RunFailed: what was written is not the adapter; the folder is there and marked.
     """
     clock = Clock(progress)
+    converter = find_converter(request.converter) if request.gguf else []
+    if request.push_to_hub:
+        require_token()
     adapters = [read_adapter(adapter_folder(source)) for source in request.sources]
     target = request.output or _beside(request.sources[0])
     if target.exists() and not request.overwrite:
@@ -88,7 +109,7 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
         "revision": adapters[0].revision,
         "base_weights": request.weights,
         "dtype": _name(dtype),
-        "adapters": [{"folder": str(a.folder), "weight": share} for a, share in merge.adapters],
+        "adapters": [{"name": _adapter_name(a.folder), "weight": share} for a, share in merge.adapters],
     }
     verification: list[Verification] = []
     failures: list[str] = []
@@ -105,7 +126,7 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
                 report |= {"verified": False, "failures": [failure.message]}
             if not report["verified"]:
                 (folder / UNVERIFIED).write_text("\n".join(report["failures"]) + "\n", encoding="utf-8")
-        write_merged_card(folder / "README.md", merge, report)
+        write_merged_card(folder / "README.md", report)
         failures.extend(report.get("failures", []))
         return report
 
@@ -117,7 +138,15 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
             f"{'; '.join(failures)}; {target} is marked {UNVERIFIED}",
             "please report this with the adapter's configuration",
         )
-    return MergeResult(target, merge, verification[0] if verification else None)
+    gguf = url = None
+    if request.gguf:
+        path = target.with_name(f"{target.name}-{request.gguf}.gguf")
+        with clock.stage(f"writing and checking {path}", None):
+            gguf = path, write_gguf(target, path, request.gguf, converter)
+    if request.push_to_hub:
+        with clock.stage(f"pushing to {request.push_to_hub}", None):
+            url = push_folder(target, request.push_to_hub, request.private)
+    return MergeResult(target, merge, verification[0] if verification else None, gguf, url)
 
 
 def adapter_folder(source: Path) -> Path:
@@ -136,6 +165,12 @@ def adapter_folder(source: Path) -> Path:
     raise UserError(
         f"{source} is neither a run folder nor an adapter", "name a folder with run.json or adapter_config.json"
     )
+
+
+def _adapter_name(folder: Path) -> str:
+    """A run's name, or the folder's own; the path to it is nobody's business."""
+    folder = folder.resolve()
+    return folder.parent.name if (folder.parent / "run.json").exists() else folder.name
 
 
 def _verify(merge: Merge, folder: Path, clock: Clock) -> Verification:

@@ -20,6 +20,7 @@ COMMANDS = {
     "validate": "validate",
     "preview": "preview",
     "merge": "merge",
+    "chat": "chat",
     "schema": "schema",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 @click.option("--base-model", help="Another place or id of the base than the adapter names.")
 @click.option("--weight", "shares", multiple=True, type=float, help="An adapter's weight; once for each. 1 by default.")
 @click.option("--verify/--no-verify", default=True, help="Compare the result with the adapter. On by default.")
+@click.option(
+    "--gguf", type=click.Choice(["f16", "bf16", "q8_0", "f32", "auto"]), help="Also write a GGUF file of this type."
+)
+@click.option("--converter", type=click.Path(path_type=Path), help="llama.cpp's convert_hf_to_gguf.py, if not found.")
+@click.option("--push-to-hub", metavar="REPO", help="Push the merged model to this repository, in one commit.")
+@click.option("--public", is_flag=True, help="Make a new repository public; it is private by default.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @click.pass_obj
 def command(
@@ -44,6 +50,10 @@ def command(
     base_model: str | None,
     shares: tuple[float, ...],
     verify: bool,
+    gguf: str | None,
+    converter: Path | None,
+    push_to_hub: str | None,
+    public: bool,
     overwrite: bool,
 ) -> None:
     """Merge the adapter of a run, or any LoRA adapter, into its base, and check that the result is the adapter.
@@ -73,6 +83,10 @@ def command(
         base_model=base_model,
         verify=verify,
         overwrite=overwrite,
+        gguf=gguf,
+        converter=converter,
+        push_to_hub=push_to_hub,
+        private=not public,
     )
     _print_result(run_merge(request, progress))
 
@@ -97,5 +111,16 @@ def _print_result(result: MergeResult) -> None:
             f"{found.weights} weights changed, each to the nearest number of its dtype{explained}", soft_wrap=True
         )
     out.print(f"\n[bold]Next[/]  (the model is in [cyan]{escape(str(result.folder))}[/])")
+    if result.gguf is not None:
+        path, facts = result.gguf
+        checked = (
+            "its numbers are the model's" if facts.compared else "names, shapes and vocabulary checked, not numbers"
+        )
+        line = f"llama-cli -m {path}"
+        out.print(f"  [dim]# {facts.tensors} tensors; {checked}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
+    if result.url is not None:
+        out.print(f"  [dim]# pushed in one commit[/]\n  [cyan]{escape(result.url)}[/]", soft_wrap=True)
+    chat = f"folora-q chat {result.folder}"
+    out.print(f"  [dim]# talk to it[/]\n  [cyan]{escape(chat)}[/]", soft_wrap=True)
     loading = f"AutoModelForCausalLM.from_pretrained({str(result.folder)!r})"
     out.print(f"  [dim]# any program that reads Hugging Face folders[/]\n  [cyan]{escape(loading)}[/]", soft_wrap=True)

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCardData
 
 from folora_q import __version__
 from folora_q.evaluation.measure import Divergences, Measurements
-from folora_q.export.merge import Merge
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.recipe.dataset import Source
@@ -87,7 +86,7 @@ def _named(source: Source) -> str:
     return source.path if is_hub_dataset(source) else Path(source.path).name
 
 
-def write_merged_card(path: Path, merge: Merge, report: Mapping[str, Any]) -> None:
+def write_merged_card(path: Path, report: Mapping[str, Any]) -> None:
     """The card of a merged model: what it was made of, and what the verification found."""
     is_hub_id = not Path(report["base"]).exists()
     head = ModelCardData(
@@ -97,11 +96,13 @@ def write_merged_card(path: Path, merge: Merge, report: Mapping[str, Any]) -> No
         pipeline_tag="text-generation",
         tags=["folora-q", "lora", "merged"],
     )
-    adapters = "\n".join(f"- adapter `{adapter.folder.name}`, weight {share:g}" for adapter, share in merge.adapters)
+    adapters = "\n".join(
+        f"- adapter `{adapter['name']}`, weight {adapter['weight']:g}" for adapter in report["adapters"]
+    )
     kind = {
         "original": "the base's own 16-bit weights",
         "dequantized": "the base's weights after the round trip through 4 bits that the adapter was trained on",
-    }[merge.weights]
+    }[report["base_weights"]]
     revision = f" at revision `{report['revision']}`" if report["revision"] else ""
     body = f"""
 # {Path(report["base"]).name}, merged

@@ -82,7 +82,9 @@ def push_folder(folder: Path, repo_id: str, private: bool, api: HfApi | None = N
     """
     files = _files(folder)
     kind = _kind(folder)
-    hub = _Hub(api or HfApi(library_name="folora-q", library_version=__version__), _repository(repo_id), _token())
+    hub = _Hub(
+        api or HfApi(library_name="folora-q", library_version=__version__), _repository(repo_id), require_token()
+    )
     nothing = "nothing of the model was committed"
     try:
         before = hub.state()
@@ -164,7 +166,12 @@ def _repository(repo_id: str) -> str:
     return repo_id
 
 
-def _token() -> str:
+def require_token() -> str:
+    """The token of whoever is logged in.
+
+    Raises:
+        UserError: nobody is, or the hub is switched off.
+    """
     if is_offline_mode():
         raise UserError("cannot push: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set", "unset it for this command")
     try:

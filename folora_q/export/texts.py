@@ -19,8 +19,8 @@ from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.folder import RunFolder
 
 # So many sequences of each kind, of at most so many tokens.
-SEQUENCES = 8
-LENGTH = 128
+SEQUENCES = 4
+LENGTH = 64
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ class RunFolder:
         """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
         for folder in (self.adapter, self.merged, *self.path.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
+        for file in self.path.glob("merged-*.gguf"):
+            file.unlink()
         for file in (self.recipe, self.metrics, self.proxy, self.gates, self.answers, self.skipped, self.manifest):
             file.unlink(missing_ok=True)
 
