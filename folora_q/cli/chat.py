@@ -22,7 +22,7 @@ from folora_q.cli.console import ConsoleProgress, err, out, print_error, quiet_l
 from folora_q.errors import FoloraError, UserError
 
 if TYPE_CHECKING:
-    from folora_q.chat import Conversation
+    from folora_q.chat.reply import Conversation
 
 BASE, TUNED = "base", "tuned"
 PROMPT = "> "
@@ -74,7 +74,8 @@ def command(
         quiet_libraries()
     progress = ConsoleProgress()
     with progress.stage("starting PyTorch and Transformers", None):
-        from folora_q.chat import Conversation, Sampling, load_chat
+        from folora_q.chat.load import load_chat
+        from folora_q.chat.reply import Conversation, Sampling
     if not settings["debug"]:
         quiet_progress_bars()
     with progress.stage("loading the model", None):

@@ -25,8 +25,9 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 
-from folora_q import chat
-from folora_q.chat import Chatter, Conversation, Sampling, load_chat
+from folora_q.chat import load
+from folora_q.chat.load import load_chat
+from folora_q.chat.reply import Chatter, Conversation, Pieces, Sampling
 from folora_q.cli import app
 from folora_q.cli import chat as chat_cli
 from folora_q.errors import RunFailed, UserError
@@ -46,6 +47,15 @@ def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as caught:
         app.main([str(argument) for argument in arguments])
     return caught.value.code
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take longer than the tiny model does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +259,7 @@ def test_an_adapter_is_put_on_a_base_that_is_held_as_in_training(untrained: Path
     config = json.loads((folder / "adapter_config.json").read_text())
     config["auto_mapping"] = {"quantization_config": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    section = chat._find(str(folder)).section
+    section = load._find(str(folder)).section
     assert (section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant) == ("fp4", False)
 
 
@@ -268,7 +278,7 @@ def test_an_answer_comes_in_pieces_that_are_the_whole(tuned: Chatter) -> None:
 
 def test_characters_come_whole_and_are_the_decoders(tuned: Chatter) -> None:
     text = "naïve — 漢字 🙂\n  indented\tthe end"
-    streamer = chat._Pieces(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Pieces(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for token in [*tuned.tokenizer(text)["input_ids"], tuned.tokenizer.eos_token_id]:
         streamer.put(torch.tensor([token]))
@@ -441,7 +451,7 @@ class Parrot:
 
 @pytest.fixture
 def parrot(monkeypatch) -> None:
-    monkeypatch.setattr(chat, "load_chat", lambda *_: Parrot())
+    monkeypatch.setattr(load, "load_chat", lambda *_: Parrot())
 
 
 def terminal(monkeypatch, width: int, lines: list[str | type[BaseException]] = ()) -> io.StringIO:

@@ -1,0 +1,1 @@
+"""Talking to what came out of a run."""
