@@ -48,6 +48,8 @@ from folora_q.recipe.strict_yaml import parse_yaml
 # Layers of a Llama of 1,024 channels: 0.25, 0.76 and 1.5 GB of bfloat16 with a vocabulary of 32,000.
 LAYERS = (4, 20, 44)
 SHARD = "150MB"
+# Of the Qwen2's own training.
+EPOCHS = 20
 PEFT_WAY = """
 import sys, torch
 from peft import PeftModel
@@ -145,31 +147,34 @@ class Row:
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @click.option("--qwen/--no-qwen", default=True, help="Train and tune a small Qwen2 too.")
 def bases(runs: tuple[Path, ...], qwen: bool) -> None:
     """Merge finished RUNS into both kinds of base weights, and compare with the 4-bit model that was trained."""
     quiet_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
-        found = {str(run): _compare(run, Path(scratch)) for run in runs}
+        for run in runs:
+            _print_rows(str(run), _compare(run, Path(scratch)))
         if qwen:
-            found["a Qwen2 of 15M parameters"] = _compare(_tuned_qwen(Path(scratch)), Path(scratch))
-    for name, rows in found.items():
-        table = Table(title=name, title_justify="left")
-        headings = ("model", "task loss", "general loss", "KL from trained", "same top token", "KL from the 4-bit base")
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading == "model" else "right")
-        for row in rows:
-            apart = row.from_trained
-            table.add_row(
-                row.name,
-                f"{row.task:.4f}",
-                f"{row.general:.4f}",
-                "" if apart is None else f"{apart.kl:.4f}",
-                "" if apart is None else f"{apart.agreement:.1%}",
-                f"{row.from_base:.4f}",
-            )
-        out.print(table)
+            _print_rows("a Qwen2 of 15M parameters", _compare(_tuned_qwen(Path(scratch)), Path(scratch)))
+
+
+def _print_rows(name: str, rows: list[Row]) -> None:
+    table = Table(title=name, title_justify="left")
+    headings = ("model", "task loss", "general loss", "KL from trained", "same top token", "KL from the 4-bit base")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        apart = row.from_trained
+        table.add_row(
+            row.name,
+            f"{row.task:.4f}",
+            f"{row.general:.4f}",
+            "" if apart is None else f"{apart.kl:.4f}",
+            "" if apart is None else f"{apart.agreement:.1%}",
+            f"{row.from_base:.4f}",
+        )
+    out.print(table)
 
 
 def _compare(run: Path, scratch: Path) -> list[Row]:
@@ -223,11 +228,12 @@ def _tuned_qwen(scratch: Path) -> Path:
     model = Qwen2ForCausalLM(config)
     texts = text_windows(GENERAL_TEXT, tokenizer, 128)
     chats = read_task_data(demo.data, 0).train
-    texts += [tokenizer.apply_chat_template(chat.prompt, return_dict=True)["input_ids"] for chat in chats]
+    texts += [tokenizer.apply_chat_template(chat.prompt, return_dict=True)["input_ids"] for chat in chats[:200]]
+    texts = [[tokenizer.bos_token_id, *ids] for ids in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     progress = ConsoleProgress()
-    with progress.stage("teaching a Qwen2 to read", 4 * (len(texts) // 16)) as done:
-        for _ in range(4):
+    with progress.stage("teaching a Qwen2 to read", EPOCHS * -(-len(texts) // 16)) as done:
+        for _ in range(EPOCHS):
             for batch in batches([texts[i] for i in torch.randperm(len(texts))], 16, torch.device("cpu")):
                 loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
                 loss.backward()
@@ -237,7 +243,7 @@ def _tuned_qwen(scratch: Path) -> Path:
     folder = scratch / "qwen"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    changes = [f"model.model_name_or_path={folder}", f"training.output_dir={scratch / 'qwen-run'}", "gate_lambda=4"]
+    changes = [f"model.model_name_or_path={folder}", f"training.output_dir={scratch / 'qwen-run'}", "proxy.source=bos"]
     recipe = load_recipe(recipes_folder() / "demo.yaml", [*changes, "evaluation.metric=none"])
     return run_training(recipe, progress).folder
 

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import ConsoleProgress, err, out, print_error, quiet_libraries, quiet_progress_bars, visible
+from folora_q.cli.console import err, out, print_error, starting, visible
 from folora_q.errors import FoloraError, UserError
 
 if TYPE_CHECKING:
@@ -70,14 +70,9 @@ def command(
         raise UserError("--temperature must be a number")
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt is empty")
-    if not settings["debug"]:
-        quiet_libraries()
-    progress = ConsoleProgress()
-    with progress.stage("starting PyTorch and Transformers", None):
+    with starting(settings["debug"]) as progress:
         from folora_q.chat.load import load_chat
         from folora_q.chat.reply import Conversation, Sampling
-    if not settings["debug"]:
-        quiet_progress_bars()
     with progress.stage("loading the model", None):
         chatter = load_chat(name, "auto", int(bits), compare)
     progress.note(chatter.origin)

@@ -110,3 +110,19 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f}s"
     return str(timedelta(seconds=round(seconds))).removeprefix("0:")
+
+
+@contextmanager
+def starting(debug: bool, what: str = "PyTorch and Transformers") -> Iterator[ConsoleProgress]:
+    """The slow imports of a command stand in this block; the libraries are quieted around them, unless `debug`.
+
+    Yields:
+        The progress display, for what the command does afterwards.
+    """
+    if not debug:
+        quiet_libraries()
+    progress = ConsoleProgress()
+    with progress.stage(f"starting {what}", None):
+        yield progress
+    if not debug:
+        quiet_progress_bars()

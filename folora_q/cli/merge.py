@@ -9,7 +9,7 @@ import rich_click as click
 from rich.markup import escape
 from rich.table import Table
 
-from folora_q.cli.console import ConsoleProgress, out, quiet_libraries, quiet_progress_bars
+from folora_q.cli.console import out, starting
 from folora_q.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,15 +65,10 @@ def command(
         raise UserError(
             f"{len(sources)} adapters and {len(shares)} weights", "give --weight once for each adapter, or not at all"
         )
-    if not settings["debug"]:
-        quiet_libraries()
-    progress = ConsoleProgress()
-    with progress.stage("starting PyTorch and Transformers", None):
+    with starting(settings["debug"]) as progress:
         import torch
 
         from folora_q.merging import MergeRequest, run_merge
-    if not settings["debug"]:
-        quiet_progress_bars()
     request = MergeRequest(
         sources=sources,
         shares=shares or (1.0,) * len(sources),

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import ConsoleProgress, out, quiet_libraries, quiet_progress_bars, visible
+from folora_q.cli.console import out, starting, visible
 from folora_q.cli.options import recipe_arguments
 from folora_q.progress import Clock
 from folora_q.recipe import Recipe
@@ -47,14 +47,9 @@ def command(
     full: bool,
 ) -> None:
     """Show examples as the model will see them: learned tokens in green, the others dim. No model is loaded."""
-    if not settings["debug"]:
-        quiet_libraries()
-    progress = ConsoleProgress()
-    with progress.stage("starting Transformers", None):
+    with starting(settings["debug"], "Transformers") as progress:
         from folora_q.data.prepare import chat_template, read_task, tokenize_task
         from folora_q.models.tokenizer import load_tokenizer
-    if not settings["debug"]:
-        quiet_progress_bars()
     clock = Clock(progress)
     task = read_task(recipe, clock)
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe))

@@ -14,7 +14,7 @@ import rich_click as click
 from rich.markup import escape
 from rich.table import Table
 
-from folora_q.cli.console import ConsoleProgress, duration, out, quiet_libraries, quiet_progress_bars
+from folora_q.cli.console import duration, out, starting
 from folora_q.cli.options import recipe_arguments
 from folora_q.recipe import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
@@ -47,14 +47,9 @@ def command(
         # Not through rich, which would wrap long paths.
         click.echo(dump_yaml(recipe.model_dump(mode="json")), nl=False)
         return
-    if not settings["debug"]:
-        quiet_libraries()
-    progress = ConsoleProgress()
-    with progress.stage("starting PyTorch and Transformers", None):
+    with starting(settings["debug"]) as progress:
         from folora_q.pipeline import run_training
 
-    if not settings["debug"]:
-        quiet_progress_bars()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is marked in the run folder like Ctrl-C
     result = run_training(recipe, progress, overwrite)
     _print_result(result, recipe)
