@@ -94,6 +94,8 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
     target = request.output or _beside(request.sources[0])
     if target.exists() and not request.overwrite:
         raise UserError(f"{target} is there already", "add --overwrite, or name another place with --output")
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        clock.note(f"{leftover} is left from a merge that was killed; it is not used, and can be deleted")
     base = _base(adapters, request, clock)
     dtype, reason = (request.dtype, "as asked") if request.dtype else _dtype_of(base)
     merge = Merge(

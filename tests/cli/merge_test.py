@@ -92,8 +92,11 @@ def test_adapters_trained_elsewhere_are_merged_with_weights(tmp_path: Path, capf
     output = tmp_path / "both"
     assert run("merge", one, two, "--weight", 0.5, "--weight", -1, "--output", output) == 0
     assert [adapter["weight"] for adapter in report_of(output)["adapters"]] == [0.5, -1.0]
+    (tmp_path / ".x.abc").mkdir()
     assert run("merge", one, two, "--weight", 0.5, "--output", tmp_path / "x") == 2
     assert "2 adapters and 1 weights" in capfd.readouterr().err
+    assert run("merge", one, "--output", tmp_path / "x", "--no-verify") == 0
+    assert f"{tmp_path / '.x.abc'} is left from a merge that was killed" in capfd.readouterr().err
 
 
 def test_what_is_no_adapter_and_a_base_that_is_gone_are_told(trained: Path, tmp_path: Path, capfd) -> None:
