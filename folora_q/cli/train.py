@@ -107,6 +107,10 @@ def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, has_answer
     if has_answers:
         steps.append((f"less {folder}/answers.jsonl", "every held-out answer, before and after"))
     steps.append((f"less {folder}/adapter/README.md", "the model card, with the lines that load the adapter"))
+    steps.append((f"{program} chat {shlex.quote(str(folder))} --base", "talk to it, beside its base"))
+    steps.append(
+        (f"{program} merge {shlex.quote(str(folder))}", "one model out of it, and the proof that it is the adapter")
+    )
     if recipe.gate.enabled:
         plain = ["gate.enabled=false", f"training.learning_rate={PLAIN_LEARNING_RATE}"]
         plain.append(f"training.output_dir={folder}-plain")

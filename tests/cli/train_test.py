@@ -78,6 +78,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert [Path(line).exists() for line in named_files(text)] == [True] * 3
     assert "What was learned, what was forgotten (gated QLoRA)" in text
     assert f"{saved['after']['task_loss']:.3f}" in text
+    assert f"chat {folder} --base" in text and f"merge {folder}\n" in text
     assert "✓ training" in talk
     assert "\x1b[" not in text + talk, "no colours without a terminal"
     for noise in ("Loading weights", "Tokenizing", "Warning", "it/s", "kernels-community", "Writing model"):
