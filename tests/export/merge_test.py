@@ -156,6 +156,17 @@ def test_the_folder_is_a_hugging_face_model_with_the_adapters_tokenizer(tmp_path
     assert (target / "chat_template.jinja").read_text() == "{{ 'mine' }}"
     assert AutoTokenizer.from_pretrained(target)("in the thing") == tokenizer("in the thing")
     assert json.loads((target / REPORT).read_text()) == {}
+    # What vLLM, TGI and llama.cpp's converter read of a Hugging Face folder, and nothing that is an adapter's.
+    others = {path.name for path in target.iterdir() if path.suffix != ".safetensors"}
+    assert others == {
+        "config.json",
+        "generation_config.json",
+        INDEX,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        REPORT,
+    }
     assert {path.stat().st_mode & 0o777 for path in target.iterdir()} <= {0o644, 0o664, 0o600} - {0o600}
 
 
