@@ -244,6 +244,7 @@ def _tuned_qwen(scratch: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     changes = [f"model.model_name_or_path={folder}", f"training.output_dir={scratch / 'qwen-run'}", "proxy.source=bos"]
+    changes += ["proxy.num_samples=32", "proxy.num_heldout_samples=8"]  # it often ends a text at once
     recipe = load_recipe(recipes_folder() / "demo.yaml", [*changes, "evaluation.metric=none"])
     return run_training(recipe, progress).folder
 
