@@ -209,7 +209,7 @@ def _compare(run: Path, scratch: Path) -> list[Row]:
 
 
 def _tuned_qwen(scratch: Path) -> Path:
-    """A Qwen2 that learns to read on the packaged prose, which has no ends of turns in it, and is then tuned as a run."""
+    """A Qwen2 that learns to read on the packaged prose, which ends no turns, and is then tuned as a run."""
     demo = load_recipe(recipes_folder() / "demo.yaml")
     tokenizer = load_tokenizer(demo.model)
     torch.manual_seed(0)
