@@ -23,6 +23,8 @@ from folora_q.data.formats import Chat, shape_of, to_example
 from folora_q.data.rows import Row
 from folora_q.data.sources import read_source
 from folora_q.errors import UserError
+from folora_q.export.adapter import CONFIG as ADAPTER_CONFIG
+from folora_q.export.merge import REPORT as MERGE_REPORT
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import load_model
@@ -33,9 +35,7 @@ from folora_q.recipe.schema import ModelSection
 from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.folder import RunFolder
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-MERGE_REPORT = "merge.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FIRST_ROWS = 20
 WHAT_TO_NAME = "name a run folder, an adapter's folder, a model's folder, a .gguf file or a hub id"

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -94,6 +95,16 @@ class Merge:
         """The weight that an adapter was trained with whole, if it was."""
         return next((adapter.replaced[name] for adapter, _ in self.adapters if name in adapter.replaced), None)
 
+    @cached_property
+    def quantized(self) -> set[str]:
+        """Names of the base's weights that go through 4 bits; none for the original ones."""
+        return quantized_weights(str(self.base.folder)) if self.weights == "dequantized" else set()
+
+    def base_weight(self, name: str) -> Tensor:
+        """A weight of the base as the merge takes it: as stored, or after the round trip through 4 bits."""
+        weight = self.base.read(name)
+        return self.quantization.round_trip(weight) if name in self.quantized else weight
+
     @property
     def changed(self) -> list[str]:
         """Names of the weights that the merge changes, in the base's order."""
@@ -111,12 +122,6 @@ def _shapes(adapter: AdapterFile) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield name, shape[::-1] if delta.transposed else shape
     for name, tensor in adapter.replaced.items():
         yield name, tuple(tensor.shape)
-
-
-def base_weight(merge: Merge, name: str, quantized: set[str]) -> Tensor:
-    """A weight of the base as the merge takes it: as stored, or after the round trip through 4 bits."""
-    weight = merge.base.read(name)
-    return merge.quantization.round_trip(weight) if name in quantized else weight
 
 
 def write_merged(
@@ -142,13 +147,12 @@ def write_merged(
             f"the merged model needs {needed / 1e9:.1f} GB at {target.parent}, where {free / 1e9:.1f} GB are free",
             "name another place with --output, or a smaller --dtype",
         )
-    quantized = quantized_weights(str(merge.base.folder)) if merge.weights == "dequantized" else set()
     shards = {shard: _shard_name(number, len(merge.base.shards)) for number, shard in enumerate(merge.base.shards, 1)}
     with commit_directory(target) as staging:
         for shard, name in shards.items():
             merged = {}
             for tensor in merge.base.names_in(shard):
-                merged[tensor] = _merged(merge, tensor, quantized)
+                merged[tensor] = _merged(merge, tensor)
                 on_progress(1)
             save_file(merged, staging / name, metadata={"format": "pt"})
             (staging / name).chmod(0o644)
@@ -162,11 +166,11 @@ def write_merged(
         (staging / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _merged(merge: Merge, name: str, quantized: set[str]) -> Tensor:
+def _merged(merge: Merge, name: str) -> Tensor:
     replacement = merge.replacement(name)
     if replacement is not None:
         return replacement.to(merge.dtype)
-    weight = base_weight(merge, name, quantized)
+    weight = merge.base_weight(name)
     if not weight.is_floating_point():
         return weight
     deltas = merge.deltas(name)

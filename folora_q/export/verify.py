@@ -21,9 +21,8 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from folora_q.errors import RunFailed
-from folora_q.export.merge import Merge, base_weight
+from folora_q.export.merge import Merge
 from folora_q.models.checkpoint import open_checkpoint
-from folora_q.models.quantization import quantized_weights
 
 # Dtypes as safetensors calls them.
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -96,11 +95,10 @@ def check_weights(merge: Merge, folder: Path, on_progress: Callable[[int], None]
     if merged.tensors.keys() != merge.base.tensors.keys():
         odd = sorted(merged.tensors.keys() ^ merge.base.tensors.keys())[0]
         raise RunFailed(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
-    quantized = quantized_weights(str(merge.base.folder)) if merge.weights == "dequantized" else set()
     for name in merge.base.tensors:
         found = merged.read(name)
         replacement = merge.replacement(name)
-        base = base_weight(merge, name, quantized) if replacement is None else replacement
+        base = merge.base_weight(name) if replacement is None else replacement
         if found.shape != base.shape:
             raise RunFailed(
                 f"{name} has the shape {tuple(found.shape)} in the merged model, {tuple(base.shape)} in the base"
@@ -188,10 +186,9 @@ def check_outputs(
 def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of PEFT's own adapter on the base, and of the base."""
     base = AutoModelForCausalLM.from_pretrained(merge.base.folder, dtype=compute).eval()
-    if merge.weights == "dequantized":
-        for name in quantized_weights(str(merge.base.folder)):
-            parameter = base.get_parameter(name)
-            parameter.data = merge.quantization.round_trip(parameter.data).to(compute)
+    for name in merge.quantized:
+        parameter = base.get_parameter(name)
+        parameter.data = merge.quantization.round_trip(parameter.data).to(compute)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     bare = logits_of(base, texts, vocabulary)
     names = [str(number) for number in range(len(merge.adapters))]
