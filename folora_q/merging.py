@@ -16,7 +16,8 @@ from folora_q import __version__
 from folora_q.errors import RunFailed, UserError
 from folora_q.export.adapter import CONFIG, AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
-from folora_q.export.gguf import GgufFacts, find_converter, write_gguf
+from folora_q.export.gguf import find_converter, write_gguf
+from folora_q.export.gguf_check import GgufFacts
 from folora_q.export.hub import push_folder, require_token
 from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from folora_q.errors import RunFailed, UserError
 from folora_q.export import gguf as export
-from folora_q.export.gguf import INSTALL, check_gguf, find_converter, write_gguf
+from folora_q.export.gguf import INSTALL, find_converter, write_gguf
+from folora_q.export.gguf_check import check_gguf
 from tests.conftest import CHAT_TEMPLATE, save_tiny_model
 
 # Takes llama.cpp's options, and $SABOTAGE. No torch: a run takes half a second.
