@@ -45,9 +45,29 @@ class RunFolder:
         return self.path / "gates.safetensors"
 
     @property
+    def gate_results(self) -> Path:
+        """Quotients and values of the gates, readable."""
+        return self.path / "gates.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Every number that was measured of the tuned model against its base."""
+        return self.path / "evaluation.json"
+
+    @property
     def answers(self) -> Path:
-        """Held-out answers before and after training."""
+        """Prompts with the answers of base and tuned model."""
         return self.path / "answers.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report, one HTML file, where it was asked for."""
+        return self.path / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        """The report's figures as PNG."""
+        return self.path / "figures"
 
     @property
     def skipped(self) -> Path:
@@ -80,11 +100,12 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
-        for folder in (self.adapter, self.merged, *self.path.glob("checkpoint-*")):
+        for folder in (self.adapter, self.merged, self.figures, *self.path.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
         for file in self.path.glob("merged-*.gguf"):
             file.unlink()
-        for file in (self.recipe, self.metrics, self.proxy, self.gates, self.answers, self.skipped, self.manifest):
+        written = (self.recipe, self.metrics, self.proxy, self.gates, self.gate_results, self.evaluation, self.answers)
+        for file in (*written, self.report, self.skipped, self.manifest):
             file.unlink(missing_ok=True)
 
 

@@ -1,0 +1,251 @@
+"""What a run, or an evaluation of any adapter, found: the content of evaluation.json, gates.json and answers.jsonl.
+
+Written where it is measured, read by reports; plain numbers, no torch. Losses and divergences are in nats per token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from folora_q.errors import UserError
+
+TextKind = Literal["task", "own", "general"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number measured on some texts, with the 95 % bootstrap interval that comes of their being so few."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """The same of the base, of the tuned model, and tuned - base, whose interval pairs them text by text."""
+
+    base: Estimate
+    tuned: Estimate
+    change: Estimate
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """Base and tuned model on one kind of held-out text.
+
+    Attributes:
+        name: for people: "task", "own text", "own text, cut", or a file's name.
+        kind: task, own (sampled from the base itself) or general.
+        texts, tokens: how many texts, and how many predictions in them were compared.
+        loss: cross-entropy; of general text the change is PEFT's `forgetting`.
+        kl: KL(base ‖ tuned) over the whole vocabulary.
+        top1_agreement: how often both find the same token most likely, between 0 and 1.
+    """
+
+    name: str
+    kind: TextKind
+    texts: int
+    tokens: int
+    loss: Change
+    kl: Estimate
+    top1_agreement: Estimate
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """The task's own metric on greedy answers: the mean score, between 0 and 1."""
+
+    metric: str
+    answers: int
+    score: Change
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """One metric of one lm-eval task, with standard errors; that of the change is of paired differences where known."""
+
+    task: str
+    metric: str
+    samples: int
+    base: float
+    base_stderr: float | None
+    tuned: float
+    tuned_stderr: float | None
+    change_stderr: float | None
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One adapted layer.
+
+    Attributes:
+        drift: E‖ΔW x‖² / E‖W x‖², measured on held-out text, by kind of text (own, task).
+        predicted: the same from the gate's sketches of the statistics' text.
+        energy_kept: ‖gated step‖² / ‖step‖², summed over training, of "a" and "b"; empty where nothing was gated.
+        update_norm: ‖ΔW‖ (Frobenius), None where the change is no low-rank product.
+    """
+
+    name: str
+    drift: dict[str, float]
+    predicted: dict[str, float] = field(default_factory=dict)
+    energy_kept: dict[str, float] = field(default_factory=dict)
+    update_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate.
+
+    Attributes:
+        modules: the adapted layers that share it.
+        dim: width of their input; len(quotients) of its directions are resolved, the rest is the complement.
+        quotients: γ, descending. values: the gate's s(γ).
+    """
+
+    modules: list[str]
+    dim: int
+    gate_lambda: float
+    quotients: list[float]
+    values: list[float]
+    complement_quotient: float
+    complement_value: float
+
+    @property
+    def mean_value(self) -> float:
+        """The mean of the gate over all directions of the input."""
+        outside = self.dim - len(self.values)
+        return (sum(self.values) + outside * self.complement_value) / self.dim
+
+
+@dataclass(frozen=True)
+class AnswerResult:
+    """One prompt, answered by base and tuned model.
+
+    Attributes:
+        kind: task (held-out) or general (prompts that have nothing to do with it).
+        prompt: all that the model was given: messages with `role` and `content`, or plain text.
+        base_score, tuned_score: by the task's metric, where there is one.
+    """
+
+    kind: Literal["task", "general"]
+    prompt: list[dict[str, str]] | str
+    reference: str | None
+    base: str
+    tuned: str
+    base_score: float | None = None
+    tuned_score: float | None = None
+
+    @property
+    def asked(self) -> str:
+        """The last thing that was said to the model."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was measured of a tuned model against its base.
+
+    Attributes:
+        tuned, base: what was compared, by name.
+        held: how the weights were held, for people, e.g. "4 bits (nf4)".
+    """
+
+    tuned: str
+    base: str
+    held: str
+    texts: list[TextResult]
+    score: ScoreResult | None = None
+    layers: list[LayerResult] = field(default_factory=list)
+    harness: list[HarnessResult] = field(default_factory=list)
+
+    def text(self, name: str) -> TextResult | None:
+        """The result on one kind of text, if there was any of it."""
+        return next((text for text in self.texts if text.name == name), None)
+
+    def of_kind(self, kind: TextKind) -> list[TextResult]:
+        return [text for text in self.texts if text.kind == kind]
+
+
+def to_json(value: Evaluation | list[GateResult]) -> str:
+    """As evaluation.json and gates.json have it."""
+    content = [asdict(item) for item in value] if isinstance(value, list) else asdict(value)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """evaluation.json, or None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _read(path, Evaluation)
+
+
+def read_gate_results(path: Path) -> list[GateResult]:
+    """gates.json; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _read(path, list[GateResult]) or []
+
+
+def read_answers(path: Path) -> list[AnswerResult]:
+    """answers.jsonl; empty where there is none.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    return [_parsed(path, AnswerResult, line) for line in _lines(path)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, line by line; a last line that a crash cut off is left out."""
+    found: list[dict[str, Any]] = []
+    for line in _lines(path):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def answer_lines(answers: Iterable[AnswerResult]) -> Iterator[dict[str, Any]]:
+    """As answers.jsonl has them."""
+    return (asdict(answer) for answer in answers)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _read(path: Path, kind: Any) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return _parsed(path, kind, text)
+
+
+def _parsed(path: Path, kind: Any, text: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its beginning"
+        raise UserError(f"{path} is damaged: {where}: {first['msg']}", "run it again, or `folora-q eval`") from None
