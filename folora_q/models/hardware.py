@@ -15,6 +15,10 @@ class Hardware:
     dtype: torch.dtype
     reason: str
 
+    def __str__(self) -> str:
+        """For people, e.g. "bfloat16 on CPU, which has bfloat16 instructions"."""
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.reason}"
+
 
 def choose_hardware(dtype: str = "auto") -> Hardware:
     """The first GPU if there is one, and the fastest compute dtype that is safe there.

@@ -1,4 +1,7 @@
-"""The base model in 4 bits, from a hub id, a folder or a GGUF file. The bitsandbytes CPU guard lives here."""
+"""The base model, in 4 bits or unquantized, from a hub id, a folder or a GGUF file.
+
+The bitsandbytes CPU guard lives here.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,6 @@ def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer |
         RunFailed: nothing of it could be quantized, or the demo's model could not be fetched.
     """
     tokenizer = tokenizer or load_tokenizer(section)
-    source = local_or_hub(section.model_name_or_path)
     held = Quantization(
         section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant, str(hardware.dtype).removeprefix("torch.")
     )
@@ -63,27 +65,27 @@ def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer |
         bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=hardware.dtype,
     )
-    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
-    with loading(section):
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=section.revision,
-            quantization_config=quantization,
-            dtype=hardware.dtype,
-            device_map={"": hardware.device},
-            **attention,
-        )
+    model, source = _load(section, hardware, quantization)
     quantized = guard_cpu_kernels(model)
     if quantized == 0:
         raise RunFailed(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
-    if hardware.device.type == "cpu":
-        # Before its first word `generate` cuts the last position out of the prompts' states. On that strided view a CPU
-        # multiplies batch by batch, and copies the head once for every sequence: gigabytes, and seconds.
-        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    model.requires_grad_(False)
-    model.eval()
     revision = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model, tokenizer, source, revision, _fingerprint(source, revision, section), quantized, held)
+    fingerprint = _fingerprint(source, revision, f"{section.bnb_4bit_quant_type} {section.bnb_4bit_use_double_quant}")
+    return LoadedModel(model, tokenizer, source, revision, fingerprint, quantized, held)
+
+
+def load_unquantized(section: ModelSection, hardware: Hardware) -> tuple[PreTrainedModel, str]:
+    """Load a causal language model as it was published, frozen, in the compute dtype.
+
+    Returns:
+        The model, and the fingerprint of its checkpoint, which is another one than in 4 bits.
+
+    Raises:
+        UserError: there is no such model, or it is no causal language model.
+        RunFailed: the demo's model could not be fetched.
+    """
+    model, source = _load(section, hardware)
+    return model, _fingerprint(source, getattr(model.config, "_commit_hash", None), "16 bits")
 
 
 def stop_at(base: LoadedModel, token: int) -> None:
@@ -124,9 +126,35 @@ def guard_cpu_kernels(model: PreTrainedModel) -> int:
     return len(layers)
 
 
-def _fingerprint(source: str, revision: str | None, section: ModelSection) -> str:
-    """Of a hub model its commit; of a folder its configuration, and the ends and sizes of its weight files."""
-    digest = hashlib.sha256(f"{section.bnb_4bit_quant_type} {section.bnb_4bit_use_double_quant}".encode())
+def _load(
+    section: ModelSection, hardware: Hardware, quantization: BitsAndBytesConfig | None = None
+) -> tuple[PreTrainedModel, str]:
+    """The frozen model, and the folder or hub id that it came from."""
+    source = local_or_hub(section.model_name_or_path)
+    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
+    with loading(section):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=section.revision,
+            quantization_config=quantization,
+            dtype=hardware.dtype,
+            device_map={"": hardware.device},
+            **attention,
+        )
+    if hardware.device.type == "cpu":
+        # Before its first word `generate` cuts the last position out of the prompts' states. On that strided view a CPU
+        # multiplies batch by batch, and copies the head once for every sequence: gigabytes, and seconds.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    return model.requires_grad_(False).eval(), source
+
+
+def _fingerprint(source: str, revision: str | None, held: str) -> str:
+    """Of a hub model its commit; of a folder its configuration, and the ends and sizes of its weight files.
+
+    Args:
+        held: how the weights are held, which makes another model of them.
+    """
+    digest = hashlib.sha256(held.encode())
     folder = Path(source)
     if folder.is_dir():
         for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):

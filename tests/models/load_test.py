@@ -16,7 +16,7 @@ from folora_q.models import demo
 from folora_q.models.adapters import adapter_pairs, attach_adapter, keep_in_float32, save_adapter, start_gated
 from folora_q.models.gguf import convert_gguf
 from folora_q.models.hardware import Hardware, choose_hardware
-from folora_q.models.load import LoadedModel, load_model
+from folora_q.models.load import LoadedModel, load_model, load_unquantized
 from folora_q.recipe.schema import AdapterSection, ExportSection, ModelSection
 from tests.conftest import random_gate, save_tiny_model
 
@@ -48,6 +48,18 @@ def test_every_linear_layer_of_the_transformer_is_in_4_bits(tiny_folder: Path) -
         assert layer.weight.quant_state.quant_type == "nf4"
         assert layer.weight.quant_state.nested, "double quantization"
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_on_a_cpu_the_head_never_multiplies_a_strided_view(tiny_folder: Path) -> None:
+    hardware = Hardware(torch.device("cpu"), torch.float32, "a test")
+    unquantized, fingerprint = load_unquantized(ModelSection(model_name_or_path=str(tiny_folder)), hardware)
+    in_4_bits = load(tiny_folder, hardware)
+    assert fingerprint != in_4_bits.fingerprint
+    for model in (unquantized, in_4_bits.model):
+        seen: list[bool] = []
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, x, s=seen: s.append(x[0].is_contiguous()))
+        model.generate(input_ids=IDS, max_new_tokens=1)
+        assert seen == [True]
 
 
 @repacks
