@@ -27,3 +27,8 @@ class UserError(FoloraError):
 
 class RunFailed(FoloraError):
     """The run itself failed: a non-finite number, a missing tool, a broken download. Exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, fit for one sentence; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

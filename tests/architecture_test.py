@@ -21,6 +21,7 @@ TIERS = [
     {"models", "data", "runs"},
     {"proxy", "statistics", "evaluation"},
     {"training", "export"},
+    {"subject"},
     {"pipeline", "merging", "chat"},
     {"cli"},
     {"__main__"},

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Chat, Completion, Message
 from folora_q.data.tokens import prompt_ids
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunFailed, UserError, first_line
+from folora_q.subject.load import nothing_to_compare
 
 # Below this, sampling is greedy: the most likely token has all of the probability, if the division can be made at all.
 LEAST_TEMPERATURE = 1e-3
@@ -230,11 +231,3 @@ class Pieces(TextIteratorStreamer):
     def _unwritten(self) -> str:
         before = self.tokenizer.decode(self._tokens[: self._written], **self.decode_kwargs)
         return self.tokenizer.decode(self._tokens, **self.decode_kwargs)[len(before) :]
-
-
-def nothing_to_compare(name: str) -> UserError:
-    return UserError(f"{name} is no adapter, so there is nothing to compare it with", "leave out --base")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

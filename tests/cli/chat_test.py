@@ -31,12 +31,14 @@ from folora_q.chat.reply import Chatter, Conversation, Pieces, Sampling
 from folora_q.cli import app
 from folora_q.cli import chat as chat_cli
 from folora_q.errors import RunFailed, UserError
-from folora_q.models.adapters import attach_adapter, save_adapter
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
-from folora_q.recipe.schema import AdapterSection, ExportSection, ModelSection
+from folora_q.recipe.schema import ModelSection
+from folora_q.runs.folder import RunFolder
+from folora_q.runs.results import AnswerResult, answer_lines
 from tests.conftest import save_tiny_model
 from tests.data.rows import assistant, user, write_jsonl
+from tests.subject.folders import write_adapter, write_merged
 
 SYSTEM = {"role": "system", "content": "be brief"}
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
@@ -86,11 +88,7 @@ def tuned(run_folder: Path) -> Chatter:
 @pytest.fixture(scope="module")
 def untrained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter whose B is zero, without a tokenizer beside it."""
-    base = load_model(ModelSection(model_name_or_path=str(tiny_folder)), choose_hardware("float32"))
-    folder = tmp_path_factory.mktemp("untrained") / "adapter"
-    save_adapter(attach_adapter(base, AdapterSection(r=2), 0), base, ExportSection(), folder)
-    assert not (folder / "tokenizer_config.json").exists()
-    return folder
+    return write_adapter(tiny_folder, tmp_path_factory.mktemp("untrained") / "adapter")
 
 
 def said(chatter: Chatter, messages: list, base: bool = False, settings: Sampling = GREEDY) -> str:
@@ -159,9 +157,8 @@ def test_a_model_answers_in_4_or_16_bits(bits: int, tiny_folder: Path) -> None:
 
 
 def test_a_merged_model_is_compared_with_the_base_that_it_names(tiny_folder: Path, tmp_path: Path) -> None:
-    merged = shutil.copytree(tiny_folder, tmp_path / "merged")
     other = save_tiny_model(tmp_path / "base", seed=1)
-    (merged / "merge.json").write_text(json.dumps({"base": str(other), "revision": None, "verified": True}))
+    merged = write_merged(tiny_folder, tmp_path / "merged", other)
     chatter = load_chat(str(merged), "float32", compare=True)
     alone = load_chat(str(other), "float32")
     for question in ("hello", "hello"):
@@ -210,57 +207,37 @@ def test_a_wrong_name_is_one_sentence(name: str, message: str, run_folder: Path,
     assert not text and "Traceback" not in talk and "hint: " in talk
 
 
-def test_what_cannot_be_loaded_says_why(run_folder: Path, untrained: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    def altered(source: Path, name: str) -> Path:
-        return shutil.copytree(source, tmp_path / name)
+def test_all_that_a_run_left_knows_its_system_prompt(
+    run_folder: Path, untrained: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder(shutil.copytree(run_folder, tmp_path / "run"))
+    shutil.copytree(untrained, folder.path / "checkpoint-1")
+    write_merged(tiny_folder, folder.merged, tmp_path / "base")
+    for path in (folder.path, folder.adapter, folder.merged, folder.path / "checkpoint-1"):
+        assert load_chat(str(path)).system == "be brief", path
 
-    def refuses(folder: Path, message: str, **how: object) -> None:
-        with pytest.raises(UserError, match=message):
-            load_chat(str(folder), "float32", **how)
+    def answers(*prompts: list | str) -> None:
+        found = [AnswerResult("general", [{"role": "system", "content": "other"}, user("x")], None, "b", "t")]
+        found += [AnswerResult("task", prompt, "r", "b", "t") for prompt in prompts]
+        folder.write_lines(folder.answers, answer_lines(found))
 
-    folder = altered(run_folder, "no-adapter")
-    (folder / "adapter").rename(folder / "checkpoint-2")
-    (folder / "run.json").write_text(json.dumps({"status": "interrupted"}))
-    refuses(folder, "has no adapter: it is marked as interrupted")
-    assert load_chat(str(folder / "checkpoint-2"), "float32").can_compare
-
-    folder = altered(run_folder, "no-recipe")
-    (folder / "recipe.resolved.yaml").write_text("model: [")
-    refuses(folder, "recipe.resolved.yaml cannot be read")
-    (folder / "recipe.resolved.yaml").unlink()
-    assert load_chat(str(folder), "float32").can_compare
-
-    for number, (change, message) in enumerate(
-        [
-            ({"base_model_name_or_path": None}, "adapter_config.json names no base model"),
-            (
-                {"base_model_name_or_path": str(tmp_path / "gone")},
-                "needs its base and tokenizer: cannot load the model",
-            ),
-            ({"target_modules": ["nothing"]}, "cannot put the adapter .* on"),
-            ({"r": 7}, "cannot put the adapter .* on"),
-            ({"target_modules": ["q_proj", "lm_head"]}, "does not fit .*: it lacks weights for some of its layers"),
-        ]
+    french = {"role": "system", "content": "in French"}
+    for prompts, expected in (
+        ([[french, user("x")]] * 2, "in French"),  # the training rows say otherwise, if they are still the same
+        ([[french, user("x")], [SYSTEM, user("x")]], "be brief"),
+        ([[user("x")], "a text", []], "be brief"),
+        ([], "be brief"),
     ):
-        folder = altered(untrained, f"adapter-{number}")
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(config | change))
-        refuses(folder, message)
-    (folder / "adapter_config.json").write_text("{")
-    refuses(folder, "adapter_config.json cannot be read")
-    folder = altered(untrained, "no-weights")
-    (folder / "adapter_model.safetensors").unlink()
-    refuses(folder, "there is no .*adapter_model.safetensors")
-    refuses(tiny_folder, "is no adapter, so there is nothing to compare it with", compare=True)
-
-
-def test_an_adapter_is_put_on_a_base_that_is_held_as_in_training(untrained: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(untrained, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["auto_mapping"] = {"quantization_config": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    section = load._find(str(folder)).section
-    assert (section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant) == ("fp4", False)
+        answers(*prompts)
+        assert load._system_prompt(folder) == expected
+    folder.answers.write_text("{")
+    assert load._system_prompt(folder) == "be brief"
+    recipe = yaml.safe_load(folder.recipe.read_text())
+    for data in ({"train_dataset": str(tmp_path / "gone.jsonl")}, {"train_dataset": "some/dataset"}, None):
+        folder.recipe.write_text(yaml.safe_dump(recipe | {"data": data}))
+        assert load._system_prompt(folder) is None
+    folder.recipe.unlink()
+    assert load._system_prompt(folder) is None
 
 
 # Streaming
