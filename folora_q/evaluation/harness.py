@@ -1,0 +1,278 @@
+"""Tasks of EleutherAI's lm-eval on base and tuned model, side by side. lm-eval comes with `folora-q[eval]`."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import io
+import logging
+import math
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.errors import FoloraError, UserError, first_line
+from folora_q.runs.results import HarnessResult
+
+# Resamples for the standard error of a metric that is no mean. lm-eval takes 100000, on all cores.
+BOOTSTRAP = 1000
+
+
+class Sides(Protocol):
+    """Base and tuned model, one of which may be the other with its adapter off. Each lasts as long as its context."""
+
+    def base(self) -> AbstractContextManager[PreTrainedModel]: ...
+
+    def tuned(self) -> AbstractContextManager[PreTrainedModel]: ...
+
+
+class RemoteCode(BaseException):
+    """A task asked for a metric that is a script on a hub. No Exception: lm-eval swallows those."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one task on one side; `each` has its values by document where it is their mean."""
+
+    value: float
+    stderr: float | None
+    samples: int
+    higher_is_better: bool
+    each: dict[int, float] | None
+
+
+def run_harness(
+    sides: Sides,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda runs: None,
+) -> list[HarnessResult]:
+    """Run each task on both sides; models, tokenizer and random states are afterwards as they were.
+
+    lm-eval computes logits over the whole vocabulary for every position of a batch, twice over: 8 rows of 1024 tokens
+    and a vocabulary of 128k in bfloat16 are 4 GiB. Tasks that score whole documents fill the model's context.
+    Code of a task in `include_path` is run; code from a hub never is.
+
+    Args:
+        tasks: lm-eval's names of tasks, groups or tags.
+        include_path: a folder of task files of one's own; they go before lm-eval's.
+        limit: only so many documents of each task.
+        num_fewshot: examples in the prompt; a task that fixes them at 0 keeps that.
+        on_progress: called with 1 after each task on each side, twice as often as there are tasks.
+
+    Returns:
+        One result for each task and metric that both sides have; of groups too, where they have metrics.
+
+    Raises:
+        UserError: lm-eval is not installed, a task is unknown or cannot be run.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"there is no folder {include_path} with lm-eval tasks")
+    names = list(dict.fromkeys(tasks))
+    with _quiet():
+        manager = _task_manager(names, include_path)
+    settings = {
+        "task_manager": manager,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "bootstrap_iters": BOOTSTRAP,
+        "log_samples": True,
+        "confirm_run_unsafe_code": False,
+        **{f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")},
+    }
+    found: list[dict[tuple[str, str], Metric]] = []
+    for side in (sides.base, sides.tuned):
+        metrics: dict[tuple[str, str], Metric] = {}
+        with side() as model, _unchanged(model):
+            for name in names:
+                with _quiet():
+                    metrics |= _metrics(_evaluate(name, model, tokenizer, batch_size, settings))
+                on_progress(1)
+        found.append(metrics)
+    base, tuned = found
+    return [_result(*key, base[key], tuned[key]) for key in base if key in tuned]
+
+
+def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """Find the tasks.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):  # lm-eval's own 14000 files need not be read
+            return manager
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists all names"
+            raise UserError(f"lm-eval has no task {name!r}", hint)
+    return manager
+
+
+def _evaluate(
+    name: str, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """One task on one model: what lm-eval's `simple_evaluate` returns.
+
+    Raises:
+        UserError: the task cannot be run: its data is missing, its code is unsafe, it does not fit the model.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        return simple_evaluate(model=lm, tasks=[name], **settings)
+    except RemoteCode as refused:
+        raise UserError(f"lm-eval's task {name} cannot be run: {refused}") from None
+    except (FoloraError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        hint = "its data is on a hub; once fetched, it is cached" if isinstance(error, ConnectionError) else None
+        raise UserError(f"lm-eval's task {name} cannot be run: {first_line(error)}", hint) from error
+
+
+def _metrics(found: dict[str, Any]) -> dict[tuple[str, str], Metric]:
+    """By task and metric. lm-eval has them as "acc,none", beside "acc_stderr,none" and entries that are no metrics."""
+    metrics: dict[tuple[str, str], Metric] = {}
+    for task, entries in found["results"].items():
+        samples = found["samples"].get(task, [])  # none of a group
+        directions = found["higher_is_better"].get(task, {})
+        for key, value in entries.items():
+            metric, comma, kind = key.rpartition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            stderr = entries.get(f"{metric}_stderr,{kind}")
+            rows = {row["doc_id"]: row[metric] for row in samples if row["filter"] == kind and metric in row}
+            metrics[task, metric if kind == "none" else f"{metric} ({kind})"] = Metric(
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, Real) else None,
+                samples=len(rows) or int(entries.get("sample_len", 0)),
+                higher_is_better=directions.get(metric) is not False,  # None: unknown
+                each=_if_mean(rows, float(value)),
+            )
+    return metrics
+
+
+def _if_mean(rows: dict[int, Any], value: float) -> dict[int, float] | None:
+    """The values by document, where the metric is their mean: perplexities and F1 are not."""
+    if not rows or not all(isinstance(each, Real) for each in rows.values()):
+        return None
+    values = {document: float(each) for document, each in rows.items()}
+    mean = sum(values.values()) / len(values)
+    return values if math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9) else None
+
+
+def _result(task: str, metric: str, base: Metric, tuned: Metric) -> HarnessResult:
+    paired = None
+    if base.each and tuned.each and base.each.keys() == tuned.each.keys() and len(base.each) > 1:
+        differences = np.array([tuned.each[document] - value for document, value in base.each.items()])
+        paired = float(differences.std(ddof=1) / math.sqrt(len(differences)))
+    return HarnessResult(
+        task=task,
+        metric=metric,
+        samples=base.samples,
+        base=base.value,
+        base_stderr=base.stderr,
+        tuned=tuned.value,
+        tuned_stderr=tuned.stderr,
+        change_stderr=paired,
+        higher_is_better=base.higher_is_better,
+    )
+
+
+@contextmanager
+def _unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """lm-eval switches a model to evaluation and ties its weights, which would undo a head that was untied."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with patch.object(model, "tie_weights", _nothing):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval says nothing here, runs no code from a hub, and leaves environment and random states as they were.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    environment, disabled = dict(os.environ), logging.root.manager.disable
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    logging.disable(logging.CRITICAL)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # bootstrap in this process: a fork would take CUDA along
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for owner, name, value in _substitutes():
+                stack.enter_context(patch.object(owner, name, value))
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        logging.disable(disabled)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def _substitutes() -> list[tuple[Any, str, Any]]:
+    """What is replaced while lm-eval runs: object, attribute and value."""
+    try:
+        import evaluate
+        import lm_eval.evaluator
+        import lm_eval.models.huggingface
+        from tqdm.std import tqdm
+    except ImportError:
+        raise UserError("lm-eval is not installed", "pip install 'folora-q[eval]'") from None
+    start = tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **{**kwargs, "disable": True})
+
+    return [
+        (tqdm, "__init__", hidden),
+        (evaluate, "load", _refuse),
+        (lm_eval.evaluator, "add_env_info", _nothing),  # starts pip and nvidia-smi
+        (lm_eval.evaluator, "get_git_commit_hash", _nothing),  # git complains outside of a repository
+    ]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _refuse(path: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise RemoteCode(f"its metric {path} is a script on a hub, and code from a hub is not run")
