@@ -28,15 +28,11 @@ from folora_q.cli.console import ConsoleProgress, err, out, quiet_libraries, qui
 
 quiet_libraries()  # before they are imported
 
-from peft import PeftModel
-
-from folora_q.data.tokens import batches
-from folora_q.evaluation.loss import GENERAL_TEXT, mean_loss, text_windows
-from folora_q.models.adapters import adapter_pairs
-from folora_q.models.hardware import choose_hardware
-from folora_q.models.load import load_model
+from folora_q.evaluation.loss import GENERAL_TEXT
 from folora_q.pipeline import run_training
 from folora_q.recipe import Recipe, load_recipe
+from folora_q.runs.folder import RunFolder
+from folora_q.runs.results import read_evaluation
 
 PLAIN_LEARNING_RATES = ("1e-4", "2e-4", "5e-4", "1e-3", "2e-3")
 # The recipe's own run may learn more than any plain run; this one stops early enough to be compared.
@@ -58,7 +54,7 @@ class Outcome:
     update_norm: float
 
 
-def real_texts(folder: Path) -> dict[str, Path]:
+def real_texts(folder: Path) -> list[Path]:
     """Three kinds of text that no run trains on, all on this machine: prose, manual pages and code."""
     from pydoc_data.topics import topics
 
@@ -66,7 +62,9 @@ def real_texts(folder: Path) -> dict[str, Path]:
     manual, code = folder / "manual.txt", folder / "code.txt"
     manual.write_text("\n\n".join(topics[name] for name in sorted(topics))[:TEXT_SIZE], encoding="utf-8")
     code.write_text((inspect.getsource(ast) + inspect.getsource(textwrap))[:TEXT_SIZE], encoding="utf-8")
-    return {"prose": GENERAL_TEXT, "manual": manual, "code": code}
+    prose = folder / "prose.txt"
+    prose.write_bytes(GENERAL_TEXT.read_bytes())
+    return [prose.absolute(), manual.absolute(), code.absolute()]
 
 
 def run_once(recipe: Recipe) -> Path:
@@ -82,45 +80,21 @@ def run_once(recipe: Recipe) -> Path:
     return folder
 
 
-def measure(recipes: dict[str, Recipe], texts: dict[str, Path]) -> list[Outcome]:
-    """Read every run's own measurements, and put its saved adapter on the base again for the real texts."""
-    first = next(iter(recipes.values()))
-    hardware = choose_hardware(first.model.dtype)
-    outcomes: list[Outcome] = []
-    before: dict[str, float] = {}
-    for name, recipe in recipes.items():
-        base = load_model(recipe.model, hardware)
-        windows = {
-            kind: list(batches(text_windows(path, base.tokenizer, 256), 8, hardware.device))
-            for kind, path in texts.items()
-        }
-        before = before or {kind: mean_loss(base.model, text) for kind, text in windows.items()}
-        folder = Path(recipe.training.output_dir)
-        model = PeftModel.from_pretrained(base.model, folder / "adapter").eval()
-        saved = json.loads((folder / "run.json").read_text())
-        after, divergence = saved["after"], saved["divergence"]
-        outcomes.append(
-            Outcome(
-                name=name,
-                gated=recipe.gate.enabled,
-                task_loss=after["task_loss"],
-                exact_match=after["exact_match"],
-                kl_start=divergence["start"]["kl_nats_per_token"],
-                kl_crops=divergence["crops"]["kl_nats_per_token"],
-                rises={kind: mean_loss(model.get_base_model(), text) - before[kind] for kind, text in windows.items()},
-                update_norm=_update_norm(model),
-            )
-        )
-    return outcomes
-
-
-def _update_norm(model: PeftModel) -> float:
-    """||ΔW|| of all layers together: ||sBA||² = s² tr(BᵀB AAᵀ)."""
-    total = 0.0
-    for pair in adapter_pairs(model):
-        a, b = pair.a.detach().double(), pair.b.detach().double()
-        total += pair.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    return math.sqrt(total)
+def outcome(name: str, recipe: Recipe) -> Outcome:
+    """What a finished run measured of itself."""
+    found = read_evaluation(RunFolder(Path(recipe.training.output_dir)).evaluation)
+    own = {text.name: text.kl.value for text in found.of_kind("own")}
+    norms = [layer.update_norm for layer in found.layers]
+    return Outcome(
+        name=name,
+        gated=recipe.gate.enabled,
+        task_loss=found.text("task").loss.tuned.value,
+        exact_match=found.score.score.tuned.value,
+        kl_start=own["own text"],
+        kl_crops=own["own text, cut"],
+        rises={text.name: text.loss.change.value for text in found.of_kind("general")},
+        update_norm=math.sqrt(sum(norm**2 for norm in norms)),
+    )
 
 
 def at_task_loss(plain: Sequence[Outcome], task_loss: float, value: Callable[[Outcome], float], log: bool) -> float:
@@ -178,14 +152,15 @@ def main(overrides: tuple[str, ...], path: Path, learning_rates: str, gated: str
         settings[f"plain, lr {rate}"] = ["gate.enabled=false", f"training.learning_rate={rate}"]
 
     quiet_progress_bars()
+    texts = f"evaluation.general_text=[{','.join(map(str, real_texts(output / 'texts')))}]"
     recipes = {}
     for name, own in settings.items():
         slug = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
-        recipes[name] = load_recipe(path, [*overrides, *own, f"training.output_dir={output / slug}"])
+        recipes[name] = load_recipe(path, [*overrides, *own, texts, f"training.output_dir={output / slug}"])
     for name, recipe in recipes.items():
         err.print(f"\n[bold]{name}[/]")
         run_once(recipe)
-    outcomes = measure(recipes, real_texts(output / "texts"))
+    outcomes = [outcome(name, recipe) for name, recipe in recipes.items()]
     out.width = max(out.width, 140)  # the tables are wide; a file has room
     for table in tables(outcomes):
         out.print(table)

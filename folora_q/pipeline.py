@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,32 @@ from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize
 from folora_q.data.sources import source_files
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
-from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
-from folora_q.evaluation.measure import Divergences, HeldOut, Measurements, compare, measure
-from folora_q.evaluation.task import Answer
+from folora_q.data.windows import crops
+from folora_q.errors import RunFailed
+from folora_q.evaluation.compare import HeldOutText
+from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.drift import predicted_drift
+from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import write_card
 from folora_q.files import atomic_write
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter, start_gated
-from folora_q.models.hardware import Hardware, choose_hardware
+from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
 from folora_q.models.tokenizer import load_tokenizer
-from folora_q.progress import Clock, Progress
+from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import cache_path, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample, sample_proxy
-from folora_q.proxy.windows import crops, whole
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.manifest import new_manifest
+from folora_q.runs.results import AnswerResult, Evaluation, LayerResult, answer_lines, to_json
 from folora_q.statistics.collect import build_gates, statistics_passes
-from folora_q.statistics.store import save_gates
+from folora_q.statistics.store import gate_results, save_gates
 from folora_q.training.callbacks import Reporting
 from folora_q.training.packing import check_packing
 from folora_q.training.trainer import GatedTrainer, build_trainer
-
-# The general text is read in windows of so many tokens, or fewer if training is shorter.
-GENERAL_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,17 @@ class RunResult:
     """What a run learned, forgot and cost."""
 
     folder: Path
-    before: Measurements
-    after: Measurements
-    divergence: Divergences
-    answers: list[tuple[Answer, Answer]]
-    seconds: dict[str, float]
-
-    @property
-    def forgetting(self) -> float:
-        """PEFT's measure: the rise of the loss on general text, in nats per token."""
-        return self.after.general_loss - self.before.general_loss
+    evaluation: Evaluation
+    answers: list[AnswerResult]
+    stages: list[Stage]
 
 
-def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) -> RunResult:
+def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False, allow_code: bool = False) -> RunResult:
     """Do everything that a recipe says.
 
     Args:
         overwrite: replace an earlier run in `training.output_dir`.
+        allow_code: run the Python that `evaluation.metric_function` names.
 
     Raises:
         UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
@@ -72,6 +67,7 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
     clock = Clock(progress)
     target = Path(recipe.training.output_dir)
     check_run_folder(target, overwrite)
+    scorer = make_scorer(recipe.evaluation, allow_code)
     if recipe.training.packing:
         require_packable(recipe.model)
     task = read_task(recipe, clock)
@@ -86,10 +82,11 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False) ->
         if skipped := data.skipped():
             folder.write_lines(folder.skipped, skipped)
         atomic_write(folder.recipe, dump_yaml(recipe.model_dump(mode="json")))
-        result = _run(recipe, folder, data, tokenizer, manifest, clock)
+        result = _run(recipe, folder, data, tokenizer, scorer, manifest, clock)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         manifest |= {"status": "interrupted" if interrupted else "failed", "error": str(error)}
+        manifest["stages"] = clock.to_list()
         folder.write_manifest(manifest)
         if interrupted:
             raise KeyboardInterrupt(f"what had been written is in {target}, marked as interrupted") from None
@@ -102,11 +99,13 @@ def _run(
     folder: RunFolder,
     data: TaskTokens,
     tokenizer: Tokenizer,
+    scorer: Scorer | None,
     manifest: dict[str, Any],
     clock: Clock,
 ) -> RunResult:
     hardware = choose_hardware(recipe.model.dtype)
-    clock.note(f"computing in {str(hardware.dtype).removeprefix('torch.')} on {hardware.reason}")
+    clock.meter = PeakMemory(hardware.device)
+    clock.note(f"computing in {hardware}")
 
     with clock.stage("loading the model in 4 bits", None):
         base = load_model(recipe.model, hardware, tokenizer)
@@ -119,6 +118,7 @@ def _run(
     }
 
     proxy, proxy_heldout = _proxy_text(recipe, base, hardware, folder, clock)
+    measured_on = _held_out(recipe, base, data, proxy_heldout)
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
     if recipe.training.packing:
@@ -127,36 +127,25 @@ def _run(
     trainer = build_trainer(
         model, tokenizer, data.train.sequences, data.heldout.sequences, recipe, hardware, folder.path
     )
+    trainer.own_text = _few(recipe, base, proxy_heldout)
     if recipe.training.packing:
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
-    measured_on = _held_out(recipe, base, data, proxy_heldout)
-
-    before, answers_before = _measure(recipe, base, model, measured_on, clock, "measuring the base model")
-    folder.append_metrics({"stage": "before", **asdict(before)})
-
     if recipe.gate.enabled:
         _gate(recipe, base, model, trainer, data.train, proxy, folder, clock)
 
     _train(trainer, folder, clock)
 
-    after, answers_after = _measure(recipe, base, model, measured_on, clock, "measuring the tuned model")
-    with clock.stage("comparing it with the base", len(measured_on.proxy_start) + len(measured_on.proxy_crops)) as done:
-        divergence = compare(model, measured_on, done)
-    folder.append_metrics({"stage": "after", **asdict(after), "divergence": asdict(divergence)})
-
-    answers = list(zip(answers_before, answers_after, strict=True))
-    result = RunResult(folder.path, before, after, divergence, answers, clock.seconds)
-    _save(recipe, base, model, folder, result)
-    manifest |= {
-        "status": "complete",
-        "before": asdict(before),
-        "after": asdict(after),
-        "divergence": asdict(divergence),
-        "forgetting": result.forgetting,
-        "seconds": result.seconds,
-    }
+    contrast = Contrast(model)
+    texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
+    layers = _layers(contrast, trainer, measured_on, clock)
+    held = f"4 bits ({recipe.model.bnb_4bit_quant_type}), computing in {hardware}"
+    evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)
+    atomic_write(folder.evaluation, to_json(evaluation))
+    folder.write_lines(folder.answers, answer_lines(answers))
+    _save(recipe, base, model, folder, evaluation)
+    manifest |= {"status": "complete", "stages": clock.to_list()}
     folder.write_manifest(manifest)
-    return result
+    return RunResult(folder.path, evaluation, answers, list(clock.stages.values()))
 
 
 def _proxy_text(
@@ -181,24 +170,24 @@ def _proxy_text(
 
 
 def _held_out(recipe: Recipe, base: LoadedModel, data: TaskTokens, proxy: Sequence[ProxySample]) -> HeldOut:
-    size, device = recipe.evaluation.batch_size, base.model.device
-    text = Path(recipe.evaluation.general_text) if recipe.evaluation.general_text else GENERAL_TEXT
-    window = min(GENERAL_WINDOW, recipe.training.max_length)
     labelled = data.heldout.sequences
-    return HeldOut(
-        examples=data.task.heldout if recipe.evaluation.metric == "exact_match" else [],
-        task=list(batches(labelled["input_ids"][:], size, device, labelled["labels"][:])),
-        proxy_start=list(batches(whole(proxy), size, device)),
-        proxy_crops=list(batches(crops(proxy, recipe.proxy.seed), size, device)),
-        general=list(batches(text_windows(text, base.tokenizer, window), size, device)),
+    return held_out(
+        base.tokenizer,
+        recipe.evaluation,
+        base.model.device,
+        own=[sample.ids for sample in proxy],
+        own_seed=recipe.proxy.seed,
+        task=(labelled["input_ids"][:], labelled["labels"][:]),
+        examples=data.task.heldout,
+        max_length=recipe.training.max_length,
     )
 
 
-def _measure(
-    recipe: Recipe, base: LoadedModel, model: PeftModel, on: HeldOut, clock: Clock, title: str
-) -> tuple[Measurements, list[Answer]]:
-    with clock.stage(title, on.units) as done:
-        return measure(model, base.tokenizer, on, recipe.evaluation, done)
+def _few(recipe: Recipe, base: LoadedModel, proxy: Sequence[ProxySample]) -> HeldOutText:
+    """Some of the held-out samples, from their start and cut, for the KL during training."""
+    ids = [sample.ids for sample in proxy[: recipe.evaluation.num_proxy_samples]]
+    both = [*ids, *crops(ids, recipe.proxy.seed)]
+    return HeldOutText("own text", "own", list(batches(both, recipe.evaluation.batch_size, base.model.device)))
 
 
 def _gate(
@@ -217,13 +206,15 @@ def _gate(
     chosen = random.Random(recipe.training.seed).sample(range(rows), min(recipe.gate.num_task_samples, rows))
     task_text = list(batches(task.sequences[chosen]["input_ids"], size, device))
     # Another seed than the held-out crops': the same offsets would be no error, but need not be.
-    proxy_text = list(batches(whole(proxy) + crops(proxy, recipe.proxy.seed + 1), size, device))
+    whole = [sample.ids for sample in proxy]
+    proxy_text = list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device))
     total = statistics_passes(recipe.gate) * (len(task_text) + len(proxy_text))
     pairs = adapter_pairs(model)
     with clock.stage("statistics of both texts", total) as done:
         gates = build_gates(model, pairs, proxy_text, task_text, recipe.gate, done)
     clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
     save_gates(folder.gates, gates)
+    atomic_write(folder.gate_results, to_json(gate_results(gates)))
     if "a_start" in recipe.gate.places:
         start_gated(pairs, gates)
     trainer.gates = gates
@@ -237,20 +228,29 @@ def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock) -> None:
         trainer.add_callback(Reporting(done, lambda line: folder.append_metrics({"stage": "training", **line})))
         trainer.train()
     state = trainer.state
-    if arguments.load_best_model_at_end and state.best_metric is not None:
+    if trainer.exceeded is not None:
+        step, kl = trainer.exceeded
+        clock.note(f"stopped at step {step}: KL {kl:.4f} is over evaluation.max_kl ({trainer.max_kl})")
+        if state.best_model_checkpoint is None:
+            raise RunFailed(
+                f"KL from the base was {kl:.4f} at step {step}, over evaluation.max_kl ({trainer.max_kl}), before any "
+                "step within it was saved",
+                "lower training.learning_rate, raise gate.gate_lambda, or measure more often (evaluation.steps)",
+            )
+    elif state.global_step < steps:
+        clock.note(f"stopped at step {state.global_step} of {steps}: the held-out loss no longer fell")
+    if arguments.load_best_model_at_end and state.best_model_checkpoint is not None:
         clock.note(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
 
 
-def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder, result: RunResult) -> None:
+def _layers(contrast: Contrast, trainer: GatedTrainer, on: HeldOut, clock: Clock) -> list[LayerResult]:
+    pairs = adapter_pairs(trainer.model)
+    predicted = predicted_drift(pairs, trainer.gates) if trainer.gates is not None else None
+    return evaluate_layers(contrast, on, clock, predicted, trainer.energy_kept())
+
+
+def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder, evaluation: Evaluation) -> None:
     save_adapter(model, base, recipe.export, folder.adapter)
     base.tokenizer.save_pretrained(folder.adapter)
     base.model.generation_config.save_pretrained(folder.adapter)
-    write_card(folder.adapter / "README.md", recipe, base, result.before, result.after, result.divergence)
-    if result.answers:
-        folder.write_lines(
-            folder.answers,
-            (
-                {"prompt": old.prompt, "reference": old.reference, "before": old.answer, "after": new.answer}
-                for old, new in result.answers
-            ),
-        )
+    write_card(folder.adapter / "README.md", recipe, base, evaluation)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -21,20 +21,54 @@ class Progress(Protocol):
         ...
 
 
+class Meter(Protocol):
+    """Measures the memory that a stage takes at its peak; `folora_q.models.hardware` has one."""
+
+    kind: str  # "host" or "device"
+
+    def reset(self) -> None:
+        """Begin a stage."""
+        ...
+
+    def peak(self) -> int | None:
+        """Bytes, or None where the machine does not tell."""
+        ...
+
+
+@dataclass
+class Stage:
+    """One stage: wall time, and the peak of the memory that was in use while it lasted, in bytes."""
+
+    title: str
+    seconds: float
+    peak_bytes: int | None = None
+    memory: str | None = None
+
+
 @dataclass
 class Clock:
-    """Wall time by stage."""
+    """Time and memory by stage, in the order of their first end; a stage that comes again adds to itself."""
 
     progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
+    meter: Meter | None = None
+    stages: dict[str, Stage] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
         began = time.perf_counter()
+        if self.meter is not None:
+            self.meter.reset()
         with self.progress.stage(title, total) as advance:
             yield advance
-        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - began
+        stage = self.stages.setdefault(title, Stage(title, 0.0))
+        stage.seconds += time.perf_counter() - began
+        if self.meter is not None and (peak := self.meter.peak()) is not None:
+            stage.peak_bytes, stage.memory = max(peak, stage.peak_bytes or 0), self.meter.kind
 
     def note(self, text: str) -> None:
         """One fact worth a line."""
         self.progress.note(text)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """For run.json."""
+        return [asdict(stage) for stage in self.stages.values()]

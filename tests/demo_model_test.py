@@ -12,12 +12,12 @@ from peft import PeftModel
 from folora_q.core import SpectralGate
 from folora_q.data.read import read_task_data
 from folora_q.data.tokens import Batch, batches, prompt_ids
+from folora_q.data.windows import crops
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import LoadedModel, load_model
 from folora_q.proxy.sample import ProxySample, sample_proxy
-from folora_q.proxy.windows import crops, whole
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection, ProxySection
 from folora_q.statistics.collect import build_gates
@@ -56,7 +56,8 @@ def real() -> Real:
     data = DataSection(train_dataset=str(TRAIN), max_train_samples=12)
     rows = read_task_data(data, seed=0).train
     task = [prompt_ids(base.tokenizer, row) + base.tokenizer(row.reference)["input_ids"] for row in rows]
-    (proxy_batch,) = batches(whole(samples) + crops(samples, seed=0), 64, CPU)
+    whole = [sample.ids for sample in samples]
+    (proxy_batch,) = batches([*whole, *crops(whole, seed=0)], 64, CPU)
     (task_batch,) = batches(task, 64, CPU)
     gates = build_gates(model, adapter_pairs(model), [proxy_batch], [task_batch], SECTION)
     return Real(base, model, samples, gates, inputs_of(model, proxy_batch), inputs_of(model, task_batch))

@@ -166,17 +166,26 @@ class SpectralGate:
 
     def penalty(self, rows: Tensor) -> Tensor:
         """tr(rows Σp rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
-        return torch.trace(self._form(rows, self.penalty_gram, self.penalty_tail))
+        return self._trace(rows, self.penalty_gram, self.penalty_tail)
 
     def utility(self, rows: Tensor) -> Tensor:
         """tr(rows Σt rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
-        return torch.trace(self._form(rows, self.utility_gram, self.utility_tail))
+        return self._trace(rows, self.utility_gram, self.utility_tail)
 
-    def _form(self, rows: Tensor, gram: Tensor, tail: float) -> Tensor:
-        """rows Σ rowsᵀ (r, r) in float64 on the CPU, for Σ = P₀ gram P₀ᵀ + tail (I - P₀P₀ᵀ)."""
+    def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows Σp rowsᵀ, rows Σt rowsᵀ), both (r, r) float64 on the CPU, normalized and without the ridges."""
         inside = (rows.to(self.basis) @ self.basis).double().cpu()
-        gram_of_rows = (rows @ rows.T).double().cpu()
-        return inside @ gram @ inside.T + tail * (gram_of_rows - inside @ inside.T)
+        outside = (rows @ rows.T).double().cpu() - inside @ inside.T
+        return (
+            inside @ self.penalty_gram @ inside.T + self.penalty_tail * outside,
+            inside @ self.utility_gram @ inside.T + self.utility_tail * outside,
+        )
+
+    def _trace(self, rows: Tensor, gram: Tensor, tail: float) -> Tensor:
+        """tr(rows Σ rowsᵀ) for Σ = P₀ gram P₀ᵀ + tail (I - P₀P₀ᵀ), without the (r, r) product."""
+        inside = (rows.to(self.basis) @ self.basis).double().cpu()
+        outside = rows.square().sum(dtype=torch.float64).cpu() - inside.square().sum()
+        return ((inside @ gram) * inside).sum() + tail * outside
 
     def rank_gate(self, a: Tensor) -> Tensor:
         """The gate for the rows of B, given where A points now.
@@ -200,8 +209,8 @@ class SpectralGate:
         if not bool(torch.isfinite(a).all()):
             raise ValueError("A holds a NaN or an infinity")
         gram = (a @ a.T).double().cpu()
-        penalty = self._form(a, self.penalty_gram, self.penalty_tail) + self.ridge * gram
-        utility = self._form(a, self.utility_gram, self.utility_tail) + self.utility_ridge * gram
+        penalty, utility = self.forms(a)
+        penalty, utility = penalty + self.ridge * gram, utility + self.utility_ridge * gram
         jitter = RANK_JITTER * penalty.diagonal().mean() + torch.finfo(torch.float64).tiny
         penalty = penalty + jitter * torch.eye(a.shape[0], dtype=torch.float64)
         quotients, vectors = generalized_eigenproblem(utility, penalty)

@@ -53,6 +53,18 @@ class GatedOptimizer(Optimizer):
         self.gate_a, self.gate_b, self.refresh_every = gate_a, gate_b, refresh_every
         self.steps_taken = 0
         self.rank_gates: list[Tensor] = []
+        # ‖step‖² and ‖gated step‖² (columns) of A and of B (rows), summed over the steps at which K was refreshed.
+        self.energy = [torch.zeros(2, 2, device=a.device) for a, _, _ in self.adapters]
+
+    def energy_kept(self) -> list[dict[str, float]]:
+        """For each adapter the share of its steps' energy that the gate let pass, of "a" and "b" where they are gated.
+
+        Taken from every `refresh_every`-th step. P is oblique, so a share can exceed 1.
+        """
+        return [
+            {factor: float(kept / raw) for factor, (raw, kept) in zip("ab", energy, strict=True) if raw > 0}
+            for energy in self.energy
+        ]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -82,7 +94,8 @@ class GatedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        if self.gate_b and self.steps_taken % self.refresh_every == 0:
+        refreshing = self.steps_taken % self.refresh_every == 0
+        if self.gate_b and refreshing:
             self.rank_gates = [gate.rank_gate(a) for a, _, gate in self.adapters]
         before = [(a.clone() if self.gate_a else None, b.clone() if self.gate_b else None)
                   for a, b, _ in self.adapters]  # fmt: skip
@@ -90,11 +103,13 @@ class GatedOptimizer(Optimizer):
         loss = self.inner.step(closure)
 
         for index, ((a, b, gate), (a_before, b_before)) in enumerate(zip(self.adapters, before, strict=True)):
+            energy = self.energy[index] if refreshing else None
             if a_before is not None:
-                a += gate.correction(a - a_before)  # A after + (P - I) step: exact where P = I
+                step = a - a_before
+                _apply(a, step, gate.correction(step), energy, 0)  # A after + (P - I) step: exact where P = I
             if b_before is not None:
                 step = b - b_before
-                b += step @ self.rank_gates[index] - step
+                _apply(b, step, step @ self.rank_gates[index] - step, energy, 1)
         self.steps_taken += 1
         return loss
 
@@ -102,7 +117,11 @@ class GatedOptimizer(Optimizer):
         """The inner optimizer's state with the gate's own: the step count and the r x r gates in force."""
         return {
             **self.inner.state_dict(),
-            "gated": {"steps_taken": self.steps_taken, "rank_gates": list(self.rank_gates)},
+            "gated": {
+                "steps_taken": self.steps_taken,
+                "rank_gates": list(self.rank_gates),
+                "energy": list(self.energy),
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,9 +129,18 @@ class GatedOptimizer(Optimizer):
         gated = state_dict.pop("gated")
         self.inner.load_state_dict(state_dict)
         self.steps_taken = gated["steps_taken"]
+        self.energy = [new.to(old) for new, old in zip(gated["energy"], self.energy, strict=True)]
         self.rank_gates = [
             k.to(a) for k, (a, _, _) in zip(gated["rank_gates"], self.adapters, strict=bool(gated["rank_gates"]))
         ]
+
+
+def _apply(parameter: Tensor, step: Tensor, correction: Tensor, energy: Tensor | None, factor: int) -> None:
+    """Correct a step that was taken, and add its energy before and after to the account."""
+    parameter += correction
+    if energy is not None:
+        energy[factor, 0] += step.square().sum()
+        energy[factor, 1] += (step + correction).square().sum()
 
 
 class SpectralAdamW(Optimizer):

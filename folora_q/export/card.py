@@ -9,22 +9,15 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from folora_q import __version__
-from folora_q.evaluation.measure import Divergences, Measurements
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.paths import is_hub_dataset
 from folora_q.recipe.schema import Recipe
+from folora_q.runs.results import Evaluation
 
 
-def write_card(
-    path: Path,
-    recipe: Recipe,
-    base: LoadedModel,
-    before: Measurements,
-    after: Measurements,
-    divergence: Divergences,
-) -> None:
+def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evaluation) -> None:
     """A card in place of PEFT's, whose body is placeholders."""
     is_hub_id = not Path(base.name).exists()
     head = ModelCardData(
@@ -33,21 +26,16 @@ def write_card(
         pipeline_tag="text-generation",
         tags=["lora", "qlora", "folora-q", *([f"base_model:adapter:{base.name}"] if is_hub_id else [])],
     )
-    atomic_write(path, f"---\n{head.to_yaml()}\n---\n{_body(recipe, base, before, after, divergence)}")
+    atomic_write(path, f"---\n{head.to_yaml()}\n---\n{_body(recipe, base, evaluation)}")
 
 
-def _body(recipe: Recipe, base: LoadedModel, before: Measurements, after: Measurements, divergence: Divergences) -> str:
+def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation) -> str:
     gate = recipe.gate
     method = (
         f"gated ({gate.rule} rule at {', '.join(gate.places)}; λ = {gate.gate_lambda:g}, floor {gate.floor:g},"
         f" sketches of rank {gate.rank})"
         if gate.enabled
         else "not gated (plain QLoRA)"
-    )
-    accuracy = (
-        f"| exact match | {before.exact_match:.1%} | {after.exact_match:.1%} |\n"
-        if before.exact_match is not None and after.exact_match is not None
-        else ""
     )
     return f"""
 # LoRA adapter for {Path(base.name).name}
@@ -62,14 +50,12 @@ Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.b
 
 ## What it learned, what it forgot
 
-| | base | tuned |
-|---|---|---|
-| task loss, nats per token | {before.task_loss:.4f} | {after.task_loss:.4f} |
-{accuracy}| KL from the base on its own text, from the start | 0 | {divergence.start.kl_nats_per_token:.4f} |
-| KL from the base on its own text, cut from the middle | 0 | {divergence.crops.kl_nats_per_token:.4f} |
-| loss on general text | {before.general_loss:.4f} | {after.general_loss:.4f} |
+| held-out text | base | tuned | change (95 % interval) |
+|---|---|---|---|
+{_rows(evaluation)}
 
-The text of the base model was sampled from it and held out from training. Loss and KL are in nats per token.
+Loss and KL are in nats per token; intervals are bootstrapped over texts. "Own text" was sampled from the base model and
+held out from training.
 
 ```python
 from peft import PeftModel
@@ -79,6 +65,22 @@ base = AutoModelForCausalLM.from_pretrained("{base.name}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
+
+
+def _rows(evaluation: Evaluation) -> str:
+    rows = []
+    if (scored := evaluation.score) is not None:
+        old, new, by = scored.score.base.value, scored.score.tuned.value, scored.score.change
+        shift = f"{by.value:+.1%} ({by.low:+.1%} to {by.high:+.1%})"
+        rows.append(
+            f"| {scored.metric.replace('_', ' ')}, {scored.answers} answers | {old:.1%} | {new:.1%} | {shift} |"
+        )
+    for text in evaluation.texts:
+        loss, by, kl = text.loss, text.loss.change, text.kl
+        shift = f"{by.value:+.4f} ({by.low:+.4f} to {by.high:+.4f})"
+        rows.append(f"| {text.name}: loss | {loss.base.value:.4f} | {loss.tuned.value:.4f} | {shift} |")
+        rows.append(f"| {text.name}: KL from the base | 0 | {kl.value:.4f} | ({kl.low:.4f} to {kl.high:.4f}) |")
+    return "\n".join(rows)
 
 
 def _named(source: Source) -> str:

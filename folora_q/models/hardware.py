@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+# Linux's account of this process, and how its peak is put back to the present (proc(5)).
+STATUS, CLEAR_REFS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,31 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
     if dtype != "auto":
         return Hardware(device, getattr(torch, dtype), f"{name}, {dtype} as the recipe says")
     return Hardware(device, automatic[0], f"{name}, {automatic[1]}")
+
+
+class PeakMemory:
+    """The peak of the device's memory, or on a CPU of the process's, since the last reset (`folora_q.progress.Meter`).
+
+    On a CPU it is the kernel's high-water mark, which Linux lets a process put back; elsewhere nothing is measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kind = "host" if device.type == "cpu" else "device"
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif CLEAR_REFS.exists():
+            with suppress(OSError):
+                CLEAR_REFS.write_text(RESET_PEAK)
+
+    def peak(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            lines = STATUS.read_text().splitlines()
+        except OSError:
+            return None
+        peaks = [line for line in lines if line.startswith("VmHWM:")]
+        return int(peaks[0].split()[1]) * 1024 if peaks else None

@@ -89,9 +89,15 @@ def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], 
         template = found(("data", "chat_template"), data.chat_template, _file)
         data = data.model_copy(update={"chat_template": template})
     evaluation = recipe.evaluation
+    changed: dict[str, object] = {}
     if evaluation.general_text is not None:
-        text = found(("evaluation", "general_text"), evaluation.general_text, _file)
-        evaluation = evaluation.model_copy(update={"general_text": text})
+        texts = enumerate(evaluation.general_text)
+        changed["general_text"] = [found(("evaluation", "general_text", i), text, _file) for i, text in texts]
+    if evaluation.general_prompts is not None:
+        changed["general_prompts"] = found(("evaluation", "general_prompts"), evaluation.general_prompts, _file)
+    if evaluation.metric == "function":
+        changed["metric_function"] = found(("evaluation", "metric_function"), evaluation.metric_function, _function)
+    evaluation = evaluation.model_copy(update=changed)
     name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, _model)
     model = recipe.model.model_copy(update={"model_name_or_path": name})
 
@@ -126,6 +132,11 @@ def _file(folder: Path, value: str) -> str:
     if not (exists(path) and path.is_file()):
         raise LookupError(f"no file at {short(path)}{_near(path)}")
     return str(path)
+
+
+def _function(folder: Path, value: str) -> str:
+    path, _, name = value.rpartition(":")
+    return f"{_file(folder, path)}:{name}"
 
 
 def _data(folder: Path, value: str) -> str:

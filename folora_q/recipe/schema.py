@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
@@ -177,23 +178,60 @@ class TrainingSection(Section):
     """How many checkpoints are kept."""
     load_best_model_at_end: bool = False
     """End with the checkpoint that has the least held-out loss, in place of the last step's; needs evaluation.steps."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many measurements without a smaller held-out loss, and keep the best; needs evaluation.steps."""
+    early_stopping_threshold: NonNegative = 0.0
+    """A loss is smaller if it is so by more than this."""
     seed: Seed = 0
     """Of the adapter's start, the data order, the split and dropout."""
 
 
-class EvaluationSection(Section):
-    """What is measured before and after training."""
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
-    metric: Literal["none", "exact_match"] = "none"
-    """exact_match: greedy answers that equal the reference, after trimming white space."""
+
+class EvaluationSection(Section):
+    """What is measured of the base and of the tuned model, after training and during it."""
+
+    metric: Literal["none", "exact_match", "regex", "function"] = "none"
+    """Scores greedy answers: equal to the reference but for white space, by metric_pattern, or by metric_function."""
+    metric_pattern: str = r"-?\d[\d,]*(?:\.\d+)?"
+    """regex: right if the last match in the answer (its groups, if it has any) is the reference's; unset: a number."""
+    metric_function: str | None = None
+    """function: file.py:name, relative to the recipe, called with (answer, reference), gives 0 to 1; --allow-code."""
+    num_answers: Annotated[int, Field(ge=0)] | None = None
+    """Held-out prompts that are answered; unset: all of them with a metric, four without."""
     max_new_tokens: PositiveInt = 128
     """Length of a generated answer, at most."""
     batch_size: PositiveInt = 16
     """Sequences measured at a time."""
     steps: PositiveInt | None = None
-    """Steps between two measurements of the held-out loss during training; unset: before and after it only."""
-    general_text: str | None = None
-    """A text file for PEFT's `forgetting` (loss after - before), relative to the recipe; unset: public-domain prose."""
+    """Steps between two measurements during training, of the held-out loss and the KL; unset: after it only."""
+    num_proxy_samples: PositiveInt = 16
+    """So many of the held-out samples are measured for the KL during training; after it, all are."""
+    max_kl: Positive | None = None
+    """Stop when KL(base ‖ tuned) exceeds this, in nats per token, and keep the best checkpoint within; needs steps."""
+    general_text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] | None = None
+    """Text files for PEFT's `forgetting` (loss after - before), relative to the recipe; unset: public-domain prose."""
+    general_prompts: str | None = None
+    """A text file with a prompt a line, answered by base and tuned model for you to read; unset: six packaged ones."""
+
+    @field_validator("metric_pattern")
+    @classmethod
+    def _a_regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"it is no regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _a_function_is_named(self) -> EvaluationSection:
+        if self.metric == "function" and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.metric_function or ""):
+            raise ValueError("metric: function needs metric_function, such as score.py:score")
+        if self.max_kl is not None and self.steps is None:
+            raise ValueError("max_kl needs measurements during training: set evaluation.steps, e.g. to 50")
+        return self
 
 
 class ExportSection(Section):
@@ -208,7 +246,7 @@ class ExportSection(Section):
 def _no_trackers(value: Any) -> Any:
     if value is None or value == "none" or value == ["none"]:
         return []
-    return [value] if isinstance(value, str) else value
+    return _as_list(value)
 
 
 class LoggingSection(Section):
@@ -245,18 +283,28 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the best of its checkpoints."""
+        training = self.training
+        return (
+            training.load_best_model_at_end
+            or training.early_stopping_patience is not None
+            or self.evaluation.max_kl is not None
+        )
+
     @model_validator(mode="after")
     def _the_best_needs_measurements(self) -> Recipe:
         every, saved = self.evaluation.steps, self.training.save_steps
-        if not self.training.load_best_model_at_end:
+        if not self.keeps_best:
             return self
         if every is None:
-            raise ValueError(
-                "training.load_best_model_at_end needs measurements during training: set evaluation.steps, e.g. to 50"
-            )
+            stopping = self.training.early_stopping_patience is not None
+            name = "early_stopping_patience" if stopping else "load_best_model_at_end"
+            raise ValueError(f"training.{name} needs measurements during training: set evaluation.steps, e.g. to 50")
         if saved is not None and saved % every:
             raise ValueError(
-                f"training.load_best_model_at_end can only find a best step that was saved: make training.save_steps "
-                f"({saved}) a multiple of evaluation.steps ({every}), or leave it out"
+                f"the best step can only be kept if it was saved: make training.save_steps ({saved}) a multiple of "
+                f"evaluation.steps ({every}), or leave it out"
             )
         return self

@@ -25,7 +25,10 @@ def new_manifest(recipe: Recipe, data: Sequence[Path]) -> dict[str, Any]:
     Raises:
         UserError: a file that the recipe names cannot be read.
     """
-    named = [*map(str, data), recipe.evaluation.general_text]
+    evaluation = recipe.evaluation
+    named = [*map(str, data), *(evaluation.general_text or []), evaluation.general_prompts]
+    if evaluation.metric == "function":
+        named.append(evaluation.metric_function.rpartition(":")[0])
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

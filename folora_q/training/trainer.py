@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.optim import Optimizer
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.data.tokens import Batch, batches
 from folora_q.errors import UserError
+from folora_q.evaluation.compare import HeldOutText, compare
+from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
+
+# What the best checkpoint has the least of: the held-out loss of those within the limit.
+BEST = "loss_within_limit"
 
 
 class GatedTrainer(SFTTrainer):
@@ -28,12 +34,19 @@ class GatedTrainer(SFTTrainer):
 
     Attributes:
         gates: by adapted layer; None is plain QLoRA.
-        heldout: what `evaluate` measures on.
+        heldout: the task's rows that `evaluate` takes the loss of.
+        own_text: text of the base's own that it takes the KL on; None takes none.
+        max_kl: the KL at which training stops.
+        exceeded: the step and the KL at which it did.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
     gate_section: GateSection
     heldout: Sequence[Batch]
+    own_text: HeldOutText | None = None
+    max_kl: float | None = None
+    exceeded: tuple[int, float] | None = None
+    gated: GatedOptimizer | None = None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.optimizer is not None or self.gates is None:
@@ -42,7 +55,7 @@ class GatedTrainer(SFTTrainer):
         pairs = adapter_pairs(self.model)
         adapters = [(pair.a, pair.b, self.gates[pair.name]) for pair in pairs]
         if section.rule == "step":
-            self.optimizer = GatedOptimizer(
+            self.optimizer = self.gated = GatedOptimizer(
                 super().create_optimizer(model),
                 adapters,
                 gate_a="a_step" in section.places,
@@ -63,15 +76,33 @@ class GatedTrainer(SFTTrainer):
         return self.optimizer
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """The held-out loss in nats per token, as it is measured before and after training.
+        """The held-out loss, and the KL from the base, in nats per token, as they are measured after training.
 
-        The Trainer's own is a mean over batches, whatever they hold, and keeps their logits.
+        The Trainer's own loss is a mean over batches, whatever they hold, and keeps their logits.
         """
         self.model.eval()
-        metrics = {f"{metric_key_prefix}_loss": mean_loss(self.model.get_base_model(), self.heldout)}
+        loss = mean_loss(self.model.get_base_model(), self.heldout)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        within = True
+        if self.own_text is not None:
+            own = compare(Contrast(self.model), self.own_text)
+            metrics[f"{metric_key_prefix}_kl"] = own.kl.value
+            metrics[f"{metric_key_prefix}_top1_agreement"] = own.top1_agreement.value
+            within = self.max_kl is None or own.kl.value <= self.max_kl
         self.log(dict(metrics))
+        # The Trainer keeps the checkpoint with the least of this: one over the limit never is.
+        metrics[f"{metric_key_prefix}_{BEST}"] = loss if within else math.inf
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if not within:
+            self.exceeded = self.state.global_step, own.kl.value
+            self.control.should_training_stop = True
         return metrics
+
+    def energy_kept(self) -> dict[str, dict[str, float]]:
+        """By layer, the share of its steps' energy that the gate let pass, of "a" and "b"; empty if none was."""
+        if self.gated is None:
+            return {}
+        return dict(zip((pair.name for pair in adapter_pairs(self.model)), self.gated.energy_kept(), strict=True))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside a checkpoint: the card with the numbers is written with the adapter."""
@@ -101,7 +132,7 @@ def build_trainer(
         UserError: a combination of settings is not one that transformers takes.
     """
     training, every = recipe.training, recipe.evaluation.steps
-    save_steps = training.save_steps or (every if training.load_best_model_at_end else None)
+    save_steps = training.save_steps or (every if recipe.keeps_best else None)
     on_gpu = hardware.device.type == "cuda"
     try:
         config = SFTConfig(
@@ -126,11 +157,12 @@ def build_trainer(
             dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared
             eval_strategy="steps" if every else "no",
             eval_steps=every,
+            eval_on_start=every is not None,
             save_strategy="steps" if save_steps else "no",
             save_steps=save_steps or 1,
             save_total_limit=training.save_total_limit,
-            load_best_model_at_end=training.load_best_model_at_end,
-            metric_for_best_model="eval_loss",
+            load_best_model_at_end=recipe.keeps_best,
+            metric_for_best_model=f"eval_{BEST}",
             greater_is_better=False,
             logging_steps=recipe.logging.logging_steps,
             logging_first_step=True,
@@ -158,7 +190,10 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
+    if training.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
     trainer.gate_section = recipe.gate
+    trainer.max_kl = recipe.evaluation.max_kl
     trainer.heldout = list(
         batches(heldout["input_ids"][:], recipe.evaluation.batch_size, model.device, heldout["labels"][:])
     )

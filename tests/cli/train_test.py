@@ -23,6 +23,7 @@ from folora_q.data.templates import read_template
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
+from folora_q.runs.results import Evaluation, read_answers, read_evaluation, read_gate_results
 from folora_q.statistics.store import load_gates
 
 
@@ -36,6 +37,10 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text("utf-8"))
 
 
+def measured(folder: Path) -> Evaluation:
+    return read_evaluation(folder / "evaluation.json")
+
+
 def named_files(text: str) -> list[str]:
     """What the last lines of a run tell the user to read."""
     return [line.split()[1] for line in text.splitlines() if line.lstrip().startswith("less ")]
@@ -47,6 +52,8 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter",
         "answers.jsonl",
+        "evaluation.json",
+        "gates.json",
         "gates.safetensors",
         "metrics.jsonl",
         "proxy.jsonl",
@@ -59,25 +66,40 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert {"torch", "peft", "trl", "bitsandbytes", "folora-q", "python"} <= set(saved["versions"])
     assert len(saved["data_sha256"]) == 2
     assert saved["model"]["fingerprint"]
-    assert saved["forgetting"] == saved["after"]["general_loss"] - saved["before"]["general_loss"]
-    assert saved["divergence"]["start"]["kl_nats_per_token"] > 0
-    assert saved["divergence"]["crops"]["tokens"] > 0
-    assert saved["after"]["task_loss"] < saved["before"]["task_loss"]
+    stages = {stage["title"]: stage for stage in saved["stages"]}
+    assert {"reading the data", "statistics of both texts", "training"} <= stages.keys()
+    assert stages["training"]["seconds"] > 0
+
+    found = measured(folder)
+    assert [text.name for text in found.texts] == ["task", "own text", "own text, cut", "prose"]
+    assert found.text("own text").kl.value > 0 and found.text("own text").texts == 2
+    assert found.text("task").loss.change.high < 0
+    assert found.text("task").tokens == 40, "of four rows the completions and their end"
+    assert found.score.answers == 4
+    assert len(found.layers) == 14
+    for layer in found.layers:
+        assert set(layer.drift) == set(layer.predicted) == {"own", "task"}
+        assert layer.update_norm > 0 and 0 < layer.energy_kept["a"] < 1.5
+    gates = read_gate_results(folder / "gates.json")
+    assert sorted(name for gate in gates for name in gate.modules) == sorted(layer.name for layer in found.layers)
+    assert all(0 < gate.mean_value < 1 and gate.gate_lambda == 16 for gate in gates)
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["before", "training", "training", "training", "training", "after"]
+    assert [line["stage"] for line in lines] == ["training"] * 4
     samples = [json.loads(line) for line in (folder / "proxy.jsonl").read_text("utf-8").splitlines()]
     assert len(samples) == 6
-    assert len((folder / "answers.jsonl").read_text("utf-8").splitlines()) == 4
+    answers = read_answers(folder / "answers.jsonl")
+    assert [answer.kind for answer in answers] == ["task"] * 4 + ["general"] * 6
+    assert [answer.asked for answer in answers[:4]] == [f"say {i}" for i in range(20, 24)]
     assert len(load_gates(folder / "gates.safetensors")) == 14
     card = (folder / "adapter" / "README.md").read_text("utf-8")
-    assert f"{saved['after']['task_loss']:.4f}" in card
+    assert f"{found.text('task').loss.tuned.value:.4f}" in card
     assert "gated (step rule at a_start, a_step, b_step; λ = 16" in card
 
     text, talk = capfd.readouterr()
-    assert [Path(line).exists() for line in named_files(text)] == [True] * 3
+    assert [Path(line).exists() for line in named_files(text)] == [True]
     assert "What was learned, what was forgotten (gated QLoRA)" in text
-    assert f"{saved['after']['task_loss']:.3f}" in text
+    assert f"{found.text('task').loss.tuned.value:.4f}" in text
     assert f"chat {folder} --base" in text and f"merge {folder}\n" in text
     assert "✓ training" in talk
     assert "\x1b[" not in text + talk, "no colours without a terminal"
@@ -92,7 +114,7 @@ def test_what_to_type_next_exists_and_keeps_the_overrides(recipe_file: Path, tmp
     changes = ["evaluation.metric=none", "training.max_steps=1", "gate.places=[a_start, a_step]"]
     assert run("train", recipe_file, *changes) == 0
     text = capfd.readouterr().out
-    assert [Path(line).exists() for line in named_files(text)] == [True] * 2
+    assert [Path(line).exists() for line in named_files(text)] == [True]
     [line] = [line for line in text.splitlines() if "gate.enabled=false" in line]
     plain = shlex.split(line)
     assert run(*plain[plain.index("train") :]) == 0
@@ -113,9 +135,9 @@ def test_plain_peft_loads_the_adapter_and_gets_the_measured_loss(recipe_file: Pa
         with tuned.disable_adapter():
             before = float(tuned(input_ids=ids, labels=labels).loss)
         after = float(tuned(input_ids=ids, labels=labels).loss)
-    saved = manifest(tmp_path / "run")
-    assert before == pytest.approx(saved["before"]["task_loss"], rel=0.1)  # four rows that differ in a digit
-    assert after == pytest.approx(saved["after"]["task_loss"], rel=0.1)
+    loss = measured(tmp_path / "run").text("task").loss
+    assert before == pytest.approx(loss.base.value, rel=0.1)  # four rows that differ in a digit
+    assert after == pytest.approx(loss.tuned.value, rel=0.1)
     assert after < 0.9 * before
 
 
@@ -126,9 +148,11 @@ def test_gate_off_is_the_same_run_without_statistics(recipe_file: Path, tmp_path
     assert "(plain QLoRA)" in text
     assert not (tmp_path / "plain" / "gates.safetensors").exists()
     assert "sampled text taken from" in talk, "the second run must find the first one's proxy text"
-    plain, gated = manifest(tmp_path / "plain"), manifest(tmp_path / "run")
-    assert plain["before"] == gated["before"]
-    assert plain["after"] != gated["after"]
+    plain, gated = measured(tmp_path / "plain"), measured(tmp_path / "run")
+    for of_plain, of_gated in zip(plain.texts, gated.texts, strict=True):
+        assert of_plain.loss.base == of_gated.loss.base
+        assert of_plain.loss.tuned != of_gated.loss.tuned
+    assert not any(layer.energy_kept or layer.predicted for layer in plain.layers)
     assert (tmp_path / "plain" / "proxy.jsonl").read_bytes() == (tmp_path / "run" / "proxy.jsonl").read_bytes()
 
 
@@ -148,13 +172,14 @@ def test_held_out_text_is_never_used_for_statistics(recipe_file: Path, monkeypat
         used["proxy"], used["task"] = ([b.input_ids for b in batches] for batches in (proxy, task))
         return build_gates(model, pairs, proxy, task, section, done)
 
-    def spy_measure(model, tokenizer, on, section, done):
-        used["held out"] = [b.input_ids for b in (*on.task, *on.proxy_start)]
-        return measure(model, tokenizer, on, section, done)
+    def spy_evaluate(contrast, tokenizer, on, *rest):
+        held_out = [text for text in on.texts if text.name in ("task", "own text")]
+        used["held out"] = [batch.input_ids for text in held_out for batch in text.batches]
+        return evaluate(contrast, tokenizer, on, *rest)
 
-    build_gates, measure = pipeline.build_gates, pipeline.measure
+    build_gates, evaluate = pipeline.build_gates, pipeline.evaluate
     monkeypatch.setattr(pipeline, "build_gates", spy)
-    monkeypatch.setattr(pipeline, "measure", spy_measure)
+    monkeypatch.setattr(pipeline, "evaluate", spy_evaluate)
     assert run("train", recipe_file, "training.max_steps=1") == 0
 
     def rows(batches: list) -> set[tuple]:
@@ -233,17 +258,76 @@ def test_the_best_step_is_kept_and_measured_on_the_way(recipe_file: Path, tmp_pa
     folder = tmp_path / "run"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    assert list(losses) == [2, 4, 6, 8]
-    best = min(losses, key=losses.__getitem__)
+    assert list(losses) == [0, 2, 4, 6, 8]
+    kls = {line["step"]: line["eval_kl"] for line in lines if "eval_loss" in line}
+    assert kls[0] == 0 and all(kl > 0 for step, kl in kls.items() if step)
+    best = min(list(losses)[1:], key=losses.__getitem__)
     assert best != 8, "the test needs a best step that is not the last"
     assert f"kept step {best}, with the least held-out loss: {losses[best]:.4f}" in capfd.readouterr().err
-    assert manifest(folder)["after"]["task_loss"] == pytest.approx(losses[best], rel=1e-6)
+    found = measured(folder)
+    assert found.text("task").loss.tuned.value == pytest.approx(losses[best], rel=1e-5)
+    assert found.text("own text").kl.value > 0
     kept, saved = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", f"checkpoint-{best}"))
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
     assert {weight.dtype for weight in kept.values()} == {torch.float32}
     assert not (folder / "README.md").exists()
     assert run("train", recipe_file, "training.max_steps=1", "evaluation.metric=none", "--overwrite") == 0
     assert not list(folder.glob("checkpoint-*"))
+
+
+UNSTABLE = ["training.learning_rate=0.3", "training.lr_scheduler_type=constant", "training.warmup_steps=0"]
+
+
+def test_a_limit_on_what_is_forgotten_stops_the_run_and_keeps_the_best_within(
+    recipe_file: Path, tmp_path: Path, capfd
+) -> None:
+    quick = ["evaluation.metric=none", "gate.enabled=false", "evaluation.steps=1", "training.save_total_limit=9"]
+    quick += ["training.learning_rate=1e-2", "training.lr_scheduler_type=constant", "training.warmup_steps=0"]
+    assert run("train", recipe_file, *quick, "training.max_steps=6") == 0
+    folder = tmp_path / "run"
+    points = [line for line in map(json.loads, (folder / "metrics.jsonl").open()) if "eval_kl" in line]
+    kls = [point["eval_kl"] for point in points]
+    assert kls == sorted(kls), "the test needs a KL that grows"
+    limit = (kls[3] + kls[4]) / 2
+    capfd.readouterr()
+    assert run("train", recipe_file, *quick, "training.max_steps=6", f"evaluation.max_kl={limit}", "--overwrite") == 0
+    talk = capfd.readouterr().err
+    assert f"stopped at step 4: KL {kls[4]:.4f} is over evaluation.max_kl ({limit})" in talk
+    within = {point["step"]: point["eval_loss"] for point in points[1:4]}
+    best = min(within, key=within.__getitem__)
+    assert f"kept step {best}, with the least held-out loss" in talk
+    assert measured(folder).text("task").loss.tuned.value == pytest.approx(within[best], rel=1e-5)
+
+    tiny = f"evaluation.max_kl={kls[1] / 2}"
+    assert run("train", recipe_file, *quick, "training.max_steps=6", tiny, "--overwrite") == 1
+    assert f"KL from the base was {kls[1]:.4f} at step 1, over evaluation.max_kl" in capfd.readouterr().err
+    assert manifest(folder)["status"] == "failed"
+    assert not (folder / "adapter").exists()
+
+
+def test_training_stops_when_the_held_out_loss_no_longer_falls(recipe_file: Path, tmp_path: Path, capfd) -> None:
+    quick = ["evaluation.metric=none", "gate.enabled=false", "evaluation.steps=1", "training.max_steps=40"]
+    assert run("train", recipe_file, *quick, *UNSTABLE, "training.early_stopping_patience=2") == 0
+    points = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    losses = {point["step"]: point["eval_loss"] for point in points if "eval_loss" in point}
+    last = max(losses)
+    best = min(list(losses)[1:], key=losses.__getitem__)
+    assert last == best + 2 < 40
+    talk = capfd.readouterr().err
+    assert f"stopped at step {last} of 40: the held-out loss no longer fell" in talk
+    assert f"kept step {best}" in talk
+
+
+def test_a_users_metric_needs_a_word_on_the_command_line(recipe_file: Path, tmp_path: Path, capfd) -> None:
+    metric = recipe_file.with_name("metric.py")
+    metric.write_text("def half(answer, reference):\n    return 0.5\n")
+    changes = ["evaluation.metric=function", f"evaluation.metric_function={metric}:half", "training.max_steps=1"]
+    assert run("train", recipe_file, *changes) == 2
+    assert "a recipe alone cannot run code" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run("train", recipe_file, *changes, "--allow-code") == 0
+    assert measured(tmp_path / "run").score.score.tuned.value == 0.5
+    assert str(metric) in manifest(tmp_path / "run")["data_sha256"]
 
 
 def test_a_run_shorter_than_its_measurements_keeps_its_last_step(recipe_file: Path, tmp_path: Path, capfd) -> None:
@@ -267,7 +351,7 @@ def test_packed_and_unpacked_rows_train_the_same_tokens(recipe_file: Path, tmp_p
     assert run("train", recipe_file, *changes) == 0
     assert "packed into" in capfd.readouterr().err
     saved = manifest(tmp_path / "run")
-    assert saved["after"]["task_loss"] < saved["before"]["task_loss"]
+    assert measured(tmp_path / "run").text("task").loss.change.value < 0
     assert saved["data"]["train"]["sequences"] == 12
 
 
@@ -326,6 +410,7 @@ def test_a_model_without_bos_and_template_trains_on_prompt_and_completion(tmp_pa
     ]
     assert run("train", recipe_file, *changes) == 0
     answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    answers = [answer for answer in answers if answer["kind"] == "task"]
     assert len(answers) == 3
     assert {answer["reference"] for answer in answers} <= {str(i) for i in range(1, 13)}
 

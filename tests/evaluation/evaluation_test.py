@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
@@ -11,13 +12,23 @@ from folora_q.data.formats import Completion
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation import logits
-from folora_q.evaluation.divergence import divergence
+from folora_q.evaluation.compare import HeldOutText, compare
+from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import GENERAL_TEXT, mean_loss, text_windows
-from folora_q.evaluation.task import Answer, answer_all, exact_match
+from folora_q.evaluation.task import (
+    GENERAL_PROMPTS,
+    answer_both,
+    general_questions,
+    greedy_answers,
+    make_scorer,
+    mean_score,
+    task_questions,
+)
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, load_model
-from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.recipe.schema import AdapterSection, EvaluationSection, ModelSection
+from tests.conftest import save_tiny_model
 
 CPU = torch.device("cpu")
 TEXT = [[3, 40, 50, 60, 70], [9, 8, 7], [100, 101, 102, 103], [5, 6]]
@@ -60,26 +71,66 @@ def test_the_loss_is_the_mean_over_labelled_tokens_not_over_batches(tuned) -> No
         assert found == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
-def test_the_divergence_is_the_mean_kl_from_full_logits(tuned) -> None:
-    kl, agreed = [], []
-    for ids in TEXT:
+def on(sequences: list[list[int]], size: int, labels: list[list[int]] | None = None) -> HeldOutText:
+    return HeldOutText("a test", "own", list(batches(sequences, size, CPU, labels)))
+
+
+def test_a_comparison_is_what_full_logits_say(tuned) -> None:
+    labels = [ids[:1] + [IGNORED] + ids[2:] for ids in TEXT]
+    kl, agreed, losses = [], [], ([], [])
+    for ids, wanted in zip(TEXT, labels, strict=True):
+        counted = torch.tensor(wanted[1:]) != IGNORED
         with tuned.disable_adapter():
-            p = log_softmax(full_logits(tuned, ids)[:-1], -1)
-        q = log_softmax(full_logits(tuned, ids)[:-1], -1)
+            p = log_softmax(full_logits(tuned, ids)[:-1], -1)[counted]
+        q = log_softmax(full_logits(tuned, ids)[:-1], -1)[counted]
         kl.append((p.exp() * (p - q)).sum(-1))
         agreed.append((p.argmax(-1) == q.argmax(-1)).double())
+        for log, found in zip((p, q), losses, strict=True):
+            found.append(cross_entropy(log, torch.tensor(wanted[1:])[counted], reduction="none"))
+    mean = lambda parts: float(torch.cat(parts).mean())  # noqa: E731
     for size in (1, 3):
-        found = divergence(tuned, batches(TEXT, size, CPU))
-        assert found.kl_nats_per_token == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
-        assert found.top1_agreement == pytest.approx(float(torch.cat(agreed).mean()))
-        assert found.tokens == sum(len(ids) - 1 for ids in TEXT)
-    assert found.kl_nats_per_token > 0.01
+        found = compare(Contrast(tuned), on(TEXT, size, labels))
+        assert found.kl.value == pytest.approx(mean(kl), rel=1e-4)
+        assert found.top1_agreement.value == pytest.approx(mean(agreed))
+        assert found.loss.base.value == pytest.approx(mean(losses[0]), rel=1e-5)
+        assert found.loss.tuned.value == pytest.approx(mean(losses[1]), rel=1e-5)
+        assert found.loss.change.value == pytest.approx(mean(losses[1]) - mean(losses[0]), abs=1e-5)
+        assert (found.tokens, found.texts) == (sum(len(ids) - 2 for ids in TEXT), 3), "one has no token that counts"
+    assert found.kl.low <= found.kl.value <= found.kl.high and found.kl.value > 0.01
 
 
-def test_without_a_change_nothing_is_forgotten(base: LoadedModel, tiny_folder: Path) -> None:
+def test_two_models_are_compared_as_an_adapter_is(tuned, base: LoadedModel, tiny_folder: Path) -> None:
+    other = load_model(ModelSection(model_name_or_path=str(tiny_folder)), Hardware(CPU, torch.float32, "a test"))
+    as_adapter, as_two = compare(Contrast(tuned), on(TEXT, 2)), compare(Contrast(base.model, other.model), on(TEXT, 2))
+    assert as_two.kl.value == pytest.approx(as_adapter.kl.value, rel=1e-5), "the base model carries the adapter"
+    assert as_two.loss.base.value == pytest.approx(as_adapter.loss.base.value, rel=1e-5)
+
+
+def test_a_trained_head_does_not_answer_for_the_base(tiny_folder: Path) -> None:
+    loaded = load_model(ModelSection(model_name_or_path=str(tiny_folder)), Hardware(CPU, torch.float32, "a test"))
+    loaded.model.config.tie_word_embeddings = False
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(loaded.model, config).eval()
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
+    found = compare(Contrast(model), on(TEXT, 2))
+    with model.disable_adapter():
+        expected = mean_loss(model.get_base_model(), batches(TEXT, 2, CPU))
+    assert found.loss.base.value == pytest.approx(expected, rel=1e-5)
+    assert found.kl.value > 0.01
+
+
+def test_models_of_different_vocabularies_are_refused(base: LoadedModel) -> None:
+    with pytest.raises(UserError, match="their predictions cannot be compared"):
+        Contrast(gemma2(), base.model)
+    with pytest.raises(ValueError, match="two models"):
+        Contrast(base.model)
+
+
+def test_without_a_change_nothing_is_forgotten(tiny_folder: Path) -> None:
     fresh = load_model(ModelSection(model_name_or_path=str(tiny_folder)), Hardware(CPU, torch.float32, "a test"))
-    found = divergence(attach_adapter(fresh, AdapterSection(r=4), seed=0).eval(), batches(TEXT, 2, CPU))
-    assert (found.kl_nats_per_token, found.top1_agreement) == (0.0, 1.0)
+    found = compare(Contrast(attach_adapter(fresh, AdapterSection(r=4), seed=0)), on(TEXT, 2))
+    assert (found.kl.value, found.top1_agreement.value, found.loss.change.value) == (0.0, 1.0, 0.0)
 
 
 def gemma2() -> Gemma2ForCausalLM:
@@ -134,19 +185,83 @@ def test_the_packaged_text_is_plain_and_has_its_sources_beside_it() -> None:
 
 
 def test_answers_are_the_models_own_whatever_stands_beside_them_in_a_batch(tuned, base: LoadedModel) -> None:
-    examples = [Completion("a test", "ab" * length, "x") for length in (9, 2, 5)]
-    together = answer_all(tuned, base.tokenizer, examples, 8, batch_size=3)
-    alone = [answer_all(tuned, base.tokenizer, [example], 8, batch_size=1)[0] for example in examples]
-    assert together == alone
-    for example, answer in zip(examples, together, strict=True):
-        ids = base.tokenizer(example.prompt)["input_ids"]
+    prompts = [base.tokenizer("ab" * length)["input_ids"] for length in (9, 2, 5)]
+    model = tuned.get_base_model()
+    together = greedy_answers(model, base.tokenizer, prompts, 8, batch_size=3)
+    assert together == [greedy_answers(model, base.tokenizer, [prompt], 8, batch_size=1)[0] for prompt in prompts]
+    for ids, answer in zip(prompts, together, strict=True):
+        ids = list(ids)
+        length = len(ids)
         for _ in range(8):
             ids.append(int(full_logits(tuned, ids)[-1].argmax()))
             if ids[-1] == base.tokenizer.eos_token_id:
                 break
-        assert answer.answer == base.tokenizer.decode(ids[len(example.prompt) :], skip_special_tokens=True)
+        assert answer == base.tokenizer.decode(ids[length:], skip_special_tokens=True)
 
 
-def test_exact_match_forgives_white_space_around_and_nothing_else() -> None:
-    answers = [Answer("q", answer, '{"a": 1}') for answer in ('{"a": 1}', ' {"a": 1}\n', '{"a":1}', "")]
-    assert exact_match(answers) == 0.5
+def test_both_models_answer_and_only_the_task_is_scored(tuned, base: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("what is it?\n\nand this?\n", encoding="utf-8")
+    questions = task_questions([Completion("a test", "abab", "x"), Completion("a test", "cd", "y")])
+    questions += general_questions(path, base.tokenizer)
+    section = EvaluationSection(metric="regex", metric_pattern=".", max_new_tokens=4)
+    answers = answer_both(Contrast(tuned), base.tokenizer, questions, section, lambda answer, reference: 0.25)
+    assert [(a.kind, a.asked, a.reference) for a in answers] == [
+        ("task", "abab", "x"),
+        ("task", "cd", "y"),
+        ("general", "what is it?", None),
+        ("general", "and this?", None),
+    ]
+    assert [a.tuned_score for a in answers] == [0.25, 0.25, None, None]
+    prompt = base.tokenizer.apply_chat_template(answers[2].prompt, add_generation_prompt=True)["input_ids"]
+    with tuned.disable_adapter():
+        [expected] = greedy_answers(tuned.get_base_model(), base.tokenizer, [prompt], 4, 1)
+    assert answers[2].base == expected
+    found = mean_score(answers, "regex")
+    assert (found.answers, found.score.base.value, found.score.change.value) == (2, 0.25, 0.0)
+    assert mean_score(answers[2:], "regex") is None
+
+
+def test_there_are_packaged_prompts_for_models_with_and_without_chats(base: LoadedModel, tmp_path: Path) -> None:
+    with_chats = general_questions(GENERAL_PROMPTS, base.tokenizer)
+    plain = general_questions(GENERAL_PROMPTS, AutoTokenizer.from_pretrained(save_tiny_model(tmp_path, chat=False)))
+    assert len(with_chats) == len(plain) == 6
+    assert with_chats[0].example.prompt == [{"role": "user", "content": plain[0].example.prompt}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "reference", "score"),
+    [
+        ({"metric": "exact_match"}, ' {"a": 1}\n', '{"a": 1}', 1),
+        ({"metric": "exact_match"}, '{"a":1}', '{"a": 1}', 0),
+        ({"metric": "exact_match"}, "", '{"a": 1}', 0),
+        ({"metric": "regex"}, "3 and 4 are 7", "the sum is 7.", 1),
+        ({"metric": "regex"}, "3 and 4 are 8", "the sum is 7.", 0),
+        ({"metric": "regex"}, "nothing", "nothing", 0),
+        ({"metric": "regex", "metric_pattern": r"#### (\S+)"}, "7 #### 8", "so #### 8", 1),
+        ({"metric": "regex", "metric_pattern": r"#### (\S+)"}, "#### 8 #### 9", "so #### 8", 0),
+    ],
+)
+def test_answers_are_scored_as_the_recipe_says(settings: dict, answer: str, reference: str, score: float) -> None:
+    assert make_scorer(EvaluationSection(**settings), allow_code=False)(answer, reference) == score
+
+
+def test_a_users_function_scores_only_where_code_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "metric.py"
+    path.write_text(
+        "def half(answer, reference): return 0.5\ndef much(answer, reference): return 2\n"
+        "def bad(answer, reference): return answer.nothing\n"
+    )
+    function = lambda name: EvaluationSection(metric="function", metric_function=f"{path}:{name}")  # noqa: E731
+    with pytest.raises(UserError, match="runs the Python in .*metric.py"):
+        make_scorer(function("half"), allow_code=False)
+    assert make_scorer(function("half"), allow_code=True)("a", "b") == 0.5
+    with pytest.raises(RunFailed, match="gave 2.0, which is no score between 0 and 1"):
+        make_scorer(function("much"), allow_code=True)("a", "b")
+    with pytest.raises(RunFailed, match="bad in .*metric.py failed on the answer 'a'"):
+        make_scorer(function("bad"), allow_code=True)("a", "b")
+    with pytest.raises(UserError, match="cannot load gone from"):
+        make_scorer(function("gone"), allow_code=True)
+    path.write_text("def half(:")
+    with pytest.raises(UserError, match="SyntaxError"):
+        make_scorer(function("half"), allow_code=True)

@@ -1,0 +1,89 @@
+"""What an evaluation found, as a table: the same after a run and for any adapter."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from folora_q.cli.console import out, visible
+from folora_q.runs.results import AnswerResult, Change, Estimate, Evaluation, HarnessResult
+
+ANSWER_LENGTH = 200
+
+
+def print_evaluation(found: Evaluation, title: str) -> None:
+    """One section for the task, one for the base's own text, one for general text, each with 95 % intervals."""
+    table = Table(title=escape(visible(title)), title_justify="left")
+    table.add_column("held-out text")
+    for heading in ("base", "tuned", "change", "95 % interval"):
+        table.add_column(heading, justify="right")
+
+    def add(label: str, change: Change, form: str, lower_is_better: bool) -> None:
+        good = (change.change.value < 0) == lower_is_better
+        colour = "" if change.change.value == 0 else "green" if good else "yellow"
+        table.add_row(
+            escape(visible(label)),
+            format(change.base.value, form),
+            format(change.tuned.value, form),
+            _coloured(f"{change.change.value:+{form}}", colour),
+            _interval(change.change, f"+{form}"),
+        )
+
+    def add_kl(label: str, kl: Estimate, agreement: Estimate) -> None:
+        table.add_row(label, "0", f"{kl.value:.4f}", f"[yellow]{kl.value:+.4f}[/]", _interval(kl, "+.4f"))
+        lost = agreement.value - 1
+        table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
+
+    for text in found.of_kind("task"):
+        add("task: loss, nats per token", text.loss, ".4f", True)
+    if found.score is not None:
+        add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
+    table.add_section()
+    for text in found.of_kind("own"):
+        add_kl(f"{text.name}: KL", text.kl, text.top1_agreement)
+    table.add_section()
+    for text in found.of_kind("general"):
+        add(f"{text.name}: loss (forgetting)", text.loss, ".4f", True)
+    out.print(table)
+
+
+def print_harness(found: list[HarnessResult]) -> None:
+    """Base and tuned side by side, with the standard error of their difference where it is known."""
+    table = Table(title="lm-eval-harness", title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    for heading in ("base", "tuned", "change"):
+        table.add_column(heading, justify="right")
+    for row in found:
+        change = row.tuned - row.base
+        colour = "" if change == 0 else "green" if (change > 0) == row.higher_is_better else "yellow"
+        table.add_row(
+            escape(visible(row.task)),
+            escape(visible(row.metric)),
+            _with_error(row.base, row.base_stderr),
+            _with_error(row.tuned, row.tuned_stderr),
+            _coloured(_with_error(change, row.change_stderr, "+"), colour),
+        )
+    out.print(table)
+
+
+def print_answer(answer: AnswerResult) -> None:
+    """What was asked, and what both say, each on one line."""
+    said = (("asked", answer.asked), ("base", answer.base), ("tuned", answer.tuned))
+    out.print()
+    for name, text in said:
+        line = " ".join(text.split())
+        line = line if len(line) <= ANSWER_LENGTH else f"{line[:ANSWER_LENGTH]} …"
+        out.print(f"[bold]{name:6}[/] {escape(visible(line))}", soft_wrap=True)
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"[dim]{estimate.low:{form}} to {estimate.high:{form}}[/]"
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _coloured(text: str, colour: str) -> str:
+    return f"[{colour}]{text}[/]" if colour else text

@@ -1,0 +1,93 @@
+"""Base and tuned model on the same text: the loss of both, and how far their predictions are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from folora_q.data.tokens import IGNORED, Batch
+from folora_q.evaluation.bootstrap import Tally, change, estimate
+from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.logits import check_head, chunks, head_logits, hidden_states
+from folora_q.runs.results import TextKind, TextResult
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Text that is only ever measured on: neither trained on nor used for statistics.
+
+    Attributes:
+        batches: a text's tokens that have a label are the predictions that count.
+    """
+
+    name: str
+    kind: TextKind
+    batches: Sequence[Batch]
+
+
+def compare(
+    contrast: Contrast, text: HeldOutText, on_progress: Callable[[int], None] = lambda batches: None
+) -> TextResult:
+    """Losses of both models, KL(base ‖ tuned) and top-1 agreement, as means over the text's labelled tokens.
+
+    On text that the base model sampled, the mean KL is an unbiased estimate of the divergence over all that it writes.
+    Memory is for the hidden states of one batch, and the logits of both models at a few positions.
+    """
+    sums, counts = _tally(contrast, text.batches, on_progress)
+    base_loss, tuned_loss, kl, agreed = (Tally(row, counts) for row in sums)
+    return TextResult(
+        name=text.name,
+        kind=text.kind,
+        texts=len(counts),
+        tokens=int(counts.sum()),
+        loss=change(base_loss, tuned_loss),
+        kl=estimate(kl),
+        top1_agreement=estimate(agreed),
+    )
+
+
+def _tally(
+    contrast: Contrast, batches: Iterable[Batch], on_progress: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over each text's tokens, (4, n): loss of base and of tuned, KL, agreement; and the tokens' number, (n,)."""
+    all_sums: list[Tensor] = []
+    all_counts: list[Tensor] = []
+    contrast.eval()
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            if number == 0:
+                with contrast.base() as base:
+                    check_head(base, batch.input_ids)
+            targets = batch.labels[:, 1:]
+            counted = targets != IGNORED
+            inputs = batch.input_ids, batch.attention_mask
+            with contrast.base() as base:
+                of_base = hidden_states(base, *inputs)[:, :-1][counted]
+            with contrast.tuned() as tuned:
+                of_tuned = hidden_states(tuned, *inputs)[:, :-1][counted]
+            wanted, owners = targets[counted], counted.nonzero()[:, 0].cpu()
+            sums = torch.zeros(4, len(targets), dtype=torch.float64)
+            for part in chunks(len(wanted)):
+                with contrast.base(head_only=True) as base:
+                    log_p = log_softmax(head_logits(base, of_base[part]), dim=-1)
+                with contrast.tuned() as tuned:
+                    log_q = log_softmax(head_logits(tuned, of_tuned[part]), dim=-1)
+                sums.index_add_(1, owners[part], _at_tokens(log_p, log_q, wanted[part]).double().cpu())
+            all_sums.append(sums)
+            all_counts.append(counted.sum(1).double().cpu())
+            on_progress(1)
+    sums, counts = torch.cat(all_sums, 1), torch.cat(all_counts)
+    said = counts > 0  # a row may have nothing but tokens that do not count
+    return sums[:, said].numpy(), counts[said].numpy()
+
+
+def _at_tokens(log_p: Tensor, log_q: Tensor, wanted: Tensor) -> Tensor:
+    """(4, n): loss of base, loss of tuned, KL(p ‖ q) and agreement at n positions, from (n, vocabulary)."""
+    losses = [-log.gather(-1, wanted[:, None])[:, 0] for log in (log_p, log_q)]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return torch.stack([*losses, kl, (log_p.argmax(-1) == log_q.argmax(-1)).to(kl)])

@@ -1,0 +1,186 @@
+"""Where the model moved: how far each layer's output is from the base's, on text, E‖ΔW x‖² / E‖W x‖².
+
+Measured on the base's own activations x, so that a layer shows its own change and not that of the layers before it;
+and predicted from the gates' sketches, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), which needs no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from folora_q.core import SpectralGate
+from folora_q.data.tokens import Batch
+from folora_q.evaluation.contrast import Contrast
+from folora_q.models.adapters import AdapterPair
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One linear layer: the module that computes W x in the base, and ΔW x as a function of x (..., d) -> (..., o)."""
+
+    layer: nn.Module
+    delta: Callable[[Tensor, Tensor], Tensor]  # of x and of the layer's output
+
+
+def layer_changes(contrast: Contrast) -> dict[str, LayerChange]:
+    """Every linear layer that an adapter changes, or that both of two models have, but for the head."""
+    if contrast.adapted is not None:
+        return {
+            _bare(name): LayerChange(module.get_base_layer(), _adapter_delta(module))
+            for name, module in contrast.adapted.named_modules()
+            if isinstance(module, BaseTunerLayer) and _is_linear(module.get_base_layer())
+        }
+    theirs = dict(contrast.other.named_modules())
+    head = contrast.model.get_output_embeddings()
+    return {
+        name: LayerChange(theirs[name], lambda x, out, module=module: module(x).float() - out.float())
+        for name, module in contrast.model.named_modules()
+        if _is_linear(module) and module is not head and _is_linear(theirs.get(name))
+    }
+
+
+def measured_drift(
+    contrast: Contrast, text: Iterable[Batch], on_progress: Callable[[int], None] = lambda batches: None
+) -> dict[str, float]:
+    """E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 for a layer that none reached."""
+    changes = layer_changes(contrast)
+    contrast.eval()
+    totals: dict[str, Tensor] = {}
+    with torch.no_grad(), contrast.base() as base, _watching(changes, totals) as mask:
+        for batch in text:
+            mask[0] = batch.attention_mask.bool()
+            base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+            on_progress(1)
+    return {name: _ratio(totals.get(name)) for name in changes}
+
+
+def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGate]) -> dict[str, dict[str, float]]:
+    """The same by layer for the texts that the gates were made of: {"own": ..., "task": ...}.
+
+    ‖BAx‖² needs BᵀB and AΣAᵀ, both r x r; W is decoded from its 4 bits, one layer at a time.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for pair in pairs:
+        gate = gates[pair.name]
+        weight = dequantize_module_weight(pair.module.get_base_layer()).float()
+        if isinstance(pair.module.get_base_layer(), Conv1D):
+            weight = weight.T
+        gram_b = (pair.b.detach().T @ pair.b.detach()).double().cpu() * pair.scale**2
+        penalty, utility = gate.forms(pair.a.detach())
+        found[pair.name] = {
+            "own": float((gram_b * penalty).sum() / gate.penalty(weight)),
+            "task": float((gram_b * utility).sum() / gate.utility(weight)),
+        }
+    return found
+
+
+def update_norm(module: nn.Module) -> float | None:
+    """‖ΔW‖ of a LoRA layer, from r x r products; None for other kinds."""
+    if not isinstance(module, LoraLayer) or not _is_plain(module):
+        return None
+    total = 0.0
+    factors = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
+    for b1, a1 in factors:  # ‖Σ BᵢAᵢ‖² = Σᵢⱼ tr(BᵢᵀBⱼ AⱼAᵢᵀ)
+        for b2, a2 in factors:
+            total += float(((b1.T @ b2) * (a1 @ a2.T)).sum())
+    return max(total, 0.0) ** 0.5
+
+
+def adapted_layers(model: PeftModel) -> dict[str, nn.Module]:
+    """The adapted linear layers by name."""
+    return {
+        _bare(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and _is_linear(module.get_base_layer())
+    }
+
+
+def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """s B (o, r) and A (r, d) in float64."""
+    b, a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+    return b.detach().double() * module.scaling[adapter], a.detach().double()
+
+
+def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]:
+    if isinstance(module, LoraLayer) and _is_plain(module):
+
+        def product(x: Tensor, _: Tensor) -> Tensor:
+            total = x.new_zeros((), dtype=torch.float32)
+            for adapter in module.active_adapters:
+                if adapter in module.lora_A:
+                    a, b = module.lora_A[adapter], module.lora_B[adapter]
+                    rows = nn.functional.linear(x.float(), a.weight.float())
+                    total = total + nn.functional.linear(rows, b.weight.float()) * module.scaling[adapter]
+            return total
+
+        return product
+
+    def difference(x: Tensor, out: Tensor) -> Tensor:
+        """Of any other kind, as precise as the compute dtype: the layer with its adapter on, minus without."""
+        module.enable_adapters(True)
+        try:
+            return module.forward(x).float() - out.float()
+        finally:
+            module.enable_adapters(False)
+
+    return difference
+
+
+def _is_plain(module: LoraLayer) -> bool:
+    """Whether its change is s B A and nothing else (no DoRA, no bias)."""
+    return not getattr(module, "lora_variant", None) and not any(getattr(module, "lora_bias", {}).values())
+
+
+def _ratio(sums: Tensor | None) -> float:
+    moved, output = (0.0, 0.0) if sums is None else sums.tolist()
+    return moved / output if output else 0.0
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+@contextmanager
+def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+    """While this lasts, adds (Σ‖ΔWx‖², Σ‖Wx‖²) of every forward pass to `totals`; yields the token mask's place."""
+    mask: list[Tensor] = [torch.empty(0)]
+    busy: list[str] = []
+
+    def look(name: str, change: LayerChange, x: Tensor, out: Tensor) -> None:
+        if busy:  # the change itself calls the layer
+            return
+        busy.append(name)
+        try:
+            moved = change.delta(x, out)
+        finally:
+            busy.clear()
+        bias = getattr(change.layer, "bias", None)
+        plain = out.float() if bias is None else out.float() - bias.float()
+        if mask[0].shape == x.shape[:-1]:  # experts are given tokens picked out of the batch
+            moved, plain = moved.expand_as(plain)[mask[0]], plain[mask[0]]
+        sums = torch.stack([y.square().sum(dtype=torch.float64) for y in (moved, plain)])
+        totals[name] = totals[name] + sums if name in totals else sums
+
+    handles = [
+        change.layer.register_forward_hook(lambda _, args, out, n=name, c=change: look(n, c, args[0], out))
+        for name, change in changes.items()
+    ]
+    try:
+        yield mask
+    finally:
+        for handle in handles:
+            handle.remove()

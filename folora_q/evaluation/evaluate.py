@@ -1,0 +1,160 @@
+"""The whole evaluation of a tuned model against its base: what it is measured on, and the measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.formats import Example, Text
+from folora_q.data.tokens import Batch, batches
+from folora_q.data.windows import crops
+from folora_q.evaluation.compare import HeldOutText, compare
+from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.drift import adapted_layers, measured_drift, update_norm
+from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
+from folora_q.evaluation.task import (
+    GENERAL_PROMPTS,
+    Question,
+    Scorer,
+    answer_both,
+    general_questions,
+    mean_score,
+    task_questions,
+)
+from folora_q.progress import Clock
+from folora_q.recipe.schema import EvaluationSection
+from folora_q.runs.results import AnswerResult, LayerResult, ScoreResult, TextResult
+
+# General text is read in windows of so many tokens, or fewer if training is shorter.
+GENERAL_WINDOW = 256
+# Without a metric, so many held-out prompts are answered, to be read.
+SAMPLE_ANSWERS = 4
+# Drift is a ratio of sums over thousands of tokens, so few texts do.
+DRIFT_TEXTS = 32
+
+Sequences = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model is measured on.
+
+    Attributes:
+        texts: compared for loss and predictions.
+        questions: answered.
+        drift: the texts of some kinds again, on which the layers' outputs are compared.
+    """
+
+    texts: list[HeldOutText]
+    questions: list[Question]
+    drift: dict[str, list[Batch]]
+
+
+def held_out(
+    tokenizer: Tokenizer,
+    section: EvaluationSection,
+    device: torch.device,
+    *,
+    own: Sequences,
+    own_seed: int,
+    task: tuple[Sequences, Sequences] = ((), ()),
+    examples: Sequence[Example] = (),
+    max_length: int = GENERAL_WINDOW,
+) -> HeldOut:
+    """Gather it.
+
+    Args:
+        own: texts that the base sampled, from their start; they are measured so, and cut from their middle.
+        own_seed: where they are cut.
+        task: input ids and labels of the held-out rows; examples: what these were made of.
+        max_length: the longest sequence that the model is meant to see.
+
+    Raises:
+        UserError: a text file cannot be read, or is too short.
+    """
+    size = section.batch_size
+    ids, labels = task
+    cut = crops(own, own_seed)
+    texts = [HeldOutText("task", "task", list(batches(ids, size, device, labels)))] if ids else []
+    if own:
+        texts.append(HeldOutText("own text", "own", list(batches(own, size, device))))
+        texts.append(HeldOutText("own text, cut", "own", list(batches(cut, size, device))))
+    window = min(GENERAL_WINDOW, max_length)
+    for name, path in general_texts(section).items():
+        windows = text_windows(path, tokenizer, window)
+        texts.append(HeldOutText(name, "general", list(batches(windows, size, device))))
+    drift = {"own": [*own[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]], "task": list(ids[:DRIFT_TEXTS])}
+    return HeldOut(
+        texts=texts,
+        questions=_questions(tokenizer, section, examples),
+        drift={kind: list(batches(sequences, size, device)) for kind, sequences in drift.items() if sequences},
+    )
+
+
+def general_texts(section: EvaluationSection) -> dict[str, Path]:
+    """The files of general text, by a name for people that no two share."""
+    if section.general_text is None:
+        return {"prose": GENERAL_TEXT}
+    paths = [Path(name) for name in section.general_text]
+    stems = [path.stem for path in paths]
+    return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
+
+
+def _questions(tokenizer: Tokenizer, section: EvaluationSection, examples: Sequence[Example]) -> list[Question]:
+    answerable = [example for example in examples if not isinstance(example, Text)]
+    few = SAMPLE_ANSWERS if section.metric == "none" else None
+    prompts = Path(section.general_prompts) if section.general_prompts else GENERAL_PROMPTS
+    chosen = answerable[: few if section.num_answers is None else section.num_answers]
+    return task_questions(chosen) + general_questions(prompts, tokenizer)
+
+
+def evaluate(
+    contrast: Contrast,
+    tokenizer: Tokenizer,
+    on: HeldOut,
+    section: EvaluationSection,
+    scorer: Scorer | None,
+    clock: Clock,
+) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
+    """Losses and predictions on every text, and the answers to every question with their mean score."""
+    contrast.eval()
+    with clock.stage("comparing losses and predictions", sum(len(text.batches) for text in on.texts)) as done:
+        texts = [compare(contrast, text, done) for text in on.texts]
+    with clock.stage("answering, as base and as tuned", 2 * len(on.questions)) as done:
+        answers = answer_both(contrast, tokenizer, on.questions, section, scorer, done)
+    return texts, mean_score(answers, section.metric), answers
+
+
+def evaluate_layers(
+    contrast: Contrast,
+    on: HeldOut,
+    clock: Clock,
+    predicted: Mapping[str, Mapping[str, float]] | None = None,
+    energy_kept: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[LayerResult]:
+    """How far every layer moved.
+
+    Args:
+        predicted: by layer, what the gates' sketches say.
+        energy_kept: by layer, the share of the steps' energy that the gate let pass.
+    """
+    measured: dict[str, dict[str, float]] = {}
+    with clock.stage("measuring how far each layer moved", sum(map(len, on.drift.values()))) as done:
+        for kind, text in on.drift.items():
+            for name, drift in measured_drift(contrast, text, done).items():
+                measured.setdefault(name, {})[kind] = drift
+    modules = {} if contrast.adapted is None else adapted_layers(contrast.adapted)
+    return [
+        LayerResult(
+            name=name,
+            drift=drift,
+            predicted=dict((predicted or {}).get(name, {})),
+            energy_kept=dict((energy_kept or {}).get(name, {})),
+            update_norm=update_norm(modules[name]) if name in modules else None,
+        )
+        for name, drift in measured.items()
+    ]
