@@ -29,8 +29,8 @@ from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import Clock, Progress, Stage
-from folora_q.proxy.cache import cache_path, read_samples, write_samples
-from folora_q.proxy.sample import ProxySample, sample_proxy
+from folora_q.proxy.cache import kept_or_sampled, write_samples
+from folora_q.proxy.sample import ProxySample
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
@@ -110,7 +110,7 @@ def _run(
     with clock.stage("loading the model in 4 bits", None):
         base = load_model(recipe.model, hardware, tokenizer)
     if data.end_of_turn is not None:
-        stop_at(base, data.end_of_turn)
+        stop_at(base.model, data.end_of_turn)
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
     manifest |= {
         "hardware": hardware.reason,
@@ -153,18 +153,7 @@ def _proxy_text(
 ) -> tuple[list[ProxySample], list[ProxySample]]:
     """Sampled text from the cache or from the model, and its held-out tail."""
     section = recipe.proxy
-    template = base.tokenizer.chat_template if section.source != "bos" else None
-    path = cache_path(base.fingerprint, str(hardware.dtype), template, section)
-    samples = read_samples(path)
-    if samples is None:
-        with clock.stage(
-            "sampling text from the base model", section.num_samples + section.num_heldout_samples
-        ) as done:
-            samples = sample_proxy(base.model, base.tokenizer, section, done)
-        write_samples(path, samples, base.tokenizer)
-        clock.note(f"sampled text kept in {path}")
-    else:
-        clock.note(f"sampled text taken from {path}")
+    samples = kept_or_sampled(base.model, base.tokenizer, base.fingerprint, str(hardware.dtype), section, clock)
     write_samples(folder.proxy, samples, base.tokenizer)
     return samples[: section.num_samples], samples[section.num_samples :]
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "recipes": "recipes",
     "validate": "validate",
     "preview": "preview",
+    "eval": "eval",
     "merge": "merge",
     "chat": "chat",
     "schema": "schema",

@@ -88,9 +88,9 @@ def load_unquantized(section: ModelSection, hardware: Hardware) -> tuple[PreTrai
     return model, _fingerprint(source, getattr(model.config, "_commit_hash", None), "16 bits")
 
 
-def stop_at(base: LoadedModel, token: int) -> None:
+def stop_at(model: PreTrainedModel, token: int) -> None:
     """Let generation stop at a token too: a chat template may end a turn otherwise than the model's configuration."""
-    config = base.model.generation_config
+    config = model.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if token not in known:
         config.eos_token_id = [known_token for known_token in known if known_token is not None] + [token]

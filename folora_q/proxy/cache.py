@@ -6,14 +6,37 @@ import hashlib
 import json
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.files import atomic_write, cache_folder
-from folora_q.proxy.sample import ProxySample
+from folora_q.progress import Clock
+from folora_q.proxy.sample import ProxySample, sample_proxy
 from folora_q.recipe.schema import ProxySection
 
 # Raised when the same settings come to mean other text.
 FORMAT = 2
+
+
+def kept_or_sampled(
+    model: PreTrainedModel, tokenizer: Tokenizer, fingerprint: str, dtype: str, section: ProxySection, clock: Clock
+) -> list[ProxySample]:
+    """The text that a model wrote before under these settings, or that it writes now.
+
+    Raises:
+        UserError, RunFailed: as `sample_proxy`.
+    """
+    template = tokenizer.chat_template if section.source != "bos" else None
+    path = cache_path(fingerprint, dtype, template, section)
+    samples = read_samples(path)
+    if samples is not None:
+        clock.note(f"sampled text taken from {path}")
+        return samples
+    with clock.stage("sampling text from the base model", section.num_samples + section.num_heldout_samples) as done:
+        samples = sample_proxy(model, tokenizer, section, done)
+    write_samples(path, samples, tokenizer)
+    clock.note(f"sampled text kept in {path}")
+    return samples
 
 
 def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section: ProxySection) -> Path:

@@ -108,7 +108,10 @@ def load_subject(
 
 def nothing_to_compare(name: str) -> UserError:
     """What to raise where there is neither an adapter to switch off nor a base."""
-    return UserError(f"{name} is no adapter, so there is nothing to compare it with", "leave out --base")
+    return UserError(
+        f"{name} is no adapter, so there is nothing to compare it with",
+        "`folora-q chat`: leave out --base; `folora-q eval`: name what it was made of with --against",
+    )
 
 
 def _instead(section: ModelSection, other: ModelSection) -> ModelSection:

@@ -1,0 +1,123 @@
+"""`folora-q eval`: what any adapter or merged model learned, and what it forgot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.markup import escape
+
+from folora_q.cli.console import out, starting, visible
+from folora_q.cli.evaluation_table import print_answer, print_evaluation, print_harness
+from folora_q.errors import UserError
+from folora_q.recipe import load_recipe
+from folora_q.runs.folder import RunFolder
+from folora_q.runs.results import Evaluation, answer_lines, to_json
+
+if TYPE_CHECKING:
+    from folora_q.evaluating import EvaluationOutcome
+
+MOST_MOVED = 3
+EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+@click.command("eval")
+@click.argument("name", metavar="WHAT", help="A run, an adapter, or a merged model: a folder or a hub id.")
+@click.option("--against", metavar="BASE", help="The base, if not the one that WHAT says it was made of.")
+@click.option(
+    "--recipe", "path", type=click.Path(path_type=Path), help="Says the task and its metric; a run has its own."
+)
+@click.option("--text", multiple=True, type=EXISTING_FILE, help="A text file for forgetting; repeatable.")
+@click.option("--samples", default=64, show_default=True, type=click.IntRange(min=4), help="Texts to sample from BASE.")
+@click.option(
+    "--bits", type=click.Choice(["4", "16"]), help="Of the weights: 4 for an adapter, 16 for a model, if unset."
+)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", help="To compute in."
+)
+@click.option("--tasks", metavar="NAMES", help="lm-eval tasks, separated by commas; needs folora-q[eval].")
+@click.option("--tasks-folder", type=click.Path(path_type=Path), help="lm-eval tasks of your own; their code is run.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many questions of each lm-eval task.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each lm-eval question.")
+@click.option("--chat", "as_chat", is_flag=True, help="Ask lm-eval's questions through the chat template.")
+@click.option("--output", type=click.Path(path_type=Path), help="A new folder for the numbers and answers.")
+@click.option("--allow-code", is_flag=True, help="Run the Python file that evaluation.metric_function names.")
+@click.pass_obj
+def command(
+    settings: dict[str, bool],
+    name: str,
+    against: str | None,
+    path: Path | None,
+    text: tuple[Path, ...],
+    samples: int,
+    bits: str | None,
+    dtype: str,
+    tasks: str | None,
+    tasks_folder: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    as_chat: bool,
+    output: Path | None,
+    allow_code: bool,
+) -> None:
+    """Measure what a tuned model learned and what it forgot: WHAT against its base.
+
+    WHAT may come from any trainer: a run of folora-q, a PEFT adapter, or a merged model. Without a run's own, the base
+    writes some text itself, and the divergence from it is measured there.
+    """
+    recipe = None if path is None else load_recipe(path)
+    if output is not None and output.exists():
+        raise UserError(f"{output} is there already", "name another folder with --output")
+    with starting(settings["debug"]) as progress:
+        from folora_q.evaluating import EvaluationRequest, HarnessRequest, run_evaluation
+    harness = None
+    if tasks:
+        names = [task.strip() for task in tasks.split(",") if task.strip()]
+        harness = HarnessRequest(names, tasks_folder, limit, num_fewshot, as_chat)
+    request = EvaluationRequest(
+        name=name,
+        against=against,
+        recipe=recipe,
+        general_text=text,
+        samples=samples,
+        bits=None if bits is None else int(bits),
+        dtype=dtype,
+        allow_code=allow_code,
+        harness=harness,
+    )
+    outcome = run_evaluation(request, progress)
+    _print_outcome(outcome)
+    if output is not None:
+        _write(outcome, output)
+        out.print(
+            f"\n[bold]Next[/]\n  [dim]# the same as one page[/]\n  [cyan]folora-q report {escape(str(output))}[/]"
+        )
+
+
+def _print_outcome(outcome: EvaluationOutcome) -> None:
+    found = outcome.evaluation
+    print_evaluation(found, f"{found.tuned} against {found.base}")
+    if found.harness:
+        print_harness(found.harness)
+    _print_layers(found)
+    for answer in [a for a in outcome.answers if a.kind == "task"][:1] + [
+        a for a in outcome.answers if a.kind == "general"
+    ][:1]:
+        print_answer(answer)
+
+
+def _print_layers(found: Evaluation) -> None:
+    moved = sorted(found.layers, key=lambda layer: -layer.drift.get("own", 0.0))[:MOST_MOVED]
+    if moved:
+        named = ", ".join(f"{escape(visible(layer.name))} ({layer.drift.get('own', 0.0):.2g})" for layer in moved)
+        out.print(f"moved most on the base's own text, E‖ΔWx‖²/E‖Wx‖²: {named}", soft_wrap=True)
+
+
+def _write(outcome: EvaluationOutcome, output: Path) -> None:
+    output.mkdir(parents=True)
+    folder = RunFolder(output)
+    folder.evaluation.write_text(to_json(outcome.evaluation), encoding="utf-8")
+    folder.write_lines(folder.answers, answer_lines(outcome.answers))
+    stages = [vars(stage) for stage in outcome.stages]
+    folder.write_manifest({"status": "evaluation", "stages": stages})
