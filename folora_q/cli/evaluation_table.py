@@ -41,6 +41,7 @@ def print_evaluation(found: Evaluation, title: str) -> None:
     table.add_section()
     for text in found.of_kind("own"):
         add_kl(f"{text.name}: KL", text.kl, text.top1_agreement)
+        add("  loss", text.loss, ".4f", True)
     table.add_section()
     for text in found.of_kind("general"):
         add(f"{text.name}: loss (forgetting)", text.loss, ".4f", True)

@@ -115,13 +115,14 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
     if isinstance(module, LoraLayer) and _is_plain(module):
 
         def product(x: Tensor, _: Tensor) -> Tensor:
-            total = x.new_zeros((), dtype=torch.float32)
+            total: Tensor | None = None
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:
                     a, b = module.lora_A[adapter], module.lora_B[adapter]
-                    rows = nn.functional.linear(x.float(), a.weight.float())
-                    total = total + nn.functional.linear(rows, b.weight.float()) * module.scaling[adapter]
-            return total
+                    rows = nn.functional.linear(x.float(), a.weight.float()) * module.scaling[adapter]
+                    moved = nn.functional.linear(rows, b.weight.float())
+                    total = moved if total is None else total + moved
+            return torch.zeros_like(x[..., :1]) if total is None else total
 
         return product
 
@@ -139,6 +140,11 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
 def _is_plain(module: LoraLayer) -> bool:
     """Whether its change is s B A and nothing else (no DoRA, no bias)."""
     return not getattr(module, "lora_variant", None) and not any(getattr(module, "lora_bias", {}).values())
+
+
+def _energy(y: Tensor) -> Tensor:
+    """‖y‖² over the last dimension, without a copy of y."""
+    return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).square()
 
 
 def _ratio(sums: Tensor | None) -> float:
@@ -169,10 +175,10 @@ def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> 
         finally:
             busy.clear()
         bias = getattr(change.layer, "bias", None)
-        plain = out.float() if bias is None else out.float() - bias.float()
+        energies = torch.stack([_energy(moved), _energy(out if bias is None else out - bias)])  # (2, ...) by token
         if mask[0].shape == x.shape[:-1]:  # experts are given tokens picked out of the batch
-            moved, plain = moved.expand_as(plain)[mask[0]], plain[mask[0]]
-        sums = torch.stack([y.square().sum(dtype=torch.float64) for y in (moved, plain)])
+            energies = energies * mask[0]
+        sums = energies.flatten(1).sum(1, dtype=torch.float64)
         totals[name] = totals[name] + sums if name in totals else sums
 
     handles = [
