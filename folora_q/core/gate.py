@@ -13,6 +13,7 @@ Source: FoLoRA (arXiv 2606.00132) section 3 for quotient and gate; docs/method.m
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,14 +121,14 @@ class SpectralGate:
         )
 
     def _set_values(self) -> None:
-        self.values = self._gate(self.quotients)
-        self.complement_value = float(self._gate(torch.tensor(self.complement_quotient, dtype=torch.float64)))
+        self.values = self.gate_of(self.quotients)
+        self.complement_value = float(self.gate_of(torch.tensor(self.complement_quotient, dtype=torch.float64)))
         # M = V diag(s - s_c) V⁻¹ inside the basis, with V⁻¹ = VᵀH; zero, exactly, when all values are equal.
         core = (self.vectors * (self.values - self.complement_value)) @ (self.vectors.T @ self._metric)
         self.core = core.to(self.basis)
 
-    def _gate(self, quotients: Tensor) -> Tensor:
-        """s(γ), written in γ/λ so that large sharpness neither overflows nor divides infinity by infinity."""
+    def gate_of(self, quotients: Tensor) -> Tensor:
+        """s(γ) of any quotients, written in γ/λ so that a large sharpness neither overflows nor gives ∞/∞."""
         if self.gate_lambda == 0:
             return torch.ones_like(quotients)
         odds = (quotients / self.gate_lambda).pow(self.sharpness)
@@ -210,13 +211,7 @@ class SpectralGate:
             raise ValueError("A holds a NaN or an infinity")
         gram = (a @ a.T).double().cpu()
         penalty, utility = self.forms(a)
-        penalty, utility = penalty + self.ridge * gram, utility + self.utility_ridge * gram
-        jitter = RANK_JITTER * penalty.diagonal().mean() + torch.finfo(torch.float64).tiny
-        penalty = penalty + jitter * torch.eye(a.shape[0], dtype=torch.float64)
-        quotients, vectors = generalized_eigenproblem(utility, penalty)
-        # A step's row b has coordinates VᵀHb, so the gated row is bᵀ (V diag(s) VᵀH)ᵀ; around I, exact where s = 1.
-        change = penalty @ (vectors * (self._gate(quotients) - 1)) @ vectors.T
-        return (torch.eye(a.shape[0], dtype=torch.float64) + change).to(a)
+        return rank_gates(penalty + self.ridge * gram, utility + self.utility_ridge * gram, self.gate_of).to(a)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the gate is made of: tensors and numbers, fit for safetensors or `weights_only` loading."""
@@ -237,6 +232,22 @@ class SpectralGate:
     def from_state_dict(cls, state: dict[str, Any]) -> SpectralGate:
         """The gate again; bit for bit the same on the same machine."""
         return cls(**state)
+
+
+def rank_gates(penalty: Tensor, utility: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """K = V diag(s) V⁻¹, transposed for steps of B from the left, of (..., r, r) forms in float64.
+
+    Args:
+        penalty, utility: A (Σp + τI) Aᵀ and A (Σt + τI) Aᵀ.
+        gate_of: s(γ) of quotients (..., r).
+    """
+    identity = torch.eye(penalty.shape[-1], dtype=torch.float64)
+    jitter = RANK_JITTER * penalty.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(torch.float64).tiny
+    penalty = penalty + jitter[..., None, None] * identity
+    quotients, vectors = generalized_eigenproblem(utility, penalty)
+    # A step's row b has coordinates VᵀHb, so the gated row is bᵀ (V diag(s) VᵀH)ᵀ; around I, exact where s = 1.
+    change = penalty @ (vectors * (gate_of(quotients) - 1)[..., None, :]) @ vectors.mT
+    return identity + change
 
 
 def _normalized(gram: Tensor, covariance: LowRankCovariance) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from folora_q.core.gate import SpectralGate
+from folora_q.core.stack import stacks
 
 Adapter = tuple[Tensor, Tensor, SpectralGate]  # A (r, d), B (o, r), the gate of the input space d
 
@@ -52,18 +53,21 @@ class GatedOptimizer(Optimizer):
         self.adapters = list(adapters)
         self.gate_a, self.gate_b, self.refresh_every = gate_a, gate_b, refresh_every
         self.steps_taken = 0
+        self.stacks = stacks([gate for _, _, gate in self.adapters], [a.shape[0] for a, _, _ in self.adapters])
         self.rank_gates: list[Tensor] = []
-        # ‖step‖² and ‖gated step‖² (columns) of A and of B (rows), summed over the steps at which K was refreshed.
-        self.energy = [torch.zeros(2, 2, device=a.device) for a, _, _ in self.adapters]
+        # ‖step‖² and ‖gated step‖² (rows) of every A and B (columns), summed over the steps at which K was refreshed.
+        devices = {a.device for a, _, _ in self.adapters}
+        self.energy = torch.zeros(2, 2, len(self.adapters), device=devices.pop() if len(devices) == 1 else "cpu")
 
     def energy_kept(self) -> list[dict[str, float]]:
         """For each adapter the share of its steps' energy that the gate let pass, of "a" and "b" where they are gated.
 
         Taken from every `refresh_every`-th step. P is oblique, so a share can exceed 1.
         """
+        raw, kept = self.energy.tolist()
         return [
-            {factor: float(kept / raw) for factor, (raw, kept) in zip("ab", energy, strict=True) if raw > 0}
-            for energy in self.energy
+            {factor: kept[i][n] / raw[i][n] for i, factor in enumerate("ab") if raw[i][n] > 0}
+            for n in range(len(self.adapters))
         ]
 
     @property
@@ -95,23 +99,58 @@ class GatedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         refreshing = self.steps_taken % self.refresh_every == 0
+        first, second = ([adapter[factor] for adapter in self.adapters] for factor in (0, 1))
         if self.gate_b and refreshing:
-            self.rank_gates = [gate.rank_gate(a) for a, _, gate in self.adapters]
-        before = [(a.clone() if self.gate_a else None, b.clone() if self.gate_b else None)
-                  for a, b, _ in self.adapters]  # fmt: skip
+            self._solve_rank_gates(first)
+        gate_a, gate_b = (gated and bool(self.adapters) for gated in (self.gate_a, self.gate_b))
+        before_a = [a.clone() for a in first] if gate_a else []
+        before_b = [b.clone() for b in second] if gate_b else []
 
         loss = self.inner.step(closure)
 
-        for index, ((a, b, gate), (a_before, b_before)) in enumerate(zip(self.adapters, before, strict=True)):
-            energy = self.energy[index] if refreshing else None
-            if a_before is not None:
-                step = a - a_before
-                _apply(a, step, gate.correction(step), energy, 0)  # A after + (P - I) step: exact where P = I
-            if b_before is not None:
-                step = b - b_before
-                _apply(b, step, step @ self.rank_gates[index] - step, energy, 1)
+        if gate_a:
+            steps = torch._foreach_sub(first, before_a)
+            self._correct(first, steps, self._corrections_of_a(steps), 0 if refreshing else None)
+        if gate_b:
+            steps = torch._foreach_sub(second, before_b)
+            self._correct(second, steps, self._corrections_of_b(steps), 1 if refreshing else None)
         self.steps_taken += 1
         return loss
+
+    def _solve_rank_gates(self, first: list[Tensor]) -> None:
+        solved: dict[int, Tensor] = {}
+        for stack in self.stacks:
+            solved.update(zip(stack.indices, stack.rank_gates(stack.stacked(first)), strict=True))
+        self.rank_gates = [solved[index] for index in range(len(first))]
+
+    def _corrections_of_a(self, steps: list[Tensor]) -> list[Tensor]:
+        """(P - I) step of every A: exactly zero where P = I."""
+        found: dict[int, Tensor] = {}
+        for stack in self.stacks:
+            corrections = stack.correction(stack.stacked(steps))
+            found.update(zip(stack.indices, corrections.view(-1, *steps[stack.indices[0]].shape), strict=True))
+        return [found[index] for index in range(len(steps))]
+
+    def _corrections_of_b(self, steps: list[Tensor]) -> list[Tensor]:
+        """step (K - I) of every B."""
+        found: dict[int, Tensor] = {}
+        groups: dict[tuple, list[int]] = {}
+        for index, step in enumerate(steps):
+            groups.setdefault((step.shape, step.device), []).append(index)
+        for indices in groups.values():
+            taken = torch.stack([steps[index] for index in indices])
+            gated = taken @ torch.stack([self.rank_gates[index] for index in indices])
+            found.update(zip(indices, gated - taken, strict=True))
+        return [found[index] for index in range(len(steps))]
+
+    def _correct(
+        self, parameters: list[Tensor], steps: list[Tensor], corrections: list[Tensor], factor: int | None
+    ) -> None:
+        torch._foreach_add_(parameters, corrections)
+        if factor is not None:
+            gated = torch._foreach_add(steps, corrections)
+            norms = [torch.stack([n.to(self.energy) for n in torch._foreach_norm(t)]) for t in (steps, gated)]
+            self.energy[:, factor] += torch.stack(norms).square()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state with the gate's own: the step count and the r x r gates in force."""
@@ -120,7 +159,7 @@ class GatedOptimizer(Optimizer):
             "gated": {
                 "steps_taken": self.steps_taken,
                 "rank_gates": list(self.rank_gates),
-                "energy": list(self.energy),
+                "energy": self.energy,
             },
         }
 
@@ -129,18 +168,10 @@ class GatedOptimizer(Optimizer):
         gated = state_dict.pop("gated")
         self.inner.load_state_dict(state_dict)
         self.steps_taken = gated["steps_taken"]
-        self.energy = [new.to(old) for new, old in zip(gated["energy"], self.energy, strict=True)]
+        self.energy = gated["energy"].to(self.energy)
         self.rank_gates = [
             k.to(a) for k, (a, _, _) in zip(gated["rank_gates"], self.adapters, strict=bool(gated["rank_gates"]))
         ]
-
-
-def _apply(parameter: Tensor, step: Tensor, correction: Tensor, energy: Tensor | None, factor: int) -> None:
-    """Correct a step that was taken, and add its energy before and after to the account."""
-    parameter += correction
-    if energy is not None:
-        energy[factor, 0] += step.square().sum()
-        energy[factor, 1] += (step + correction).square().sum()
 
 
 class SpectralAdamW(Optimizer):

@@ -1,0 +1,94 @@
+"""Gates of equal shape, applied and solved together: a model has hundreds, and launching each costs more than it.
+
+Shapes: n gates, s adapters that share each, r rows of an A, d input features, m directions of a basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from folora_q.core.gate import SpectralGate, rank_gates
+
+
+class GateStack:
+    """n gates of equal shape, each for s adapters of rank r. Their bases become parts of one tensor, held once.
+
+    Args:
+        gates: with bases (d, m) on one device and in one dtype.
+        members: for each gate the s indices of the adapters that it gates.
+    """
+
+    def __init__(self, gates: Sequence[SpectralGate], members: Sequence[Sequence[int]]) -> None:
+        self.gates, self.members = list(gates), [list(indices) for indices in members]
+        self.basis = torch.stack([gate.basis for gate in gates])  # (n, d, m)
+        self.core = torch.stack([gate.core for gate in gates])  # (n, m, m)
+        for gate, basis, core in zip(gates, self.basis, self.core, strict=True):
+            gate.basis, gate.core = basis, core
+        shift = [gate.complement_value - 1 for gate in gates]
+        self.shift = torch.tensor(shift, device=self.basis.device, dtype=torch.float32)[:, None, None]
+        self._grams = [torch.stack([getattr(gate, name) for gate in gates])[:, None] for name in GRAMS]  # (n, 1, m, m)
+        tails = [[getattr(gate, name) for gate in gates] for name in TAILS]
+        self._tails = torch.tensor(tails, dtype=torch.float64)[:, :, None, None, None]
+        ridges = [[getattr(gate, name) for gate in gates] for name in RIDGES]
+        self._ridges = torch.tensor(ridges, dtype=torch.float64)[:, :, None, None, None]
+
+    @property
+    def indices(self) -> list[int]:
+        """All adapters, gate by gate."""
+        return [index for indices in self.members for index in indices]
+
+    def stacked(self, rows: Sequence[Tensor]) -> Tensor:
+        """(n, s r, d) of the (r, d) rows of all adapters of the model."""
+        return torch.stack([rows[index] for index in self.indices]).view(len(self.gates), -1, self.basis.shape[1])
+
+    def correction(self, steps: Tensor) -> Tensor:
+        """steps @ (P - I)ᵀ, (n, s r, d): `SpectralGate.correction` of each gate."""
+        inside = steps.to(self.basis) @ self.basis @ self.core.mT @ self.basis.mT
+        return self.shift.to(steps) * steps + inside.to(steps)
+
+    def rank_gates(self, a: Tensor) -> Tensor:
+        """(n s, r, r) for the present A's, (n, s r, d): `SpectralGate.rank_gate` of each adapter.
+
+        Raises:
+            ValueError: an A holds a NaN or an infinity.
+        """
+        if not bool(torch.isfinite(a).all()):
+            raise ValueError("A holds a NaN or an infinity")
+        shares = len(self.members[0])
+        a = a.unflatten(1, (shares, -1))  # (n, s, r, d)
+        inside = (a.to(self.basis) @ self.basis[:, None]).double().cpu()
+        gram = (a @ a.mT).double().cpu()
+        outside = gram - inside @ inside.mT
+        penalty, utility = (
+            inside @ grams @ inside.mT + tail * outside + ridge * gram
+            for grams, tail, ridge in zip(self._grams, self._tails, self._ridges, strict=True)
+        )
+        solved = rank_gates(penalty, utility, lambda quotients: torch.stack(
+            [gate.gate_of(row) for gate, row in zip(self.gates, quotients, strict=True)]))  # fmt: skip
+        return solved.flatten(0, 1).to(a)
+
+
+GRAMS = "penalty_gram", "utility_gram"
+TAILS = "penalty_tail", "utility_tail"
+RIDGES = "ridge", "utility_ridge"
+
+
+def stacks(gates: Sequence[SpectralGate], ranks: Sequence[int]) -> list[GateStack]:
+    """The gates of a model's adapters in as few stacks as their shapes allow.
+
+    Args:
+        gates: of every adapter; adapters that share one have the same object.
+        ranks: r of every adapter.
+    """
+    members: dict[tuple[int, int], list[int]] = {}
+    for index, (gate, rank) in enumerate(zip(gates, ranks, strict=True)):
+        members.setdefault((id(gate), rank), []).append(index)
+    groups: dict[tuple, list[list[int]]] = {}
+    for indices in members.values():
+        gate = gates[indices[0]]
+        key = (*gate.basis.shape, len(indices), ranks[indices[0]], gate.basis.device, gate.basis.dtype)
+        groups.setdefault(key, []).append(indices)
+    return [GateStack([gates[indices[0]] for indices in group], group) for group in groups.values()]
