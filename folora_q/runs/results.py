@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,8 +245,23 @@ def _read(path: Path, kind: Any) -> Any:
 
 def _parsed(path: Path, kind: Any, text: str) -> Any:
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return _adapter(kind).validate_json(_whole(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its beginning"
         raise UserError(f"{path} is damaged: {where}: {first['msg']}", "run it again, or `folora-q eval`") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _whole(text: str) -> str:
+    """JSON without halves of surrogate pairs, which data may hold as escapes but no text can: question marks."""
+    if "\\ud" not in text.lower():
+        return text
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+    except ValueError:
+        return text
