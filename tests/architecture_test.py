@@ -20,7 +20,7 @@ TIERS = [
     {"core", "recipe"},
     {"models", "data", "runs"},
     {"proxy", "statistics", "evaluation"},
-    {"training", "export"},
+    {"training", "export", "report"},
     {"subject"},
     {"pipeline", "merging", "chat"},
     {"cli"},

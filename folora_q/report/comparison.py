@@ -1,0 +1,165 @@
+"""Runs beside each other: at their ends, and where each of them stood when it had learned as much as the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from folora_q.report import text
+from folora_q.report.record import Run
+from folora_q.report.trajectory import Reached, at_loss, equal_loss
+from folora_q.runs.results import Estimate, Evaluation, TextResult
+
+# What a run without measurements along training lacks.
+NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to know where a run stood at another loss"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of every run.
+
+    Attributes:
+        form: how it is written; "time" and "memory" have forms of their own.
+        base: the base model's. estimates: the tuned models', None where there is none; without an interval where both
+            of its ends are the value.
+        lower_is_better: None where neither is.
+    """
+
+    label: str
+    form: str
+    base: float | None
+    estimates: list[Estimate | None]
+    lower_is_better: bool | None = True
+
+    @property
+    def best(self) -> int | None:
+        """Which run has the best number, if its interval lies apart from all others'."""
+        known = [(estimate, n) for n, estimate in enumerate(self.estimates) if estimate is not None]
+        known = [(estimate, n) for estimate, n in known if math.isfinite(estimate.value)]
+        if self.lower_is_better is None or len(known) < 2:
+            return None
+        better_first = sorted(known, key=lambda entry: entry[0].value, reverse=not self.lower_is_better)
+        (first, number), others = better_first[0], [estimate for estimate, _ in better_first[1:]]
+        apart = (first.high < other.low if self.lower_is_better else first.low > other.high for other in others)
+        return number if all(apart) else None
+
+
+@dataclass(frozen=True)
+class AtEqualLoss:
+    """Every run when it first had a task loss that all of them reached; None for one whose points do not tell."""
+
+    loss: float
+    reached: list[Reached | None]
+    base_loss: float | None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the loss lies below the base's: else one of the runs learned nothing."""
+        return self.base_loss is None or self.loss < self.base_loss
+
+
+def at_ends(runs: Sequence[Run]) -> list[Row]:
+    """What every run has at its end, a number a row; numbers that no run has are left out."""
+    evaluations = [run.evaluation for run in runs]
+    rows: list[Row] = []
+
+    def add(
+        label: str,
+        form: str,
+        base: Callable[[Evaluation], float | None],
+        tuned: Callable[[Evaluation], Estimate | None],
+        lower_is_better: bool | None = True,
+    ) -> None:
+        estimates = [None if found is None else tuned(found) for found in evaluations]
+        bases = [base(found) for found in evaluations if found is not None]
+        if any(estimate is not None for estimate in estimates):
+            known = next((value for value in bases if value is not None), None)
+            rows.append(Row(label, form, known, estimates, lower_is_better))
+
+    def of_text(name: str, pick: Callable[[TextResult], Estimate]) -> Callable[[Evaluation], Estimate | None]:
+        return lambda found: None if (result := found.text(name)) is None else pick(result)
+
+    def base_loss(name: str) -> Callable[[Evaluation], float | None]:
+        return lambda found: None if (result := found.text(name)) is None else result.loss.base.value
+
+    for name in _names(evaluations, "task"):
+        label = "task: loss" if name == "task" else f"{name}: loss"
+        add(label, ".4f", base_loss(name), of_text(name, lambda result: result.loss.tuned))
+    for metric in dict.fromkeys(found.score.metric for found in evaluations if found and found.score):
+        add(
+            f"task: {metric_name(metric)}",
+            ".1%",
+            lambda found, m=metric: found.score.score.base.value if found.score and found.score.metric == m else None,
+            lambda found, m=metric: found.score.score.tuned if found.score and found.score.metric == m else None,
+            lower_is_better=False,
+        )
+    for name in _names(evaluations, "own"):
+        add(f"{name}: KL from the base", ".4f", lambda _: 0.0, of_text(name, lambda result: result.kl))
+        agreement = of_text(name, lambda result: result.top1_agreement)
+        add(f"{name}: same top token", ".1%", lambda _: 1.0, agreement, lower_is_better=False)
+    for name in _names(evaluations, "general"):
+        add(f"{name}: rise of the loss", "+.4f", lambda _: 0.0, of_text(name, lambda result: result.loss.change))
+    add("size of the update, ‖ΔW‖", ".3g", lambda _: None, update_norm, lower_is_better=None)
+    for label, form, of in (("time", "time", total_seconds), ("peak memory", "memory", peak_bytes)):
+        numbers = [of(run) for run in runs]
+        if any(value is not None for value in numbers):
+            found = [None if value is None else Estimate(value, value, value) for value in numbers]
+            rows.append(Row(label, form, None, found, None))
+    return rows
+
+
+def at_equal_loss(runs: Sequence[Run]) -> AtEqualLoss | None:
+    """None where a run has neither an evaluation nor measurements along training."""
+    courses = [run.course for run in runs]
+    loss = equal_loss(courses)
+    if loss is None:
+        return None
+    bases = [run.task_text.loss.base.value for run in runs if run.task_text]
+    bases += [run.points[0].loss for run in runs if run.points and run.points[0].step == 0]
+    return AtEqualLoss(loss, [at_loss(course, loss) for course in courses], min(bases, default=None))
+
+
+def where(reached: Reached) -> str:
+    """How a number at equal loss is known: measured, or interpolated between two moments."""
+    moments = ["the end" if point.step is None else f"step {point.step:,}" for point in reached.between]
+    return f"interpolated, {moments[0]} to {moments[1]}" if reached.interpolated else f"measured at {moments[0]}"
+
+
+def written(value: float | None, form: str) -> str:
+    """A number of a row in its form."""
+    if value is None:
+        return text.NONE
+    if form == "time":
+        return text.wall_time(value)
+    return text.memory(int(value)) if form == "memory" else text.number(value, form)
+
+
+def metric_name(metric: str) -> str:
+    """The task's metric for people."""
+    return metric.replace("_", " ")
+
+
+def update_norm(found: Evaluation) -> Estimate | None:
+    """‖ΔW‖ over all layers."""
+    norms = [layer.update_norm for layer in found.layers if layer.update_norm is not None]
+    total = math.sqrt(sum(norm * norm for norm in norms))
+    return Estimate(total, total, total) if norms else None
+
+
+def total_seconds(run: Run) -> float | None:
+    return sum(stage.seconds for stage in run.stages) if run.stages else None
+
+
+def peak_bytes(run: Run) -> float | None:
+    return max((stage.peak_bytes for stage in run.stages if stage.peak_bytes), default=None)
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """What to call them: their folders' names, or as much of the paths as tells them apart."""
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else str(run.folder.path) for name, run in zip(names, runs, strict=True)]
+
+
+def _names(evaluations: Sequence[Evaluation | None], kind: str) -> list[str]:
+    return list(dict.fromkeys(result.name for found in evaluations if found for result in found.of_kind(kind)))

@@ -1,0 +1,193 @@
+"""The report of a run, and the page of several: one HTML file each, that needs nothing but a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from folora_q.report import comparison, text
+from folora_q.report.comparison import AtEqualLoss, at_ends, at_equal_loss, names_of
+from folora_q.report.pictures import (
+    cost_pictures,
+    course_pictures,
+    drift_pictures,
+    gate_pictures,
+    layer_pictures,
+    trade_off_pictures,
+)
+from folora_q.report.record import Run
+from folora_q.report.render import Picture, svg
+from folora_q.report.style import css_variables
+from folora_q.runs.results import AnswerResult, Estimate
+
+# Answers on a page: right, wrong and unscored ones, and answers to prompts that have nothing to do with the task.
+RIGHT, WRONG, UNSCORED, GENERAL = 3, 3, 4, 6
+# A page stays a page: the files have all of it.
+LONGEST_TABLE = 2000
+LONGEST_ANSWER = 8000
+FIRST_GLANCE = 320
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page, and its figures."""
+
+    html: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with both answers, as much as is shown of them."""
+
+    answer: AnswerResult
+    heading: str
+    asked: str
+    before: str
+
+
+def report_page(run: Run, baseline: Run | None = None) -> Page:
+    """The report of a run, finished or not, beside a baseline where there is one."""
+    runs = [run] if baseline is None else [run, baseline]
+    names = names_of(runs)
+    equal = at_equal_loss(runs) if baseline else None
+    if equal and not equal.learned:
+        equal = None
+    sections = {
+        "course": course_pictures(run) + trade_off_pictures(runs, names, equal.loss if equal else None),
+        "layers": layer_pictures(run),
+        "gates": gate_pictures(run),
+        "costs": cost_pictures(run),
+    }
+    html = (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            run=run,
+            baseline=baseline,
+            names=names,
+            ends=at_ends(runs) if baseline else [],
+            equal=equal,
+            started=_date(run.fact("started")),
+            seconds=comparison.total_seconds(run),
+            peak=comparison.peak_bytes(run),
+            figures=_figures(sections),
+            samples=samples(run.answers),
+            longest_table=LONGEST_TABLE,
+        )
+    )
+    return Page(html, [picture for pictures in sections.values() for picture in pictures])
+
+
+def comparison_page(runs: Sequence[Run], notes: Sequence[str] = ()) -> Page:
+    """Several runs of one base model beside each other.
+
+    Args:
+        notes: what a reader must know of how far they can be compared.
+    """
+    names = names_of(runs)
+    equal = at_equal_loss(runs)
+    sections = {
+        "trade_off": trade_off_pictures(runs, names, equal.loss if equal and equal.learned else None),
+        "layers": drift_pictures(runs, names),
+    }
+    html = (
+        _environment()
+        .get_template("compare.html.jinja")
+        .render(runs=runs, names=names, ends=at_ends(runs), equal=equal, notes=notes, figures=_figures(sections))
+    )
+    return Page(html, [picture for pictures in sections.values() for picture in pictures])
+
+
+def samples(answers: Sequence[AnswerResult]) -> list[Sample]:
+    """A few of them: held-out prompts that the tuned model answers right, and wrong, and general prompts."""
+    task = [answer for answer in answers if answer.kind == "task"]
+    scored = [answer for answer in task if answer.tuned_score is not None]
+    groups = [
+        ("right", [answer for answer in scored if answer.tuned_score >= 1][:RIGHT]),
+        ("not right", [answer for answer in scored if answer.tuned_score < 1][:WRONG]),
+        ("held out", [answer for answer in task if answer.tuned_score is None][:UNSCORED]),
+        ("general", [answer for answer in answers if answer.kind == "general"][:GENERAL]),
+    ]
+    return [_sample(answer, heading) for heading, group in groups for answer in group]
+
+
+def _sample(answer: AnswerResult, heading: str) -> Sample:
+    if isinstance(answer.prompt, str):
+        return Sample(answer, heading, answer.prompt, "")
+    turns = [(turn.get("role", ""), turn.get("content", "")) for turn in answer.prompt] or [("", "")]
+    before = "\n\n".join(f"{role}: {content}" for role, content in turns[:-1])
+    return Sample(answer, heading, turns[-1][1], before)
+
+
+def _figures(sections: dict[str, list[Picture]]) -> dict[str, list[tuple[Picture, Markup]]]:
+    return {name: [(picture, Markup(svg(picture))) for picture in pictures] for name, pictures in sections.items()}
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("folora_q.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: type(value)(text.readable(value)) if isinstance(value, str) else value,
+    )
+    environment.filters |= {
+        "number": text.number,
+        "short": text.short,
+        "interval": text.interval,
+        "wall_time": text.wall_time,
+        "memory": text.memory,
+        "metric": comparison.metric_name,
+        "estimate": comparison.written,
+        "where": comparison.where,
+        "beginning": lambda said: _clipped(said, FIRST_GLANCE),
+        "clipped": lambda said: _clipped(said, LONGEST_ANSWER),
+    }
+    environment.globals |= {
+        "light": Markup(css_variables(False)),
+        "dark": Markup(css_variables(True)),
+        "hint_no_trajectory": comparison.NO_TRAJECTORY,
+        "direction": direction,
+        "factor": factor,
+    }
+    return environment
+
+
+def direction(change: Estimate) -> str:
+    """What a change is in words, as far as its interval tells."""
+    if change.low <= 0 <= change.high:
+        return "did not change by more than chance can explain"
+    return "fell" if change.value < 0 else "rose"
+
+
+def factor(equal: AtEqualLoss) -> str | None:
+    """The second run's KL at equal loss in terms of the first's, where both are known and differ."""
+    first, second = ((reached.kl or 0.0) if reached else 0.0 for reached in equal.reached[:2])
+    if first <= 0 or second <= 0:
+        return None
+    more = second / first
+    return f"{text.short(more)} times" if more >= 1 else f"1/{text.short(1 / more)} of"
+
+
+def _clipped(said: str, longest: int) -> str:
+    """Its beginning, cut between words where it is much too long."""
+    if len(said) <= longest * 1.25:
+        return said
+    start = said[:longest]
+    return (start.rsplit(None, 1)[0] if len(start.split()) > 1 else start) + " …"
+
+
+def _date(started: str | None) -> str | None:
+    try:
+        when = datetime.fromisoformat(started or "")
+    except ValueError:
+        return started
+    zone = " UTC" if when.utcoffset() == timedelta(0) else ""
+    return f"{when.day} {when:%B %Y}, {when:%H:%M}{zone}"

@@ -1,0 +1,77 @@
+"""Numbers and other people's text as they are shown to people."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from folora_q.runs.results import Estimate
+
+NONE = "–"
+MINUS = "−"
+# Control characters, and halves of surrogate pairs, which no file can hold.
+UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text on one line of a figure or a terminal: what cannot be seen as its code, so that it steers nothing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def readable(text: str) -> str:
+    """Text of a page, whose lines, tabs and joined signs stay; other control characters as their codes."""
+    return UNREADABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def number(value: float | None, form: str = ".4f", signed: bool = False) -> str:
+    """With a true minus, or a dash for what is not there or not finite.
+
+    Args:
+        form: Python's, or "points": hundredths without a sign for them.
+    """
+    if value is None or not math.isfinite(value):
+        return NONE
+    sign = "+" if signed else ""
+    text = f"{100 * value:{sign}.1f}" if form == "points" else format(value, sign + form)
+    if not any(digit in "123456789" for digit in text):
+        text = text.lstrip("+-")  # no sign on a zero
+    return text.replace("-", MINUS)
+
+
+def short(value: float | None) -> str:
+    """Three digits that count: 12,300, 3.14, 0.00217, 2.2e−06."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", MINUS)
+    digits = 3 if value == 0 else max(2 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:,.{digits if value else 0}f}".replace("-", MINUS)
+
+
+def tick(value: float, _: object = None) -> str:
+    """A number on an axis: 0.05, 1000, 1e−6."""
+    text = f"{value:.0e}" if value and not 1e-4 < abs(value) < 1e5 else f"{value:g}"
+    return text.replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS)
+
+
+def interval(estimate: Estimate, form: str = ".4f", signed: bool = False) -> str:
+    """The 95 % interval in words: 0.11 to 0.14."""
+    return f"{number(estimate.low, form, signed)} to {number(estimate.high, form, signed)}"
+
+
+def wall_time(seconds: float) -> str:
+    """1.2 s, 12 s, 3 min 05 s, 1 h 02 min."""
+    whole = round(seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def memory(size: int | None) -> str:
+    """1.91 GiB."""
+    return NONE if size is None else f"{size / (1 << 30):.2f} GiB"

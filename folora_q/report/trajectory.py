@@ -1,0 +1,105 @@
+"""Task loss and forgetting along training, and where a run stood when it reached a given loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment of training.
+
+    Attributes:
+        step: None for the final evaluation.
+        loss: of the held-out rows of the task.
+        kl, agreement: on held-out text of the base's own.
+    """
+
+    step: int | None
+    loss: float
+    kl: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A run at a given task loss.
+
+    Attributes:
+        between: the points that it was interpolated from; one of them where that point has the very loss.
+    """
+
+    kl: float | None
+    agreement: float | None
+    between: tuple[Point, ...]
+
+    @property
+    def interpolated(self) -> bool:
+        return len(self.between) > 1
+
+
+def trajectory(metrics: Iterable[dict[str, Any]]) -> list[Point]:
+    """The measurements of a run, by step; a step that was measured again after a resume counts as measured last."""
+    found: dict[int, Point] = {}
+    for line in metrics:
+        step, loss = line.get("step"), _number(line.get("eval_loss"))
+        if isinstance(step, int) and loss is not None:
+            found[step] = Point(step, loss, _number(line.get("eval_kl")), _number(line.get("eval_top1_agreement")))
+    return [found[step] for step in sorted(found)]
+
+
+def train_losses(metrics: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, training loss), by step."""
+    found: dict[int, float] = {}
+    for line in metrics:
+        step, loss = line.get("step"), _number(line.get("loss"))
+        if isinstance(step, int) and loss is not None:
+            found[step] = loss
+    return sorted(found.items())
+
+
+def equal_loss(runs: Sequence[Sequence[Point]]) -> float | None:
+    """The least loss that all of them reached; None where one has no points."""
+    if not runs or not all(runs):
+        return None
+    return max(min(point.loss for point in points) for points in runs)
+
+
+def at_loss(points: Sequence[Point], loss: float) -> Reached | None:
+    """A run when it first reached a loss, or None if its points do not tell.
+
+    Between two points everything is taken to be a function of the loss: the agreement linear, KL exponential, since it
+    grows by factors while the loss falls by amounts; linear where it starts from 0.
+    """
+    if points and points[0].loss == loss:
+        return Reached(points[0].kl, points[0].agreement, (points[0],))
+    for before, after in pairwise(points):
+        if before.loss > loss > after.loss:
+            share = (before.loss - loss) / (before.loss - after.loss)
+            return Reached(
+                kl=_between(before.kl, after.kl, share, geometric=True),
+                agreement=_between(before.agreement, after.agreement, share, geometric=False),
+                between=(before, after),
+            )
+        if after.loss == loss:
+            return Reached(after.kl, after.agreement, (after,))
+    return None
+
+
+def _between(first: float | None, last: float | None, share: float, geometric: bool) -> float | None:
+    if first is None or last is None:
+        return None
+    if geometric and first > 0 and last > 0:
+        return math.exp(math.log(first) * (1 - share) + math.log(last) * share)
+    return first * (1 - share) + last * share
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
