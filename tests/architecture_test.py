@@ -79,6 +79,7 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
         "import folora_q.recipe",
         "import folora_q.cli.app",
         "import folora_q.cli.train",
+        "import folora_q.cli.report, folora_q.cli.compare",
         "from folora_q.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from folora_q.cli.app import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
         *(
@@ -88,13 +89,14 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
                 ["validate", "recipes/demo.yaml", "--all-rows"],
                 ["preview", "--help"],
                 ["recipes"],
+                ["inspect", "--help"],
                 ["schema"],
             )
         ),
     ],
 )
 def test_no_heavy_import_before_it_is_needed(statement: str) -> None:
-    heavy = "torch transformers peft trl bitsandbytes accelerate datasets numpy"
+    heavy = "torch transformers peft trl bitsandbytes accelerate datasets numpy matplotlib"
     code = f"{statement}\nimport sys\nfound = set('{heavy}'.split()) & set(sys.modules)\nassert not found, found"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE.parent)
     assert done.returncode == 0, done.stderr

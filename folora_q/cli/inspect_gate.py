@@ -1,0 +1,182 @@
+"""`folora-q inspect`: where the gate bites, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich_click as click
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from folora_q.cli.console import out, visible
+from folora_q.errors import UserError
+from folora_q.report.gates import find_gates, mean_value, passing, shared_by
+from folora_q.report.layers import Quantity, Scale, gate_quantities, layer_quantities, place_of, scale_of
+from folora_q.report.record import Run, load_run
+from folora_q.report.text import number, short
+from folora_q.runs.results import GateResult, LayerResult
+
+# Heights tell the level without colour, colours without good eyes.
+BARS = "▁▂▃▄▅▆▇█"
+COLOURS = ("bright_black", "bright_black", "cyan", "cyan", "blue", "blue", "magenta", "bold red")
+LABEL_WIDTH = 16
+RANGE_WIDTH = 20
+# Of a gate's directions: the first and the last, unless all are asked for.
+FIRST, LAST = 24, 4
+BAR_WIDTH = 24
+
+
+@click.command("inspect")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), help="The folder of a gated run.")
+@click.option(
+    "--module",
+    metavar="NAME",
+    help="One gate in detail: the end of a module's name, or a pattern, e.g. '*.3.*.q_proj'.",
+)
+@click.option("--all", "everything", is_flag=True, help="With --module: every direction.")
+def command(folder: Path, module: str | None, everything: bool) -> None:
+    """Show where the gate of a run bites: by layer and kind of module, or one gate in detail."""
+    run = load_run(folder)
+    if not run.gates:
+        raise _no_gates(run)
+    layers = run.evaluation.layers if run.evaluation else []
+    if module is None:
+        _print_overview(run, layers)
+    else:
+        for gate in find_gates(run.gates, module):
+            _print_gate(gate, layers, everything)
+
+
+def _no_gates(run: Run) -> UserError:
+    if run.gated is False:
+        return UserError(
+            f"{run.folder.path} is plain QLoRA: it has no gate to look at",
+            f"what it moved: folora-q report {run.folder.path}",
+        )
+    return UserError(
+        f"{run.folder.path} has no gates in {run.folder.gate_results.name}; the run is marked as {run.status}",
+        "they are written when a gated run has trained",
+    )
+
+
+def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
+    strength = ", ".join(sorted({f"{gate.gate_lambda:.4g}" for gate in run.gates}))
+    out.print(f"[bold]{escape(visible(run.name))}[/]: where the gate bites (λ = {strength})", soft_wrap=True)
+    moved = [quantity for quantity in layer_quantities(layers) if quantity.key != "norm"]
+    drifts = scale_of([value for quantity in moved for value in quantity.grid.values], logarithmic=True)
+    for quantity in gate_quantities(run.gates, layers):
+        _print_grid(quantity, quantity.scale)
+    for quantity in moved:
+        _print_grid(quantity, drifts)
+    over, directions = passing(run.gates)
+    modules = sum(len(gate.modules) for gate in run.gates)
+    shared = shared_by(run.gates)
+    together = f"; {escape(visible(' and '.join(shared)))} share one, as they read one input" if shared else ""
+    out.print(f"\n{len(run.gates):,} gates for {modules:,} layers{together}", soft_wrap=True)
+    if directions:
+        out.print(
+            f"{over:,} of {directions:,} directions ({over / directions:.1%}) pass more than half of their step; "
+            f"the mean share is {mean_value(run.gates):.1%}",
+            soft_wrap=True,
+        )
+    example = escape(visible(run.gates[0].modules[0])) if run.gates[0].modules else "NAME"
+    folder = escape(visible(str(run.folder.path)))
+    out.print(f"[dim]one in detail: folora-q inspect {folder} --module {example}[/]", soft_wrap=True)
+
+
+def _print_grid(quantity: Quantity, scale: Scale) -> None:
+    """A character for each layer, as high as the number; beside it the range of the row."""
+    levels = f"{BARS[0]} {short(scale.low)} to {BARS[-1]} {short(scale.high)}"
+    levels += ", logarithmic" * quantity.logarithmic
+    title = Text(f"\n{quantity.title}", style="bold")
+    out.print(title.append(f"  {levels}", style="dim"), soft_wrap=True)
+    grid = quantity.grid
+    label = min(max(map(len, grid.rows)), LABEL_WIDTH)
+    room = max(out.width - label - RANGE_WIDTH - 3, 10)
+    every = range(len(grid.columns))
+    for places in (every[start : start + room] for start in every[::room]):
+        ruler = " " * (label + 1) + _ruler([grid.columns[n] for n in places])
+        out.print(Text(ruler, style="dim"), no_wrap=True, crop=False, soft_wrap=True)
+        for name, cells in zip(grid.rows, grid.cells, strict=True):
+            line = Text(_label(name, label) + " ")
+            for n in places:
+                line.append(*_cell(cells[n], scale))
+            known = [cell for cell in cells if cell is not None]
+            line.append(f"  {short(min(known))} to {short(max(known))}", style="dim")
+            out.print(line, no_wrap=True, crop=False, soft_wrap=True)
+
+
+def _cell(value: float | None, scale: Scale) -> tuple[str, str]:
+    if value is None:
+        return " ", ""
+    level = min(int(scale.share(value) * len(BARS)), len(BARS) - 1)
+    return BARS[level], COLOURS[level]
+
+
+def _ruler(columns: Sequence[int | None]) -> str:
+    """The numbers of the layers above their characters, as many as fit; a dot for modules outside of all layers."""
+    line = ""
+    for place, column in enumerate(columns):
+        if column is None:
+            line = line.ljust(place) + "."
+        elif place >= len(line) + bool(line) and (place == 0 or column % 5 == 0):
+            line = line.ljust(place) + str(column)
+    return line
+
+
+def _print_gate(gate: GateResult, layers: Sequence[LayerResult], everything: bool) -> None:
+    out.print(f"[bold]{escape(visible(', '.join(gate.modules)))}[/]", soft_wrap=True)
+    rest = gate.dim - len(gate.quotients)
+    out.print(f"width {gate.dim:,}; {len(gate.quotients)} directions resolved; λ = {gate.gate_lambda:.4g}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("direction", "quotient γ", "passes"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    pairs = list(zip(gate.quotients, gate.values, strict=False))
+    skipped = range(0) if everything or len(pairs) < 2 * FIRST else range(FIRST, len(pairs) - LAST)
+    for n, (quotient, value) in enumerate(pairs):
+        if n not in skipped:
+            table.add_row(f"{n + 1}", short(quotient), number(value, ".1%"), _bar(value))
+        elif n == skipped.start:
+            table.add_row("...", "", "", f"[dim]{len(skipped)} more: --all[/]")
+    if rest > 0:
+        value = gate.complement_value
+        table.add_row(f"the other {rest:,}", short(gate.complement_quotient), number(value, ".1%"), _bar(value))
+    out.print(table)
+    over, directions = passing([gate])
+    if directions:
+        share = f"{over:,} of {directions:,} directions pass more than half"
+        out.print(f"{share}; the mean share is {gate.mean_value:.1%}", soft_wrap=True)
+    ours = [layer for layer in layers if layer.name in gate.modules]
+    if ours:
+        out.print(_layers_table(ours))
+    out.print()
+
+
+def _layers_table(layers: Sequence[LayerResult]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    headings = ("", "drift, own text", "drift, task text", "energy kept, A", "energy kept, B", "‖ΔW‖")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for layer in layers:
+        numbers = (
+            short(layer.drift.get("own")),
+            short(layer.drift.get("task")),
+            number(layer.energy_kept.get("a"), ".1%"),
+            number(layer.energy_kept.get("b"), ".1%"),
+            short(layer.update_norm),
+        )
+        table.add_row(escape(visible(place_of(layer.name).kind)), *numbers)
+    return table
+
+
+def _bar(share: float) -> str:
+    known = share if 0 <= share <= 1 else 0.0
+    return BARS[-1] * round(BAR_WIDTH * known)
+
+
+def _label(name: str, width: int) -> str:
+    name = visible(name)
+    return name.ljust(width) if len(name) <= width else name[: width - 1] + "~"

@@ -1,0 +1,56 @@
+"""What the commands share that write a page: where it may go, and saying where it went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.markup import escape
+
+from folora_q.cli.console import out, visible
+from folora_q.errors import UserError
+from folora_q.files import atomic_write
+
+# Every page of ours has it near its beginning.
+OURS = b'name="generator" content="folora-q"'
+BEGINNING = 2048
+
+
+def check_target(path: Path) -> None:
+    """See whether a page may be written there, before it is made.
+
+    Raises:
+        UserError: it is a folder, or a file that is no page of ours.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", f"name a file in it: --output {path / 'report.html'}")
+    with _writing(path):
+        if path.exists():
+            with path.open("rb") as file:
+                if OURS not in file.read(BEGINNING):
+                    raise UserError(f"{path} is there already, and no page of folora-q", "name another --output")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a page or a figure whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with _writing(path):
+        atomic_write(path, content)
+
+
+def print_page(path: Path) -> None:
+    """Where a page is, and a link that terminals open."""
+    out.print(f"[bold]{escape(visible(str(path)))}[/]", soft_wrap=True)
+    out.print(f"[cyan]{escape(path.resolve().as_uri())}[/]", soft_wrap=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", "name another --output") from error
