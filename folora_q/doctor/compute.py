@@ -1,0 +1,30 @@
+"""Where training computes, and in which precision."""
+
+from __future__ import annotations
+
+import os
+
+from folora_q.doctor.finding import Finding, State
+
+
+def check_compute() -> list[Finding]:
+    """What `dtype: auto` comes to on this machine, and on a CPU whether a stray setting leaves its cores idle."""
+    import torch
+
+    from folora_q.models.hardware import choose_hardware
+
+    hardware = choose_hardware()
+    findings = [Finding("precision", State.GOOD, str(hardware))]
+    if hardware.dtype == torch.float16:
+        fix = "nothing at first; if the loss is ever not a number, train with model.dtype=float32"
+        findings = [Finding("precision", State.WARNING, str(hardware), fix)]
+    threads, cores = torch.get_num_threads(), _cores()
+    if hardware.device.type == "cpu" and "OMP_NUM_THREADS" in os.environ and 2 * threads <= cores:
+        fact = f"OMP_NUM_THREADS leaves torch {threads} of {cores} CPU cores"
+        findings.append(Finding("threads", State.WARNING, fact, "unset OMP_NUM_THREADS"))
+    return findings
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,108 @@
+"""The GPU: there, seen by torch, and of a kind that torch was built for."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from folora_q.doctor.finding import Finding, State
+from folora_q.doctor.nvidia import Card, Driver, ask_driver, torch_install
+from folora_q.doctor.requirements import requirement
+from folora_q.errors import first_line
+
+NAME = "gpu"
+# Less than this share free, and other programs hold what a recipe was sized to have.
+MOSTLY_FREE = 0.75
+ON_THE_CPU = "training runs on the CPU, which is enough for the demo"
+
+IN_A_CONTAINER = "a container needs docker run --gpus all"
+
+
+def check_gpu() -> list[Finding]:
+    """The GPU that training would use, or why it uses none."""
+    import torch
+
+    driver = ask_driver()
+    if torch.cuda.is_available():
+        return [_seen(driver)]
+    if driver is not None and driver.cards:
+        return [_unused(driver)]
+    build = f"torch is {_build()}"
+    if driver is not None:
+        fact = f"none to use: nvidia-smi fails ({driver.trouble}); {build}"
+        fix = f"restart the machine, as after a driver's update, or install the driver again; {IN_A_CONTAINER}"
+        return [Finding(NAME, State.WARNING, fact, fix)]
+    fix = f"nothing: {ON_THE_CPU}; for a GPU that is there, install its driver"
+    return [Finding(NAME, State.WARNING, f"none found; {build}", fix)]
+
+
+def _seen(driver: Driver | None) -> Finding:
+    import torch
+
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if torch.version.hip is None and not _built_for(major, minor):
+        # Asked for by what torch sees: of several cards it may use another than nvidia-smi names first.
+        card = Card(name, driver.cards[0].driver, float(f"{major}.{minor}")) if driver and driver.cards else None
+        fix = _reinstall(Driver((card,))) if card else "install a torch that was built for it: https://pytorch.org"
+        fact = f"torch, {_build()}, holds no code for {name}, compute capability {major}.{minor}"
+        return Finding(NAME, State.FAILURE, fact, fix)
+    free, total = torch.cuda.mem_get_info()
+    memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    fact = f"{name}, compute capability {major}.{minor}, {memory}; torch is {_build()}"
+    if driver is not None and driver.cards:
+        fact += f"; driver {driver.cards[0].driver}"
+    if (count := torch.cuda.device_count()) > 1:
+        fact += f"; one of {count} GPUs, and training uses one"
+    if free < MOSTLY_FREE * total:
+        fix = "end the programs that hold its memory: nvidia-smi lists them"
+        return Finding(NAME, State.WARNING, fact, fix)
+    return Finding(NAME, State.GOOD, fact)
+
+
+def _unused(driver: Driver) -> Finding:
+    """A GPU that the driver lists and torch does not use."""
+    import torch
+
+    card = driver.cards[0]
+    there = f"{card.name}, driver {card.driver}, is there"
+    if torch.version.cuda is None:
+        return Finding(NAME, State.FAILURE, f"{there}, but torch is {_build()}", _reinstall(driver))
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and visible in ("", "-1"):
+        fact = f"{there}, hidden by CUDA_VISIBLE_DEVICES; {ON_THE_CPU}"
+        return Finding(NAME, State.WARNING, fact, "unset CUDA_VISIBLE_DEVICES")
+    reason = "it does not say why"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        reason = first_line(error)
+    if "driver" in reason and "too old" in reason:
+        fix = _reinstall(driver)
+    else:
+        fix = f"sudo modprobe nvidia_uvm, or restart the machine; {IN_A_CONTAINER}"
+    return Finding(NAME, State.FAILURE, f"{there}, but torch, {_build()}, cannot use it: {reason}", fix)
+
+
+def _build() -> str:
+    import torch
+
+    if torch.version.hip is not None:
+        return f"built for ROCm {torch.version.hip}"
+    return "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+
+
+def _built_for(major: int, minor: int) -> bool:
+    """Compiled code runs on later GPUs of one generation, intermediate code on all later ones."""
+    import torch
+
+    targets = [
+        (kind, int(of_major), int(of_minor))
+        for kind, of_major, of_minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    ]
+    return not targets or any(
+        (kind == "compute" or major == of_major) and (of_major, of_minor) <= (major, minor)
+        for kind, of_major, of_minor in targets
+    )
+
+
+def _reinstall(driver: Driver) -> str:
+    return torch_install(driver, requirement("torch"))

@@ -1,0 +1,42 @@
+"""The ranges of versions that the installed folora-q asks for; none where it runs from a checkout uninstalled."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, requires
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+
+def ranges(extra: str = "") -> dict[str, SpecifierSet]:
+    """The packages that folora-q needs, or that an extra of it adds."""
+    from packaging.requirements import Requirement  # which the libraries bring, not we
+
+    try:
+        lines = requires("folora-q") or []
+    except PackageNotFoundError:
+        return {}
+    found = {}
+    for requirement in map(Requirement, lines):
+        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        wanted = not always and requirement.marker.evaluate({"extra": extra}) if extra else always
+        if wanted:
+            found[requirement.name] = requirement.specifier
+    return found
+
+
+def requirement(name: str, extra: str = "") -> str:
+    """A package with its range, for pip, e.g. "trl>=1.16,<2"."""
+    specifier = ranges(extra).get(name)
+    return name if specifier is None else name + ordered(specifier)
+
+
+def ordered(specifier: SpecifierSet) -> str:
+    """A range as people write it, e.g. ">=5.17,<6"."""
+    return ",".join(sorted(map(str, specifier), reverse=True))
+
+
+def within(version: str, specifier: SpecifierSet | None) -> bool:
+    """Nightly builds count as the version that they are of."""
+    return specifier is None or specifier.contains(version, prereleases=True)
