@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": "merge",
     "chat": "chat",
     "schema": "schema",
+    "doctor": "doctor",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
