@@ -64,7 +64,7 @@ def _print(finding: Finding) -> None:
 def _conclude(findings: list[Finding]) -> None:
     wrong = sum(finding.state is State.FAILURE for finding in findings)
     if wrong:
-        out.print(f"\n[bold red]Training cannot work yet:[/] {wrong} {'thing' if wrong == 1 else 'things'} to mend (✗)")
+        out.print(f"\n[bold red]Not ready to train:[/] {wrong} {'thing' if wrong == 1 else 'things'} to mend (✗)")
     else:
         out.print("\n[bold]Training can work on this machine.[/]")
 

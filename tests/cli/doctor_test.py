@@ -59,7 +59,7 @@ def test_a_missing_torch_leaves_the_other_checks(broken) -> None:
     assert "✗ bitsandbytes  " in done.stdout and "→ mend torch first" in done.stdout
     assert "✗ 4-bit layers  not tested: No module named 'torch'" in done.stdout
     assert "✓ memory" in done.stdout and "disk" in done.stdout
-    assert "Training cannot work yet: " in done.stdout
+    assert "Not ready to train: " in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -87,7 +87,7 @@ def test_exit_codes_and_lines(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     text = capfd.readouterr().out
     assert "✗ fails         [bold]broken[/]\\x1b[2J\n" in text
     assert '→ pip install "x>=1"\n' in text
-    assert text.endswith("Training cannot work yet: 1 thing to mend (✗)\n")
+    assert text.endswith("Not ready to train: 1 thing to mend (✗)\n")
     assert run("--json") == 1
     report = json.loads(capfd.readouterr().out)
     assert report["can_train"] is False
