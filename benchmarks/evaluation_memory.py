@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/evaluation_memory.py            two minutes on two CPU cores
     .venv/bin/python benchmarks/evaluation_memory.py --gpu      the same on a GPU
 
-A Llama of 2 layers and 256 channels with vocabularies of 8k, 32k and 128k, on one batch of 4 texts of 256, 1024 and
-2048 tokens. Each figure is the peak of a process of its own above what it held before, on a CPU by the kernel's account.
+A Llama of 2 layers and 256 channels with vocabularies of 8k, 32k and 128k, on one batch of 2 texts of 256, 1024 and
+2048 tokens. Each figure is the peak of a process of its own above what it held before; on a CPU the kernel tells it.
 "Whole logits" is what one writes first: both models' logits of the batch, their losses and their KL.
 """
 
@@ -33,7 +33,7 @@ from folora_q.models.hardware import PeakMemory
 
 VOCABULARIES = (8_000, 32_000, 128_000)
 LENGTHS = (256, 1024, 2048)
-TEXTS = 4
+TEXTS = 2
 
 
 @click.group(invoke_without_command=True, help=__doc__)

@@ -22,7 +22,7 @@ TIERS = [
     {"proxy", "statistics", "evaluation"},
     {"training", "export", "report"},
     {"subject"},
-    {"pipeline", "merging", "chat", "doctor"},
+    {"pipeline", "merging", "evaluating", "chat", "doctor"},
     {"cli"},
     {"__main__"},
 ]
