@@ -9,7 +9,7 @@ import rich_click as click
 from rich.markup import escape
 from rich.table import Table
 
-from folora_q.cli.console import ConsoleProgress, err, out, visible
+from folora_q.cli.console import ConsoleProgress, err, out
 from folora_q.cli.pages import check_target, print_page, write
 from folora_q.errors import UserError
 from folora_q.report.comparison import (
@@ -23,7 +23,7 @@ from folora_q.report.comparison import (
     written,
 )
 from folora_q.report.record import Run, load_run, same_base, same_data
-from folora_q.report.text import NONE, number
+from folora_q.report.text import NONE, number, visible
 
 DEFAULT_OUTPUT = Path("compare.html")
 

@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import out, visible
+from folora_q.cli.console import out
 from folora_q.errors import UserError
 from folora_q.report.gates import find_gates, mean_value, passing, shared_by
 from folora_q.report.layers import Quantity, Scale, gate_quantities, layer_quantities, place_of, scale_of
 from folora_q.report.record import Run, load_run
-from folora_q.report.text import number, short
+from folora_q.report.text import number, short, visible
 from folora_q.runs.results import GateResult, LayerResult
 
 # Heights tell the level without colour, colours without good eyes.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from folora_q.report import text
-from folora_q.report.record import Run
+from folora_q.report.record import Run, Stage
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
 from folora_q.runs.results import Estimate, Evaluation, TextResult
 
@@ -151,8 +151,16 @@ def total_seconds(run: Run) -> float | None:
     return sum(stage.seconds for stage in run.stages) if run.stages else None
 
 
+def peak_stage(run: Run) -> Stage | None:
+    """The stage that took most memory; of the device, where that was measured."""
+    known = [stage for stage in run.stages if stage.peak_bytes]
+    of_device = [stage for stage in known if stage.memory == "device"]
+    return max(of_device or known, key=lambda stage: stage.peak_bytes or 0, default=None)
+
+
 def peak_bytes(run: Run) -> float | None:
-    return max((stage.peak_bytes for stage in run.stages if stage.peak_bytes), default=None)
+    stage = peak_stage(run)
+    return stage.peak_bytes if stage else None
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

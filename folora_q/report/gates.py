@@ -57,7 +57,8 @@ def passing(gates: Sequence[GateResult]) -> tuple[int, int]:
 
 def mean_value(gates: Sequence[GateResult]) -> float:
     """The share of a step that passes, over all directions of all gates."""
-    return sum(gate.mean_value * gate.dim for gate in gates) / sum(gate.dim for gate in gates)
+    known = [gate for gate in gates if gate.dim > 0]
+    return sum(gate.mean_value * gate.dim for gate in known) / sum(gate.dim for gate in known)
 
 
 def _matches(name: str, asked: str) -> bool:

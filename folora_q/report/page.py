@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -74,7 +75,7 @@ def report_page(run: Run, baseline: Run | None = None) -> Page:
             equal=equal,
             started=_date(run.fact("started")),
             seconds=comparison.total_seconds(run),
-            peak=comparison.peak_bytes(run),
+            peak=comparison.peak_stage(run),
             figures=_figures(sections),
             samples=samples(run.answers),
             longest_table=LONGEST_TABLE,
@@ -162,6 +163,8 @@ def _environment() -> Environment:
 
 def direction(change: Estimate) -> str:
     """What a change is in words, as far as its interval tells."""
+    if not all(map(math.isfinite, (change.value, change.low, change.high))):
+        return "could not be measured"
     if change.low <= 0 <= change.high:
         return "did not change by more than chance can explain"
     return "fell" if change.value < 0 else "rose"

@@ -13,7 +13,7 @@ from folora_q.report.render import Picture
 from folora_q.report.text import memory, short, visible, wall_time
 from folora_q.report.trajectory import Point
 
-STAR = "The star is the final evaluation, on all texts. Lower and further left is better."
+STAR = " The star is the final evaluation, on all texts."
 
 
 def course_pictures(run: Run) -> list[Picture]:
@@ -37,7 +37,8 @@ def trade_off_pictures(runs: Sequence[Run], names: Sequence[str], equal_loss: fl
     shown = [(run, name) for run, name in zip(runs, names, strict=True) if _has_course(run)]
     if not shown:
         return []
-    caption = f"KL(base ‖ tuned) on the base’s own text against held-out task loss, along training. {STAR}"
+    caption = "KL(base ‖ tuned) on the base’s own text against held-out task loss, along training."
+    caption += f"{STAR if any(run.end for run, _ in shown) else ''} Lower and further left is better."
     alt = " ".join(f"{visible(name)}: {_course(run.course)}" for run, name in shown)
     figure = trade_off([run for run, _ in shown], [name for _, name in shown], equal_loss)
     return [Picture("trade-off", "What the task cost", caption, alt, figure)]

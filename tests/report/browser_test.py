@@ -17,7 +17,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 playwright = pytest.importorskip("playwright.sync_api")
 
-WIDTHS = {"desktop": 1280, "telephone": 375}
+WIDTHS = (1280, 375)
 LONG = "a-run-with-a-name-" + "as-long-as-people-make-them-" * 4
 # Elements of the headline whose text must not run out of its box, and pairs of boxes that lie over each other.
 CUT = """() => [...document.querySelectorAll('h1, h2, .kind, .facts, .tile, .tile *, .tally p, nav a, .lead')]
@@ -40,6 +40,12 @@ TEXT_OVER_TEXT = """() => [...document.querySelectorAll('figure svg')].flatMap(s
     if (p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 3 && q.top < p.bottom - 3)
       found.push(svg.closest('figure').id + ': ' + a.textContent + ' | ' + b.textContent);
   return found; })"""
+
+# Of the page's ground and text, and of all that is written in its figures.
+COLOURS = """() => {
+  const of = getComputedStyle(document.body);
+  const drawn = [...document.querySelectorAll('figure text')].map(e => getComputedStyle(e).fill);
+  return [of.backgroundColor, of.color, ...drawn]; }"""
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +75,9 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("name", ["report", "unfinished", "comparison"])
-def test_a_page_opens_from_the_disk(name: str, width: int, scheme: str, pages: dict[str, Path], browser: Any) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page = context.new_page()
+def test_a_page_opens_from_the_disk(name: str, pages: dict[str, Path], browser: Any) -> None:
+    page = browser.new_page()
     said: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -82,21 +85,20 @@ def test_a_page_opens_from_the_disk(name: str, width: int, scheme: str, pages: d
     page.on("request", lambda request: asked.append(request.url))
     page.goto(pages[name].as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
-    try:
-        assert said == []
-        assert asked == [pages[name].as_uri()]
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate(CUT) == []
-        assert page.evaluate(OVERLAPS) == []
-        assert page.evaluate(TEXT_OVER_TEXT) == []
-        ground, ink = page.evaluate(
-            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-        )
+        for look in (CUT, OVERLAPS, TEXT_OVER_TEXT):
+            assert page.evaluate(look) == [], width
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        ground, ink, *drawn = page.evaluate(COLOURS)
         assert (brightness(ground) > brightness(ink)) == (scheme == "light")
-        for drawn in page.evaluate("[...document.querySelectorAll('figure text')].map(e => getComputedStyle(e).fill)"):
-            assert abs(brightness(drawn) - brightness(ground)) > 60, f"{drawn} on {ground}"
-    finally:
-        context.close()
+        for colour in set(drawn):
+            assert abs(brightness(colour) - brightness(ground)) > 60, f"{colour} on {ground} in {scheme}"
+    assert said == []
+    assert asked == [pages[name].as_uri()]
+    page.close()
 
 
 def brightness(colour: str) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from folora_q.report.comparison import Row, at_ends, at_equal_loss, names_of, where, written
+from folora_q.report.comparison import Row, at_ends, at_equal_loss, names_of, peak_stage, where, written
 from folora_q.report.record import load_run, same_base, same_data
 from folora_q.runs.results import Estimate
 from tests.report.run_folder import BASE_LOSS, Shape, write_run
@@ -81,6 +81,15 @@ def test_the_end_is_measured_as_along_training_and_counts_where_it_is_another_mo
     assert load_run(run.folder.path).course == [*run.points, run.end]
     bare = load(tmp_path / "b", Shape(layers=1, every=None))
     assert bare.course == [bare.end]
+
+
+def test_the_peak_is_the_devices_where_it_was_measured(tmp_path: Path) -> None:
+    stages = [
+        {"title": t, "seconds": 1, "peak_bytes": b, "memory": m} for t, b, m in (("a", 9, "host"), ("b", 5, "device"))
+    ]
+    assert peak_stage(load(tmp_path / "a", stages=stages)).title == "b"
+    assert peak_stage(load(tmp_path / "b", stages=stages[:1])).title == "a"
+    assert peak_stage(load(tmp_path / "c", stages=[])) is None
 
 
 def test_a_run_that_learned_nothing_leaves_nothing_to_compare(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_what_passes_is_counted_over_all_directions() -> None:
     second = (2 / 3 + 3 * 0.9) / 4
     assert found[0].mean_value == pytest.approx(first)
     assert mean_value(found) == pytest.approx((first + second) / 2)
+    assert mean_value([*found, gate(["a.0.x"], [], dim=0)]) == mean_value(found)
     assert shared_by(found) == ["q/k"]
 
 
