@@ -190,7 +190,7 @@ def _gate(
     clock: Clock,
 ) -> None:
     """Statistics of both texts, the gates from them, and A's gated start."""
-    size, device = recipe.proxy.batch_size, base.model.device
+    size, device = recipe.gate.batch_size, base.model.device
     rows = len(task.sequences)
     chosen = random.Random(recipe.training.seed).sample(range(rows), min(recipe.gate.num_task_samples, rows))
     task_text = list(batches(task.sequences[chosen]["input_ids"], size, device))

@@ -49,7 +49,8 @@ def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
     yield (
         "training",
         f"{length} of {sequences} sequences up to {training.max_length:,} tokens{packed}; learning rate "
-        f"{training.learning_rate:g}, {training.optim}",
+        f"{training.learning_rate:g}, "
+        f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )
     yield (
         "gate",

@@ -85,7 +85,7 @@ training:
   gradient_accumulation_steps: {accumulation} ## {micro_batch} x {accumulation} sequences in a step
   max_length: {length} ## in tokens
   packing: {str(is_text).lower()} ## several examples in one sequence, which do not see each other
-  gradient_checkpointing: {str(on_gpu).lower()} ## recompute activations: slower, far less memory
+  activation_checkpointing: {str(on_gpu).lower()} ## recompute activations: slower, far less memory
   optim: {"paged_adamw_8bit" if on_gpu else "adamw_torch"}
 
 evaluation:

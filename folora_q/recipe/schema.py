@@ -13,6 +13,7 @@ from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt
 Place = Literal["a_start", "a_step", "b_step"]
 # Names of transformers (a test holds that they are): those that need nothing besides what we install.
 Optimizer = Literal[
+    "auto",
     "adamw_torch",
     "adamw_torch_fused",
     "adamw_8bit",
@@ -83,7 +84,9 @@ class ProxySection(Section):
     filters: bool = False
     """The paper's filters against degenerate text: duplicates, short samples, runs, few distinct tokens or 4-grams."""
     batch_size: PositiveInt = 32
-    """Sequences sampled, or measured, at a time."""
+    """Sequences sampled at a time."""
+    statistics_memory: Positive | None = None
+    """GiB for the sketches; layers that do not fit come after the others, and the text is read again. Unset: no limit."""
     seed: Seed = 0
     """Seed of the sampling, apart from the training's, so that runs share their proxy text."""
 
@@ -115,6 +118,10 @@ class GateSection(Section):
     """Read the text twice, so that every quotient is exact in its direction."""
     num_task_samples: PositiveInt = 256
     """Training rows for the task's statistics."""
+    batch_size: PositiveInt = 16
+    """Sequences that statistics are taken of at a time."""
+    basis_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the gates' bases, which stay beside the model; auto: bfloat16 on a GPU, float32 on a CPU."""
     refresh_every: PositiveInt = 10
     """Steps between two solutions of the r x r problem that gates B."""
     complement: Literal["gated", "frozen"] = "gated"
@@ -162,16 +169,18 @@ class TrainingSection(Section):
     """Decoupled weight decay on the adapter."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm; 0 turns it off."""
-    optim: Optimizer = "adamw_torch"
-    """The optimizer, by transformers' name, whose step is gated."""
+    optim: Optimizer = "auto"
+    """The optimizer, by transformers' name, whose step is gated; auto: paged_adamw_8bit on a GPU, else adamw_torch."""
     adam_beta1: Fraction = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Fraction = 0.999
     """Decay of Adam's second moment."""
     adam_epsilon: Positive = 1e-8
     """Added to the root of Adam's second moment."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: about a third slower, far less memory; auto: on a GPU."""
+    auto_batch_size: bool = True
+    """Where memory runs out, compute on half the sequences at a time: steps, data order and results stay."""
     save_steps: PositiveInt | None = None
     """Steps between two checkpoints, which go to checkpoint-N in the run folder; unset: none."""
     save_total_limit: PositiveInt = 2
@@ -277,7 +286,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _spectral_is_its_own_optimizer(self) -> Recipe:
-        if self.gate.enabled and self.gate.rule == "spectral" and self.training.optim != "adamw_torch":
+        if self.gate.enabled and self.gate.rule == "spectral" and self.training.optim not in ("auto", "adamw_torch"):
             raise ValueError(
                 f"gate.rule spectral is an AdamW of its own: training.optim: adamw_torch, not {self.training.optim}"
             )

@@ -86,9 +86,16 @@ def build_gates(
             floor=section.floor,
             sharpness=section.sharpness,
             grams=tuple(grams[first]) or None,
-        ).to(device)
+        ).to(device, basis_dtype(section, device))
         gates.update(dict.fromkeys(group, gate))
     return {name: gates[name] for name in modules}
+
+
+def basis_dtype(section: GateSection, device: torch.device) -> torch.dtype:
+    """Of the gates' bases: three digits are enough to gate a step, and on a GPU they stay beside the model."""
+    if section.basis_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, section.basis_dtype)
 
 
 def statistics_passes(section: GateSection) -> int:

@@ -25,6 +25,9 @@ from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 
+# Its name in transformers before 5.20 and since.
+FIELDS = SFTConfig.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 # What the best checkpoint has the least of: the held-out loss of those within the limit.
 BEST = "loss_within_limit"
 
@@ -113,6 +116,14 @@ class GatedTrainer(SFTTrainer):
         return head.compute_loss(model, inputs, *args, **kwargs)
 
 
+def _optimizer_name(recipe: Recipe, on_gpu: bool) -> str:
+    """The inner optimizer; rule spectral is its own, and what is named here is then never made."""
+    name = recipe.training.optim
+    if name != "auto":
+        return name
+    return "paged_adamw_8bit" if on_gpu else "adamw_torch"
+
+
 def build_trainer(
     model: PeftModel,
     tokenizer: Tokenizer,
@@ -146,11 +157,11 @@ def build_trainer(
             warmup_steps=training.warmup_steps,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
-            optim=training.optim,
+            optim=_optimizer_name(recipe, on_gpu),
             adam_beta1=training.adam_beta1,
             adam_beta2=training.adam_beta2,
             adam_epsilon=training.adam_epsilon,
-            gradient_checkpointing=training.gradient_checkpointing,
+            **{CHECKPOINTING: on_gpu if (wanted := training.activation_checkpointing) == "auto" else wanted},
             seed=training.seed,
             max_length=training.max_length,
             packing=training.packing,

@@ -55,7 +55,7 @@ def test_a_valid_recipe_is_told_in_short(recipe_file: Path, tmp_path: Path, capf
     text = capfd.readouterr().out
     assert f"✓ {recipe_file} is valid" in text
     assert f"{tmp_path / 'train.jsonl'}: 12 rows of `messages`" in text
-    assert "5 steps of 4 sequences up to 1,024 tokens; learning rate 0.01, adamw_torch" in text
+    assert "5 steps of 4 sequences up to 1,024 tokens; learning rate 0.01, optimizer by hardware" in text
     assert "step at a_start, a_step, b_step; λ = 16" in text
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
@@ -203,6 +203,6 @@ def test_a_first_recipe_loads_for_every_shape_and_card(shape: str, card: str, tm
     recipe = load_recipe(path)
     assert recipe.training.output_dir == "runs/a: b"
     assert recipe.training.packing == (shape == "text") == (recipe.data.overlong == "split")
-    assert recipe.training.gradient_checkpointing == (card != "cpu")
+    assert recipe.training.activation_checkpointing == (card != "cpu")
     assert all(len(line) <= 160 and not line.endswith(" ") for line in path.read_text("utf-8").splitlines())
     assert json.loads(json_schema())["properties"].keys() >= load_recipe(path).model_dump().keys()

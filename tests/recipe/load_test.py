@@ -130,7 +130,10 @@ def test_the_reference_page_is_the_schema() -> None:
 def test_an_override_may_leave_out_a_section_that_is_the_only_one_with_its_key(write) -> None:
     recipe = load_recipe(write(MINIMAL), ["learning_rate=2e-5", "r=8", "training.max_steps=3"])
     assert (recipe.training.learning_rate, recipe.adapter.r, recipe.training.max_steps) == (2e-5, 8, 3)
-    assert "could be proxy.batch_size or evaluation.batch_size" in refusal(write(MINIMAL), "batch_size=2").message
+    assert (
+        "could be proxy.batch_size or gate.batch_size or evaluation.batch_size"
+        in refusal(write(MINIMAL), "batch_size=2").message
+    )
     assert (
         "`lerning_rate` in an override; did you mean `learning_rate`?"
         in refusal(write(MINIMAL), "lerning_rate=1").message
@@ -188,7 +191,7 @@ def test_a_flat_configuration_of_another_tool_is_answered_word_by_word(write) ->
 
 def test_a_value_that_is_none_of_a_few_is_answered_with_the_nearest(write) -> None:
     message = refusal(write(MINIMAL + "  optim: paged_adamw\n")).message
-    assert "`training.optim` cannot be 'paged_adamw': it is one of adamw_torch, " in message
+    assert "`training.optim` cannot be 'paged_adamw': it is one of auto, adamw_torch, " in message
     assert "did you mean paged_adamw_8bit?" in message
     nested = "data:\n  train_dataset:\n    path: train.jsonl\n    fields: {promt: q}\n    roles: {x: usr}\n"
     message = refusal(write(MINIMAL.replace("data:\n  train_dataset: train.jsonl\n", nested))).message

@@ -81,7 +81,7 @@ def test_sixteen_rows_make_a_step(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem != "demo"], ids=lambda p: p.stem)
 def test_memory_is_saved_and_no_measurement_is_claimed(path: Path, tmp_path: Path) -> None:
     recipe = load(path, tmp_path)
-    assert recipe.training.gradient_checkpointing
+    assert recipe.training.activation_checkpointing
     assert recipe.training.optim == "paged_adamw_8bit"
     card = re.search(r"-(\d+)gb-", path.stem)
     size = card[1] if card else r"\d+"
