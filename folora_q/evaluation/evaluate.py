@@ -109,7 +109,7 @@ def _questions(tokenizer: Tokenizer, section: EvaluationSection, examples: Seque
     few = SAMPLE_ANSWERS if section.metric == "none" else None
     prompts = Path(section.general_prompts) if section.general_prompts else GENERAL_PROMPTS
     chosen = answerable[: few if section.num_answers is None else section.num_answers]
-    return task_questions(chosen) + general_questions(prompts, tokenizer)
+    return task_questions(chosen, tokenizer) + general_questions(prompts, tokenizer)
 
 
 def evaluate(

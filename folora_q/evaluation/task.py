@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.encode import TEMPLATE_ERRORS
 from folora_q.data.formats import Chat, Completion
 from folora_q.data.tokens import prompt_ids
 from folora_q.errors import RunFailed, UserError
@@ -29,16 +30,21 @@ GENERAL_PROMPTS = Path(__file__).with_name("general_prompts.txt")
 
 @dataclass(frozen=True)
 class Question:
-    """Something to be answered by both models; `kind` and `reference` as in AnswerResult."""
+    """Something to be answered by both models; `kind`, `prompt` and `reference` as in AnswerResult."""
 
     kind: Literal["task", "general"]
-    example: Chat | Completion
+    prompt: list[dict[str, str]] | str
     reference: str | None
+    ids: list[int]
 
 
-def task_questions(examples: Sequence[Chat | Completion]) -> list[Question]:
-    """Held-out examples as questions."""
-    return [Question("task", example, example.reference) for example in examples]
+def task_questions(examples: Sequence[Chat | Completion], tokenizer: Tokenizer) -> list[Question]:
+    """Held-out examples as questions, but for those that the chat template refuses."""
+    return [
+        Question("task", example.prompt, example.reference, ids)
+        for example in examples
+        if (ids := _rendered(example, tokenizer)) is not None
+    ]
 
 
 def general_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
@@ -52,10 +58,22 @@ def general_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the general prompts {path}: {error}") from None
     if tokenizer.chat_template is None:
-        return [Question("general", Completion(str(path), line, ""), None) for line in lines]
+        return [Question("general", line, None, tokenizer(line)["input_ids"]) for line in lines]
     # The assistant's empty turn is what `prompt` ends before.
     turns = [[{"role": "user", "content": line}, {"role": "assistant", "content": ""}] for line in lines]
-    return [Question("general", Chat(str(path), messages), None) for messages in turns]
+    chats = [Chat(str(path), messages) for messages in turns]
+    return [
+        Question("general", chat.prompt, None, ids)
+        for chat in chats
+        if (ids := _rendered(chat, tokenizer)) is not None  # a template may want a system prompt, say
+    ]
+
+
+def _rendered(example: Chat | Completion, tokenizer: Tokenizer) -> list[int] | None:
+    try:
+        return prompt_ids(tokenizer, example)
+    except TEMPLATE_ERRORS:
+        return None
 
 
 def answer_both(
@@ -72,7 +90,7 @@ def answer_both(
         scorer: scores answers to questions with a reference; None scores nothing.
         on_progress: called with answers given, 2 x len(questions) in all.
     """
-    prompts = [prompt_ids(tokenizer, question.example) for question in questions]
+    prompts = [question.ids for question in questions]
     settings = section.max_new_tokens, section.batch_size, on_progress
     with contrast.base() as model:
         of_base = greedy_answers(model, tokenizer, prompts, *settings)
@@ -81,7 +99,7 @@ def answer_both(
     return [
         AnswerResult(
             kind=question.kind,
-            prompt=question.example.prompt,
+            prompt=question.prompt,
             reference=question.reference,
             base=base,
             tuned=tuned,

@@ -86,7 +86,7 @@ class ProxySection(Section):
     batch_size: PositiveInt = 32
     """Sequences sampled at a time."""
     statistics_memory: Positive | None = None
-    """GiB for the sketches; layers that do not fit come after the others, and the text is read again. Unset: no limit."""
+    """GiB for the sketches; layers that do not fit come after the others, reading the text again; unset: no limit."""
     seed: Seed = 0
     """Seed of the sampling, apart from the training's, so that runs share their proxy text."""
 

@@ -96,6 +96,12 @@ class Run:
     def base_model(self) -> str | None:
         return self.fact("model", "name") or (self.evaluation.base if self.evaluation else None)
 
+    @property
+    def base_label(self) -> str | None:
+        """A hub id as it is; of a path, which can be long, the last part."""
+        name = self.base_model
+        return Path(name).name if name and Path(name).is_absolute() else name
+
     @cached_property
     def points(self) -> list[Point]:
         """What was measured along training."""

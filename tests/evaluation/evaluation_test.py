@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -202,7 +203,7 @@ def test_answers_are_the_models_own_whatever_stands_beside_them_in_a_batch(tuned
 def test_both_models_answer_and_only_the_task_is_scored(tuned, base: LoadedModel, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("what is it?\n\nand this?\n", encoding="utf-8")
-    questions = task_questions([Completion("a test", "abab", "x"), Completion("a test", "cd", "y")])
+    questions = task_questions([Completion("a", "abab", "x"), Completion("a", "cd", "y")], base.tokenizer)
     questions += general_questions(path, base.tokenizer)
     section = EvaluationSection(metric="regex", metric_pattern=".", max_new_tokens=4)
     answers = answer_both(Contrast(tuned), base.tokenizer, questions, section, lambda answer, reference: 0.25)
@@ -226,7 +227,13 @@ def test_there_are_packaged_prompts_for_models_with_and_without_chats(base: Load
     with_chats = general_questions(GENERAL_PROMPTS, base.tokenizer)
     plain = general_questions(GENERAL_PROMPTS, AutoTokenizer.from_pretrained(save_tiny_model(tmp_path, chat=False)))
     assert len(with_chats) == len(plain) == 6
-    assert with_chats[0].example.prompt == [{"role": "user", "content": plain[0].example.prompt}]
+    assert with_chats[0].prompt == [{"role": "user", "content": plain[0].prompt}]
+
+
+def test_prompts_that_a_template_refuses_are_not_asked(base: LoadedModel) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = "{% if '17' in messages[0].content %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    assert len(general_questions(GENERAL_PROMPTS, tokenizer)) == 5
 
 
 @pytest.mark.parametrize(
