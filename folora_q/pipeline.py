@@ -36,7 +36,7 @@ from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.manifest import new_manifest
 from folora_q.runs.results import AnswerResult, Evaluation, LayerResult, answer_lines, to_json
-from folora_q.statistics.collect import build_gates, statistics_passes
+from folora_q.statistics.collect import build_gates
 from folora_q.statistics.store import gate_results, save_gates
 from folora_q.training.callbacks import Reporting
 from folora_q.training.packing import check_packing
@@ -197,10 +197,8 @@ def _gate(
     # Another seed than the held-out crops': the same offsets would be no error, but need not be.
     whole = [sample.ids for sample in proxy]
     proxy_text = list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device))
-    total = statistics_passes(recipe.gate) * (len(task_text) + len(proxy_text))
     pairs = adapter_pairs(model)
-    with clock.stage("statistics of both texts", total) as done:
-        gates = build_gates(model, pairs, proxy_text, task_text, recipe.gate, done)
+    gates = build_gates(model, pairs, proxy_text, task_text, recipe.gate, clock, recipe.proxy.statistics_memory)
     clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
     save_gates(folder.gates, gates)
     atomic_write(folder.gate_results, to_json(gate_results(gates)))

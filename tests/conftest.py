@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,34 @@ def random_gate(dim: int, rank: int = 8, gate_lambda: float = 1.0):
         sketch.update(torch.randn(256, dim, generator=generator) @ mix.T)
         covariances.append(sketch.covariance())
     return SpectralGate.from_covariances(*covariances, gate_lambda=gate_lambda)
+
+
+class Silent:
+    """A Progress that remembers what it was told, and counts what was done by stage."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.stages: dict[str, list[int]] = {}
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def stage(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        done = self.stages.setdefault(title, [total or 0])
+        yield done.append
+
+
+def run_out_of_memory_over(rows: int, count: list[int]) -> Callable[..., None]:
+    """A forward pre-hook for a model: memory runs out where a batch has more rows; `count` gets every batch's."""
+
+    def hook(module, args, kwargs) -> None:
+        taken = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        count.append(len(taken))
+        if len(taken) > rows:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    return hook
 
 
 @pytest.fixture

@@ -17,10 +17,12 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import LoadedModel, load_model
+from folora_q.progress import Clock
 from folora_q.proxy.sample import ProxySample, sample_proxy
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection, ProxySection
 from folora_q.statistics.collect import build_gates
+from tests.conftest import Silent
 
 CPU = torch.device("cpu")
 TRAIN = Path(__file__).parent.parent / "recipes" / "demo" / "train.jsonl"
@@ -59,7 +61,7 @@ def real() -> Real:
     whole = [sample.ids for sample in samples]
     (proxy_batch,) = batches([*whole, *crops(whole, seed=0)], 64, CPU)
     (task_batch,) = batches(task, 64, CPU)
-    gates = build_gates(model, adapter_pairs(model), [proxy_batch], [task_batch], SECTION)
+    gates = build_gates(model, adapter_pairs(model), [proxy_batch], [task_batch], SECTION, Clock(Silent()))
     return Real(base, model, samples, gates, inputs_of(model, proxy_batch), inputs_of(model, task_batch))
 
 

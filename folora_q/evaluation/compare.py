@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from folora_q.data.halving import Halving
 from folora_q.data.tokens import IGNORED, Batch
 from folora_q.evaluation.bootstrap import Tally, change, estimate
 from folora_q.evaluation.contrast import Contrast
@@ -31,15 +31,33 @@ class HeldOutText:
 
 
 def compare(
-    contrast: Contrast, text: HeldOutText, on_progress: Callable[[int], None] = lambda batches: None
+    contrast: Contrast,
+    text: HeldOutText,
+    on_progress: Callable[[int], None] = lambda batches: None,
+    halving: Halving | None = None,
 ) -> TextResult:
     """Losses of both models, KL(base ‖ tuned) and top-1 agreement, as means over the text's labelled tokens.
 
     On text that the base model sampled, the mean KL is an unbiased estimate of the divergence over all that it writes.
     Memory is for the hidden states of one batch, and the logits of both models at a few positions.
+
+    Args:
+        halving: what to do where memory runs out; None raises.
     """
-    sums, counts = _tally(contrast, text.batches, on_progress)
-    base_loss, tuned_loss, kl, agreed = (Tally(row, counts) for row in sums)
+    halving = halving or Halving("comparing", enabled=False)
+    parts: list[tuple[Tensor, Tensor]] = []
+    contrast.eval()
+    with torch.no_grad():
+        for number, batch in enumerate(text.batches):
+            if number == 0:
+                with contrast.base() as base:
+                    check_head(base, batch.input_ids)
+            parts.extend(halving.over_batch(batch, lambda part: _tally(contrast, part)))
+            on_progress(1)
+    all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
+    said = all_counts > 0  # a row may have nothing but tokens that do not count
+    counts = all_counts[said].numpy()
+    base_loss, tuned_loss, kl, agreed = (Tally(row, counts) for row in all_sums[:, said].numpy())
     return TextResult(
         name=text.name,
         kind=text.kind,
@@ -51,39 +69,24 @@ def compare(
     )
 
 
-def _tally(
-    contrast: Contrast, batches: Iterable[Batch], on_progress: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over each text's tokens, (4, n): loss of base and of tuned, KL, agreement; and the tokens' number, (n,)."""
-    all_sums: list[Tensor] = []
-    all_counts: list[Tensor] = []
-    contrast.eval()
-    with torch.no_grad():
-        for number, batch in enumerate(batches):
-            if number == 0:
-                with contrast.base() as base:
-                    check_head(base, batch.input_ids)
-            targets = batch.labels[:, 1:]
-            counted = targets != IGNORED
-            inputs = batch.input_ids, batch.attention_mask
-            with contrast.base() as base:
-                of_base = hidden_states(base, *inputs)[:, :-1][counted]
-            with contrast.tuned() as tuned:
-                of_tuned = hidden_states(tuned, *inputs)[:, :-1][counted]
-            wanted, owners = targets[counted], counted.nonzero()[:, 0].cpu()
-            sums = torch.zeros(4, len(targets), dtype=torch.float64)
-            for part in chunks(len(wanted)):
-                with contrast.base(head_only=True) as base:
-                    log_p = log_softmax(head_logits(base, of_base[part]), dim=-1)
-                with contrast.tuned() as tuned:
-                    log_q = log_softmax(head_logits(tuned, of_tuned[part]), dim=-1)
-                sums.index_add_(1, owners[part], _at_tokens(log_p, log_q, wanted[part]).double().cpu())
-            all_sums.append(sums)
-            all_counts.append(counted.sum(1).double().cpu())
-            on_progress(1)
-    sums, counts = torch.cat(all_sums, 1), torch.cat(all_counts)
-    said = counts > 0  # a row may have nothing but tokens that do not count
-    return sums[:, said].numpy(), counts[said].numpy()
+def _tally(contrast: Contrast, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums over each text's tokens, (4, b): loss of base and of tuned, KL, agreement; and the tokens' number, (b,)."""
+    targets = batch.labels[:, 1:]
+    counted = targets != IGNORED
+    inputs = batch.input_ids, batch.attention_mask
+    with contrast.base() as base:
+        of_base = hidden_states(base, *inputs)[:, :-1][counted]
+    with contrast.tuned() as tuned:
+        of_tuned = hidden_states(tuned, *inputs)[:, :-1][counted]
+    wanted, owners = targets[counted], counted.nonzero()[:, 0].cpu()
+    sums = torch.zeros(4, len(targets), dtype=torch.float64)
+    for part in chunks(len(wanted)):
+        with contrast.base(head_only=True) as base:
+            log_p = log_softmax(head_logits(base, of_base[part]), dim=-1)
+        with contrast.tuned() as tuned:
+            log_q = log_softmax(head_logits(tuned, of_tuned[part]), dim=-1)
+        sums.index_add_(1, owners[part], _at_tokens(log_p, log_q, wanted[part]).double().cpu())
+    return sums, counted.sum(1).double().cpu()
 
 
 def _at_tokens(log_p: Tensor, log_q: Tensor, wanted: Tensor) -> Tensor:

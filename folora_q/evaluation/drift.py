@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.core import SpectralGate
+from folora_q.data.halving import Halving
 from folora_q.data.tokens import Batch
 from folora_q.evaluation.contrast import Contrast
 from folora_q.models.adapters import AdapterPair
@@ -50,16 +51,32 @@ def layer_changes(contrast: Contrast) -> dict[str, LayerChange]:
 
 
 def measured_drift(
-    contrast: Contrast, text: Iterable[Batch], on_progress: Callable[[int], None] = lambda batches: None
+    contrast: Contrast,
+    text: Iterable[Batch],
+    on_progress: Callable[[int], None] = lambda batches: None,
+    halving: Halving | None = None,
 ) -> dict[str, float]:
-    """E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 for a layer that none reached."""
+    """E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 for a layer that none reached.
+
+    Args:
+        halving: what to do where memory runs out; None raises.
+    """
+    halving = halving or Halving("measuring drift of", enabled=False)
     changes = layer_changes(contrast)
     contrast.eval()
     totals: dict[str, Tensor] = {}
-    with torch.no_grad(), contrast.base() as base, _watching(changes, totals) as mask:
+    seen: dict[str, Tensor] = {}  # of the part in hand
+    with torch.no_grad(), contrast.base() as base, _watching(changes, seen) as mask:
+
+        def look(part: Batch) -> dict[str, Tensor]:
+            seen.clear()
+            mask[0] = part.attention_mask.bool()
+            base(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False, logits_to_keep=1)
+            return dict(seen)
+
         for batch in text:
-            mask[0] = batch.attention_mask.bool()
-            base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+            for sums in halving.over_batch(batch, look):
+                totals.update({name: totals.get(name, 0) + moved for name, moved in sums.items()})
             on_progress(1)
     return {name: _ratio(totals.get(name)) for name in changes}
 

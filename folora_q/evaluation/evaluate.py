@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Example, Text
+from folora_q.data.halving import Halving
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.evaluation.compare import HeldOutText, compare
@@ -122,10 +123,11 @@ def evaluate(
 ) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
     """Losses and predictions on every text, and the answers to every question with their mean score."""
     contrast.eval()
+    halving = Halving("measuring", clock.note)
     with clock.stage("comparing losses and predictions", sum(len(text.batches) for text in on.texts)) as done:
-        texts = [compare(contrast, text, done) for text in on.texts]
+        texts = [compare(contrast, text, done, halving) for text in on.texts]
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions)) as done:
-        answers = answer_both(contrast, tokenizer, on.questions, section, scorer, done)
+        answers = answer_both(contrast, tokenizer, on.questions, section, scorer, done, halving)
     return texts, mean_score(answers, section.metric), answers
 
 
@@ -143,9 +145,10 @@ def evaluate_layers(
         energy_kept: by layer, the share of the steps' energy that the gate let pass.
     """
     measured: dict[str, dict[str, float]] = {}
+    halving = Halving("measuring drift of", clock.note)
     with clock.stage("measuring how far each layer moved", sum(map(len, on.drift.values()))) as done:
         for kind, text in on.drift.items():
-            for name, drift in measured_drift(contrast, text, done).items():
+            for name, drift in measured_drift(contrast, text, done, halving).items():
                 measured.setdefault(name, {})[kind] = drift
     modules = {} if contrast.adapted is None else adapted_layers(contrast.adapted)
     return [

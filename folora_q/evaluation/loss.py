@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.halving import Halving
 from folora_q.data.tokens import IGNORED, Batch
 from folora_q.errors import UserError
 from folora_q.evaluation.logits import check_head, chunks, head_logits, hidden_states
@@ -18,27 +19,39 @@ GENERAL_TEXT = Path(__file__).with_name("general.txt")
 
 
 def mean_loss(
-    model: PreTrainedModel, batches: Iterable[Batch], on_progress: Callable[[int], None] = lambda batches: None
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    on_progress: Callable[[int], None] = lambda batches: None,
+    halving: Halving | None = None,
 ) -> float:
     """Cross-entropy in nats, averaged over all tokens that have a label (not over batches).
 
     Args:
         model: the causal language model itself; an adapter that sits in it and is switched on counts.
+        halving: what to do where memory runs out; None raises.
     """
+    halving = halving or Halving("measuring the loss of", enabled=False)
     total, count = 0.0, 0
     with torch.no_grad():
         for number, batch in enumerate(batches):
             if number == 0:
                 check_head(model, batch.input_ids)
-            targets = batch.labels[:, 1:]
-            counted = targets != IGNORED
-            hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1][counted]
-            wanted = targets[counted]
-            for part in chunks(len(wanted)):
-                total += float(cross_entropy(head_logits(model, hidden[part]), wanted[part], reduction="sum"))
-            count += len(wanted)
+            for loss, tokens in halving.over_batch(batch, lambda part: _sum_of_losses(model, part)):
+                total, count = total + loss, count + tokens
             on_progress(1)
     return total / count
+
+
+def _sum_of_losses(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
+    """Over the labelled tokens of a batch, and how many they are."""
+    targets = batch.labels[:, 1:]
+    counted = targets != IGNORED
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1][counted]
+    wanted = targets[counted]
+    losses = (
+        cross_entropy(head_logits(model, hidden[part]), wanted[part], reduction="sum") for part in chunks(len(wanted))
+    )
+    return sum(map(float, losses)), len(wanted)
 
 
 def text_windows(path: Path, tokenizer: Tokenizer, length: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.encode import TEMPLATE_ERRORS
 from folora_q.data.formats import Chat, Completion
+from folora_q.data.halving import Halving
 from folora_q.data.tokens import prompt_ids
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
@@ -83,15 +84,17 @@ def answer_both(
     section: EvaluationSection,
     scorer: Scorer | None,
     on_progress: Callable[[int], None] = lambda answers: None,
+    halving: Halving | None = None,
 ) -> list[AnswerResult]:
     """What both models say, in the order of the questions.
 
     Args:
+        halving: what to do where memory runs out; None raises.
         scorer: scores answers to questions with a reference; None scores nothing.
         on_progress: called with answers given, 2 x len(questions) in all.
     """
     prompts = [question.ids for question in questions]
-    settings = section.max_new_tokens, section.batch_size, on_progress
+    settings = section.max_new_tokens, section.batch_size, on_progress, halving
     with contrast.base() as model:
         of_base = greedy_answers(model, tokenizer, prompts, *settings)
     with contrast.tuned() as model:
@@ -117,13 +120,16 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] = lambda answers: None,
+    halving: Halving | None = None,
 ) -> list[str]:
     """Greedy answers to prompts given as tokens, in their order, without special tokens."""
+    halving = halving or Halving("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, str] = {}
     model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+
+    def answer(start: int, stop: int) -> None:
+        chosen = order[start:stop]
         inputs = tokenizer.pad(
             {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
@@ -134,6 +140,10 @@ def greedy_answers(
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.update(zip(chosen, texts, strict=True))
         on_progress(len(chosen))
+
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    for _ in halving.over(len(order), longest, answer, batch_size):
+        pass
     return [answers[index] for index in range(len(prompts))]
 
 

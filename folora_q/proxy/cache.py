@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.halving import Halving
 from folora_q.files import atomic_write, cache_folder
 from folora_q.progress import Clock
 from folora_q.proxy.sample import ProxySample, sample_proxy
@@ -33,7 +34,7 @@ def kept_or_sampled(
         clock.note(f"sampled text taken from {path}")
         return samples
     with clock.stage("sampling text from the base model", section.num_samples + section.num_heldout_samples) as done:
-        samples = sample_proxy(model, tokenizer, section, done)
+        samples = sample_proxy(model, tokenizer, section, done, Halving("sampling", clock.note))
     write_samples(path, samples, tokenizer)
     clock.note(f"sampled text kept in {path}")
     return samples

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.halving import Halving
 from folora_q.errors import RunFailed, UserError
 from folora_q.recipe.schema import ProxySection
 
@@ -44,6 +45,7 @@ def sample_proxy(
     tokenizer: Tokenizer,
     section: ProxySection,
     on_progress: Callable[[int], None] = lambda count: None,
+    halving: Halving | None = None,
 ) -> list[ProxySample]:
     """Draw `num_samples + num_heldout_samples` sequences from the model, with no adapter on it.
 
@@ -51,11 +53,13 @@ def sample_proxy(
 
     Args:
         on_progress: called with the number of samples gained.
+        halving: what to do where memory runs out, after which the same seed gives other text; None raises.
 
     Raises:
         UserError: chats are asked for and there is no chat template.
         RunFailed: the model gives too little text that passes.
     """
+    halving = halving or Halving("sampling", enabled=False)
     wanted = section.num_samples + section.num_heldout_samples
     sources = {"bos": ["bos"], "chat": ["chat"], "mixed": ["bos", "chat"]}[section.source]
     device = next(model.parameters()).device
@@ -70,7 +74,7 @@ def sample_proxy(
                 missing = target - len(samples)
                 if missing <= 0:
                     break
-                drawn = _draw(model, tokenizer, section, source, missing)
+                drawn = _draw(model, tokenizer, section, source, missing, halving)
                 passed = [ids for ids in drawn if len(ids) >= SHORTEST_SAMPLE and _passes(ids, section, seen)]
                 samples += [ProxySample(ids, source) for ids in passed[:missing]]
                 on_progress(min(len(passed), missing))
@@ -115,25 +119,27 @@ def chat_openings(tokenizer: Tokenizer) -> str:
 
 
 def _draw(
-    model: PreTrainedModel, tokenizer: Tokenizer, section: ProxySection, source: str, count: int
+    model: PreTrainedModel, tokenizer: Tokenizer, section: ProxySection, source: str, count: int, halving: Halving
 ) -> Iterator[list[int]]:
     mixture = PAPER_MIXTURE if section.decoding == "paper" else PLAIN
     left = count
     for position, (share, decoding) in enumerate(mixture):
         amount = left if position == len(mixture) - 1 else round(count * share)
         left -= amount
-        for first in range(0, amount, section.batch_size):
-            size = min(section.batch_size, amount - first)
+
+        def draw(start: int, stop: int, decoding: dict[str, float] = decoding) -> list[list[int]]:
             if source == "bos":
-                prompts = [[start_token(tokenizer)]] * size
-                yield from _continue(model, tokenizer, prompts, section.max_new_tokens, decoding)
-            else:
-                yield from _draw_chats(model, tokenizer, size, section.max_new_tokens, decoding)
+                prompts = [[start_token(tokenizer)]] * (stop - start)
+                return _continue(model, tokenizer, prompts, section.max_new_tokens, decoding)
+            return _draw_chats(model, tokenizer, stop - start, section.max_new_tokens, decoding)
+
+        for samples in halving.over(amount, section.max_new_tokens, draw, section.batch_size):
+            yield from samples
 
 
 def _draw_chats(
     model: PreTrainedModel, tokenizer: Tokenizer, count: int, max_new_tokens: int, decoding: dict[str, float]
-) -> Iterator[list[int]]:
+) -> list[list[int]]:
     """The model writes the user's turn after the template's opening, and then answers it."""
     opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
     turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
@@ -145,8 +151,7 @@ def _draw_chats(
         for user in users
         if user
     ]
-    if prompts:
-        yield from _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding)
+    return _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding) if prompts else []
 
 
 def _continue(

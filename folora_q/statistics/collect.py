@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch import nn
 
-from folora_q.core import CovarianceSketch, LowRankCovariance, ProjectedCovariance, SpectralGate, joint_basis
+from folora_q.core import CovarianceSketch, ProjectedCovariance, SpectralGate, joint_basis
+from folora_q.data.halving import Halving, ran_out, rows_of
 from folora_q.data.tokens import Batch
 from folora_q.models.adapters import AdapterPair
+from folora_q.progress import Clock
 from folora_q.recipe.schema import GateSection
-from folora_q.statistics.hooks import TokenSink, feeding, shared_inputs
+from folora_q.statistics.hooks import feeding, shared_inputs
 
 Text = Sequence[Batch]
+Sink = CovarianceSketch | ProjectedCovariance
+GIB = 2**30
+BYTES = 4  # of a number in a sketch or a basis
 
 
 def build_gates(
@@ -22,73 +29,134 @@ def build_gates(
     proxy: Text,
     task: Text,
     section: GateSection,
-    on_progress: Callable[[int], None] = lambda batches: None,
+    clock: Clock,
+    memory: float | None = None,
 ) -> dict[str, SpectralGate]:
     """The gate of every adapted layer, by the layer's name; layers that read the same tensor share one object.
 
-    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out.
+    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out. Where
+    memory runs out, the text is read again in smaller batches.
 
     Args:
         proxy, task: batches that no evaluation uses.
-        on_progress: called with 1 after each of `statistics_passes(section)` x (len(proxy) + len(task)) batches.
+        memory: GiB for the sketches of layers at a time; None takes all at once.
 
     Raises:
         RunFailed: an activation is not finite, or a layer is given no token; the layer is named.
     """
     modules = {pair.name: pair.module for pair in pairs}
-    device = pairs[0].a.device
     model.eval()
     with torch.no_grad(), model.disable_adapter():
         groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
-        readers = {group[0]: modules[group[0]] for group in groups}
+        shares = _shares([group[0] for group in groups], modules, section, memory)
+        passes = 2 if section.second_pass else 1
+        found: dict[str, SpectralGate] = {}
+        with clock.stage("statistics of both texts", len(shares) * passes * (len(proxy) + len(task))) as done:
+            reading = _Reading(model, proxy, task, section, done, Halving("taking statistics of", clock.note))
+            for share in shares:
+                found |= _gates_of({name: modules[name] for name in share}, reading)
+    if len(shares) > 1:
+        clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
+    by_layer = {name: found[group[0]] for group in groups for name in group}
+    return {name: by_layer[name] for name in modules}
 
-        def stream(text: Text, sinks: dict[str, TokenSink]) -> None:
-            with feeding(readers, sinks) as mask:
-                for batch in text:
-                    mask[0] = batch.attention_mask
-                    model(
-                        input_ids=batch.input_ids,
-                        attention_mask=batch.attention_mask,
-                        use_cache=False,
-                        logits_to_keep=1,
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is read, and how."""
+
+    model: PeftModel
+    proxy: Text
+    task: Text
+    section: GateSection
+    on_progress: Callable[[int], None]
+    halving: Halving
+
+    def stream(
+        self, text: Text, readers: dict[str, nn.Module], new_sinks: Callable[[], dict[str, Sink]]
+    ) -> dict[str, Sink]:
+        """Sinks that have seen a text. If memory runs out they have seen a part, and it begins again with new ones."""
+        while True:
+            sinks = new_sinks()
+            try:
+                self._feed(text, readers, sinks)
+                return sinks
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            del sinks
+            self.halving.halve(self.halving.fitting(len(text[0].input_ids)), text[0].input_ids.shape[1])
+
+    def _feed(self, text: Text, readers: dict[str, nn.Module], sinks: dict[str, Sink]) -> None:
+        with feeding(readers, sinks) as mask:
+            for batch in text:
+                rows = len(batch.input_ids)
+                for start in range(0, rows, size := self.halving.fitting(rows)):
+                    part = rows_of(batch, start, start + size)
+                    mask[0] = part.attention_mask
+                    self.model(
+                        input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False, logits_to_keep=1
                     )
-                    on_progress(1)
+                self.on_progress(1)
 
-        def covariances(text: Text) -> dict[str, LowRankCovariance]:
-            sketches = {
-                name: CovarianceSketch(module.in_features, section.rank, section.oversampling, device=device)
-                for name, module in readers.items()
-            }
-            stream(text, sketches)
-            return {name: sketch.covariance() for name, sketch in sketches.items()}
 
-        penalty, utility = covariances(proxy), covariances(task)
-        grams: dict[str, list[torch.Tensor]] = {name: [] for name in readers}
-        if section.second_pass:
-            for text in (proxy, task):
-                exact = {
-                    name: ProjectedCovariance(joint_basis(penalty[name], utility[name]), device=device)
-                    for name in readers
-                }
-                stream(text, exact)
-                for name, projection in exact.items():
-                    grams[name].append(projection.mean())
-
-    gates: dict[str, SpectralGate] = {}
-    for group in groups:
-        first = group[0]
-        gate = SpectralGate.from_covariances(
-            penalty[first],
-            utility[first],
+def _gates_of(readers: dict[str, nn.Module], reading: _Reading) -> dict[str, SpectralGate]:
+    """The gates of some layers, from one or two readings of both texts."""
+    section, device = reading.section, reading.model.device
+    penalty, utility = (
+        {name: sketch.covariance() for name, sketch in reading.stream(text, readers, lambda: {
+            name: CovarianceSketch(module.in_features, section.rank, section.oversampling, device=device)
+            for name, module in readers.items()
+        }).items()}
+        for text in (reading.proxy, reading.task)
+    )  # fmt: skip
+    grams: dict[str, list[torch.Tensor]] = {name: [] for name in readers}
+    if section.second_pass:
+        bases = {name: joint_basis(penalty[name], utility[name]) for name in readers}
+        for text in (reading.proxy, reading.task):
+            exact = reading.stream(
+                text,
+                readers,
+                lambda: {name: ProjectedCovariance(basis, device=device) for name, basis in bases.items()},
+            )
+            for name, projection in exact.items():
+                grams[name].append(projection.mean())
+    return {
+        name: SpectralGate.from_covariances(
+            penalty[name],
+            utility[name],
             ridge=section.ridge,
             utility_ridge=section.utility_ridge,
             gate_lambda=section.gate_lambda,
             floor=section.floor,
             sharpness=section.sharpness,
-            grams=tuple(grams[first]) or None,
+            grams=tuple(grams[name]) or None,
         ).to(device, basis_dtype(section, device))
-        gates.update(dict.fromkeys(group, gate))
-    return {name: gates[name] for name in modules}
+        for name in readers
+    }
+
+
+def _shares(
+    names: Sequence[str], modules: Mapping[str, nn.Module], section: GateSection, memory: float | None
+) -> list[list[str]]:
+    """Layers whose sketches stand in memory together."""
+    if memory is None:
+        return [list(names)]
+    shares: list[list[str]] = []
+    free = 0.0
+    for name in names:
+        needed = modules[name].in_features * columns_held(section) * BYTES / GIB
+        if needed > free or not shares:
+            shares.append([])
+            free = memory
+        shares[-1].append(name)
+        free -= needed
+    return shares
+
+
+def columns_held(section: GateSection) -> int:
+    """Numbers held for each input feature: a sketch's columns, or in a second reading the joint basis."""
+    return max(section.rank + section.oversampling, 2 * section.rank if section.second_pass else 0)
 
 
 def basis_dtype(section: GateSection, device: torch.device) -> torch.dtype:
@@ -96,8 +164,3 @@ def basis_dtype(section: GateSection, device: torch.device) -> torch.dtype:
     if section.basis_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, section.basis_dtype)
-
-
-def statistics_passes(section: GateSection) -> int:
-    """How often the text is read."""
-    return 2 if section.second_pass else 1

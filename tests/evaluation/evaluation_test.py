@@ -10,11 +10,13 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from folora_q.data.formats import Completion
+from folora_q.data.halving import Halving
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation import logits
 from folora_q.evaluation.compare import HeldOutText, compare
 from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.drift import measured_drift
 from folora_q.evaluation.loss import GENERAL_TEXT, mean_loss, text_windows
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
@@ -272,3 +274,39 @@ def test_a_users_function_scores_only_where_code_is_allowed(tmp_path: Path) -> N
     path.write_text("def half(:")
     with pytest.raises(UserError, match="SyntaxError"):
         make_scorer(function("half"), allow_code=True)
+
+
+def test_where_memory_runs_out_the_same_is_measured_in_halves(tuned, base: LoadedModel) -> None:
+    contrast, text = Contrast(tuned), on(TEXT, 4)
+    prompts = [base.tokenizer("ab" * length)["input_ids"] for length in (9, 2, 5)]
+    expected = compare(contrast, text), measured_drift(contrast, text.batches)
+    answers = greedy_answers(tuned.get_base_model(), base.tokenizer, prompts, 4, 3)
+    loss = mean_loss(tuned.get_base_model(), text.batches)
+    taken: list[int] = []
+    backbone = tuned.get_base_model().model.layers[1]
+
+    def hook(module, args, kwargs) -> None:
+        rows = len(args[0] if args else kwargs["hidden_states"])
+        taken.append(rows)
+        if rows > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
+    told: list[str] = []
+    try:
+        halving = Halving("measuring", told.append)
+        found = compare(contrast, text, halving=halving)
+        assert found.kl.value == pytest.approx(expected[0].kl.value, rel=1e-5)
+        assert found.loss.tuned.value == pytest.approx(expected[0].loss.tuned.value, rel=1e-6)
+        assert told == [
+            "memory ran out while measuring 4 sequences at a time; from here on 2",
+            "memory ran out while measuring 2 sequences at a time; from here on 1",
+        ]
+        assert measured_drift(contrast, text.batches, halving=halving) == pytest.approx(expected[1], rel=1e-5)
+        assert mean_loss(tuned.get_base_model(), text.batches, halving=halving) == pytest.approx(loss, rel=1e-6)
+        again = greedy_answers(tuned.get_base_model(), base.tokenizer, prompts, 4, 3, halving=halving)
+        assert again == answers and len(told) == 2
+        with pytest.raises(RunFailed, match="memory ran out while comparing, with 4 sequences"):
+            compare(contrast, text)
+    finally:
+        handle.remove()

@@ -14,11 +14,12 @@ from folora_q.errors import RunFailed
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
+from folora_q.progress import Clock
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
-from folora_q.statistics.collect import build_gates, statistics_passes
+from folora_q.statistics.collect import build_gates
 from folora_q.statistics.hooks import feeding, shared_inputs
 from folora_q.statistics.store import load_gates, save_gates
-from tests.conftest import random_gate
+from tests.conftest import Silent, random_gate
 
 CPU = torch.device("cpu")
 FULL = GateSection(rank=128, oversampling=0, ridge=0.1, utility_ridge=0.05, gate_lambda=2.0)
@@ -73,11 +74,11 @@ def test_layers_that_read_the_same_tensor_are_found_without_their_names(model) -
 
 def test_gates_solve_the_dense_problem_of_the_text_without_its_padding(model) -> None:
     proxy, task = sequences(1), sequences(2)
-    counted: list[int] = []
-    gates = build_gates(
-        model, adapter_pairs(model), list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU)), FULL, counted.append
-    )
-    assert sum(counted) == statistics_passes(FULL) * 4
+    progress = Silent()
+    texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU))
+    gates = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(progress))
+    total, *done = progress.stages["statistics of both texts"]
+    assert sum(done) == total == 2 * 4, "two readings of two batches of each"
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
         penalty, utility = dense_covariance(model, name, proxy), dense_covariance(model, name, task)
         identity = torch.eye(len(penalty), dtype=torch.float64)
@@ -91,7 +92,7 @@ def test_gates_solve_the_dense_problem_of_the_text_without_its_padding(model) ->
 
 def test_layers_with_one_input_share_one_gate(model) -> None:
     text = list(batches(sequences(1), 4, CPU))
-    gates = build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=4))
+    gates = build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=4), Clock(Silent()))
     layer = "model.layers.0.self_attn."
     assert gates[layer + "q_proj"] is gates[layer + "k_proj"] is gates[layer + "v_proj"]
     assert gates[layer + "q_proj"] is not gates[layer + "o_proj"]
@@ -108,7 +109,7 @@ def test_the_second_pass_makes_quotients_exact_in_their_directions(model) -> Non
 
     def error(second_pass: bool) -> float:
         section = GateSection(rank=6, oversampling=2, second_pass=second_pass, ridge=0.1, utility_ridge=0.0)
-        gate = build_gates(model, adapter_pairs(model), *text, section)[name]
+        gate = build_gates(model, adapter_pairs(model), *text, section, Clock(Silent()))[name]
         directions = gate.basis.double() @ gate.vectors
         true = torch.einsum("di,de,ei->i", directions, utility, directions) / (
             torch.einsum("di,de,ei->i", directions, penalty, directions) + 0.1 * directions.square().sum(0)
@@ -125,7 +126,7 @@ def hooks(model) -> int:
 def test_hooks_are_gone_and_the_mode_is_evaluation_afterwards(model) -> None:
     text = list(batches(sequences(1, 2), 4, CPU))
     before = hooks(model)
-    build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=0))
+    build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=0), Clock(Silent()))
     assert hooks(model) == before
 
 
@@ -137,7 +138,7 @@ def test_a_nan_activation_is_refused_with_the_layers_name(model) -> None:
     text = list(batches(sequences(1, 2), 4, CPU))
     try:
         with pytest.raises(RunFailed, match=r"hold a NaN or an infinity, at the input of model.layers.1.self_attn.q_"):
-            build_gates(model, pairs, text, text, GateSection(rank=4, oversampling=0))
+            build_gates(model, pairs, text, text, GateSection(rank=4, oversampling=0), Clock(Silent()))
     finally:
         norm.weight.data = kept
     assert hooks(model) == before, "an error must not leave hooks behind"
@@ -167,3 +168,54 @@ def test_gates_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
         assert torch.equal(found[name].quotients, gate.quotients)
         assert torch.equal(found[name].core, gate.core)
         assert found[name].gate_lambda == gate.gate_lambda
+
+
+def test_sketches_that_do_not_fit_together_are_taken_in_rounds_with_the_same_result(model) -> None:
+    texts = list(batches(sequences(1), 4, CPU)), list(batches(sequences(2), 4, CPU))
+    section = GateSection(rank=6, oversampling=2)
+    at_once = build_gates(model, adapter_pairs(model), *texts, section, Clock(Silent()))
+    progress = Silent()
+    one_layer = 128 * 12 * 4 / 2**30  # of the widest: 128 features, a joint basis of 12 columns
+    in_rounds = build_gates(model, adapter_pairs(model), *texts, section, Clock(progress), memory=one_layer)
+    rounds = int(progress.notes[-1].split()[2])
+    assert progress.notes[-1] == f"statistics in {rounds} rounds, by proxy.statistics_memory"
+    assert 4 <= rounds <= 8, "eight inputs, of which two narrow ones fit together"
+    total, *done = progress.stages["statistics of both texts"]
+    assert sum(done) == total
+    assert list(in_rounds) == list(at_once)
+    for name, gate in at_once.items():
+        assert torch.equal(gate.quotients, in_rounds[name].quotients), name
+        assert torch.equal(gate.basis, in_rounds[name].basis)
+    assert in_rounds["model.layers.0.mlp.up_proj"] is in_rounds["model.layers.0.mlp.gate_proj"]
+
+
+def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once(model) -> None:
+    texts = list(batches(sequences(1), 4, CPU)), list(batches(sequences(2), 4, CPU))
+    expected = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(Silent()))
+    taken: list[int] = []
+    # In the last layer, when the sketches of all others have seen the batch.
+    last = model.get_base_model().model.layers[1].mlp.down_proj
+
+    def hook(module, args) -> None:
+        taken.append(len(args[0]))
+        if len(args[0]) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    handle = last.register_forward_pre_hook(hook)
+    progress = Silent()
+    try:
+        found = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(progress))
+    finally:
+        handle.remove()
+    assert [note.split(";")[1] for note in progress.notes] == [" from here on 2", " from here on 1"]
+    assert set(taken[3:]) == {1}
+    for name, gate in expected.items():
+        assert torch.allclose(found[name].quotients, gate.quotients, rtol=1e-3, atol=1e-6), name
+
+
+def test_the_bases_dtype_is_the_recipes(model) -> None:
+    text = list(batches(sequences(1, 2), 4, CPU))
+    for name, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        section = GateSection(rank=4, oversampling=0, basis_dtype=name)
+        gates = build_gates(model, adapter_pairs(model), text, text, section, Clock(Silent()))
+        assert {gate.basis.dtype for gate in gates.values()} == {dtype}

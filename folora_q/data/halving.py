@@ -1,0 +1,95 @@
+"""Where memory runs out, half as many sequences at a time: what is computed stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from folora_q.data.tokens import Batch
+from folora_q.errors import RunFailed
+
+Result = TypeVar("Result")
+
+
+class Halving:
+    """Remembers how many sequences fit, from the first time that more did not.
+
+    Args:
+        what: names the work, in a note and an error.
+        tell: takes one line, each time that it has to halve.
+        enabled: False raises at once.
+    """
+
+    def __init__(self, what: str, tell: Callable[[str], None] = lambda line: None, enabled: bool = True) -> None:
+        self.what, self.tell, self.enabled = what, tell, enabled
+        self.rows: int | None = None
+
+    def fitting(self, rows: int) -> int:
+        """How many of `rows` sequences to take at a time."""
+        return rows if self.rows is None else min(rows, self.rows)
+
+    def over(
+        self, count: int, length: int, compute: Callable[[int, int], Result], most: int | None = None
+    ) -> Iterator[Result]:
+        """What `compute(start, stop)` gives for spans of `count` sequences, in order.
+
+        Args:
+            length: tokens of a sequence, for the error.
+            compute: must leave nothing behind when it fails.
+            most: sequences at a time; None takes all.
+
+        Raises:
+            RunFailed: memory runs out with one sequence.
+        """
+        start = 0
+        while start < count:
+            stop = min(count, start + self.fitting(most or count))
+            failed = False
+            try:
+                result = compute(start, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                failed = True
+            if failed:  # outside the except block, whose traceback holds on to what did not fit
+                self.halve(stop - start, length)
+                continue
+            start = stop
+            yield result
+
+    def over_batch(self, batch: Batch, compute: Callable[[Batch], Result]) -> Iterator[Result]:
+        """What `compute` gives for parts of a batch, in order; otherwise as `over`."""
+        rows, length = batch.input_ids.shape
+        return self.over(rows, length, lambda start, stop: compute(rows_of(batch, start, stop)))
+
+    def halve(self, rows: int, length: int) -> None:
+        """Memory ran out with so many sequences of so many tokens.
+
+        Raises:
+            RunFailed: it was one sequence, or halving is not wanted.
+        """
+        clear_device_cache(garbage_collection=True)
+        if rows == 1 or not self.enabled:
+            raise RunFailed(
+                f"memory ran out while {self.what}, with {rows} sequences of {length} tokens",
+                "free memory that other programs use, lower training.max_length or the batch size, or set "
+                "training.auto_batch_size: true",
+            )
+        self.rows = (rows + 1) // 2
+        self.tell(f"memory ran out while {self.what} {rows} sequences at a time; from here on {self.rows}")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device or of the machine is full."""
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some sequences of a batch, without the padding that only the others needed."""
+    if start == 0 and stop >= len(batch.input_ids):
+        return batch
+    mask = batch.attention_mask[start:stop]
+    width = int(mask.sum(1).max())
+    return Batch(batch.input_ids[start:stop, :width], mask[:, :width], batch.labels[start:stop, :width])
