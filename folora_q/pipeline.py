@@ -125,7 +125,7 @@ def _run(
         rows = data.train.sequences
         check_packing(model, rows[0]["input_ids"], rows[len(rows) - 1]["input_ids"])
     trainer = build_trainer(
-        model, tokenizer, data.train.sequences, data.heldout.sequences, recipe, hardware, folder.path
+        model, tokenizer, data.train.sequences, data.heldout.sequences, recipe, hardware, folder.path, tell=clock.note
     )
     trainer.own_text = _few(recipe, base, proxy_heldout)
     if recipe.training.packing:

@@ -13,6 +13,16 @@ from folora_q.errors import RunFailed
 Metrics = dict[str, float | int]
 
 
+class BeforeTraining(TrainerCallback):
+    """Does something when all is set up for the first step."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.action()
+
+
 class Reporting(TrainerCallback):
     """Calls `step_taken(1)` after every optimizer step and `logged(metrics)` for every line of metrics.
 

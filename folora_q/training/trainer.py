@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
-from folora_q.data.tokens import Batch, batches
+from folora_q.data.halving import Halving
+from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.errors import UserError
 from folora_q.evaluation.compare import HeldOutText, compare
 from folora_q.evaluation.contrast import Contrast
@@ -24,6 +27,8 @@ from folora_q.evaluation.loss import mean_loss
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
+from folora_q.training.callbacks import BeforeTraining
+from folora_q.training.guards import MicroBatches, longest_rows, rehearse_saving
 
 # Its name in transformers before 5.20 and since.
 FIELDS = SFTConfig.__dataclass_fields__
@@ -41,6 +46,7 @@ class GatedTrainer(SFTTrainer):
         own_text: text of the base's own that it takes the KL on; None takes none.
         max_kl: the KL at which training stops.
         exceeded: the step and the KL at which it did.
+        micro_batches: halves what does not fit into memory.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
@@ -48,8 +54,49 @@ class GatedTrainer(SFTTrainer):
     heldout: Sequence[Batch]
     own_text: HeldOutText | None = None
     max_kl: float | None = None
+    step_in_hand: int | None = None
     exceeded: tuple[int, float] | None = None
     gated: GatedOptimizer | None = None
+    micro_batches: MicroBatches
+    measuring: Halving
+
+    def rehearse(self) -> None:
+        """Before the first step: the longest batch forth and back, a batch of each measurement, and a save.
+
+        Memory, a disk or a folder that will not do is found now. Nothing is changed by it: no weight, no random state.
+
+        Raises:
+            RunFailed: a single sequence does not fit, or nothing can be saved.
+        """
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            inputs = self.data_collator(longest_rows(self.train_dataset, self.args.per_device_train_batch_size))
+            self.training_step(self.model, inputs, (inputs["labels"] != IGNORED).sum().to(device))
+            self.model.zero_grad(set_to_none=True)
+            if self.args.eval_strategy != "no":
+                mean_loss(self.model.get_base_model(), self.heldout[:1], halving=self.measuring)
+                if self.own_text is not None:
+                    first = replace(self.own_text, batches=self.own_text.batches[:1])
+                    compare(Contrast(self.model), first, halving=self.measuring)
+            if self.args.save_strategy != "no":
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.args.save_total_limit)
+        self.step_in_hand = None
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A micro-batch, in parts where memory does not do for all of it."""
+        compute = super().training_step
+        if num_items_in_batch is None:  # then parts would not add up
+            return compute(model, inputs, num_items_in_batch)
+        first, self.step_in_hand = self.step_in_hand != self.state.global_step, self.state.global_step
+        return self.micro_batches.add(
+            inputs,
+            first,
+            lambda part: compute(model, part, num_items_in_batch),
+            lambda: model.zero_grad(set_to_none=True),
+        )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.optimizer is not None or self.gates is None:
@@ -84,11 +131,11 @@ class GatedTrainer(SFTTrainer):
         The Trainer's own loss is a mean over batches, whatever they hold, and keeps their logits.
         """
         self.model.eval()
-        loss = mean_loss(self.model.get_base_model(), self.heldout)
+        loss = mean_loss(self.model.get_base_model(), self.heldout, halving=self.measuring)
         metrics = {f"{metric_key_prefix}_loss": loss}
         within = True
         if self.own_text is not None:
-            own = compare(Contrast(self.model), self.own_text)
+            own = compare(Contrast(self.model), self.own_text, halving=self.measuring)
             metrics[f"{metric_key_prefix}_kl"] = own.kl.value
             metrics[f"{metric_key_prefix}_top1_agreement"] = own.top1_agreement.value
             within = self.max_kl is None or own.kl.value <= self.max_kl
@@ -133,11 +180,13 @@ def build_trainer(
     hardware: Hardware,
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> GatedTrainer:
     """A trainer on tokenized data.
 
     Args:
         train, heldout: columns `input_ids` and `labels`; `training.packing` packs the first here.
+        tell: takes a line each time that memory runs out.
 
     Raises:
         UserError: a combination of settings is not one that transformers takes.
@@ -203,6 +252,9 @@ def build_trainer(
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     if training.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
+    trainer.micro_batches = MicroBatches(Halving("training on", tell, training.auto_batch_size))
+    trainer.measuring = Halving("measuring", tell, training.auto_batch_size)
+    trainer.add_callback(BeforeTraining(trainer.rehearse))
     trainer.gate_section = recipe.gate
     trainer.max_kl = recipe.evaluation.max_kl
     trainer.heldout = list(

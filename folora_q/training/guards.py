@@ -1,0 +1,112 @@
+"""What keeps a run from dying in hour three: micro-batches that are halved where memory runs out, and a rehearsal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch import Tensor
+
+from folora_q.data.halving import Halving, ran_out
+from folora_q.errors import RunFailed
+from folora_q.files import free_bytes
+
+Inputs = dict[str, Any]
+# A checkpoint holds the adapter and, with Adam, two moments of its size.
+CHECKPOINT_COPIES = 3
+
+
+class MicroBatches:
+    """The micro-batches of one optimizer step, computed again in halves where memory runs out.
+
+    The loss of a part is a sum over its tokens, divided by the number of all tokens of the step, so that the parts add
+    up to the whole. An error in the middle of a backward pass leaves half of a gradient: all that the step has gathered
+    is cleared and computed again.
+    """
+
+    def __init__(self, halving: Halving) -> None:
+        self.halving = halving
+        self.gathered: list[Inputs] = []
+
+    def add(
+        self, inputs: Inputs, first: bool, compute: Callable[[Inputs], Tensor], clear: Callable[[], None]
+    ) -> Tensor:
+        """Compute a micro-batch's loss and add its gradient.
+
+        Args:
+            inputs: tensors (rows, ...).
+            first: it is the first of its step.
+            compute: does one part.
+            clear: puts the step's gradients back to nothing.
+
+        Raises:
+            RunFailed: memory runs out with one sequence.
+        """
+        if first:
+            self.gathered.clear()
+        self.gathered.append(inputs)
+        todo = [inputs]
+        while True:
+            try:
+                losses = [sum(compute(part) for part in self._parts(each)) for each in todo]
+                return losses[-1]
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            rows, length = inputs["input_ids"].shape
+            clear()
+            self.halving.halve(self.halving.fitting(rows), length)
+            todo = self.gathered
+
+    def _parts(self, inputs: Inputs) -> list[Inputs]:
+        rows = len(inputs["input_ids"])
+        size = self.halving.fitting(rows)
+        return [inputs] if size >= rows else [_rows(inputs, start, start + size) for start in range(0, rows, size)]
+
+
+def _rows(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Some rows, without the padding that only the others needed."""
+    part = {name: value[start:stop] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    mask = part.get("attention_mask")
+    if mask is None:
+        return part
+    width = int(mask.sum(1).max())
+    return {name: value[:, :width] if isinstance(value, Tensor) else value for name, value in part.items()}
+
+
+def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
+    """The rows that take the most memory."""
+    column = dataset.with_format("arrow").select_columns(["input_ids"])[:]["input_ids"]
+    lengths = pc.list_value_length(column).to_pylist()
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [dataset[index] for index in order[:count]]
+
+
+def rehearse_saving(save: Callable[[str], None], folder: Path, parameters: Sequence[Tensor], kept: int) -> None:
+    """Save what a checkpoint holds once, and remove it again.
+
+    Args:
+        save: writes the adapter to a folder.
+        kept: how many checkpoints will be kept.
+
+    Raises:
+        RunFailed: the folder cannot be written, or the disk has no room for the checkpoints.
+    """
+    target = folder / ".rehearsal"
+    try:
+        save(str(target))
+    except Exception as error:  # safetensors raises its own for a full disk
+        raise RunFailed(f"cannot save a checkpoint in {folder}: {error}", "is the disk full or read-only?") from error
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    needed, free = size * (1 + CHECKPOINT_COPIES * (kept + 1)), free_bytes(folder)
+    if free < needed:
+        raise RunFailed(
+            f"the checkpoints of this run need {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free",
+            "lower training.save_total_limit, or name another training.output_dir",
+        )
