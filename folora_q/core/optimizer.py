@@ -210,10 +210,9 @@ class SpectralAdamW(Optimizer):
             raise ValueError(f"bad lr {lr}, eps {eps}, weight_decay {weight_decay} or betas {betas}")
         self.adapters = list(adapters)
         self.complement = complement
-        # V, (d, m): the eigenvectors of the small problem, back in the layer's input space.
-        self.bases = [
-            (gate.basis.float() @ gate.vectors.to(gate.basis.device, torch.float32)) for _, _, gate in self.adapters
-        ]
+        # V = P₀ R, (d, m), is never made: R, the eigenvectors of the small problem, is (m, m), and P₀ is the gate's.
+        rotations = {gate: gate.vectors.to(gate.basis.device, torch.float32) for _, _, gate in self.adapters}
+        self.rotations = [rotations[gate] for _, _, gate in self.adapters]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         params = [p for a, b, _ in self.adapters for p in (a, b)] + list(others)
         super().__init__([{"params": params}], defaults)
@@ -238,10 +237,10 @@ class SpectralAdamW(Optimizer):
         return loss
 
     def _spectral_direction(self, a: Tensor, index: int, group: dict[str, Any]) -> Tensor:
-        gate, basis = self.adapters[index][2], self.bases[index]
-        gradient = a.grad.float()
-        direction = _adam_direction(self.state[a], gradient @ basis, group)  # of Ḡ = G V, (r, m)
-        update = (direction * gate.values.to(direction)) @ basis.T  # ΔA = ΔĀ Vᵀ
+        gate, rotation = self.adapters[index][2], self.rotations[index]
+        basis, gradient = gate.basis.float(), a.grad.float()
+        direction = _adam_direction(self.state[a], gradient @ basis @ rotation, group)  # of Ḡ = G V, (r, m)
+        update = (direction * gate.values.to(direction)) @ rotation.T @ basis.T  # ΔA = ΔĀ Vᵀ
         if self.complement == "gated" and gate.complement_size > 0:
             update += self._complement_direction(a, gradient, gate, group)
         return update.to(a)

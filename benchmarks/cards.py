@@ -1,0 +1,198 @@
+"""Does a 7B model train on the card, and how fast: gated QLoRA beside plain PEFT + bitsandbytes + Trainer, in one run.
+
+    .venv/bin/python benchmarks/cards.py --gpu                         both shapes, five lengths, caps of 8 to 24 GB
+    .venv/bin/python benchmarks/cards.py --shape tiny --lengths 64     the same program on a CPU, to see that it works
+
+Models have random weights, made layer by layer straight into 4 bits. Batch 1, adapters of rank 16 on every linear
+layer, recomputed activations, paged 8-bit AdamW. Every figure is a process of its own: peak memory by the allocator,
+tokens per second over the steps after the second. A cap is `torch.cuda.set_per_process_memory_fraction`: what does not
+fit fails.
+Anchors, Llama-2-7B, batch 1, at 1k/2k/4k/8k tokens: plain Hugging Face 6/7/9/12 GB, Unsloth 5/6/7/8 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from folora_q.cli.console import err, out, quiet_libraries, quiet_progress_bars
+
+quiet_libraries()  # before they are imported
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from shapes import SHAPES, random_4bit, random_gates
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from folora_q.data.halving import ran_out
+from folora_q.errors import RunFailed
+from folora_q.models.adapters import adapter_pairs, keep_in_float32
+from folora_q.models.hardware import PeakMemory, choose_hardware
+from folora_q.recipe import Recipe
+from folora_q.training.trainer import CHECKPOINTING, build_trainer
+
+LENGTHS = "512,1024,2048,4096,8192"
+CAPS = "8,12,16,24"
+STEPS, WARM_UP = 8, 2
+DOES_NOT_FIT = {"peak": None, "tokens_per_second": None}
+
+
+class Clock(TrainerCallback):
+    """Seconds of the steps after the warm-up."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_, **__) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds_per_step(self) -> float:
+        return (self.ends[-1] - self.ends[WARM_UP - 1]) / (len(self.ends) - WARM_UP)
+
+
+@click.group(invoke_without_command=True, help=__doc__)
+@click.option("--gpu", is_flag=True)
+@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)))
+@click.option("--lengths", default=LENGTHS, show_default=True)
+@click.option("--caps", default=CAPS, show_default=True, help="GB; only with --gpu.")
+@click.option("--output", type=click.Path(path_type=Path), help="A file for the results table, as Markdown.")
+@click.pass_context
+def main(
+    context: click.Context, gpu: bool, shapes: tuple[str, ...], lengths: str, caps: str, output: Path | None
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    if gpu and not torch.cuda.is_available():
+        raise click.ClickException("there is no GPU here")
+    sizes = [int(cap) for cap in caps.split(",")] if gpu else []
+    headings = ["model", "tokens", "ours: GB", "plain: GB", "ratio", "ours: tokens/s", "plain: tokens/s", "ratio"]
+    rows: list[list[str]] = []
+    for shape in shapes or ("llama-2-7b", "llama-3-8b"):
+        for length in map(int, lengths.split(",")):
+            ours, plain = (_in_a_process(way, shape, length) for way in ("ours", "plain"))
+            fits = ["yes" if _in_a_process("ours", shape, length, cap)["peak"] else "no" for cap in sizes]
+            rows.append(
+                [
+                    shape,
+                    f"{length:,}",
+                    *_pair(ours, plain, "peak", 1e9),
+                    *_pair(ours, plain, "tokens_per_second", 1),
+                    *fits,
+                ]
+            )
+    headings += [f"runs in {cap} GB" for cap in sizes]
+    table = Table(*headings, title=choose_hardware().reason, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    out.width = max(out.width, 150)
+    out.print(table)
+    if output is not None:
+        lines = [headings, ["---"] * len(headings), *rows]
+        output.write_text("".join("| " + " | ".join(line) + " |\n" for line in lines), encoding="utf-8")
+
+
+@main.command(hidden=True)
+@click.argument("way", type=click.Choice(["ours", "plain"]))
+@click.argument("shape")
+@click.argument("length", type=int)
+@click.argument("cap", type=float)
+def once(way: str, shape: str, length: int, cap: float) -> None:
+    quiet_progress_bars()
+    hardware = choose_hardware()
+    if cap:
+        total = torch.cuda.get_device_properties(hardware.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap * 1e9 / total)
+    memory, clock = PeakMemory(hardware.device), Clock()
+    memory.reset()
+    try:
+        base = random_4bit(SHAPES[shape], hardware.device, hardware.dtype)
+        model = get_peft_model(
+            base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+        keep_in_float32(model)
+        ids = torch.randint(5, base.config.vocab_size, (STEPS, length)).tolist()
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = _ours(model, data, length, scratch) if way == "ours" else _plain(model, data, scratch)
+            trainer.add_callback(clock)
+            trainer.train()
+    except (RuntimeError, RunFailed) as error:
+        if not isinstance(error, RunFailed) and not ran_out(error):
+            raise
+        click.echo(json.dumps(DOES_NOT_FIT))
+        return
+    click.echo(json.dumps({"peak": memory.peak(), "tokens_per_second": length / clock.seconds_per_step}))
+
+
+def _ours(model: torch.nn.Module, data: Dataset, length: int, folder: str) -> Trainer:
+    training = {
+        "output_dir": folder,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_length": length,
+        "activation_checkpointing": True,
+    }
+    recipe = Recipe.model_validate(
+        {"model": {"model_name_or_path": "random"}, "data": {"train_dataset": "random"}, "training": training}
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<e>": 0}, "<e>")), eos_token="<e>"
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    hardware = choose_hardware()
+    trainer = build_trainer(model, tokenizer, data, data.select(range(1)), recipe, hardware, Path(folder))
+    dtype = torch.bfloat16 if hardware.device.type == "cuda" else torch.float32
+    trainer.gates = random_gates(adapter_pairs(model), recipe.gate.rank, hardware.device, dtype)
+    return trainer
+
+
+def _plain(model: torch.nn.Module, data: Dataset, folder: str) -> Trainer:
+    on_gpu = torch.cuda.is_available()
+    model.enable_input_require_grads()
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1000,
+        **{CHECKPOINTING: True},
+    )
+    return Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator)
+
+
+def _pair(ours: dict, plain: dict, what: str, unit: float) -> list[str]:
+    """Both figures and their ratio, where both are known."""
+    cells = ["does not fit" if side[what] is None else f"{side[what] / unit:,.2f}" for side in (ours, plain)]
+    known = ours[what] is not None and plain[what] is not None
+    return [*cells, f"{ours[what] / plain[what]:.3f}" if known else ""]
+
+
+def _in_a_process(way: str, shape: str, length: int, cap: float = 0) -> dict:
+    err.print(f"[dim]{way} {shape} {length} {f'in {cap} GB' if cap else ''}[/]")
+    command = [sys.executable, __file__, "once", way, shape, str(length), str(cap)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(done.stderr[-800:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

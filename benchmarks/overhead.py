@@ -1,0 +1,158 @@
+"""What the gate adds to a step: its time and the peak of memory, over the same step without it, in one run.
+
+    .venv/bin/python benchmarks/overhead.py                              the demo's model on a CPU: three minutes
+    .venv/bin/python benchmarks/overhead.py --gpu --shape llama-2-7b     7B shapes with random weights on a GPU
+
+Time: one model takes turns with every optimizer on the same batch; the ratio is of medians of whole steps (forward,
+backward, optimizer). Each step that solves the r x r problem counts as often as it comes, so means are given too.
+Memory: each way is a process of its own; the peak is over steps after the first.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import click
+from rich.table import Table
+
+from folora_q.cli.console import err, out, quiet_libraries
+
+quiet_libraries()  # before they are imported
+
+import torch
+from peft import LoraConfig, get_peft_model
+from shapes import SHAPES, random_4bit, random_gates
+from torch.optim import Optimizer
+
+from folora_q.core import GatedOptimizer, SpectralAdamW
+from folora_q.models.adapters import adapter_pairs, keep_in_float32
+from folora_q.models.demo import DEMO_MODEL
+from folora_q.models.hardware import PeakMemory, choose_hardware
+from folora_q.models.load import load_model
+from folora_q.recipe.schema import ModelSection
+
+WAYS = ("plain", "gated", "spectral")
+RANK = 64
+
+
+@click.group(invoke_without_command=True, help=__doc__)
+@click.option("--gpu", is_flag=True)
+@click.option("--shape", default="demo", type=click.Choice(["demo", *SHAPES]))
+@click.option("--batch", default=4, show_default=True)
+@click.option("--length", default=128, show_default=True, help="Tokens of a sequence.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--r", default=16, show_default=True, help="Rank of the adapter.")
+@click.pass_context
+def main(context: click.Context, gpu: bool, shape: str, batch: int, length: int, steps: int, r: int) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    if gpu and not torch.cuda.is_available():
+        raise click.ClickException("there is no GPU here")
+    setting = [shape, str(batch), str(length), str(steps), str(r), "gpu" if gpu else "cpu"]
+    times = _in_a_process("time", "all", *setting)
+    peaks = {way: _in_a_process("memory", way, *setting)["peak"] for way in WAYS}
+    table = Table(
+        title=f"{shape}, {batch} x {length} tokens, adapter r {r}, gates of rank {RANK}", title_justify="left"
+    )
+    for heading in ("way", "step, ms (median)", "ratio", "step, ms (mean)", "ratio", "peak, MB", "ratio"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    plain = times["plain"]
+    for way in WAYS:
+        middle, mean = (function(times[way]) for function in (statistics.median, statistics.mean))
+        table.add_row(
+            way,
+            f"{middle * 1e3:,.1f}",
+            f"{middle / statistics.median(plain):.3f}",
+            f"{mean * 1e3:,.1f}",
+            f"{mean / statistics.mean(plain):.3f}",
+            f"{peaks[way] / 1e6:,.0f}",
+            f"{peaks[way] / peaks['plain']:.3f}",
+        )
+    out.print(table)
+
+
+@main.command(hidden=True)
+@click.argument("what", type=click.Choice(["time", "memory"]))
+@click.argument("way")
+@click.argument("shape")
+@click.argument("batch", type=int)
+@click.argument("length", type=int)
+@click.argument("steps", type=int)
+@click.argument("r", type=int)
+@click.argument("device")
+def once(what: str, way: str, shape: str, batch: int, length: int, steps: int, r: int, device: str) -> None:
+    model, place = _model(shape, r, device == "gpu")
+    ids = torch.randint(5, model.config.vocab_size, (batch, length), device=place)
+    ways = WAYS if way == "all" else (way,)
+    optimizers = {name: _optimizer(name, model, place) for name in ways}
+    step = _stepper(model, ids, place)
+    for optimizer in optimizers.values():
+        step(optimizer)  # moments and caches are made
+    if what == "memory":
+        memory = PeakMemory(place)
+        memory.reset()
+        for _ in range(steps):
+            step(optimizers[way])
+        click.echo(json.dumps({"peak": memory.peak()}))
+        return
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(steps):
+        for name, optimizer in optimizers.items():
+            times[name].append(step(optimizer))
+    click.echo(json.dumps(times))
+
+
+def _model(shape: str, r: int, gpu: bool) -> tuple[torch.nn.Module, torch.device]:
+    hardware = choose_hardware()
+    if shape == "demo":
+        base = load_model(ModelSection(model_name_or_path=DEMO_MODEL), hardware).model
+    else:
+        base = random_4bit(SHAPES[shape], hardware.device)
+    if gpu:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = get_peft_model(base, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="CAUSAL_LM"))
+    keep_in_float32(model)
+    return model.train(), hardware.device
+
+
+def _optimizer(way: str, model: torch.nn.Module, device: torch.device) -> Optimizer:
+    pairs = adapter_pairs(model)
+    if way == "plain":
+        return torch.optim.AdamW([p for pair in pairs for p in (pair.a, pair.b)], lr=1e-5)
+    gates = random_gates(pairs, RANK, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    adapters = [(pair.a, pair.b, gates[pair.name]) for pair in pairs]
+    if way == "gated":
+        return GatedOptimizer(torch.optim.AdamW([p for pair in pairs for p in (pair.a, pair.b)], lr=1e-5), adapters)
+    return SpectralAdamW(adapters, lr=1e-5, complement="frozen")
+
+
+def _stepper(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) -> Callable[[Optimizer], float]:
+    def step(optimizer: Optimizer) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return step
+
+
+def _in_a_process(*arguments: str) -> dict:
+    err.print(f"[dim]{' '.join(arguments)}[/]")
+    done = subprocess.run([sys.executable, __file__, "once", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(done.stderr[-800:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
