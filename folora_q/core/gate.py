@@ -65,9 +65,8 @@ class SpectralGate:
         self.gate_lambda, self.floor, self.sharpness = float(gate_lambda), float(floor), float(sharpness)
 
         identity = torch.eye(self.penalty_gram.shape[0], dtype=torch.float64)
-        self._metric = self.penalty_gram + ridge * identity  # H inside the basis
         self.quotients, self.vectors = generalized_eigenproblem(
-            self.utility_gram + utility_ridge * identity, self._metric
+            self.utility_gram + utility_ridge * identity, self.metric
         )
         # The complement of a square basis is empty; a quotient of 1 there is never used.
         self.complement_size = basis.shape[0] - basis.shape[1]
@@ -120,11 +119,16 @@ class SpectralGate:
             sharpness=sharpness,
         )
 
+    @property
+    def metric(self) -> Tensor:
+        """H inside the basis, (m, m)."""
+        return self.penalty_gram + self.ridge * torch.eye(len(self.penalty_gram), dtype=torch.float64)
+
     def _set_values(self) -> None:
         self.values = self.gate_of(self.quotients)
         self.complement_value = float(self.gate_of(torch.tensor(self.complement_quotient, dtype=torch.float64)))
         # M = V diag(s - s_c) V⁻¹ inside the basis, with V⁻¹ = VᵀH; zero, exactly, when all values are equal.
-        core = (self.vectors * (self.values - self.complement_value)) @ (self.vectors.T @ self._metric)
+        core = (self.vectors * (self.values - self.complement_value)) @ (self.vectors.T @ self.metric)
         self.core = core.to(self.basis)
 
     def gate_of(self, quotients: Tensor) -> Tensor:

@@ -54,6 +54,10 @@ class GatedOptimizer(Optimizer):
         self.gate_a, self.gate_b, self.refresh_every = gate_a, gate_b, refresh_every
         self.steps_taken = 0
         self.stacks = stacks([gate for _, _, gate in self.adapters], [a.shape[0] for a, _, _ in self.adapters])
+        alike: dict[tuple, list[int]] = {}  # B's of one shape
+        for index, (_, b, _) in enumerate(self.adapters):
+            alike.setdefault((b.shape, b.device, b.dtype), []).append(index)
+        self.alike = list(alike.values())
         self.rank_gates: list[Tensor] = []
         # ‖step‖² and ‖gated step‖² (rows) of every A and B (columns), summed over the steps at which K was refreshed.
         devices = {a.device for a, _, _ in self.adapters}
@@ -98,59 +102,47 @@ class GatedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        refreshing = self.steps_taken % self.refresh_every == 0
         first, second = ([adapter[factor] for adapter in self.adapters] for factor in (0, 1))
-        if self.gate_b and refreshing:
+        if self.gate_b and self.steps_taken % self.refresh_every == 0:
             self._solve_rank_gates(first)
-        gate_a, gate_b = (gated and bool(self.adapters) for gated in (self.gate_a, self.gate_b))
-        before_a = [a.clone() for a in first] if gate_a else []
-        before_b = [b.clone() for b in second] if gate_b else []
+        before_a = [a.clone() for a in first] if self.gate_a else []
+        before_b = [b.clone() for b in second] if self.gate_b else []
 
         loss = self.inner.step(closure)
 
-        if gate_a:
-            steps = torch._foreach_sub(first, before_a)
-            self._correct(first, steps, self._corrections_of_a(steps), 0 if refreshing else None)
-        if gate_b:
-            steps = torch._foreach_sub(second, before_b)
-            self._correct(second, steps, self._corrections_of_b(steps), 1 if refreshing else None)
+        if self.gate_a:
+            for stack in self.stacks:  # A after + (P - I) step: exact where P = I
+                self._correct(0, stack.indices, first, before_a, stack.correction)
+        if self.gate_b:
+            for indices in self.alike:
+                gates = torch.stack([self.rank_gates[index] for index in indices])
+                self._correct(1, indices, second, before_b, lambda steps, gates=gates: steps @ gates - steps)
         self.steps_taken += 1
         return loss
 
     def _solve_rank_gates(self, first: list[Tensor]) -> None:
         solved: dict[int, Tensor] = {}
         for stack in self.stacks:
-            solved.update(zip(stack.indices, stack.rank_gates(stack.stacked(first)), strict=True))
+            found = stack.rank_gates(torch.stack([first[index] for index in stack.indices]))
+            solved.update(zip(stack.indices, found, strict=True))
         self.rank_gates = [solved[index] for index in range(len(first))]
 
-    def _corrections_of_a(self, steps: list[Tensor]) -> list[Tensor]:
-        """(P - I) step of every A: exactly zero where P = I."""
-        found: dict[int, Tensor] = {}
-        for stack in self.stacks:
-            corrections = stack.correction(stack.stacked(steps))
-            found.update(zip(stack.indices, corrections.view(-1, *steps[stack.indices[0]].shape), strict=True))
-        return [found[index] for index in range(len(steps))]
-
-    def _corrections_of_b(self, steps: list[Tensor]) -> list[Tensor]:
-        """step (K - I) of every B."""
-        found: dict[int, Tensor] = {}
-        groups: dict[tuple, list[int]] = {}
-        for index, step in enumerate(steps):
-            groups.setdefault((step.shape, step.device), []).append(index)
-        for indices in groups.values():
-            taken = torch.stack([steps[index] for index in indices])
-            gated = taken @ torch.stack([self.rank_gates[index] for index in indices])
-            found.update(zip(indices, gated - taken, strict=True))
-        return [found[index] for index in range(len(steps))]
-
     def _correct(
-        self, parameters: list[Tensor], steps: list[Tensor], corrections: list[Tensor], factor: int | None
+        self,
+        factor: int,
+        indices: list[int],
+        parameters: list[Tensor],
+        before: list[Tensor],
+        correction: Callable[[Tensor], Tensor],
     ) -> None:
-        torch._foreach_add_(parameters, corrections)
-        if factor is not None:
-            gated = torch._foreach_add(steps, corrections)
-            norms = [torch.stack([n.to(self.energy) for n in torch._foreach_norm(t)]) for t in (steps, gated)]
-            self.energy[:, factor] += torch.stack(norms).square()
+        """Correct the steps of some A's or B's of one shape, and add up their energy where K was refreshed."""
+        chosen = [parameters[index] for index in indices]
+        steps = torch.stack(torch._foreach_sub(chosen, [before[index] for index in indices]))
+        change = correction(steps)
+        torch._foreach_add_(chosen, list(change.unbind()))
+        if self.steps_taken % self.refresh_every == 0:
+            energies = torch.stack([taken.square().sum((1, 2)) for taken in (steps, steps + change)])
+            self.energy[:, factor, indices] += energies.to(self.energy)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state with the gate's own: the step count and the r x r gates in force."""

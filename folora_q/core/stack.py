@@ -23,57 +23,56 @@ class GateStack:
 
     def __init__(self, gates: Sequence[SpectralGate], members: Sequence[Sequence[int]]) -> None:
         self.gates, self.members = list(gates), [list(indices) for indices in members]
-        self.basis = torch.stack([gate.basis for gate in gates])  # (n, d, m)
-        self.core = torch.stack([gate.core for gate in gates])  # (n, m, m)
-        for gate, basis, core in zip(gates, self.basis, self.core, strict=True):
-            gate.basis, gate.core = basis, core
+        self.basis = _pooled(gates, "basis")  # (n, d, m)
+        self.core = _pooled(gates, "core")  # (n, m, m)
+        self.grams = [_pooled(gates, name)[:, None] for name in ("penalty_gram", "utility_gram")]  # (n, 1, m, m)
+        self.tails, self.ridges = (
+            torch.tensor([[getattr(gate, name) for gate in gates] for name in names], dtype=torch.float64)[
+                ..., *[None] * 3
+            ]
+            for names in (("penalty_tail", "utility_tail"), ("ridge", "utility_ridge"))
+        )  # (2, n, 1, 1, 1)
         shift = [gate.complement_value - 1 for gate in gates]
         self.shift = torch.tensor(shift, device=self.basis.device, dtype=torch.float32)[:, None, None]
-        self._grams = [torch.stack([getattr(gate, name) for gate in gates])[:, None] for name in GRAMS]  # (n, 1, m, m)
-        tails = [[getattr(gate, name) for gate in gates] for name in TAILS]
-        self._tails = torch.tensor(tails, dtype=torch.float64)[:, :, None, None, None]
-        ridges = [[getattr(gate, name) for gate in gates] for name in RIDGES]
-        self._ridges = torch.tensor(ridges, dtype=torch.float64)[:, :, None, None, None]
 
     @property
     def indices(self) -> list[int]:
         """All adapters, gate by gate."""
         return [index for indices in self.members for index in indices]
 
-    def stacked(self, rows: Sequence[Tensor]) -> Tensor:
-        """(n, s r, d) of the (r, d) rows of all adapters of the model."""
-        return torch.stack([rows[index] for index in self.indices]).view(len(self.gates), -1, self.basis.shape[1])
-
     def correction(self, steps: Tensor) -> Tensor:
-        """steps @ (P - I)ᵀ, (n, s r, d): `SpectralGate.correction` of each gate."""
-        inside = steps.to(self.basis) @ self.basis @ self.core.mT @ self.basis.mT
-        return self.shift.to(steps) * steps + inside.to(steps)
+        """steps @ (P - I)ᵀ of all adapters, (n s, r, d) in the order of `indices`: `SpectralGate.correction`."""
+        rows = steps.view(len(self.gates), -1, steps.shape[-1])  # (n, s r, d)
+        inside = rows.to(self.basis) @ self.basis @ self.core.mT @ self.basis.mT
+        return (self.shift.to(rows) * rows + inside.to(rows)).view_as(steps)
 
     def rank_gates(self, a: Tensor) -> Tensor:
-        """(n s, r, r) for the present A's, (n, s r, d): `SpectralGate.rank_gate` of each adapter.
+        """(n s, r, r) for the present A's, (n s, r, d): `SpectralGate.rank_gate` of each adapter.
 
         Raises:
             ValueError: an A holds a NaN or an infinity.
         """
         if not bool(torch.isfinite(a).all()):
             raise ValueError("A holds a NaN or an infinity")
-        shares = len(self.members[0])
-        a = a.unflatten(1, (shares, -1))  # (n, s, r, d)
+        a = a.view(len(self.gates), -1, *a.shape[1:])  # (n, s, r, d)
         inside = (a.to(self.basis) @ self.basis[:, None]).double().cpu()
         gram = (a @ a.mT).double().cpu()
         outside = gram - inside @ inside.mT
         penalty, utility = (
             inside @ grams @ inside.mT + tail * outside + ridge * gram
-            for grams, tail, ridge in zip(self._grams, self._tails, self._ridges, strict=True)
+            for grams, tail, ridge in zip(self.grams, self.tails, self.ridges, strict=True)
         )
         solved = rank_gates(penalty, utility, lambda quotients: torch.stack(
             [gate.gate_of(row) for gate, row in zip(self.gates, quotients, strict=True)]))  # fmt: skip
         return solved.flatten(0, 1).to(a)
 
 
-GRAMS = "penalty_gram", "utility_gram"
-TAILS = "penalty_tail", "utility_tail"
-RIDGES = "ridge", "utility_ridge"
+def _pooled(gates: Sequence[SpectralGate], name: str) -> Tensor:
+    """A tensor of every gate in one, (n, ...), of which the gates' own become parts: nothing is held twice."""
+    pooled = torch.stack([getattr(gate, name) for gate in gates])
+    for gate, part in zip(gates, pooled, strict=True):
+        setattr(gate, name, part)
+    return pooled
 
 
 def stacks(gates: Sequence[SpectralGate], ranks: Sequence[int]) -> list[GateStack]:

@@ -33,8 +33,8 @@ def test_a_stack_corrects_and_solves_as_its_gates_do(dtype: torch.dtype) -> None
     seen: list[int] = []
     made = stacks(gates, RANKS)
     for stack in made:
-        stacked = stack.stacked(steps)
-        found = stack.correction(stacked).view(-1, *steps[stack.indices[0]].shape)
+        stacked = torch.stack([steps[index] for index in stack.indices])
+        found = stack.correction(stacked)
         for index, correction, k in zip(stack.indices, found, stack.rank_gates(stacked), strict=True):
             assert torch.allclose(
                 correction, corrections[index], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
