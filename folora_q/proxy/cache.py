@@ -42,7 +42,8 @@ def kept_or_sampled(
 
 def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section: ProxySection) -> Path:
     """The file for a model (its fingerprint covers the quantization), compute dtype, chat template and settings."""
-    key = json.dumps([FORMAT, fingerprint, dtype, chat_template, section.model_dump(mode="json")], sort_keys=True)
+    settings = section.model_dump(mode="json", exclude={"statistics_memory"})  # which changes no text
+    key = json.dumps([FORMAT, fingerprint, dtype, chat_template, settings], sort_keys=True)
     return cache_folder() / "proxy" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
 

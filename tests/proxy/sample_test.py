@@ -133,6 +133,7 @@ def test_the_cache_is_readable_keyed_by_everything_and_forgiving(tiny, tmp_path:
         cache_path("f", "float32", None, ProxySection(**SMALL, source="chat")),
     }
     assert len(others | {path}) == 6
+    assert path == cache_path("f", "float32", None, ProxySection(**SMALL, statistics_memory=1))
     path.write_text(path.read_text("utf-8")[:-20], encoding="utf-8")
     assert read_samples(path) is None, "a cut file is sampled again"
 
