@@ -12,6 +12,7 @@ from torch import nn
 from folora_q.core import CovarianceSketch, ProjectedCovariance, SpectralGate, joint_basis
 from folora_q.data.halving import Halving, ran_out, rows_of
 from folora_q.data.tokens import Batch
+from folora_q.errors import RunFailed
 from folora_q.models.adapters import AdapterPair
 from folora_q.progress import Clock
 from folora_q.recipe.schema import GateSection
@@ -77,13 +78,19 @@ class _Reading:
     ) -> dict[str, Sink]:
         """Sinks that have seen a text. If memory runs out they have seen a part, and it begins again with new ones."""
         while True:
-            sinks = new_sinks()
+            sinks: dict[str, Sink] = {}
             try:
+                sinks = new_sinks()
                 self._feed(text, readers, sinks)
                 return sinks
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
+            if not sinks:
+                raise RunFailed(
+                    f"memory ran out for the sketches of {len(readers)} layers' inputs",
+                    "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
+                )
             del sinks
             self.halving.halve(self.halving.fitting(len(text[0].input_ids)), text[0].input_ids.shape[1])
 
@@ -103,13 +110,18 @@ class _Reading:
 def _gates_of(readers: dict[str, nn.Module], reading: _Reading) -> dict[str, SpectralGate]:
     """The gates of some layers, from one or two readings of both texts."""
     section, device = reading.section, reading.model.device
+
+    def new_sketches() -> dict[str, Sink]:
+        widths = {name: module.in_features for name, module in readers.items()}
+        return {
+            name: CovarianceSketch(width, section.rank, section.oversampling, device=device)
+            for name, width in widths.items()
+        }
+
     penalty, utility = (
-        {name: sketch.covariance() for name, sketch in reading.stream(text, readers, lambda: {
-            name: CovarianceSketch(module.in_features, section.rank, section.oversampling, device=device)
-            for name, module in readers.items()
-        }).items()}
+        {name: sketch.covariance() for name, sketch in reading.stream(text, readers, new_sketches).items()}
         for text in (reading.proxy, reading.task)
-    )  # fmt: skip
+    )
     grams: dict[str, list[torch.Tensor]] = {name: [] for name in readers}
     if section.second_pass:
         bases = {name: joint_basis(penalty[name], utility[name]) for name in readers}

@@ -219,3 +219,13 @@ def test_the_bases_dtype_is_the_recipes(model) -> None:
         section = GateSection(rank=4, oversampling=0, basis_dtype=name)
         gates = build_gates(model, adapter_pairs(model), text, text, section, Clock(Silent()))
         assert {gate.basis.dtype for gate in gates.values()} == {dtype}
+
+
+def test_sketches_that_do_not_fit_at_all_are_a_sentence(model, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("folora_q.statistics.collect.CovarianceSketch", full)
+    text = list(batches(sequences(1, 2), 4, CPU))
+    with pytest.raises(RunFailed, match="memory ran out for the sketches of 8 layers' inputs"):
+        build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4), Clock(Silent()))
