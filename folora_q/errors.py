@@ -29,6 +29,10 @@ class RunFailed(FoloraError):
     """The run itself failed: a non-finite number, a missing tool, a broken download. Exit code 1."""
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM, as Ctrl-C asks by SIGINT."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, fit for one sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -85,7 +85,19 @@ def commit_directory(target: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
         if target.exists():
             shutil.rmtree(target)
+        _sync_folder(staging)
         os.replace(staging, target)
+        _sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in a folder, on the disk; where a file system has no such thing, nothing."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

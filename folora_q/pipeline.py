@@ -11,35 +11,38 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.core import SpectralGate
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.sources import source_files
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
-from folora_q.errors import RunFailed
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import write_card
-from folora_q.files import atomic_write
+from folora_q.files import atomic_write, sha256
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import Clock, Progress, Stage
-from folora_q.proxy.cache import kept_or_sampled, write_samples
+from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
+from folora_q.runs.lock import locked
 from folora_q.runs.manifest import new_manifest
 from folora_q.runs.results import AnswerResult, Evaluation, LayerResult, answer_lines, to_json
 from folora_q.statistics.collect import build_gates
-from folora_q.statistics.store import gate_results, save_gates
-from folora_q.training.callbacks import Reporting
+from folora_q.statistics.store import gate_results, load_gates, save_gates
+from folora_q.training.callbacks import Reporting, Stopping
+from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.packing import check_packing
+from folora_q.training.resume import Resumption, plan, read_earlier
 from folora_q.training.trainer import GatedTrainer, build_trainer
 
 
@@ -53,12 +56,21 @@ class RunResult:
     stages: list[Stage]
 
 
-def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False, allow_code: bool = False) -> RunResult:
+def run_training(
+    recipe: Recipe,
+    progress: Progress,
+    overwrite: bool = False,
+    allow_code: bool = False,
+    resume: bool = False,
+    force: bool = False,
+) -> RunResult:
     """Do everything that a recipe says.
 
     Args:
         overwrite: replace an earlier run in `training.output_dir`.
         allow_code: run the Python that `evaluation.metric_function` names.
+        resume: go on with the run there, from its newest checkpoint that is whole; begin where there is none.
+        force: go on although the recipe, its data, the model or a library is not as it was.
 
     Raises:
         UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
@@ -66,7 +78,25 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False, al
     """
     clock = Clock(progress)
     target = Path(recipe.training.output_dir)
-    check_run_folder(target, overwrite)
+    with locked(target, clock.note):
+        earlier = read_earlier(RunFolder(target)) if resume else None
+        if earlier is None:
+            check_run_folder(target, overwrite)
+        if resume and earlier is None:
+            clock.note(f"there is no run in {target} to go on with: it begins")
+        return _run_here(recipe, target, earlier, clock, overwrite, allow_code, force)
+
+
+def _run_here(
+    recipe: Recipe,
+    target: Path,
+    earlier: dict[str, Any] | None,
+    clock: Clock,
+    overwrite: bool,
+    allow_code: bool,
+    force: bool,
+) -> RunResult:
+    """Read the data, open the folder, and mark there how the run ends."""
     scorer = make_scorer(recipe.evaluation, allow_code)
     if recipe.training.packing:
         require_packable(recipe.model)
@@ -76,20 +106,28 @@ def run_training(recipe: Recipe, progress: Progress, overwrite: bool = False, al
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
     manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
     manifest["data"] = data.summary()
-    folder = open_run_folder(target, overwrite)
+    resumed = None
+    if earlier is None:
+        folder = open_run_folder(target, overwrite)
+    else:
+        folder = RunFolder(target)
+        resumed = plan(folder, earlier, recipe, manifest, force, clock.note)
+        manifest = resumed.manifest(manifest)
+        discard_after(target, resumed.step)
+        folder.cut_metrics(resumed.step)
     folder.write_manifest(manifest)
     try:
         if skipped := data.skipped():
             folder.write_lines(folder.skipped, skipped)
         atomic_write(folder.recipe, dump_yaml(recipe.model_dump(mode="json")))
-        result = _run(recipe, folder, data, tokenizer, scorer, manifest, clock)
+        result = _run(recipe, folder, data, tokenizer, scorer, manifest, clock, resumed)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         manifest |= {"status": "interrupted" if interrupted else "failed", "error": str(error)}
         manifest["stages"] = clock.to_list()
         folder.write_manifest(manifest)
         if interrupted:
-            raise KeyboardInterrupt(f"what had been written is in {target}, marked as interrupted") from None
+            raise type(error)(f"what had been written is in {target}, marked as interrupted") from None
         raise
     return result
 
@@ -102,6 +140,7 @@ def _run(
     scorer: Scorer | None,
     manifest: dict[str, Any],
     clock: Clock,
+    resumed: Resumption | None,
 ) -> RunResult:
     hardware = choose_hardware(recipe.model.dtype)
     clock.meter = PeakMemory(hardware.device)
@@ -112,12 +151,15 @@ def _run(
     if data.end_of_turn is not None:
         stop_at(base.model, data.end_of_turn)
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
+    if resumed is not None:
+        resumed.require_model(base.fingerprint)
     manifest |= {
         "hardware": hardware.reason,
         "model": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
     }
 
-    proxy, proxy_heldout = _proxy_text(recipe, base, hardware, folder, clock)
+    proxy, proxy_heldout = _proxy_text(recipe, base, hardware, folder, clock, resumed)
+    _remember(folder, manifest, folder.proxy)
     measured_on = _held_out(recipe, base, data, proxy_heldout)
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
@@ -131,9 +173,10 @@ def _run(
     if recipe.training.packing:
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
     if recipe.gate.enabled:
-        _gate(recipe, base, model, trainer, data.train, proxy, folder, clock)
+        _gate(recipe, base, model, trainer, data.train, proxy, folder, clock, resumed)
+        _remember(folder, manifest, folder.gates)
 
-    _train(trainer, folder, clock)
+    _train(trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
 
     contrast = Contrast(model)
     texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
@@ -148,13 +191,28 @@ def _run(
     return RunResult(folder.path, evaluation, answers, list(clock.stages.values()))
 
 
+def _remember(folder: RunFolder, manifest: dict[str, Any], path: Path) -> None:
+    """Put the checksum of a finished part into run.json, so that it is known to be whole should the run go on later."""
+    manifest.setdefault("files_sha256", {})[path.name] = sha256(path)
+    folder.write_manifest(manifest)
+
+
 def _proxy_text(
-    recipe: Recipe, base: LoadedModel, hardware: Hardware, folder: RunFolder, clock: Clock
+    recipe: Recipe,
+    base: LoadedModel,
+    hardware: Hardware,
+    folder: RunFolder,
+    clock: Clock,
+    resumed: Resumption | None,
 ) -> tuple[list[ProxySample], list[ProxySample]]:
-    """Sampled text from the cache or from the model, and its held-out tail."""
+    """Sampled text from the run that goes on, from the cache or from the model, and its held-out tail."""
     section = recipe.proxy
-    samples = kept_or_sampled(base.model, base.tokenizer, base.fingerprint, str(hardware.dtype), section, clock)
-    write_samples(folder.proxy, samples, base.tokenizer)
+    samples = None
+    if resumed is not None and resumed.keeps_text(folder.proxy):
+        samples = read_samples(folder.proxy)
+    if samples is None:
+        samples = kept_or_sampled(base.model, base.tokenizer, base.fingerprint, str(hardware.dtype), section, clock)
+        write_samples(folder.proxy, samples, base.tokenizer)
     return samples[: section.num_samples], samples[section.num_samples :]
 
 
@@ -188,8 +246,30 @@ def _gate(
     proxy: Sequence[ProxySample],
     folder: RunFolder,
     clock: Clock,
+    resumed: Resumption | None,
 ) -> None:
-    """Statistics of both texts, the gates from them, and A's gated start."""
+    """The gates, from statistics of both texts or from the run that goes on, and A's gated start."""
+    pairs = adapter_pairs(model)
+    if resumed is not None and resumed.keeps_gates(folder.gates):
+        gates = load_gates(folder.gates, base.model.device)
+    else:
+        gates = _measured_gates(recipe, base, model, task, proxy, clock)
+        save_gates(folder.gates, gates)
+    clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
+    atomic_write(folder.gate_results, to_json(gate_results(gates)))
+    if "a_start" in recipe.gate.places:  # a checkpoint then brings its own A
+        start_gated(pairs, gates)
+    trainer.gates = gates
+
+
+def _measured_gates(
+    recipe: Recipe,
+    base: LoadedModel,
+    model: PeftModel,
+    task: Tokenized,
+    proxy: Sequence[ProxySample],
+    clock: Clock,
+) -> dict[str, SpectralGate]:
     size, device = recipe.gate.batch_size, base.model.device
     rows = len(task.sequences)
     chosen = random.Random(recipe.training.seed).sample(range(rows), min(recipe.gate.num_task_samples, rows))
@@ -198,36 +278,27 @@ def _gate(
     whole = [sample.ids for sample in proxy]
     proxy_text = list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device))
     pairs = adapter_pairs(model)
-    gates = build_gates(model, pairs, proxy_text, task_text, recipe.gate, clock, recipe.proxy.statistics_memory)
-    clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
-    save_gates(folder.gates, gates)
-    atomic_write(folder.gate_results, to_json(gate_results(gates)))
-    if "a_start" in recipe.gate.places:
-        start_gated(pairs, gates)
-    trainer.gates = gates
+    return build_gates(model, pairs, proxy_text, task_text, recipe.gate, clock, recipe.proxy.statistics_memory)
 
 
-def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock) -> None:
+def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: Path | None) -> None:
     arguments = trainer.args
     per_epoch = len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps
     steps = arguments.max_steps if arguments.max_steps > 0 else max(1, round(per_epoch * arguments.num_train_epochs))
+
+    def record(line: dict[str, Any]) -> None:
+        folder.append_metrics({"stage": "training", **line})
+
+    trainer.skipped.record = record
+    stopping = Stopping(clock.note)
     with clock.stage("training", steps) as done:
-        trainer.add_callback(Reporting(done, lambda line: folder.append_metrics({"stage": "training", **line})))
-        trainer.train()
-    state = trainer.state
-    if trainer.exceeded is not None:
-        step, kl = trainer.exceeded
-        clock.note(f"stopped at step {step}: KL {kl:.4f} is over evaluation.max_kl ({trainer.max_kl})")
-        if state.best_model_checkpoint is None:
-            raise RunFailed(
-                f"KL from the base was {kl:.4f} at step {step}, over evaluation.max_kl ({trainer.max_kl}), before any "
-                "step within it was saved",
-                "lower training.learning_rate, raise gate.gate_lambda, or measure more often (evaluation.steps)",
-            )
-    elif state.global_step < steps:
-        clock.note(f"stopped at step {state.global_step} of {steps}: the held-out loss no longer fell")
-    if arguments.load_best_model_at_end and state.best_model_checkpoint is not None:
-        clock.note(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
+        if checkpoint is not None:
+            done(step_of(checkpoint))
+        trainer.add_callback(Reporting(done, record))
+        trainer.add_callback(stopping)
+        with stopping.listening():
+            trainer.train(checkpoint)
+    trainer.conclude(steps, clock.note)
 
 
 def _layers(contrast: Contrast, trainer: GatedTrainer, on: HeldOut, clock: Clock) -> list[LayerResult]:

@@ -119,6 +119,11 @@ def run_out_of_memory_over(rows: int, count: list[int]) -> Callable[..., None]:
 @pytest.fixture
 def recipe_file(tiny_folder: Path, tmp_path: Path) -> Path:
     """A recipe of a few steps on the tiny model, with its data beside it; the run goes to tmp_path/run."""
+    return write_recipe(tmp_path, tiny_folder)
+
+
+def write_recipe(folder: Path, model: Path) -> Path:
+    """recipe.yaml in a folder, with its data beside it; the run goes to run in that folder."""
     import json
 
     import yaml
@@ -128,15 +133,15 @@ def recipe_file(tiny_folder: Path, tmp_path: Path) -> Path:
             {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
             for i in rows
         ]
-        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     recipe = {
-        "model": {"model_name_or_path": str(tiny_folder), "dtype": "float32"},
+        "model": {"model_name_or_path": str(model), "dtype": "float32"},
         "adapter": {"r": 4},
         "data": {"train_dataset": "train.jsonl", "eval_dataset": "heldout.jsonl"},
         "proxy": {"source": "mixed", "num_samples": 4, "num_heldout_samples": 2, "max_new_tokens": 24},
         "gate": {"rank": 8, "oversampling": 4, "num_task_samples": 6, "refresh_every": 2},
         "training": {
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
             "learning_rate": 1e-2,
             "max_steps": 5,
             "per_device_train_batch_size": 4,
@@ -145,6 +150,6 @@ def recipe_file(tiny_folder: Path, tmp_path: Path) -> Path:
         "logging": {"logging_steps": 2},
         "evaluation": {"metric": "exact_match", "max_new_tokens": 8},
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

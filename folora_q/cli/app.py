@@ -10,7 +10,7 @@ import rich_click as click
 
 from folora_q import __version__
 from folora_q.cli.console import print_error
-from folora_q.errors import FoloraError, RunFailed
+from folora_q.errors import FoloraError, RunFailed, Terminated
 
 # Name of the command: its module in this folder. The command is the module's attribute `command`.
 COMMANDS = {
@@ -28,7 +28,7 @@ COMMANDS = {
     "schema": "schema",
     "doctor": "doctor",
 }
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT and SIGTERM, as shells have it
 
 
 class LazyGroup(click.RichGroup):
@@ -57,7 +57,7 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 the run failed, 2 the user's mistake, 130 or 143 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     # --debug is the group's, but people put it last.
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt) as stop:
         interrupt = stop.__context__ or stop  # click wraps it
         print_error("interrupted", str(interrupt) or None)
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
     except FoloraError as error:
         if debug:
             raise

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import rich_click as click
@@ -16,6 +17,7 @@ from rich.markup import escape
 from folora_q.cli.console import duration, out, starting
 from folora_q.cli.evaluation_table import print_answer, print_evaluation
 from folora_q.cli.options import recipe_arguments
+from folora_q.errors import Terminated, UserError
 from folora_q.recipe import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 
@@ -29,6 +31,10 @@ PLAIN_LEARNING_RATE = "2e-4"
 @click.command("train")
 @recipe_arguments
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in training.output_dir.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in training.output_dir, from its last whole checkpoint."
+)
+@click.option("--force", is_flag=True, help="With --resume: although the recipe, data, model or a library changed.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe with all defaults and overrides, and stop.")
 @click.option("--allow-code", is_flag=True, help="Run the Python file that evaluation.metric_function names.")
 @click.pass_obj
@@ -38,6 +44,8 @@ def command(
     overrides: tuple[str, ...],
     recipe: Recipe,
     overwrite: bool,
+    resume: bool,
+    force: bool,
     dry_run: bool,
     allow_code: bool,
 ) -> None:
@@ -49,13 +57,34 @@ def command(
         # Not through rich, which would wrap long paths.
         click.echo(dump_yaml(recipe.model_dump(mode="json")), nl=False)
         return
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite removes it", "give one of them")
+    if force and not resume:
+        raise UserError("--force is about going on with a run", "give --resume too; --overwrite replaces a run")
     with starting(settings["debug"]) as progress:
         from folora_q.pipeline import run_training
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is marked in the run folder like Ctrl-C
-    result = run_training(recipe, progress, overwrite, allow_code)
+    signal.signal(signal.SIGTERM, _terminate)  # `kill` is marked in the run folder like Ctrl-C
+    try:
+        result = run_training(recipe, progress, overwrite, allow_code, resume, force)
+    except KeyboardInterrupt as stop:
+        if not str(stop):  # nothing had been written
+            raise
+        options = [*["--allow-code"] * allow_code, "--resume"]
+        line = f"{_program()} {shlex.join(['train', str(path), *overrides, *options])}"
+        raise type(stop)(f"{stop}; go on with\n  {line}") from None
     _print_result(result, recipe)
     _print_next(path, overrides, recipe)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _program() -> str:
+    """How this program is called, for lines to copy."""
+    program = "folora-q" if shutil.which("folora-q") else sys.argv[0]
+    return f"{sys.executable} {program}" if program.endswith(".py") else program
 
 
 def _print_result(result: RunResult, recipe: Recipe) -> None:
@@ -73,9 +102,7 @@ def _print_result(result: RunResult, recipe: Recipe) -> None:
 
 def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe) -> None:
     """What to type next, in a form that works in the same shell."""
-    program = "folora-q" if shutil.which("folora-q") else sys.argv[0]
-    if program.endswith(".py"):
-        program = f"{sys.executable} {program}"
+    program = _program()
     folder = Path(recipe.training.output_dir)
     quoted = shlex.quote(str(folder))
     steps = [

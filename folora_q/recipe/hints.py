@@ -8,7 +8,7 @@ from __future__ import annotations
 
 ALWAYS_4_BITS = "leave it out: the base is always loaded in 4 bits, and only an adapter is trained"
 BY_HARDWARE = "leave it out, or set `model.dtype`: it is chosen from the hardware"
-NO_RESUME = "it does not exist here yet"
+RESUME = "the option --resume of `folora-q train`"
 
 # Their word: our section.key, or a sentence where there is none.
 FOREIGN_WORDS: dict[str, str] = {
@@ -199,12 +199,12 @@ FOREIGN_WORDS: dict[str, str] = {
     "metric_for_best_model": "training.load_best_model_at_end takes the held-out loss",
     "early_stopping": "training.early_stopping_patience",
     "early_stopping_steps": "training.early_stopping_patience",
-    "loss_watchdog_threshold": "it is not supported: a loss that is not finite stops the run",
-    "loss_watchdog_patience": "it is not supported: a loss that is not finite stops the run",
+    "loss_watchdog_threshold": "training.max_skipped_steps: steps whose loss is not finite are skipped",
+    "loss_watchdog_patience": "training.max_skipped_steps",
     "save_only_model": "leave it out: training.save_steps keeps whole checkpoints",
     "dataloader_num_workers": "leave it out: rows are tokenized before training",
-    "resume_from_checkpoint": NO_RESUME,
-    "auto_resume_from_checkpoints": NO_RESUME,
+    "resume_from_checkpoint": RESUME,
+    "auto_resume_from_checkpoints": RESUME,
     "overwrite_output_dir": "the option --overwrite of `folora-q train`",
     "out_dir": "training.output_dir",
     # evaluation, logging, export
@@ -244,7 +244,7 @@ FOREIGN_WORDS: dict[str, str] = {
     "lora_mlp_kernel": "it is not supported: there are no fused kernels",
     "lora_qkv_kernel": "it is not supported: there are no fused kernels",
     "lora_o_kernel": "it is not supported: there are no fused kernels",
-    "lora_model_dir": NO_RESUME,
+    "lora_model_dir": RESUME + ", which goes on with a run of its own",
     "liger_kernel": "it is not supported",
     "use_liger_kernel": "it is not supported",
 }

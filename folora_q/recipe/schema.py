@@ -181,8 +181,10 @@ class TrainingSection(Section):
     """Recompute activations in the backward pass: about a third slower, far less memory; auto: on a GPU."""
     auto_batch_size: bool = True
     """Where memory runs out, compute on half the sequences at a time: steps, data order and results stay."""
+    max_skipped_steps: PositiveInt = 3
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
     save_steps: PositiveInt | None = None
-    """Steps between two checkpoints, which go to checkpoint-N in the run folder; unset: none."""
+    """Steps between two checkpoints, from which --resume goes on, in checkpoint-N of the run folder; unset: none."""
     save_total_limit: PositiveInt = 2
     """How many checkpoints are kept."""
     load_best_model_at_end: bool = False

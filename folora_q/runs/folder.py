@@ -11,6 +11,7 @@ from typing import Any
 
 from folora_q.errors import UserError
 from folora_q.files import atomic_write
+from folora_q.runs.results import read_metrics
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def cut_metrics(self, step: int) -> None:
+        """Leave the lines of metrics.jsonl until a step, from which training goes on."""
+        # The summary at the end of training is of its last step, too.
+        kept = [line for line in read_metrics(self.metrics) if line["step"] <= step and "train_runtime" not in line]
+        self.write_lines(self.metrics, kept if step else [])
+
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
         """Write one of the folder's JSONL files whole."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -100,7 +107,9 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
-        for folder in (self.adapter, self.merged, self.figures, *self.path.glob("checkpoint-*")):
+        unfinished = self.path.glob(".checkpoint-*")  # of a process that was killed
+        saved = self.path.glob("checkpoint-*")
+        for folder in (self.adapter, self.merged, self.figures, *saved, *unfinished, self.path / ".rehearsal"):
             shutil.rmtree(folder, ignore_errors=True)
         for file in self.path.glob("merged-*.gguf"):
             file.unlink()

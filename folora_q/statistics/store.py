@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -31,14 +32,16 @@ def save_gates(path: Path, gates: Mapping[str, SpectralGate]) -> None:
     atomic_write(path, save(tensors, metadata={"gates": json.dumps(entries)}))
 
 
-def load_gates(path: Path) -> dict[str, SpectralGate]:
-    """The gates of a file by layer, sharing objects as they were saved."""
+def load_gates(path: Path, device: torch.device | str = "cpu") -> dict[str, SpectralGate]:
+    """The gates of a file by layer, on a device, sharing objects as they were saved."""
     gates: dict[str, SpectralGate] = {}
     with safe_open(path, framework="pt") as file:
         for number, entry in enumerate(json.loads(file.metadata()["gates"])):
             prefix = f"{number}."
             tensors = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
-            gates |= dict.fromkeys(entry["modules"], SpectralGate.from_state_dict(tensors | entry["settings"]))
+            gates |= dict.fromkeys(
+                entry["modules"], SpectralGate.from_state_dict(tensors | entry["settings"]).to(device)
+            )
     return gates
 
 

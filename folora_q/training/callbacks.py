@@ -1,14 +1,17 @@
-"""What the Trainer says while it runs, handed on: one call a step, one a line of metrics."""
+"""What the Trainer says while it runs, handed on; and signals, which it heeds at the end of a step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from folora_q.errors import RunFailed
+from folora_q.errors import Terminated
 
 Metrics = dict[str, float | int]
 
@@ -24,11 +27,7 @@ class BeforeTraining(TrainerCallback):
 
 
 class Reporting(TrainerCallback):
-    """Calls `step_taken(1)` after every optimizer step and `logged(metrics)` for every line of metrics.
-
-    Raises:
-        RunFailed: the training loss is not finite; the step is named.
-    """
+    """Calls `step_taken(1)` after every optimizer step and `logged(metrics)` for every line of metrics."""
 
     def __init__(self, step_taken: Callable[[int], None], logged: Callable[[Metrics], None]) -> None:
         self.step_taken, self.logged = step_taken, logged
@@ -44,10 +43,63 @@ class Reporting(TrainerCallback):
         logs: Metrics | None = None,
         **_: Any,
     ) -> None:
-        if logs is None:
+        if logs is not None:
+            self.logged({"step": state.global_step, **logs})
+
+
+class Stopping(TrainerCallback):
+    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; the second stops at once.
+
+    Before the first step, when there is nothing to save, the first one stops at once as well.
+
+    Args:
+        tell: takes a line when the first one comes.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.received: int | None = None
+        self.stepping = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Heed signals in this block.
+
+        Raises:
+            KeyboardInterrupt: one came; `Terminated` if it was SIGTERM.
+        """
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+            yield
             return
-        self.logged({"step": state.global_step, **logs})
-        if "loss" in logs and not math.isfinite(logs["loss"]):
-            raise RunFailed(
-                f"the training loss is {logs['loss']} at step {state.global_step}", "lower training.learning_rate"
-            )
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+            self._stop_if_asked()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again, self.received = self.received is not None, number
+        if again or not self.stepping:
+            self._stop_if_asked()
+        with suppress(RuntimeError):  # it came in the middle of another line
+            self.tell("stopping after this step and a checkpoint; a second signal stops at once")
+
+    def _stop_if_asked(self) -> None:
+        if self.received is not None:
+            raise Terminated() if self.received == signal.SIGTERM else KeyboardInterrupt()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.stepping = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = control.should_save or self.received is not None
+
+    # A signal may also come while a step is being logged or measured.
+    on_log = on_evaluate = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.received is not None:
+            self.tell(f"saved checkpoint-{state.global_step}")
+        self._stop_if_asked()

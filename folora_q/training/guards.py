@@ -1,4 +1,4 @@
-"""What keeps a run from dying in hour three: micro-batches that are halved where memory runs out, and a rehearsal."""
+"""What keeps a run from dying in hour three: halved micro-batches, skipped non-finite steps, and a rehearsal."""
 
 from __future__ import annotations
 
@@ -66,6 +66,42 @@ class MicroBatches:
         rows = len(inputs["input_ids"])
         size = self.halving.fitting(rows)
         return [inputs] if size >= rows else [_rows(inputs, start, start + size) for start in range(0, rows, size)]
+
+
+class SkippedSteps:
+    """Counts the optimizer steps that were left out because their loss or gradient was not finite.
+
+    Args:
+        most: so many in a row end the run.
+        tell: takes one line for each.
+    """
+
+    def __init__(self, most: int, tell: Callable[[str], None] = lambda line: None) -> None:
+        self.most, self.tell = most, tell
+        self.record: Callable[[dict[str, Any]], None] = lambda line: None
+        self.in_a_row = self.total = 0
+
+    def add(self, step: int, loss: float, norm: float, last_good: Path | None) -> None:
+        """One more; `record` gets its line of metrics.
+
+        Args:
+            last_good: the checkpoint to go back to, for the error.
+
+        Raises:
+            RunFailed: it is the last one in a row that is allowed.
+        """
+        self.in_a_row += 1
+        self.total += 1
+        what = f"loss {loss}, gradient norm {norm}"
+        self.record({"step": step, "skipped": what})
+        self.tell(f"step {step} skipped: {what} ({self.in_a_row} in a row, the run ends at {self.most})")
+        if self.in_a_row >= self.most:
+            kept = f"; {last_good.name} is the last good checkpoint" if last_good is not None else ""
+            raise RunFailed(
+                f"the loss or its gradient was not finite in {self.most} steps in a row, the last time at step {step} "
+                f"({what}){kept}",
+                "lower training.learning_rate",
+            )
 
 
 def _rows(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
 from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -19,16 +17,17 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import IGNORED, Batch, batches
-from folora_q.errors import UserError
-from folora_q.evaluation.compare import HeldOutText, compare
+from folora_q.data.tokens import batches
+from folora_q.errors import RunFailed, UserError
+from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.training.callbacks import BeforeTraining
-from folora_q.training.guards import MicroBatches, longest_rows, rehearse_saving
+from folora_q.training.durable import DurableTrainer
+from folora_q.training.guards import MicroBatches, SkippedSteps
 
 # Its name in transformers before 5.20 and since.
 FIELDS = SFTConfig.__dataclass_fields__
@@ -37,66 +36,18 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIEL
 BEST = "loss_within_limit"
 
 
-class GatedTrainer(SFTTrainer):
-    """An SFTTrainer whose optimizer passes the adapter's steps through `gates`, once those are set.
+class GatedTrainer(DurableTrainer):
+    """A trainer whose optimizer passes the adapter's steps through `gates`, once those are set.
 
     Attributes:
         gates: by adapted layer; None is plain QLoRA.
-        heldout: the task's rows that `evaluate` takes the loss of.
-        own_text: text of the base's own that it takes the KL on; None takes none.
         max_kl: the KL at which training stops.
-        exceeded: the step and the KL at which it did.
-        micro_batches: halves what does not fit into memory.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
     gate_section: GateSection
-    heldout: Sequence[Batch]
-    own_text: HeldOutText | None = None
     max_kl: float | None = None
-    step_in_hand: int | None = None
-    exceeded: tuple[int, float] | None = None
     gated: GatedOptimizer | None = None
-    micro_batches: MicroBatches
-    measuring: Halving
-
-    def rehearse(self) -> None:
-        """Before the first step: the longest batch forth and back, a batch of each measurement, and a save.
-
-        Memory, a disk or a folder that will not do is found now. Nothing is changed by it: no weight, no random state.
-
-        Raises:
-            RunFailed: a single sequence does not fit, or nothing can be saved.
-        """
-        device = self.args.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            inputs = self.data_collator(longest_rows(self.train_dataset, self.args.per_device_train_batch_size))
-            self.training_step(self.model, inputs, (inputs["labels"] != IGNORED).sum().to(device))
-            self.model.zero_grad(set_to_none=True)
-            if self.args.eval_strategy != "no":
-                mean_loss(self.model.get_base_model(), self.heldout[:1], halving=self.measuring)
-                if self.own_text is not None:
-                    first = replace(self.own_text, batches=self.own_text.batches[:1])
-                    compare(Contrast(self.model), first, halving=self.measuring)
-            if self.args.save_strategy != "no":
-                trained = [p for p in self.model.parameters() if p.requires_grad]
-                rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.args.save_total_limit)
-        self.step_in_hand = None
-
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """A micro-batch, in parts where memory does not do for all of it."""
-        compute = super().training_step
-        if num_items_in_batch is None:  # then parts would not add up
-            return compute(model, inputs, num_items_in_batch)
-        first, self.step_in_hand = self.step_in_hand != self.state.global_step, self.state.global_step
-        return self.micro_batches.add(
-            inputs,
-            first,
-            lambda part: compute(model, part, num_items_in_batch),
-            lambda: model.zero_grad(set_to_none=True),
-        )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.optimizer is not None or self.gates is None:
@@ -148,6 +99,30 @@ class GatedTrainer(SFTTrainer):
             self.control.should_training_stop = True
         return metrics
 
+    def conclude(self, steps: int, tell: Callable[[str], None]) -> None:
+        """Say where training stopped, and what was kept of it.
+
+        Args:
+            steps: as many as there were to be.
+
+        Raises:
+            RunFailed: the KL went over its limit before any step within it was saved.
+        """
+        state = self.state
+        if self.exceeded is not None:
+            step, kl = self.exceeded
+            tell(f"stopped at step {step}: KL {kl:.4f} is over evaluation.max_kl ({self.max_kl})")
+            if state.best_model_checkpoint is None:
+                raise RunFailed(
+                    f"KL from the base was {kl:.4f} at step {step}, over evaluation.max_kl ({self.max_kl}), before any "
+                    "step within it was saved",
+                    "lower training.learning_rate, raise gate.gate_lambda, or measure more often (evaluation.steps)",
+                )
+        elif state.global_step < steps:
+            tell(f"stopped at step {state.global_step} of {steps}: the held-out loss no longer fell")
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            tell(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
+
     def energy_kept(self) -> dict[str, dict[str, float]]:
         """By layer, the share of its steps' energy that the gate let pass, of "a" and "b"; empty if none was."""
         if self.gated is None:
@@ -186,7 +161,7 @@ def build_trainer(
 
     Args:
         train, heldout: columns `input_ids` and `labels`; `training.packing` packs the first here.
-        tell: takes a line each time that memory runs out.
+        tell: takes a line each time that memory runs out, or a step is skipped.
 
     Raises:
         UserError: a combination of settings is not one that transformers takes.
@@ -220,7 +195,8 @@ def build_trainer(
             eval_on_start=every is not None,
             save_strategy="steps" if save_steps else "no",
             save_steps=save_steps or 1,
-            save_total_limit=training.save_total_limit,
+            save_total_limit=None,  # it would remove the last good one before the next is known to be whole
+            restore_callback_states_from_checkpoint=True,
             load_best_model_at_end=recipe.keeps_best,
             metric_for_best_model=f"eval_{BEST}",
             greater_is_better=False,
@@ -254,7 +230,9 @@ def build_trainer(
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
     trainer.micro_batches = MicroBatches(Halving("training on", tell, training.auto_batch_size))
     trainer.measuring = Halving("measuring", tell, training.auto_batch_size)
-    trainer.add_callback(BeforeTraining(trainer.rehearse))
+    trainer.skipped = SkippedSteps(training.max_skipped_steps, tell)
+    trainer.kept = training.save_total_limit
+    trainer.add_callback(BeforeTraining(trainer.before_first_step))
     trainer.gate_section = recipe.gate
     trainer.max_kl = recipe.evaluation.max_kl
     trainer.heldout = list(

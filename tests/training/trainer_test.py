@@ -173,9 +173,9 @@ def test_every_step_and_line_is_reported(recipe_file: Path) -> None:
     assert all({"loss", "learning_rate", "grad_norm"} <= set(line) for line in lines if "loss" in line)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(recipe_file: Path) -> None:
+def test_losses_that_are_not_finite_stop_the_run(recipe_file: Path) -> None:
     trainer = trainer_of(load_recipe(recipe_file), [Reporting(lambda n: None, lambda line: None)])
     adapter_pairs(trainer.model)[0].a.data[0, 0] = float("nan")
-    with pytest.raises(RunFailed, match="the training loss is nan at step 1") as caught:
+    with pytest.raises(RunFailed, match="not finite in 3 steps in a row, the last time at step 3 .loss nan") as caught:
         trainer.train()
     assert "learning_rate" in caught.value.hint

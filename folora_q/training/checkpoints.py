@@ -1,0 +1,137 @@
+"""Checkpoints that can be trusted: a manifest with every file's SHA-256, written last; and which of them are kept.
+
+A checkpoint is gathered in a hidden folder beside its place and takes its name when it is whole and on the disk
+(`folora_q.files.commit_directory`). Their order comes from the steps in their names, never from the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from folora_q.files import atomic_write, sha256
+
+MANIFEST = "manifest.json"
+# What the Trainer does not save and an exact continuation needs: see `folora_q.training.durable`.
+PROGRESS = "progress.json"
+TRAINER_STATE = "trainer_state.json"
+# Without one of these, training would begin anew in part, and silently.
+REQUIRED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE, PROGRESS}
+NAME = re.compile(r"checkpoint-(\d+)")
+FORMAT = 1
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, in transformers' way."""
+    return run / f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was saved, by its name."""
+    found = NAME.fullmatch(checkpoint.name)
+    assert found is not None, checkpoint
+    return int(found[1])
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, whole or not, the latest step first."""
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write the manifest of a checkpoint, whose files are all there."""
+    files = {
+        str(path.relative_to(folder)): {"sha256": sha256(path), "size": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    atomic_write(folder / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, as the end of a sentence; None if every file is as it was saved."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        step, files = (
+            int(manifest["step"]),
+            {name: (e["sha256"], int(e["size"])) for name, e in manifest["files"].items()},
+        )
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    if step != step_of(checkpoint):
+        return f"its {MANIFEST} is of step {step}"
+    if missing := sorted(REQUIRED - files.keys()):
+        return f"its {MANIFEST} does not name {missing[0]}"
+    for name, (expected, size) in files.items():
+        try:
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes, not {size:,}"
+            if (digest := sha256(checkpoint / name)) != expected:
+                return f"{name} has the SHA-256 {digest[:12]}…, not {expected[:12]}…"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def newest_whole(run: Path, needs_best: bool, tell: Callable[[str], None]) -> Path | None:
+    """The latest checkpoint that training can go on from.
+
+    Args:
+        needs_best: the run ends with its best checkpoint, so that the best one so far must be whole too.
+        tell: takes a line for each later one that is not.
+    """
+    for checkpoint in checkpoints(run):
+        problem = damage(checkpoint)
+        if problem is None and needs_best and (best := best_step(checkpoint)) is not None:
+            of_best = damage(checkpoint_path(run, best))
+            problem = of_best and f"the best step before it, checkpoint-{best}, is not whole: {of_best}"
+        if problem is None:
+            return checkpoint
+        tell(f"{checkpoint.name} is not used: {problem}")
+    return None
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """The step with the least held-out loss until a checkpoint was saved, if any had been measured."""
+    return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8")).get("best_global_step") or None
+
+
+def rotate(run: Path, kept: int, needed: Iterable[Path]) -> None:
+    """Remove all but the latest checkpoints.
+
+    Call it when the newest is complete, and not before: what is removed is what one would otherwise go back to.
+
+    Args:
+        kept: how many remain, at least one.
+        needed: checkpoints that stay in any case, and are counted.
+    """
+    found = checkpoints(run)
+    stay = {*found[:1], *(path for path in needed if path in found)}
+    for path in found:
+        if len(stay) >= kept:
+            break
+        stay.add(path)
+    for path in found:
+        if path not in stay:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def discard_after(run: Path, step: int) -> None:
+    """Remove the checkpoints after a step, from which nothing goes on, and what unfinished ones left behind."""
+    for path in checkpoints(run):
+        if step_of(path) > step:
+            shutil.rmtree(path, ignore_errors=True)
+    discard_unfinished(run)
+
+
+def discard_unfinished(run: Path) -> None:
+    """Remove what a killed process had gathered for a checkpoint or a rehearsal of one."""
+    for path in (*run.glob(".checkpoint-*"), run / ".rehearsal"):
+        shutil.rmtree(path, ignore_errors=True)

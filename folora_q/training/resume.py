@@ -1,0 +1,172 @@
+"""Going on with a run: what changed since, which checkpoint is whole, and what else of it can be used again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import Repr
+from typing import Any
+
+from pydantic import ValidationError
+
+from folora_q.errors import UserError
+from folora_q.files import sha256
+from folora_q.recipe.schema import Recipe
+from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.runs.folder import RunFolder
+from folora_q.training.checkpoints import newest_whole, step_of
+
+# Another version of one of these may compute something else.
+COMPARED_VERSIONS = ("folora-q", "torch", "transformers", "peft", "trl", "bitsandbytes")
+# What the sampled text, and what the gates are made from, by the first word of a change.
+MAKE_TEXT = {"proxy", "model", "recipe"}
+MAKE_GATES = MAKE_TEXT | {"gate", "data", "adapter"}
+# A checkpoint's weights have other shapes after these.
+MAKE_SHAPES = ("adapter.r:", "adapter.target_modules:", "gate.rule:", "gate.enabled:", "training.optim:")
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = 60
+
+
+@dataclass
+class Resumption:
+    """A run that goes on.
+
+    Attributes:
+        earlier: its run.json as it was found.
+        checkpoint: what training goes on from; None begins it anew.
+        changes: what is not as it was, a line each, the first word of it naming what it touches.
+        force: go on all the same.
+    """
+
+    earlier: dict[str, Any]
+    checkpoint: Path | None
+    changes: list[str]
+    force: bool
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint) if self.checkpoint is not None else 0
+
+    def require_model(self, fingerprint: str) -> None:
+        """See that the base model is the same one.
+
+        Raises:
+            UserError: it is not, and nothing is forced.
+        """
+        before = self.earlier.get("model", {}).get("fingerprint")
+        if before is not None and before != fingerprint:
+            self.changes.append(f"model fingerprint: {before[:12]}… → {fingerprint[:12]}…")
+            _refuse(self)
+
+    def keeps_text(self, path: Path) -> bool:
+        """Whether the sampled text of the run is whole and still the right one."""
+        return not self._touched(MAKE_TEXT) and self._whole(path)
+
+    def keeps_gates(self, path: Path) -> bool:
+        """Whether the gates of the run are whole and still the right ones."""
+        return not self._touched(MAKE_GATES) and self._whole(path)
+
+    def manifest(self, new: Mapping[str, Any]) -> dict[str, Any]:
+        """run.json of the run that goes on: what it had, when and from where it went on, and what was forced."""
+        entry = {"at": new["started"], "step": self.step, **({"forced": self.changes} if self.changes else {})}
+        kept = {key: self.earlier[key] for key in ("started", "model", "files_sha256") if key in self.earlier}
+        return {**new, **kept, "resumed": [*self.earlier.get("resumed", []), entry]}
+
+    def _touched(self, parts: set[str]) -> bool:
+        return any(change.replace(":", ".").replace(" ", ".").split(".")[0] in parts for change in self.changes)
+
+    def _whole(self, path: Path) -> bool:
+        expected = self.earlier.get("files_sha256", {}).get(path.name)
+        return expected is not None and path.is_file() and sha256(path) == expected
+
+
+def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
+    """run.json of a run that can go on; None if there is no run.
+
+    Raises:
+        UserError: the run is complete, or its run.json cannot be read.
+    """
+    try:
+        earlier = json.loads(folder.manifest.read_text(encoding="utf-8"))
+        status = earlier["status"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.manifest} cannot be read: {error}", "begin again with --overwrite") from None
+    if status == "complete":
+        raise UserError(
+            f"the run in {folder.path} is complete: there is nothing to go on with",
+            "`folora-q report` shows it; --overwrite in place of --resume begins it anew",
+        )
+    return earlier
+
+
+def plan(
+    folder: RunFolder,
+    earlier: dict[str, Any],
+    recipe: Recipe,
+    new: Mapping[str, Any],
+    force: bool,
+    tell: Callable[[str], None],
+) -> Resumption:
+    """What to go on from.
+
+    Args:
+        earlier, new: run.json as it was, and as it would be for a run that begins now.
+        force: go on in spite of changes.
+        tell: takes a line for the checkpoint that is used, and for each that is not.
+
+    Raises:
+        UserError: something changed since and nothing is forced, or it fits no checkpoint.
+    """
+    changes = [*_recipe_changes(folder.recipe, recipe), *_other_changes(earlier, new)]
+    resumption = Resumption(earlier, None, changes, force)
+    _refuse(resumption)
+    for change in changes:
+        tell(f"changed, and forced: {change}")
+    resumption.checkpoint = newest_whole(folder.path, recipe.keeps_best, tell)
+    if resumption.checkpoint is None:
+        tell("there is no whole checkpoint: training begins again")
+        return resumption
+    if unfit := [change for change in changes if change.startswith(MAKE_SHAPES)]:
+        raise UserError(f"no checkpoint of {folder.path} fits {unfit[0]}", "begin again with --overwrite")
+    tell(f"going on from {resumption.checkpoint.name}")
+    return resumption
+
+
+def _refuse(resumption: Resumption) -> None:
+    if resumption.changes and not resumption.force:
+        listed = "\n       ".join(resumption.changes)
+        raise UserError(
+            f"this is not what was begun:\n       {listed}",
+            "put it back, or go on all the same with --force, which run.json then says",
+        )
+
+
+def _recipe_changes(path: Path, recipe: Recipe) -> Iterator[str]:
+    """Keys of the recipe with another value than a run was begun with; its folder may have been moved."""
+    try:
+        before = Recipe.model_validate(parse_yaml(path.read_text(encoding="utf-8"))[0]).model_dump(mode="json")
+    except FileNotFoundError:  # killed before it was written: nothing had been done
+        return
+    except (OSError, ValueError, ValidationError):
+        yield f"recipe: {path} cannot be read"
+        return
+    for section, now in recipe.model_dump(mode="json").items():
+        for key, value in now.items():
+            if value != before[section][key] and (section, key) != ("training", "output_dir"):
+                yield f"{section}.{key}: {SHORT.repr(before[section][key])} → {SHORT.repr(value)}"
+
+
+def _other_changes(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    before, now = earlier.get("data_sha256", {}), new["data_sha256"]
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            was, is_now = ((found.get(name) or "none")[:12] for found in (before, now))
+            yield f"data file {name}: SHA-256 {was} → {is_now}"
+    before, now = earlier.get("versions", {}), new["versions"]
+    for name in COMPARED_VERSIONS:
+        if name in before and before[name] != now.get(name):
+            yield f"version of {name}: {before[name]} → {now.get(name)}"

@@ -1,0 +1,185 @@
+"""A run that was stopped goes on as if it had not been: bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from folora_q import pipeline
+from folora_q.runs.folder import RunFolder
+from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    demanding: list[object], tmp_path: Path, straight: Path, step: int, monkeypatch, capfd
+) -> None:
+    folder = tmp_path / "stopped" / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, step, signalled(signal.SIGINT))
+        assert run(*demanding) == 130
+    assert manifest(folder)["status"] == "interrupted"
+    assert max(steps_saved(folder)) == step
+    assert f"training.output_dir={folder} --resume\n" in capfd.readouterr().err
+    assert run(*demanding, "--resume") == 0
+    assert f"going on from checkpoint-{step}\n" in capfd.readouterr().err
+    assert [entry["step"] for entry in manifest(folder)["resumed"]] == [step]
+    assert_the_same_run(straight, folder)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, arguments: list[object]) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, step, signalled(signal.SIGINT))
+        assert run(*arguments) == 130
+
+
+@pytest.mark.parametrize("interfere", ["flip", "lose the manifest"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    saving: list[object], finished: Path, tmp_path: Path, interfere: str, monkeypatch, capfd
+) -> None:
+    stop_at(monkeypatch, 5, saving)
+    folder = tmp_path / "stopped" / "run"
+    assert steps_saved(folder) == [2, 4, 5]
+    newest = folder / "checkpoint-5"
+    weights = newest / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    if interfere == "flip":
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+        named = "adapter_model.safetensors has the SHA-256 "
+    else:
+        (newest / "manifest.json").unlink()
+        named = "it has no manifest.json, so it was never finished"
+    capfd.readouterr()
+    assert run(*saving, "--resume") == 0
+    talk = capfd.readouterr().err
+    assert f"checkpoint-5 is not used: {named}" in talk and "going on from checkpoint-4\n" in talk
+    assert_the_same_run(finished, folder)
+
+
+def test_without_a_whole_checkpoint_training_begins_again_and_the_gates_are_taken(
+    demanding: list[object], tmp_path: Path, straight: Path, monkeypatch, capfd
+) -> None:
+    folder = tmp_path / "stopped" / "run"
+    stop_at(monkeypatch, 3, demanding)
+    for manifest_file in folder.glob("checkpoint-*/manifest.json"):
+        manifest_file.unlink()
+    (tmp_path / "cache" / "proxy").rename(tmp_path / "gone")  # the folder's own text must do
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build_gates", lambda *a: pytest.fail("the gates are there"))
+        assert run(*demanding, "--resume") == 0
+    talk = capfd.readouterr().err
+    assert "there is no whole checkpoint: training begins again" in talk and "sampling text" not in talk
+    assert_the_same_run(straight, folder)
+
+
+def test_damaged_text_and_gates_are_made_again(
+    demanding: list[object], tmp_path: Path, straight: Path, monkeypatch
+) -> None:
+    folder = tmp_path / "stopped" / "run"
+    stop_at(monkeypatch, 3, demanding)
+    gates = folder / "gates.safetensors"
+    data = bytearray(gates.read_bytes())
+    data[-1] ^= 1
+    gates.write_bytes(data)
+    (folder / "proxy.jsonl").write_text("{}")
+    assert run(*demanding, "--resume") == 0
+    assert_the_same_run(straight, folder)
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(saving: list[object], tmp_path: Path, capfd) -> None:
+    assert run(*saving, "training.max_steps=1", "--resume") == 0
+    assert "there is no run in " in capfd.readouterr().err, "--resume begins where there is nothing"
+    before = (tmp_path / "stopped" / "run" / "run.json").read_bytes()
+    assert run(*saving, "training.max_steps=1", "--resume") == 2
+    assert "is complete: there is nothing to go on with" in capfd.readouterr().err
+    assert (tmp_path / "stopped" / "run" / "run.json").read_bytes() == before
+    assert run(*saving, "--resume", "--overwrite") == 2
+    assert run(*saving, "--force") == 2
+
+
+def test_what_changed_since_is_listed_and_needs_force(saving: list[object], tmp_path: Path, monkeypatch, capfd) -> None:
+    stop_at(monkeypatch, 3, saving)
+    folder = tmp_path / "stopped" / "run"
+    rows = tmp_path / "heldout.jsonl"
+    rows.write_text(rows.read_text().replace("it is 21", "it was 21"))
+    found = manifest(folder)
+    found["versions"]["peft"] = "0.1"
+    found["model"]["fingerprint"] = "0" * 64
+    RunFolder(folder).write_manifest(found)
+    before = (folder / "run.json").read_bytes()
+    longer = [*saving, "training.max_steps=8", "--resume"]
+    capfd.readouterr()
+    assert run(*longer) == 2
+    talk = capfd.readouterr().err
+    changes = ["training.max_steps: 6 → 8", f"data file {rows}: SHA-256 ", "version of peft: 0.1 → "]
+    assert all(change in talk for change in changes) and "--force" in talk
+    assert (folder / "run.json").read_bytes() == before, "a refusal changes nothing"
+    assert run(*longer, "--force") == 0
+    [entry] = manifest(folder)["resumed"]
+    assert entry["step"] == 3 and len(entry["forced"]) == 4
+    assert entry["forced"][3].startswith("model fingerprint: 000000000000… → ")
+    assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, 9))
+
+
+def test_another_model_is_refused_once_it_is_loaded(saving: list[object], tmp_path: Path, monkeypatch, capfd) -> None:
+    stop_at(monkeypatch, 3, saving)
+    folder = tmp_path / "stopped" / "run"
+    found = manifest(folder)
+    found["model"]["fingerprint"] = "0" * 64
+    RunFolder(folder).write_manifest(found)
+    for _ in range(2):  # the refusal itself must not make it the run's model
+        assert run(*saving, "--resume") == 2
+        assert "model fingerprint: 000000000000… → " in capfd.readouterr().err
+    assert steps_saved(folder) == [2, 3]
+
+
+def test_weights_of_other_shapes_are_refused_in_spite_of_force(saving: list[object], monkeypatch, capfd) -> None:
+    stop_at(monkeypatch, 3, saving)
+    assert run(*saving, "adapter.r=2", "--resume", "--force") == 2
+    assert "fits adapter.r: 4 → 2" in capfd.readouterr().err
+
+
+def test_the_last_step_is_not_taken_twice(
+    saving: list[object], finished: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", lambda *a: signalled(signal.SIGINT)())
+        assert run(*saving) == 130
+    assert run(*saving, "--resume") == 0
+    assert "going on from checkpoint-6" in capfd.readouterr().err
+    assert_the_same_run(finished, tmp_path / "stopped" / "run")
+
+
+def test_a_run_that_stopped_for_its_limit_stays_stopped(recipe_file: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    quick = ["evaluation.metric=none", "gate.enabled=false", "evaluation.steps=1", "training.max_steps=6"]
+    quick += ["training.learning_rate=1e-2", "training.warmup_steps=0", "training.lr_scheduler_type=constant"]
+    assert run(recipe_file, *quick, f"training.output_dir={tmp_path / 'free'}") == 0
+    kls = [line["eval_kl"] for line in metrics(tmp_path / "free") if "eval_kl" in line]
+    arguments = [recipe_file, *quick, f"evaluation.max_kl={(kls[2] + kls[3]) / 2}"]
+    assert run(*arguments, f"training.output_dir={tmp_path / 'straight' / 'run'}") == 0
+    arguments.append(f"training.output_dir={tmp_path / 'stopped' / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", lambda *a: signalled(signal.SIGINT)())
+        assert run(*arguments) == 130
+    capfd.readouterr()
+    assert run(*arguments, "--resume") == 0
+    assert f"stopped at step 3: KL {kls[3]:.4f}" in capfd.readouterr().err
+    assert_the_same_run(tmp_path / "straight" / "run", tmp_path / "stopped" / "run")
+
+
+def test_a_moved_folder_goes_on_with_its_best(
+    demanding: list[object], tmp_path: Path, straight: Path, monkeypatch
+) -> None:
+    stop_at(monkeypatch, 5, demanding)
+    then = tmp_path / "moved" / "run"
+    then.parent.mkdir()
+    (tmp_path / "stopped" / "run").rename(then)
+    assert run(*demanding, f"training.output_dir={then}", "--resume") == 0
+    assert_the_same_run(straight, then)
+    state = json.loads((then / "checkpoint-7" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(then / f"checkpoint-{state['best_global_step']}")
