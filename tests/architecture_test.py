@@ -18,7 +18,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 TIERS = [
     {"errors", "files", "progress", "folora_q"},
     {"core", "recipe"},
-    {"models", "data", "runs"},
+    {"models", "data", "runs", "memory"},
     {"proxy", "statistics", "evaluation"},
     {"training", "export", "report"},
     {"subject"},

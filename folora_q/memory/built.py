@@ -1,0 +1,108 @@
+"""The shapes of a decoder's weights, from the parameters of the model that its caller has built without numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+
+from folora_q.memory.shapes import Config, Layer, Linear, ModelShape, first, sizes, text_config
+
+# Which number a decoder layer has; what comes before is the stack's name.
+IN_A_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|blocks|layer|block))\.(?P<number>\d+)\.(?P<name>.+)$")
+OUTPUTS = re.compile(r"(^|\.)(o_proj|out_proj|dense|c_proj|down_proj|fc2|w2|wo|dense_4h_to_h)$")
+NORM = re.compile(r"(norm|ln_?\w*)\.weight$")
+NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|image|patch)")
+
+
+def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ...], bool]]) -> ModelShape:
+    """The shapes of a model from its parameters, for families that the table does not have.
+
+    Args:
+        config: with what config.json leaves out.
+        found: name, shape and whether a linear layer other than the head holds it, of every parameter that the built
+            model has; (outputs, inputs) of the weights.
+
+    Raises:
+        UserError: config.json lacks what else is needed.
+    """
+    text = text_config(config)
+    numbers = sizes(text)
+    parameters = list(found)
+    biases = {name.removesuffix(".bias") for name, _, linear in parameters if linear and name.endswith(".bias")}
+    layers: dict[tuple[str, str], tuple[list[Linear], list[int], list[int], list[int]]] = {}
+    outside: list[tuple[Linear, int]] = []
+    others = 0
+    embeddings = [name for name, shape, _ in parameters if shape == (numbers["vocabulary"], numbers["hidden"])]
+    for name, shape, linear in parameters:
+        place = IN_A_LAYER.match(name)
+        is_weight = linear and len(shape) == 2
+        if place is None or NOT_TEXT.search(name):
+            if is_weight:
+                bare = name.removesuffix(".weight")
+                outside.append((Linear(bare, shape[1], shape[0], bare, bare in biases), 1))
+            elif name not in embeddings and not linear:
+                others += prod(shape)
+            continue
+        linears, norms, rest, experts = layers.setdefault((place["stack"], place["number"]), ([], [], [], []))
+        inner = place["name"].removesuffix(".weight")
+        if is_weight:
+            parent = inner.rpartition(".")[0]
+            reads = inner if OUTPUTS.search(inner) else f"{parent} {shape[1]}"
+            linears.append(Linear(inner, shape[1], shape[0], reads, name.removesuffix(".weight") in biases))
+        elif not linear:
+            rest.append(prod(shape))
+            experts.extend([prod(shape)] if len(shape) == 3 else [])
+            if NORM.search(name):
+                norms.append(_norm_width(inner, shape[0], numbers))
+    layers = {key: (_parallel(*lists[:2], numbers["hidden"]), *lists[1:]) for key, lists in layers.items()}
+    counts: dict[Layer, int] = {}
+    for linears, norms, rest, experts in layers.values():
+        layer = Layer(
+            tuple(linears), tuple(norms), sum(rest), sum(experts), *_routing(text, numbers, experts), _middle(linears)
+        )
+        counts[layer] = counts.get(layer, 0) + 1
+    return ModelShape(
+        model_type=str(text.get("model_type", "unknown")),
+        **{key: numbers[key] for key in ("vocabulary", "hidden", "heads", "kv_heads", "head_dim", "intermediate")},
+        layers=tuple(counts.items()),
+        others=others,
+        tied=len(embeddings) < 2,
+        rms=not any(re.search(NORM.pattern.replace("weight", "bias"), name) for name, _, _ in parameters),
+        gated=any(_is_gated(layer, numbers["intermediate"]) for layer in counts),
+        outside=tuple(outside),
+        activation=first(text, "activation") or "silu",
+    )
+
+
+def _parallel(linears: list[Linear], norms: list[int], hidden: int) -> list[Linear]:
+    """With one norm in a layer, all that is as wide as the model reads what it gives."""
+    if norms.count(hidden) != 1:
+        return linears
+    return [linear if linear.reads == linear.name else replace(linear, reads=str(linear.inputs)) for linear in linears]
+
+
+def _norm_width(name: str, size: int, numbers: Mapping[str, int]) -> int:
+    """What a norm reads: one over a head reads all heads."""
+    if size != numbers["head_dim"] or size == numbers["hidden"]:
+        return size
+    return size * numbers["kv_heads" if "k_" in name or "key" in name else "heads"]
+
+
+def _is_gated(layer: Layer, width: int) -> bool:
+    """Whether the MLP has two branches, in one linear layer or in two."""
+    into = [linear.outputs for linear in layer.linears if "att" not in linear.name and linear.outputs % width == 0]
+    return layer.experts > 0 or sum(into) >= 2 * width
+
+
+def _routing(text: Config, numbers: Mapping[str, int], experts: list[int]) -> tuple[int, int]:
+    """Experts that a token goes to, and their intermediate features."""
+    if not experts:
+        return 0, 0
+    routed = int(text.get("num_experts_per_tok") or 1)
+    return routed, routed * (text.get("moe_intermediate_size") or numbers["intermediate"])
+
+
+def _middle(linears: list[Linear]) -> int:
+    return max((one.inputs for one in linears if OUTPUTS.search(one.name) and "att" not in one.name), default=0)

@@ -1,0 +1,268 @@
+"""The shapes of a decoder's weights, from its config.json alone.
+
+`folora_q.memory.families` says how each family names its layers. What is not there is built on the meta device by the
+caller, and its parameters are read by `folora_q.memory.built`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from folora_q.errors import UserError
+from folora_q.memory.families import FAMILIES, Family, Flag
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a decoder layer, W (outputs, inputs).
+
+    Attributes:
+        name: its path in the decoder layer, e.g. self_attn.q_proj.
+        reads: names the tensor that it is given; layers with the same share it.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    reads: str
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer.
+
+    Attributes:
+        linears: what bitsandbytes puts into 4 bits, and an adapter can be attached to.
+        norms: how many numbers of a token each norm reads.
+        others: parameters that are no weight or bias of a linear layer; experts are among them.
+        experts: parameters of the experts, which transformers holds as 3-dimensional tensors: nothing quantizes them,
+            and where there is no other MLP PEFT adapts them.
+        routed: experts that a token goes to.
+        active: intermediate features of all of them.
+        middle: intermediate features of the MLP that is made of linear layers.
+    """
+
+    linears: tuple[Linear, ...]
+    norms: tuple[int, ...]
+    others: int
+    experts: int = 0
+    routed: int = 0
+    active: int = 0
+    middle: int = 0
+
+    @property
+    def unquantized(self) -> int:
+        return self.others + sum(linear.outputs for linear in self.linears if linear.bias)
+
+    def reading(self, tensor: str) -> list[Linear]:
+        """The linear layers that are given a tensor."""
+        return [linear for linear in self.linears if linear.reads == tensor]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal language model.
+
+    Attributes:
+        layers: decoder layers with how often each stands in the model.
+        outside: linear layers elsewhere (a vision tower): in 4 bits, and not run on text.
+        others: parameters outside of the layers, without embeddings and head: the last norm, positions, a head's bias.
+        tied: the head is the embedding.
+        rms: norms are RMS norms, which compute in float32 whatever they are given.
+        gated: the MLP multiplies two branches.
+        eager: attention scores are materialized.
+        fused: queries, keys and values are one linear layer's.
+        rotary: positions are turned into queries and keys, not added to embeddings.
+        activation: hidden_act.
+    """
+
+    model_type: str
+    vocabulary: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    layers: tuple[tuple[Layer, int], ...]
+    others: int
+    tied: bool
+    rms: bool = True
+    gated: bool = True
+    eager: bool = False
+    fused: bool = False
+    rotary: bool = True
+    activation: str = "silu"
+    outside: tuple[tuple[Linear, int], ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return sum(count for _, count in self.layers)
+
+    @property
+    def linears(self) -> list[tuple[Linear, int]]:
+        """All linear layers but the head, with how often each stands in the model."""
+        return [(linear, count) for layer, count in self.layers for linear in layer.linears] + list(self.outside)
+
+    @property
+    def quantized(self) -> int:
+        """Weights in 4 bits."""
+        return sum(linear.weights * count for linear, count in self.linears)
+
+    @property
+    def unquantized(self) -> int:
+        """Parameters in 16 bits."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        outside = sum(linear.outputs * count for linear, count in self.outside if linear.bias)
+        return embeddings + self.others + outside + sum(layer.unquantized * count for layer, count in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return self.quantized + self.unquantized
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest linear layer."""
+        return max(linear.weights for linear, _ in self.linears)
+
+
+# One thing, by the names that config.json has for it.
+NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
+    "intermediate": ("intermediate_size", "n_inner", "ffn_dim"),
+    "vocabulary": ("vocab_size",),
+    "positions": ("max_position_embeddings", "n_positions"),
+    "experts": ("num_local_experts", "num_experts"),
+    "activation": ("hidden_act", "hidden_activation", "activation_function"),
+}
+
+
+def text_config(config: Config) -> Config:
+    """The language model's part of a configuration."""
+    return config.get("text_config") or config
+
+
+def is_known(config: Config) -> bool:
+    """Whether the table has this model; one that also sees, or hears, it has not."""
+    text = text_config(config)
+    family = FAMILIES.get(text.get("model_type", ""))
+    parts = any(key.endswith("_config") and key != "text_config" and "quant" not in key for key in config)
+    return family is not None and not parts and not any(text.get(key) for key in family.unless)
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The shapes of a model that the table has.
+
+    Raises:
+        UserError: config.json lacks what they follow from.
+    """
+    text = text_config(config)
+    model_type = text["model_type"]
+    family = FAMILIES[model_type]
+    given = {**family.defaults, **text}
+    numbers = sizes(given)
+    hidden, heads, kv_heads, head_dim = (numbers[key] for key in ("hidden", "heads", "kv_heads", "head_dim"))
+
+    def flag(value: Flag) -> bool:
+        return bool(given.get(value)) if isinstance(value, str) else value
+
+    *readers, out = family.attention
+    widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    attention = [
+        Linear(name, hidden, width, "attention", flag(family.qkv_bias))
+        for name, width in zip(readers, widths if len(readers) == 3 else [sum(widths)], strict=True)
+    ] + [Linear(out, heads * head_dim, hidden, "attention output", flag(family.out_bias))]
+    qk_norms = [heads * head_dim, kv_heads * head_dim] if family.qk_norm else []
+    norms = (*[hidden] * family.norms, *qk_norms)
+    norm_parameters = hidden * family.norms + (2 * head_dim if family.qk_norm == "head" else sum(qk_norms))
+    others = norm_parameters * (1 if family.rms else 2)
+    width = numbers["intermediate"]
+    reads = "attention" if family.norms == 1 else "mlp"  # with one norm, both read what it gives
+    mlp = _mlp(family, hidden, width, flag(family.mlp_bias), reads)
+    dense = Layer((*attention, *mlp), norms, others, middle=width)
+    layers = [(dense, numbers["layers"])]
+    if family.expert_width:
+        layers = _with_experts(family, given, numbers, dense, tuple(attention))
+    return ModelShape(
+        model_type=model_type,
+        vocabulary=numbers["vocabulary"],
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=numbers["intermediate"],
+        layers=tuple((layer, count) for layer, count in layers if count),
+        others=hidden * (1 if family.rms else 2)
+        + numbers["vocabulary"] * family.head_bias
+        + numbers.get("positions", 0) * hidden * family.positions,
+        tied=bool(given.get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied))),
+        rms=family.rms,
+        gated=family.gated,
+        eager=family.eager,
+        fused=len(readers) == 1,
+        rotary=not family.positions,
+        activation=first(given, "activation") or "silu",
+    )
+
+
+def first(given: Config, key: str) -> Any:
+    return next((given[name] for name in NAMES[key] if given.get(name) is not None), None)
+
+
+def sizes(given: Config) -> dict[str, int]:
+    """Sizes by our names, from whatever names a configuration has for them."""
+    found = {key: first(given, key) for key in NAMES if key != "activation"}
+    missing = [NAMES[key][0] for key in ("hidden", "layers", "heads", "vocabulary") if not isinstance(found[key], int)]
+    if missing:
+        raise UserError(f"config.json has no {', '.join(missing)}, so the model's size cannot be told from it")
+    found["kv_heads"] = found["kv_heads"] or found["heads"]
+    found["head_dim"] = given.get("head_dim") or found["hidden"] // found["heads"]
+    found["intermediate"] = found["intermediate"] or 4 * found["hidden"]  # GPT-2 leaves it out
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _mlp(family: Family, hidden: int, width: int, bias: bool, reads: str, prefix: str = "mlp.") -> list[Linear]:
+    *readers, down = (prefix + name.removeprefix("mlp.") for name in family.mlp)
+    branches = 2 if family.gated else 1
+    first = [Linear(name, hidden, width * branches // len(readers), reads, bias) for name in readers]
+    return [*first, Linear(down, width, hidden, f"{prefix}output", bias)]
+
+
+def _with_experts(
+    family: Family, given: Config, numbers: Mapping[str, int], dense: Layer, attention: tuple[Linear, ...]
+) -> list[tuple[Layer, int]]:
+    """Layers with experts, and those that a configuration leaves dense.
+
+    transformers holds experts as (experts, 2 width, hidden) and (experts, hidden, width), and the router as
+    (experts, hidden): parameters of no linear layer.
+    """
+    hidden, experts, width = numbers["hidden"], numbers.get("experts", 0), given[family.expert_width]
+    step, left_out = given.get("decoder_sparse_step", 1), given.get("mlp_only_layers") or []
+    every = range(numbers["layers"])
+    sparse = sum(1 for index in every if experts and index not in left_out and (index + 1) % step == 0)
+    shared: list[Linear] = []
+    if family.shared_expert:
+        shared = _mlp(family, hidden, given[family.shared_expert], False, "mlp", "mlp.shared_expert.")
+        shared.append(Linear("mlp.shared_expert_gate", hidden, 1, "mlp"))
+    weights = experts * 3 * hidden * width
+    with_experts = Layer(
+        linears=(*attention, *shared),
+        norms=dense.norms,
+        others=dense.others + weights + experts * hidden,
+        experts=weights,
+        routed=(routed := given.get("num_experts_per_tok", 1)),
+        active=routed * width,
+        middle=given[family.shared_expert] if family.shared_expert else 0,
+    )
+    return [(with_experts, sparse), (dense, numbers["layers"] - sparse)]
