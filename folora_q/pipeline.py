@@ -23,7 +23,7 @@ from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import write_card
-from folora_q.files import atomic_write, sha256
+from folora_q.files import atomic_write
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
@@ -40,9 +40,9 @@ from folora_q.runs.results import AnswerResult, Evaluation, LayerResult, answer_
 from folora_q.statistics.collect import build_gates
 from folora_q.statistics.store import gate_results, load_gates, save_gates
 from folora_q.training.callbacks import Reporting, Stopping
-from folora_q.training.checkpoints import discard_after, step_of
+from folora_q.training.checkpoints import step_of
 from folora_q.training.packing import check_packing
-from folora_q.training.resume import Resumption, plan, read_earlier
+from folora_q.training.resume import Resumption, go_on, read_earlier
 from folora_q.training.trainer import GatedTrainer, build_trainer
 
 
@@ -111,10 +111,8 @@ def _run_here(
         folder = open_run_folder(target, overwrite)
     else:
         folder = RunFolder(target)
-        resumed = plan(folder, earlier, recipe, manifest, force, clock.note)
+        resumed = go_on(folder, earlier, recipe, manifest, force, clock.note)
         manifest = resumed.manifest(manifest)
-        discard_after(target, resumed.step)
-        folder.cut_metrics(resumed.step)
     folder.write_manifest(manifest)
     try:
         if skipped := data.skipped():
@@ -152,14 +150,14 @@ def _run(
         stop_at(base.model, data.end_of_turn)
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
     if resumed is not None:
-        resumed.require_model(base.fingerprint)
+        manifest["files_sha256"] = resumed.require_model(base.fingerprint)
     manifest |= {
         "hardware": hardware.reason,
         "model": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
     }
 
     proxy, proxy_heldout = _proxy_text(recipe, base, hardware, folder, clock, resumed)
-    _remember(folder, manifest, folder.proxy)
+    folder.remember(manifest, folder.proxy)
     measured_on = _held_out(recipe, base, data, proxy_heldout)
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
@@ -174,7 +172,7 @@ def _run(
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
     if recipe.gate.enabled:
         _gate(recipe, base, model, trainer, data.train, proxy, folder, clock, resumed)
-        _remember(folder, manifest, folder.gates)
+        folder.remember(manifest, folder.gates)
 
     _train(trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
 
@@ -191,24 +189,13 @@ def _run(
     return RunResult(folder.path, evaluation, answers, list(clock.stages.values()))
 
 
-def _remember(folder: RunFolder, manifest: dict[str, Any], path: Path) -> None:
-    """Put the checksum of a finished part into run.json, so that it is known to be whole should the run go on later."""
-    manifest.setdefault("files_sha256", {})[path.name] = sha256(path)
-    folder.write_manifest(manifest)
-
-
 def _proxy_text(
-    recipe: Recipe,
-    base: LoadedModel,
-    hardware: Hardware,
-    folder: RunFolder,
-    clock: Clock,
-    resumed: Resumption | None,
+    recipe: Recipe, base: LoadedModel, hardware: Hardware, folder: RunFolder, clock: Clock, resumed: Resumption | None
 ) -> tuple[list[ProxySample], list[ProxySample]]:
     """Sampled text from the run that goes on, from the cache or from the model, and its held-out tail."""
     section = recipe.proxy
     samples = None
-    if resumed is not None and resumed.keeps_text(folder.proxy):
+    if resumed is not None and resumed.keeps(folder.proxy):
         samples = read_samples(folder.proxy)
     if samples is None:
         samples = kept_or_sampled(base.model, base.tokenizer, base.fingerprint, str(hardware.dtype), section, clock)
@@ -250,11 +237,13 @@ def _gate(
 ) -> None:
     """The gates, from statistics of both texts or from the run that goes on, and A's gated start."""
     pairs = adapter_pairs(model)
-    if resumed is not None and resumed.keeps_gates(folder.gates):
+    if resumed is not None and resumed.keeps(folder.gates):
         gates = load_gates(folder.gates, base.model.device)
     else:
         gates = _measured_gates(recipe, base, model, task, proxy, clock)
         save_gates(folder.gates, gates)
+        if resumed is not None:
+            resumed.require_gates(folder.gates)
     clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
     atomic_write(folder.gate_results, to_json(gate_results(gates)))
     if "a_start" in recipe.gate.places:  # a checkpoint then brings its own A
@@ -263,12 +252,7 @@ def _gate(
 
 
 def _measured_gates(
-    recipe: Recipe,
-    base: LoadedModel,
-    model: PeftModel,
-    task: Tokenized,
-    proxy: Sequence[ProxySample],
-    clock: Clock,
+    recipe: Recipe, base: LoadedModel, model: PeftModel, task: Tokenized, proxy: Sequence[ProxySample], clock: Clock
 ) -> dict[str, SpectralGate]:
     size, device = recipe.gate.batch_size, base.model.device
     rows = len(task.sequences)

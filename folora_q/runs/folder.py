@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from folora_q.errors import UserError
-from folora_q.files import atomic_write
+from folora_q.files import atomic_write, sha256
 from folora_q.runs.results import read_metrics
 
 
@@ -89,6 +89,11 @@ class RunFolder:
         """Replace run.json."""
         atomic_write(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
+    def remember(self, manifest: dict[str, Any], path: Path) -> None:
+        """Put the checksum of a finished part into run.json, so that it is known to be whole should the run go on."""
+        manifest.setdefault("files_sha256", {})[path.name] = sha256(path)
+        self.write_manifest(manifest)
+
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -107,15 +112,26 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
-        unfinished = self.path.glob(".checkpoint-*")  # of a process that was killed
-        saved = self.path.glob("checkpoint-*")
-        for folder in (self.adapter, self.merged, self.figures, *saved, *unfinished, self.path / ".rehearsal"):
+        self.discard_unfinished()
+        for folder in (self.merged, self.figures, *self.path.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
         for file in self.path.glob("merged-*.gguf"):
             file.unlink()
-        written = (self.recipe, self.metrics, self.proxy, self.gates, self.gate_results, self.evaluation, self.answers)
-        for file in (*written, self.report, self.skipped, self.manifest):
+        for file in (*self._written, self.manifest):
             file.unlink(missing_ok=True)
+
+    def discard_unfinished(self) -> None:
+        """Remove what a killed process had not finished: hidden files, and an adapter that may be half of one."""
+        for folder in (self.adapter, self.path / ".rehearsal", *self.path.glob(".checkpoint-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (*self._written, self.manifest):
+            for part in self.path.glob(f".{file.name}.*"):
+                part.unlink(missing_ok=True)
+
+    @property
+    def _written(self) -> tuple[Path, ...]:
+        results = (self.gate_results, self.evaluation, self.answers, self.report)
+        return (self.recipe, self.metrics, self.proxy, self.gates, self.skipped, *results)
 
 
 def check_run_folder(path: Path, overwrite: bool) -> None:

@@ -124,14 +124,7 @@ def rotate(run: Path, kept: int, needed: Iterable[Path]) -> None:
 
 
 def discard_after(run: Path, step: int) -> None:
-    """Remove the checkpoints after a step, from which nothing goes on, and what unfinished ones left behind."""
+    """Remove the checkpoints after a step, from which nothing goes on."""
     for path in checkpoints(run):
         if step_of(path) > step:
             shutil.rmtree(path, ignore_errors=True)
-    discard_unfinished(run)
-
-
-def discard_unfinished(run: Path) -> None:
-    """Remove what a killed process had gathered for a checkpoint or a rehearsal of one."""
-    for path in (*run.glob(".checkpoint-*"), run / ".rehearsal"):
-        shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from folora_q.errors import UserError
+from folora_q.errors import RunFailed, UserError
 from folora_q.files import sha256
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.folder import RunFolder
-from folora_q.training.checkpoints import newest_whole, step_of
+from folora_q.training.checkpoints import discard_after, newest_whole, step_of
 
 # Another version of one of these may compute something else.
 COMPARED_VERSIONS = ("folora-q", "torch", "transformers", "peft", "trl", "bitsandbytes")
-# What the sampled text, and what the gates are made from, by the first word of a change.
-MAKE_TEXT = {"proxy", "model", "recipe"}
-MAKE_GATES = MAKE_TEXT | {"gate", "data", "adapter"}
+# What the sampled text and the gates are made from, by the first word of a change.
+OF_TEXT = {"proxy", "model", "recipe"}
+MADE_FROM = {"proxy.jsonl": OF_TEXT, "gates.safetensors": OF_TEXT | {"gate", "data", "adapter"}}
 # A checkpoint's weights have other shapes after these.
 MAKE_SHAPES = ("adapter.r:", "adapter.target_modules:", "gate.rule:", "gate.enabled:", "training.optim:")
 SHORT = Repr()
@@ -49,37 +50,51 @@ class Resumption:
     def step(self) -> int:
         return step_of(self.checkpoint) if self.checkpoint is not None else 0
 
-    def require_model(self, fingerprint: str) -> None:
+    def require_model(self, fingerprint: str) -> dict[str, str]:
         """See that the base model is the same one.
 
+        Returns:
+            Checksums of the parts that are still the right ones, now that everything is known.
+
         Raises:
-            UserError: it is not, and nothing is forced.
+            UserError: it is another one, and nothing is forced.
         """
         before = self.earlier.get("model", {}).get("fingerprint")
         if before is not None and before != fingerprint:
             self.changes.append(f"model fingerprint: {before[:12]}… → {fingerprint[:12]}…")
             _refuse(self)
+        return self._right_parts()
 
-    def keeps_text(self, path: Path) -> bool:
-        """Whether the sampled text of the run is whole and still the right one."""
-        return not self._touched(MAKE_TEXT) and self._whole(path)
+    def require_gates(self, path: Path) -> None:
+        """See that gates which had to be made again are those that the checkpoint was trained with.
 
-    def keeps_gates(self, path: Path) -> bool:
-        """Whether the gates of the run are whole and still the right ones."""
-        return not self._touched(MAKE_GATES) and self._whole(path)
+        Raises:
+            RunFailed: they came out otherwise, and nothing is forced.
+        """
+        expected = self._right_parts().get(path.name)
+        if self.checkpoint is not None and not self.force and expected not in (None, sha256(path)):
+            raise RunFailed(
+                f"{path} was damaged, and the gates came out otherwise when they were made again",
+                "go on with these all the same with --force, or begin again with --overwrite",
+            )
+
+    def keeps(self, path: Path) -> bool:
+        """Whether the sampled text, or the gates, of the run are whole and still the right ones."""
+        expected = self._right_parts().get(path.name)
+        return expected is not None and path.is_file() and sha256(path) == expected
 
     def manifest(self, new: Mapping[str, Any]) -> dict[str, Any]:
         """run.json of the run that goes on: what it had, when and from where it went on, and what was forced."""
         entry = {"at": new["started"], "step": self.step, **({"forced": self.changes} if self.changes else {})}
-        kept = {key: self.earlier[key] for key in ("started", "model", "files_sha256") if key in self.earlier}
-        return {**new, **kept, "resumed": [*self.earlier.get("resumed", []), entry]}
+        kept = {key: self.earlier[key] for key in ("started", "model") if key in self.earlier}
+        resumed = [*self.earlier.get("resumed", []), entry]
+        return {**new, **kept, "files_sha256": self._right_parts(), "resumed": resumed}
 
-    def _touched(self, parts: set[str]) -> bool:
-        return any(change.replace(":", ".").replace(" ", ".").split(".")[0] in parts for change in self.changes)
-
-    def _whole(self, path: Path) -> bool:
-        expected = self.earlier.get("files_sha256", {}).get(path.name)
-        return expected is not None and path.is_file() and sha256(path) == expected
+    def _right_parts(self) -> dict[str, str]:
+        """Checksums of the parts that no change has touched; a change that was forced once is none the next time."""
+        touched = {re.split(r"[.: ]", change)[0] for change in self.changes}
+        known = self.earlier.get("files_sha256", {})
+        return {name: known[name] for name, makers in MADE_FROM.items() if name in known and not touched & makers}
 
 
 def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
@@ -103,7 +118,7 @@ def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
     return earlier
 
 
-def plan(
+def go_on(
     folder: RunFolder,
     earlier: dict[str, Any],
     recipe: Recipe,
@@ -111,7 +126,7 @@ def plan(
     force: bool,
     tell: Callable[[str], None],
 ) -> Resumption:
-    """What to go on from.
+    """What to go on from; what came after it is removed from the folder.
 
     Args:
         earlier, new: run.json as it was, and as it would be for a run that begins now.
@@ -127,12 +142,16 @@ def plan(
     for change in changes:
         tell(f"changed, and forced: {change}")
     resumption.checkpoint = newest_whole(folder.path, recipe.keeps_best, tell)
+    unfit = [change for change in changes if change.startswith(MAKE_SHAPES)]
     if resumption.checkpoint is None:
         tell("there is no whole checkpoint: training begins again")
-        return resumption
-    if unfit := [change for change in changes if change.startswith(MAKE_SHAPES)]:
+    elif unfit:
         raise UserError(f"no checkpoint of {folder.path} fits {unfit[0]}", "begin again with --overwrite")
-    tell(f"going on from {resumption.checkpoint.name}")
+    else:
+        tell(f"going on from {resumption.checkpoint.name}")
+    discard_after(folder.path, resumption.step)
+    folder.discard_unfinished()
+    folder.cut_metrics(resumption.step)
     return resumption
 
 

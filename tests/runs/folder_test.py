@@ -54,3 +54,17 @@ def test_a_file_in_the_way_is_the_users_mistake(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot use"):
             open_run_folder(path, overwrite=False)
+
+
+def test_what_a_killed_process_left_half_done_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    (tmp_path / ".checkpoint-8.abc").mkdir()
+    (tmp_path / ".proxy.jsonl.l_gj_g7z").touch()
+    (tmp_path / ".gitignore").touch()
+    folder.discard_unfinished()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".gitignore",
+        "answers.jsonl",
+        "metrics.jsonl",
+        "run.json",
+    ]
