@@ -19,6 +19,7 @@ COMMANDS = {
     "recipes": "recipes",
     "validate": "validate",
     "preview": "preview",
+    "estimate": "estimate",
     "eval": "eval",
     "report": "report",
     "compare": "compare",

@@ -1,0 +1,143 @@
+"""`folora-q estimate`: memory before a run, and what to change where it is too much."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import rich_click as click
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from folora_q.cli.console import out, starting
+from folora_q.cli.options import recipe_arguments
+from folora_q.memory.advice import MARGIN, Advice, advise, fits
+from folora_q.memory.built import shape_of_parameters
+from folora_q.memory.config import read_config
+from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
+from folora_q.memory.shapes import ModelShape, is_known, shape_of
+from folora_q.recipe import Recipe
+
+CARDS = (8.0, 12.0, 16.0, 24.0)
+BAR_WIDTH = 40
+HELD, WORKING = "cyan", "magenta"
+FROZEN = ("4-bit weights", "their constants", "16-bit weights")
+
+
+@click.command("estimate")
+@recipe_arguments
+@click.option("--gpu", "card", type=click.FloatRange(min=1), metavar="GB", help="A card's memory: 8, 12, 16, 24, ...")
+@click.pass_context
+def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: Recipe, card: float | None) -> None:
+    """Estimate a RECIPE's peak memory on a GPU, by stage and part, from the model's config.json alone.
+
+    Exit code 1 says that it does not fit the card of --gpu, and then it says what to change, least harm first.
+    """
+    shape = _shape(recipe, ctx.obj["debug"])
+    found = estimate(recipe, shape)
+    _print_head(recipe, shape, found)
+    out.print(_table(found))
+    _print_cards(found, CARDS if card is None else (card,))
+    _print_host_and_disk(found)
+    if card is not None and not fits(found, card):
+        _print_advice(advise(recipe, shape, card), card, path, overrides)
+        ctx.exit(1)
+
+
+def _shape(recipe: Recipe, debug: bool) -> ModelShape:
+    config = read_config(recipe.model.model_name_or_path, recipe.model.revision)
+    if is_known(config):
+        return shape_of(config)
+    with starting(debug) as progress:
+        from folora_q.models.meta import parameter_shapes
+    progress.note(
+        f"models of the type {config['model_type']} are not in our table, so this one was built without weights"
+    )
+    return shape_of_parameters(*parameter_shapes(config))
+
+
+def _print_head(recipe: Recipe, shape: ModelShape, found: Estimate) -> None:
+    sizes = f"{shape.parameters / 1e9:,.2f} billion parameters, {shape.quantized / shape.parameters:.0%} in 4 bits"
+    name = escape(recipe.model.model_name_or_path)
+    out.print(f"[bold]{name}[/]: {sizes}; {found.trained / 1e6:,.1f} million trained", soft_wrap=True)
+    training = recipe.training
+    rows = training.per_device_train_batch_size
+    out.print(f"[dim]steps of {rows} x {training.max_length:,} tokens, all rows at their longest[/]\n", soft_wrap=True)
+
+
+def _table(found: Estimate) -> Table:
+    """Parts by stage, in GiB; a dot is less than 5 MiB."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("GiB")
+    for stage in found.stages:
+        table.add_column(stage.name, justify="right", style="bold" if stage is found.largest else "")
+    for name in PARTS:
+        if not any(stage.device.get(name) for stage in found.stages):
+            continue
+        table.add_row(name, *(_gib(stage.device.get(name, 0)) for stage in found.stages))
+    table.add_section()
+    table.add_row("[bold]peak[/]", *(_gib(stage.on_device) for stage in found.stages))
+    return table
+
+
+def _gib(size: int) -> str:
+    if size == 0:
+        return ""
+    return f"{size / GIB:,.2f}" if size >= 0.005 * GIB else "·"
+
+
+def _print_cards(found: Estimate, cards: Sequence[float]) -> None:
+    """A bar of the card for each: frozen weights, what else stands, and what passes."""
+    out.print()
+    frozen = sum(found.largest.device[name] for name in FROZEN)
+    for card in cards:
+        bar = Text(f"{card:>3g} GB  ")
+        filled = min(round(BAR_WIDTH * found.peak / GIB / card), BAR_WIDTH)
+        still = min(round(BAR_WIDTH * frozen / GIB / card), filled)
+        bar.append("█" * still, HELD).append("█" * (filled - still), WORKING)
+        bar.append("░" * (BAR_WIDTH - filled), "bright_black")
+        if fits(found, card):
+            bar.append(f"  fits, {card - found.peak / GIB:.1f} free", "green")
+        elif found.peak <= card * GIB:
+            bar.append(f"  too tight, {card - found.peak / GIB:.1f} free", "yellow")
+        else:
+            bar.append(f"  does not fit, {found.peak / GIB:.1f} needed", "red")
+        out.print(bar, soft_wrap=True)
+    rest = f"the rest, at the peak: {found.largest.name}; {MARGIN:.0%} is kept free"
+    out.print(f"{' ' * 8}[{HELD}]█[/][dim] frozen weights [/][{WORKING}]█[/][dim] {rest}[/]", soft_wrap=True)
+
+
+def _print_host_and_disk(found: Estimate) -> None:
+    busiest = max(found.stages, key=lambda stage: stage.on_host)
+    out.print(f"\nhost memory  {found.host / GIB:,.1f} GiB, at most ({busiest.name})", soft_wrap=True)
+    parts = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in found.disk.items() if size >= 5e7)
+    out.print(f"disk         {sum(found.disk.values()) / 1e9:,.1f} GB: {parts}", soft_wrap=True)
+
+
+def _print_advice(advice: Advice, card: float, path: Path, overrides: Sequence[str]) -> None:
+    if advice.changes:
+        out.print(f"\n[bold]To fit {card:g} GB[/], least harm first" if advice.fits else "\n[bold]What helps[/]")
+    for change in advice.changes:
+        out.print(f"  [cyan]{_settings(change.overrides)}[/]", soft_wrap=True)
+        out.print(f"      {change.saves / GIB:,.2f} GiB less; {change.cost}", style="dim", soft_wrap=True)
+    if not advice.fits:
+        out.print(
+            f"\n[bold]Even so it takes {advice.after.peak / GIB:,.1f} GiB[/]: "
+            "it needs a smaller model, or a larger card.",
+            soft_wrap=True,
+        )
+        return
+    kept = [given for given in overrides if given.partition("=")[0].strip() not in advice.overrides]
+    given = " ".join([*map(shlex.quote, kept), _settings(advice.overrides)])
+    out.print(f"\nthen {advice.after.peak / GIB:,.2f} GiB:", soft_wrap=True)
+    out.print(f"  [cyan]folora-q train {escape(shlex.quote(str(path)))} {escape(given)}[/]", soft_wrap=True)
+
+
+def _settings(overrides: Mapping[str, object]) -> str:
+    return " ".join(f"{key}={_written(value)}" for key, value in overrides.items())
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value}"

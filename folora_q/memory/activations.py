@@ -1,0 +1,216 @@
+"""Memory of activations: what a training step keeps for its backward pass, and what passes through beside it.
+
+Bytes are derived from the operations of transformers' decoder layers and of PEFT's 4-bit LoRA layer, tensor by tensor,
+and held to what autograd keeps by a test. Letters: n tokens, h hidden size, i intermediate size, c bytes of the compute
+dtype, r rank of the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from folora_q.memory.shapes import Layer, Linear, ModelShape
+
+FLOAT32 = 4
+# Float32 tensors (n, h) at once in the backward pass of an RMS norm: the gradient, the two products that are summed,
+# the power's and the mean's.
+NORM_BACKWARD = 5
+# TRL's fused head multiplies tiles of so many tokens and words (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
+TILE_TOKENS, TILE_WORDS = 4096, 32_768
+# activation functions that transformers writes out in PyTorch, which keep their intermediate results
+WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu"}
+KEPT_WRITTEN_OUT = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences in one pass.
+
+    Attributes:
+        masked: some are padded or packed, so that attention is given a mask (rows, 1, length, length).
+    """
+
+    rows: int
+    length: int
+    masked: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a layer computes.
+
+    Attributes:
+        compute: bytes of the compute dtype.
+        autocast: the Trainer's autocast is on, as on a GPU: PEFT then leaves an adapter's input as it is, and PyTorch
+            casts the adapter; without it PEFT casts the input of every adapted layer to float32.
+        rank: of the adapter.
+        adapted: names of the adapted linear layers; None for all.
+        dropout: the adapter's dropout is on, which keeps its mask and its result.
+        eager: attention scores are materialized.
+    """
+
+    compute: int
+    autocast: bool
+    rank: int
+    adapted: Collection[str] | None = None
+    dropout: bool = False
+    eager: bool = False
+
+    @property
+    def adapter(self) -> int:
+        """Bytes of a number inside the adapter."""
+        return self.compute if self.autocast else FLOAT32
+
+    @property
+    def casts(self) -> bool:
+        """Whether every adapted layer makes a float32 copy of its input."""
+        return not self.autocast and self.compute != FLOAT32
+
+    def is_adapted(self, linear: Linear) -> bool:
+        return self.adapted is None or linear.name in self.adapted
+
+
+def kept_in_layer(shape: ModelShape, layer: Layer, batch: Batch, how: Arithmetic) -> int:
+    """Bytes that autograd keeps of one decoder layer without checkpointing."""
+    per_token = (
+        _kept_by_norms(shape, layer, how)
+        + _kept_by_adapters(shape, layer, how)
+        + _kept_by_attention(shape, batch, how)
+        + _kept_by_mlp(shape, layer, how)
+    )
+    mask = 0 if how.eager or not batch.masked else batch.rows * batch.length**2 * how.compute  # as it is added
+    experts = layer.experts * how.compute if adapts_experts(layer, how) else 0  # with the adapter's product added
+    return per_token * batch.tokens + mask + experts
+
+
+def adapts_experts(layer: Layer, how: Arithmetic) -> bool:
+    """Whether PEFT puts adapters on experts, whose weights it then makes anew: with all-linear, if they are the MLP."""
+    return layer.experts > 0 and layer.middle == 0 and how.adapted is None
+
+
+def _kept_by_norms(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
+    """An RMS norm its input in float32 and a root; a layer norm its input, which autocast makes float32, and two."""
+    width = FLOAT32 if shape.rms or how.autocast else how.compute
+    return sum(width * norm + FLOAT32 * (1 if shape.rms else 2) for norm in layer.norms)
+
+
+def _kept_by_adapters(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
+    """A keeps its input, B its own of r numbers; the frozen weight needs neither.
+
+    Adapted layers that read one tensor keep it once, unless each makes a float32 copy of it, or, under autocast after a
+    layer norm, which gives float32 there, a 16-bit one. The attention's output is kept by the attention already.
+    """
+    kept = 0
+    for tensor in dict.fromkeys(linear.reads for linear in layer.linears):
+        readers = [linear for linear in layer.linears if linear.reads == tensor and how.is_adapted(linear)]
+        if not readers:
+            continue
+        width = readers[0].inputs
+        copies = how.casts or (how.autocast and not shape.rms and "output" not in tensor)
+        if copies or how.dropout:
+            kept += how.adapter * width * len(readers) + (width * len(readers) if how.dropout else 0)
+        elif tensor != "attention output" or how.eager:
+            kept += how.compute * width
+        kept += how.adapter * how.rank * len(readers)
+    return kept
+
+
+def _kept_by_attention(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+    """Queries, keys and values, the output, and a float32 number a head. With a mask, keys and values are repeated."""
+    queries = shape.heads * shape.head_dim
+    repeated = batch.masked or how.eager
+    own = shape.kv_heads * shape.head_dim
+    keys = queries if repeated else own
+    if not how.eager:
+        # A part of one fused result keeps all of it.
+        beside = queries + own if shape.fused and shape.rotary and keys == own else 0
+        return how.compute * (2 * queries + 2 * keys + beside) + FLOAT32 * shape.heads
+    # Scores: the softmax in float32 and cast back, and what a soft cap's tanh gives.
+    scores = FLOAT32 + (how.compute if how.compute != FLOAT32 else 0) + (how.compute if shape.eager else 0)
+    return how.compute * (queries + 2 * keys) + scores * shape.heads * batch.length
+
+
+def _kept_by_mlp(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
+    """What the activation function reads; with a gate, both factors of the product too. The product is an input."""
+    tensors = (KEPT_WRITTEN_OUT if shape.activation in WRITTEN_OUT else 1) + (2 if shape.gated else 0)
+    experts = 3 * layer.active + layer.active + 2 * layer.routed * shape.hidden if layer.active else 0
+    return how.compute * (tensors * layer.middle + experts)
+
+
+def kept(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+    """Bytes that autograd keeps of a forward pass without checkpointing, up to the head.
+
+    The first norm keeps nothing, as nothing before it is trained; the last one does.
+    """
+    return sum(kept_in_layer(shape, layer, batch, how) * count for layer, count in shape.layers) + _rotary(
+        shape, batch, how
+    )
+
+
+def kept_with_checkpointing(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+    """Bytes of the layers' inputs, which is all that checkpointing keeps of them, and what the last norm keeps."""
+    layers = shape.depth * shape.hidden * how.compute
+    return (layers + FLOAT32 * (shape.hidden + 1)) * batch.tokens + shared(shape, batch, how)
+
+
+def shared(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+    """What all layers read: the mask, and the rotary tables."""
+    mask = batch.rows * batch.length**2 * (how.compute if how.eager else 1) if batch.masked or how.eager else 0
+    return mask + _rotary(shape, batch, how)
+
+
+def _rotary(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+    return 2 * batch.length * shape.head_dim * how.compute
+
+
+def passing_backward(shape: ModelShape, layer: Layer, batch: Batch, how: Arithmetic) -> int:
+    """Bytes that a layer's backward pass holds at its peak beyond what the layer kept.
+
+    At the MLP's last linear layer: the gradient that comes in, (n, h), and that of its input by the frozen weight,
+    which is decoded for it, while what the adapter kept is gone and its gradient is there. Without autocast the
+    adapter's gradients are float32: the incoming one, that scaled, and that of its input.
+    """
+    middle = max(layer.middle, layer.active)
+    largest = max(linear.weights for linear in layer.linears) * how.compute
+    incoming = how.compute * shape.hidden * batch.tokens
+    gradient = how.compute * middle * batch.tokens
+    if how.casts:
+        return incoming + max(largest, FLOAT32 * (middle + 2 * shape.hidden) * batch.tokens)
+    return incoming + max(largest + gradient, 2 * gradient)
+
+
+def at_backward(shape: ModelShape, batch: Batch, how: Arithmetic, checkpointing: bool) -> tuple[int, int]:
+    """The peak of a backward pass after the head's: bytes that layers keep, and those of the one in hand.
+
+    With checkpointing the layer in hand is computed again, and the last norm's are gone.
+    """
+    layers = [layer for layer, _ in shape.layers]
+    if checkpointing:
+        inputs = shape.depth * shape.hidden * how.compute * batch.tokens
+        again = (kept_in_layer(shape, each, batch, how) + passing_backward(shape, each, batch, how) for each in layers)
+        return inputs + shared(shape, batch, how), max(again)
+    passing = [passing_backward(shape, each, batch, how) for each in layers]
+    return kept(shape, batch, how), max(*passing, passing_last_norm(shape, batch, how))
+
+
+def passing_last_norm(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+    """Bytes that the backward pass of the last norm takes, where the layers' activations all still stand."""
+    return (NORM_BACKWARD * FLOAT32 + how.compute) * shape.hidden * batch.tokens
+
+
+def passing_head(shape: ModelShape, batch: Batch, how: Arithmetic, fused: bool) -> int:
+    """Bytes of the head and the loss, every token counted as trained.
+
+    Fused, as on a GPU: a copy of the trained tokens' hidden states, their gradient in float32, and one tile of logits,
+    always 32,768 words wide. Otherwise all logits: the loss keeps float32 log-probabilities, and its backward pass
+    makes two gradients of them; or, forward, the logits as computed and in float32.
+    """
+    if fused:
+        tile = min(batch.tokens, TILE_TOKENS) * TILE_WORDS * how.compute
+        return batch.tokens * shape.hidden * (how.compute + FLOAT32) + tile
+    return batch.tokens * (3 * FLOAT32 * shape.vocabulary + how.compute * shape.hidden)

@@ -1,0 +1,149 @@
+"""What to change in a recipe that does not fit a card: as little as possible, and what harms least first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from folora_q.memory.estimate import GIB, Estimate, estimate
+from folora_q.memory.shapes import ModelShape
+from folora_q.recipe import Recipe
+
+# Kept free of a card: what fragmentation takes, and the estimate's own error.
+MARGIN = 0.05
+# A change that saves less than this share of the card is not worth its place.
+WORTH = 0.005
+# Kinds of changes, least harm first.
+HARM = (
+    "attention", "proxy", "gate", "evaluation", "checkpointing", "rows", "rounds", "optimizer", "constants", "dtype",
+    "bases", "rank of the gates", "rank of the adapter", "length",
+)  # fmt: skip
+Overrides = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that are changed together.
+
+    Attributes:
+        cost: what it costs, for people.
+        saves: bytes of the peak.
+    """
+
+    overrides: Overrides
+    cost: str
+    saves: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """How a recipe is made to fit.
+
+    Attributes:
+        changes: least harm first.
+        after: the estimate with all of them.
+        fits: whether that is enough.
+    """
+
+    changes: tuple[Change, ...]
+    after: Estimate
+    fits: bool
+
+    @property
+    def overrides(self) -> Overrides:
+        """All settings, to be given after the recipe."""
+        return {key: value for change in self.changes for key, value in change.overrides.items()}
+
+
+def fits(found: Estimate, card: float) -> bool:
+    """Whether a run fits a card of so many GiB, with the margin kept."""
+    return found.peak <= card * GIB * (1 - MARGIN)
+
+
+def advise(recipe: Recipe, shape: ModelShape, card: float) -> Advice:
+    """Changes until it fits: each time the first of the ladder that lowers the peak."""
+    changes: dict[str, Change] = {}
+    found = estimate(recipe, shape)
+    while not fits(found, card):
+        step = _first_that_helps(recipe, shape, found, card)
+        if step is None:
+            return Advice(_in_order(changes), found, False)
+        name, change, recipe, after = step
+        before = changes.get(name)
+        saved = found.peak - after.peak + (before.saves if before else 0)
+        changes[name] = replace(change, overrides=(before.overrides if before else {}) | change.overrides, saves=saved)
+        found = after
+    return Advice(_in_order(changes), found, True)
+
+
+def _in_order(changes: Mapping[str, Change]) -> tuple[Change, ...]:
+    return tuple(changes[kind] for kind in HARM if kind in changes)
+
+
+def _first_that_helps(
+    recipe: Recipe, shape: ModelShape, found: Estimate, card: float
+) -> tuple[str, Change, Recipe, Estimate] | None:
+    """The name of a change, itself, and the recipe and the estimate with it."""
+    for name, overrides, cost in _ladder(recipe):
+        changed = _with(recipe, overrides)
+        after = estimate(changed, shape)
+        saves = found.peak - after.peak
+        if saves > WORTH * card * GIB or (saves > 0 and after.largest.name != found.largest.name):
+            return name, Change(overrides, cost, saves), changed, after
+    return None
+
+
+def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
+    """Changes that can be made, in the order of HARM: the kind, settings, and the cost."""
+    training, gate = recipe.training, recipe.gate
+    same = "the same results, slower"
+    if recipe.model.attn_implementation == "eager":
+        yield "attention", {"model.attn_implementation": "sdpa"}, "none"
+    for section in ("proxy", "gate", "evaluation"):
+        if (size := getattr(recipe, section).batch_size) > 1:
+            cost = "other sampled text, slower" if section == "proxy" else same
+            yield section, {f"{section}.batch_size": size // 2}, cost
+    if training.activation_checkpointing is False:
+        yield "checkpointing", {"training.activation_checkpointing": True}, "a third slower"
+    if (size := training.per_device_train_batch_size) > 1:
+        parts = 2 if size % 2 == 0 else size
+        halved = {
+            "training.per_device_train_batch_size": size // parts,
+            "training.gradient_accumulation_steps": training.gradient_accumulation_steps * parts,
+        }
+        yield "rows", halved, "the same steps, slower"
+    if gate.enabled:
+        limit = recipe.proxy.statistics_memory
+        lower = 0.5 if limit is None else limit / 2
+        if lower >= 1 / 16:
+            yield "rounds", {"proxy.statistics_memory": lower}, "the text is read once more for every round"
+    if training.optim not in ("auto", "paged_adamw_8bit") and gate.rule == "step":
+        yield "optimizer", {"training.optim": "paged_adamw_8bit"}, "moments in 8 bits"
+    if not recipe.model.bnb_4bit_use_double_quant:
+        yield "constants", {"model.bnb_4bit_use_double_quant": True}, "slightly coarser weights"
+    if recipe.model.dtype == "float32":
+        yield "dtype", {"model.dtype": "bfloat16"}, "computes in 16 bits"
+    if gate.enabled and gate.basis_dtype == "float32":
+        yield "bases", {"gate.basis_dtype": "bfloat16"}, "gates of three digits"
+    yield from _harmful(recipe)
+
+
+def _harmful(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
+    training, gate = recipe.training, recipe.gate
+    if gate.enabled and gate.rank > 16:
+        yield "rank of the gates", {"gate.rank": gate.rank // 2}, "coarser gates"
+    if recipe.adapter.r > 8:
+        yield "rank of the adapter", {"adapter.r": recipe.adapter.r // 2}, "the adapter holds less"
+    if training.max_length > 256:
+        cost = "longer rows are left out or cut (data.overlong)"
+        yield "length", {"training.max_length": training.max_length // 2}, cost
+
+
+def _with(recipe: Recipe, overrides: Overrides) -> Recipe:
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    changed = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+    return recipe.model_copy(update=changed)

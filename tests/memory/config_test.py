@@ -1,0 +1,97 @@
+"""Where config.json comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from folora_q.errors import UserError
+from folora_q.memory.config import DEMO_CONFIG, DEMO_MODEL, read_config
+from folora_q.memory.shapes import shape_of
+from tests.memory.recipes import SMALL_LLAMA
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_LLAMA), encoding="utf-8")
+    assert read_config(str(tmp_path)) == SMALL_LLAMA
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": 3}', '{"text_config": {"hidden_size": 3}}'])
+def test_a_config_that_says_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_config(str(tmp_path))
+
+
+def test_the_demos_model_is_known_without_its_file() -> None:
+    from folora_q.models import demo
+
+    assert demo.DEMO_MODEL == DEMO_MODEL
+    assert read_config(DEMO_MODEL) == DEMO_CONFIG
+    assert shape_of(DEMO_CONFIG).parameters == 134_515_008
+
+
+def test_a_hub_id_that_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kept.json"
+    file.write_text(json.dumps(SMALL_LLAMA), encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(file))
+    assert read_config("someone/model") == SMALL_LLAMA
+
+
+def test_a_hub_id_that_cannot_be_had() -> None:
+    with pytest.raises(UserError, match=r"cannot get config\.json of nobody/nothing") as caught:
+        read_config("nobody/nothing")
+    assert "model.model_name_or_path=FOLDER" in str(caught.value.hint)
+
+
+def save_gguf(path: Path, architecture: str = "llama", head: bool = False) -> Path:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_embedding_length(128)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_token_list([f"word{number}" for number in range(300)])
+    writer.add_token_scores([0.0] * 300)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_add_bos_token(True)
+    writer.add_tensor("token_embd.weight", np.zeros((300, 128), dtype=np.float16))
+    if head:
+        writer.add_tensor("output.weight", np.zeros((300, 128), dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_gguf_file(head: bool, tmp_path: Path) -> None:
+    found = read_config(str(save_gguf(tmp_path / "small.gguf", head=head)))
+    assert found == SMALL_LLAMA | {"tie_word_embeddings": not head}
+
+
+def test_a_gguf_file_of_another_architecture(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="of the architecture mamba"):
+        read_config(str(save_gguf(tmp_path / "small.gguf", "mamba")))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x01\x00\x00\x00" + bytes(16), b"a text" * 10])
+def test_a_file_that_is_no_gguf(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot read the head of"):
+        read_config(str(path))
+
+
+def test_a_gguf_file_that_is_cut(tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "small.gguf")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot read the head of"):
+        read_config(str(path))

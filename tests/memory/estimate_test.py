@@ -1,0 +1,246 @@
+"""Parts of an estimate beside what the parts really take, and how settings move them."""
+
+from __future__ import annotations
+
+import pytest
+
+from folora_q.memory.advice import MARGIN, Advice, advise, fits
+from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
+from folora_q.memory.parts import (
+    STATES,
+    adapter_parameters,
+    arithmetic,
+    gates,
+    input_spaces,
+    optimizer_state,
+    sketches,
+    weights,
+)
+from folora_q.memory.shapes import shape_of
+from folora_q.recipe.schema import TrainingSection
+from tests.memory.recipes import LLAMA_8B, MISTRAL_7B, QWEN_7B, SMALL_LLAMA, a_recipe
+
+SMALL, MISTRAL = shape_of(SMALL_LLAMA), shape_of(MISTRAL_7B)
+
+
+def stage(found: Estimate, name: str) -> dict[str, int]:
+    return next(stage.device for stage in found.stages if stage.name == name)
+
+
+# Parts
+
+
+def test_the_weights_are_those_of_published_models() -> None:
+    billions = [round(shape_of(config).parameters / 1e9, 3) for config in (MISTRAL_7B, LLAMA_8B, QWEN_7B)]
+    assert billions == [7.248, 8.030, 7.616]  # as the hub's pages have them
+    # The paper: constants take 0.5 bits a weight, and 0.127 with double quantization.
+    for double, bits in ((False, 0.5), (True, 0.127)):
+        found = weights(MISTRAL, double, 2)
+        assert found["4-bit weights"] == MISTRAL.quantized // 2
+        assert found["their constants"] * 8 / MISTRAL.quantized == pytest.approx(bits, abs=0.001)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_quantized_weights_are_as_large_as_bitsandbytes_makes_them(double: bool) -> None:
+    import bitsandbytes as bnb
+    import torch
+
+    module = bnb.nn.Linear4bit(640, 256, bias=False, compress_statistics=double, quant_type="nf4").to("cpu")
+    state = module.weight.quant_state
+    constants = state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+    assert module.weight.dtype == torch.uint8
+    from folora_q.memory.shapes import Layer, Linear, ModelShape
+
+    linear = Linear("a", 640, 256, "a")
+    shape = ModelShape("one", 1, 1, 1, 1, 1, 1, ((Layer((linear,), (), 0), 1),), 0, True)
+    found = weights(shape, double, 2)
+    assert (found["4-bit weights"], found["their constants"]) == (module.weight.nbytes, constants)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["mlp.down_proj"]])
+def test_the_adapter_is_as_large_as_pefts(targets: str | list[str]) -> None:
+    from tests.memory.models import adapted_4bit
+
+    model = adapted_4bit(SMALL_LLAMA, 6, target_modules=targets)
+    how = arithmetic(a_recipe(adapter={"r": 6, "target_modules": targets}), SMALL, on_gpu=True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert adapter_parameters(SMALL, how) == trained
+
+
+def test_experts_adapter_is_as_large_as_pefts() -> None:
+    from tests.memory.models import adapted_4bit
+
+    config = SMALL_LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = adapted_4bit(config, 4)
+    how = arithmetic(a_recipe(adapter={"r": 4}), shape_of(config), on_gpu=True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert adapter_parameters(shape_of(config), how) == trained
+
+
+def test_gates_and_sketches_are_as_large_as_the_real_ones() -> None:
+    from folora_q.core import CovarianceSketch
+    from tests.conftest import random_gate
+
+    recipe = a_recipe(gate={"rank": 8, "oversampling": 4, "second_pass": False})
+    how = arithmetic(recipe, SMALL, on_gpu=False)
+    spaces = input_spaces(SMALL, how)
+    assert sorted((space.width, space.readers, space.count) for space in spaces) == [
+        (128, 1, 2),
+        (128, 2, 2),
+        (128, 3, 2),
+        (256, 1, 2),
+    ]
+    device = host = held = 0
+    tests = {}
+    for space in spaces:
+        gate, sketch = random_gate(space.width, rank=8), CovarianceSketch(space.width, 8, 4)
+        device += space.count * (gate.basis.nbytes + gate.core.nbytes)
+        host += space.count * sum(t.nbytes for t in (gate.penalty_gram, gate.utility_gram, gate.vectors))
+        held += space.count * sketch.product.nbytes
+        tests[space.width] = sketch.test_matrix.nbytes
+    assert gates(recipe, SMALL, how, on_gpu=False) == (device, host)
+    assert sketches(recipe, SMALL, how) == held + sum(tests.values())
+
+
+def test_every_optimizer_has_its_states() -> None:
+    named = TrainingSection.model_fields["optim"].annotation.__args__
+    assert set(STATES) == set(named) - {"auto"}
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_8bit", "ademamix_8bit", "rmsprop", "adafactor"])
+def test_the_state_is_as_large_as_the_optimizers(name: str, tmp_path) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    recipe = a_recipe(training={"optim": name}, adapter={"r": 20})
+    how = arithmetic(recipe, SMALL, on_gpu=False)
+    sizes = [(20, linear.inputs) for linear, count in SMALL.linears for _ in range(count)]
+    sizes += [(linear.outputs, 20) for linear, count in SMALL.linears for _ in range(count)]
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, report_to="none")
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = kind(parameters, **settings)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    held = sum(t.nbytes for t in tensors if t.numel() > 1 and t.numel() != 256)  # without counts and code tables
+    resident, pages = optimizer_state(recipe, SMALL, how, on_gpu=False)
+    assert pages == 0
+    assert resident == pytest.approx(held, rel=0.02)
+
+
+def test_paged_states_may_go_to_the_host() -> None:
+    recipe = a_recipe(training={"optim": "paged_adamw_8bit"})
+    how = arithmetic(recipe, MISTRAL, on_gpu=True)
+    resident, pages = optimizer_state(recipe, MISTRAL, how, on_gpu=True)
+    trained = adapter_parameters(MISTRAL, how)
+    assert 1.5 * trained < pages < 2 * trained  # all but the small matrices'
+    assert resident < 0.5 * trained
+    plain, none = optimizer_state(a_recipe(training={"optim": "adamw_torch"}), MISTRAL, how, on_gpu=True)
+    assert (plain, none) == (8 * trained, 0)
+
+
+# Stages
+
+
+def test_every_part_has_its_place() -> None:
+    found = estimate(a_recipe(), MISTRAL)
+    assert [stage.name for stage in found.stages] == ["loading", "sampling", "statistics", "training", "evaluation"]
+    assert {name for stage in found.stages for name in stage.device} <= set(PARTS)
+    assert found.peak == max(sum(stage.device.values()) for stage in found.stages)
+    assert found.host > 0 and found.disk["the model"] == 2 * MISTRAL.parameters
+
+
+def test_without_a_gate_there_are_no_statistics() -> None:
+    found = estimate(a_recipe(gate={"enabled": False}), MISTRAL)
+    assert "statistics" not in [stage.name for stage in found.stages]
+    assert not stage(found, "training").get("gates")
+
+
+def test_on_a_cpu_everything_is_the_hosts() -> None:
+    found = estimate(a_recipe(), SMALL, "cpu")
+    assert "libraries" in found.stages[0].device and found.host == 0
+    assert "CUDA context" not in found.stages[0].device
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "less"),
+    [
+        ("sampling", {"proxy": {"batch_size": 32}}, {"proxy": {"batch_size": 8}}),
+        ("sampling", {"proxy": {"decoding": "paper"}}, {"proxy": {"decoding": "plain"}}),
+        ("statistics", {"gate": {"batch_size": 16}}, {"gate": {"batch_size": 4}}),
+        ("statistics", {"gate": {"rank": 128}}, {"gate": {"rank": 32}}),
+        ("statistics", {"gate": {"second_pass": True}}, {"gate": {"second_pass": False}}),
+        ("statistics", {"proxy": {}}, {"proxy": {"statistics_memory": 0.1}}),
+        ("training", {"training": {"activation_checkpointing": False}}, {"training": {}}),
+        ("training", {"training": {"per_device_train_batch_size": 8}}, {"training": {"max_length": 512}}),
+        ("training", {"training": {"optim": "adamw_torch"}}, {"training": {"optim": "adamw_8bit"}}),
+        ("training", {"adapter": {"r": 64}}, {"adapter": {"r": 8}}),
+        ("training", {"adapter": {"lora_dropout": 0.1}}, {"adapter": {"lora_dropout": 0.0}}),
+        ("training", {"gate": {"basis_dtype": "float32"}}, {"gate": {"basis_dtype": "auto"}}),
+        ("training", {"model": {"attn_implementation": "eager"}}, {"model": {}}),
+        ("training", {"model": {"dtype": "float32"}}, {"model": {"dtype": "bfloat16"}}),
+        ("training", {"training": {"packing": True, "per_device_train_batch_size": 1}},
+         {"training": {"packing": False, "per_device_train_batch_size": 1}}),
+        ("evaluation", {"evaluation": {"batch_size": 16}}, {"evaluation": {"batch_size": 4}}),
+        ("evaluation", {"evaluation": {"max_new_tokens": 1024}}, {"evaluation": {"max_new_tokens": 32}}),
+        ("loading", {"model": {"bnb_4bit_use_double_quant": False}}, {"model": {}}),
+    ],
+)  # fmt: skip
+def test_a_setting_moves_its_stage(name: str, more: dict, less: dict) -> None:
+    large, small = (sum(stage(estimate(a_recipe(**settings), MISTRAL), name).values()) for settings in (more, less))
+    assert large > small
+
+
+def test_adam_in_the_gates_coordinates_needs_less_where_the_rank_is_large() -> None:
+    spectral = {"rule": "spectral", "places": ["a_start", "a_step"]}
+    plain = {"adapter": {"r": 64}, "training": {"optim": "adamw_torch"}}
+    inside, all_of_a = (estimate(a_recipe(gate=gate, **plain), MISTRAL) for gate in (spectral, {}))
+    assert stage(inside, "training")["optimizer"] < stage(all_of_a, "training")["optimizer"]
+
+
+# Advice
+
+
+def test_what_fits_needs_no_change() -> None:
+    found = advise(a_recipe(gate={"batch_size": 4}), MISTRAL, 24)
+    assert found == Advice((), estimate(a_recipe(gate={"batch_size": 4}), MISTRAL), True)
+
+
+@pytest.mark.parametrize("card", [8, 12, 16, 24])
+def test_advice_makes_it_fit(card: int) -> None:
+    large = {"per_device_train_batch_size": 8, "max_length": 4096, "activation_checkpointing": False}
+    recipe = a_recipe(training=large)
+    assert not fits(estimate(recipe, MISTRAL), card)
+    found = advise(recipe, MISTRAL, card)
+    assert found.fits
+    changed = recipe.model_dump()
+    for key, value in found.overrides.items():
+        section, name = key.split(".")
+        changed[section][name] = value
+    again = estimate(type(recipe).model_validate(changed), MISTRAL)
+    assert again.peak == found.after.peak <= card * GIB * (1 - MARGIN)
+    training = type(recipe).model_validate(changed).training
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 32  # the same step
+
+
+def test_what_harms_least_comes_first_and_length_last() -> None:
+    recipe = a_recipe(training={"max_length": 65_536, "per_device_train_batch_size": 2})
+    kinds = [next(iter(change.overrides)) for change in advise(recipe, MISTRAL, 8).changes]
+    assert kinds[0] == "gate.batch_size"
+    assert kinds[-1] == "training.max_length"
+    assert all(change.saves > 0 for change in advise(recipe, MISTRAL, 8).changes)
+
+
+def test_nothing_helps_a_model_that_is_larger_than_the_card() -> None:
+    found = advise(a_recipe(), MISTRAL, 3)
+    assert not found.fits
+    assert found.after.peak > 3 * GIB
+
+
+def test_an_odd_number_of_rows_becomes_one() -> None:
+    training = {"per_device_train_batch_size": 5, "max_length": 8192, "gradient_accumulation_steps": 2}
+    found = advise(a_recipe(training=training), MISTRAL, 8).overrides
+    assert found["training.per_device_train_batch_size"] == 1
+    assert found["training.gradient_accumulation_steps"] == 10
