@@ -100,7 +100,8 @@ class _Header:
             return None
         for _ in range(length):
             if inner == STRING:
-                self.place += self._number("Q")
+                word = self._number("Q")
+                self.place += word
             else:
                 self._value(inner)
         return None

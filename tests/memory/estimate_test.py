@@ -123,8 +123,12 @@ def test_the_state_is_as_large_as_the_optimizers(name: str, tmp_path) -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    held = sum(t.nbytes for t in tensors if t.numel() > 1 and t.numel() != 256)  # without counts and code tables
+    held = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.numel() > 1 and "qmap" not in key  # no counts, no code tables
+    )
     resident, pages = optimizer_state(recipe, SMALL, how, on_gpu=False)
     assert pages == 0
     assert resident == pytest.approx(held, rel=0.02)
@@ -135,8 +139,8 @@ def test_paged_states_may_go_to_the_host() -> None:
     how = arithmetic(recipe, MISTRAL, on_gpu=True)
     resident, pages = optimizer_state(recipe, MISTRAL, how, on_gpu=True)
     trained = adapter_parameters(MISTRAL, how)
-    assert 1.5 * trained < pages < 2 * trained  # all but the small matrices'
-    assert resident < 0.5 * trained
+    assert pages == 32 * 3 * 2 * 16 * 14_336  # those of 100,000 numbers and more
+    assert resident + pages == pytest.approx(2 * trained, rel=0.05)
     plain, none = optimizer_state(a_recipe(training={"optim": "adamw_torch"}), MISTRAL, how, on_gpu=True)
     assert (plain, none) == (8 * trained, 0)
 
