@@ -89,6 +89,7 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
                 ["validate", "recipes/demo.yaml", "--all-rows"],
                 ["preview", "--help"],
                 ["recipes"],
+                ["estimate", "recipes/demo.yaml", "--gpu", "8"],
                 ["inspect", "--help"],
                 ["schema"],
             )
