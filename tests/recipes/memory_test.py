@@ -1,4 +1,4 @@
-"""Every shipped recipe fits the card that it names, by the estimate with its margin, and says what that says."""
+"""Every shipped recipe fits the card that it names, by the estimate and its margin, and says what that is."""
 
 from __future__ import annotations
 
