@@ -183,11 +183,10 @@ class _Run:
     def training(self) -> Stage:
         """The largest of three moments of a step: the head, the backward pass of a layer, and the optimizer's step."""
         training, shape, how = self.recipe.training, self.shape, self.how
-        batch = Batch(
-            training.per_device_train_batch_size,
-            training.max_length,
-            masked=training.per_device_train_batch_size > 1 or training.packing,
-        )
+        rows = training.per_device_train_batch_size
+        batch = Batch(rows, training.max_length, masked=rows > 1)
+        if training.packing:  # TRL makes one row of them
+            batch = Batch(1, rows * training.max_length)
         head = passing_head(shape, batch, how, fused=self.on_gpu)
         casts = how.compute * self.trained if how.autocast else 0
         forward = kept_with_checkpointing if self.checkpointing else kept

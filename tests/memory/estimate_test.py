@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from folora_q.memory.activations import Batch, kept_with_checkpointing, passing_head
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
 from folora_q.memory.parts import (
@@ -202,6 +203,27 @@ def test_adam_in_the_gates_coordinates_needs_less_where_the_rank_is_large() -> N
     plain = {"adapter": {"r": 64}, "training": {"optim": "adamw_torch"}}
     inside, all_of_a = (estimate(a_recipe(gate=gate, **plain), MISTRAL) for gate in (spectral, {}))
     assert stage(inside, "training")["optimizer"] < stage(all_of_a, "training")["optimizer"]
+
+
+PUBLISHED = {1024: 6, 2048: 7, 4096: 9, 8192: 12, 16_384: 19, 32_768: 32}
+
+
+@pytest.mark.parametrize("length", PUBLISHED)
+def test_it_is_near_what_others_measured_on_a_gpu(length: int) -> None:
+    """Llama-2-7B, batch 1, plain Hugging Face in 4 bits on an A100, with whole logits, in whole GB.
+
+    Source: https://github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison
+    """
+    llama = shape_of(LLAMA_8B | {"vocab_size": 32_000, "intermediate_size": 11_008, "num_key_value_heads": 32})
+    training = {"max_length": length, "per_device_train_batch_size": 1, "optim": "adamw_torch"}
+    recipe = a_recipe(training=training, gate={"enabled": False}, adapter={"r": 8})
+    parts = stage(estimate(recipe, llama), "training")
+    standing = sum(size for name, size in parts.items() if name not in ("activations", "a layer at work", "logits"))
+    how, batch = arithmetic(recipe, llama, on_gpu=True), Batch(1, length, masked=False)
+    # Accelerate makes a float32 copy of the logits.
+    logits = passing_head(llama, batch, how, fused=False) + 4 * length * llama.vocabulary
+    found = standing + kept_with_checkpointing(llama, batch, how) + logits
+    assert found / 1e9 == pytest.approx(PUBLISHED[length], rel=0.12)
 
 
 # Advice
