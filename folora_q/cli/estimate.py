@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import out, starting
+from folora_q.cli.console import err, out, starting
 from folora_q.cli.options import recipe_arguments
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.built import shape_of_parameters
@@ -47,13 +47,15 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
 
 
 def _shape(recipe: Recipe, debug: bool) -> ModelShape:
-    config = read_config(recipe.model.model_name_or_path, recipe.model.revision)
+    name = recipe.model.model_name_or_path
+    with err.status(f"looking for config.json of {escape(name)}"):  # without a network the hub's client tries for long
+        config = read_config(name, recipe.model.revision)
     if is_known(config):
         return shape_of(config)
     with starting(debug) as progress:
         from folora_q.models.meta import parameter_shapes
     progress.note(
-        f"models of the type {config['model_type']} are not in our table, so this one was built without weights"
+        f"models of the type {config.get('model_type')} are not in our table, so this one was built without weights"
     )
     return shape_of_parameters(*parameter_shapes(config))
 

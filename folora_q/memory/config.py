@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
 def _from_the_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every try
     kept = try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(kept, str):
         return Path(kept)
