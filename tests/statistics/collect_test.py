@@ -210,7 +210,8 @@ def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once
     assert [note.split(";")[1] for note in progress.notes] == [" from here on 2", " from here on 1"]
     assert set(taken[3:]) == {1}
     for name, gate in expected.items():
-        assert torch.allclose(found[name].quotients, gate.quotients, rtol=1e-3, atol=1e-6), name
+        # Sums in another order: float32 leaves them a few 1e-4 apart; rows counted twice would move them by much more.
+        assert torch.allclose(found[name].quotients, gate.quotients, rtol=1e-2, atol=1e-4), name
 
 
 def test_the_bases_dtype_is_the_recipes(model) -> None:
