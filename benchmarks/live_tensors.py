@@ -89,6 +89,17 @@ class FakeLinear4bit(bnb.nn.Linear4bit):
 
 
 @contextmanager
+def gpu_autocast(enabled: bool) -> Iterator[None]:
+    """PEFT, which asks for no device, is told whether a GPU's autocast is on.
+
+    Who asks for a device is told the truth: `torch.autocast` puts back what it was told when it began.
+    """
+    real = torch.is_autocast_enabled
+    with patch("torch.is_autocast_enabled", lambda *device: real(*device) if device else enabled):
+        yield
+
+
+@contextmanager
 def fake_model(config: LlamaConfig, rank: int, checkpointing: bool, autocast: bool) -> Iterator[PeftModel]:
     """A model in bfloat16 with a float32 adapter, of fake tensors; while this lasts, all tensors made are fake.
 
@@ -96,7 +107,7 @@ def fake_model(config: LlamaConfig, rank: int, checkpointing: bool, autocast: bo
         autocast: PEFT finds it on, as on a GPU.
     """
     dtype = torch.bfloat16
-    with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.is_autocast_enabled", lambda *_: autocast):
+    with FakeTensorMode(allow_non_fake_inputs=True), gpu_autocast(autocast):
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
         head = model.get_output_embeddings()
         for name, module in list(model.named_modules()):

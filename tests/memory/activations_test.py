@@ -129,3 +129,17 @@ def test_a_float32_model_casts_nothing() -> None:
     assert not Arithmetic(compute=4, autocast=False, rank=RANK).casts
     exact = kept(shape, batch, Arithmetic(compute=4, autocast=False, rank=RANK))
     assert kept(shape, batch, Arithmetic(compute=2, autocast=True, rank=RANK)) < exact
+
+
+def test_counting_leaves_autocast_as_it_was() -> None:
+    import torch
+    from transformers import LlamaConfig
+
+    from benchmarks.live_tensors import counted_step
+
+    difference(LLAMA, Batch(1, 16), True)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    counted_step(config, 1, 16, RANK, False, True)
+    assert not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled()

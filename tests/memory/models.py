@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
@@ -11,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.live_tensors import gpu_autocast
 from folora_q.models.load import guard_cpu_kernels
 
 
@@ -63,7 +63,7 @@ def kept_bytes(model: PeftModel, rows: int, length: int, masked: bool = False, a
     mask = torch.ones_like(ids)
     mask[0, length - (3 if masked else 0) :] = 0
     with (
-        patch("torch.is_autocast_enabled", lambda *_: autocast),
+        gpu_autocast(autocast),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
