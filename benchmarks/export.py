@@ -41,9 +41,9 @@ from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.pipeline import run_training
 from folora_q.progress import Clock
-from folora_q.recipe import Recipe, load_recipe
+from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
-from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.runs.folder import RunFolder
 
 # Layers of a Llama of 1,024 channels: 0.25, 0.76 and 1.5 GB of bfloat16 with a vocabulary of 32,000.
 LAYERS = (4, 20, 44)
@@ -178,7 +178,7 @@ def _print_rows(name: str, rows: list[Row]) -> None:
 
 
 def _compare(run: Path, scratch: Path) -> list[Row]:
-    recipe = Recipe.model_validate(parse_yaml((run / "recipe.resolved.yaml").read_text(encoding="utf-8"))[0])
+    recipe = RunFolder(run).read_recipe()
     adapter = adapter_folder(run)
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
     progress = ConsoleProgress()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,6 @@ from folora_q.models.load import stop_at
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples
 from folora_q.recipe.schema import EvaluationSection, ModelSection, ProxySection, Recipe
-from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.statistics.store import load_gates
 from folora_q.subject.find import Subject, find_subject
@@ -99,7 +98,8 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     contrast = Contrast(loaded.model, loaded.base)
     data = _task(request, recipe, loaded, contrast, clock)
     own, own_seed = _own_text(request, recipe, loaded, contrast, clock)
-    on = _held_out(section, recipe, loaded, contrast, data, own, own_seed)
+    length = {"max_length": recipe.training.max_length} if recipe else {}
+    on = held_out(loaded.tokenizer, section, contrast.device, own=own, own_seed=own_seed, data=data, **length)
     texts, score, answers = evaluate(contrast, loaded.tokenizer, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,
@@ -118,7 +118,7 @@ def _recipe_of(subject: Subject) -> Recipe | None:
     if subject.run is None or not subject.run.recipe.is_file():
         return None
     try:
-        return Recipe.model_validate(parse_yaml(subject.run.recipe.read_text(encoding="utf-8"))[0])
+        return subject.run.read_recipe()
     except (OSError, ValueError) as error:
         raise UserError(f"{subject.run.recipe} cannot be read: {first_line(error)}", "give --recipe") from None
 
@@ -164,29 +164,6 @@ def _own_text(
     return [sample.ids for sample in samples[: request.samples]], section.seed
 
 
-def _held_out(
-    section: EvaluationSection,
-    recipe: Recipe | None,
-    loaded: LoadedSubject,
-    contrast: Contrast,
-    data: TaskTokens | None,
-    own: list[list[int]],
-    own_seed: int,
-) -> HeldOut:
-    length = {"max_length": recipe.training.max_length} if recipe else {}
-    rows = None if data is None else data.heldout.sequences
-    return held_out(
-        loaded.tokenizer,
-        section,
-        contrast.device,
-        own=own,
-        own_seed=own_seed,
-        task=((), ()) if rows is None else (rows["input_ids"][:], rows["labels"][:]),
-        examples=() if data is None else data.task.heldout,
-        **length,
-    )
-
-
 def _layers(
     request: EvaluationRequest, loaded: LoadedSubject, contrast: Contrast, on: HeldOut, clock: Clock
 ) -> list[LayerResult]:
@@ -195,13 +172,10 @@ def _layers(
     own = run is not None and loaded.subject.adapter == run.adapter and request.against is None
     if not own or not run.gates.is_file():
         return evaluate_layers(contrast, on, clock)
-    gates = {name: gate.to(contrast.device) for name, gate in load_gates(run.gates).items()}
-    found = evaluate_layers(contrast, on, clock, predicted_drift(adapter_pairs(contrast.adapted), gates))
-    kept = {layer.name: layer.energy_kept for layer in (read_evaluation(run.evaluation) or _NOTHING).layers}
-    return [replace(layer, energy_kept=kept.get(layer.name, {})) for layer in found]
-
-
-_NOTHING = Evaluation("", "", "", [])
+    predicted = predicted_drift(adapter_pairs(contrast.adapted), load_gates(run.gates, contrast.device))
+    earlier = read_evaluation(run.evaluation)
+    kept = {} if earlier is None else {layer.name: layer.energy_kept for layer in earlier.layers}
+    return evaluate_layers(contrast, on, clock, predicted, kept)
 
 
 def _harness(

@@ -24,7 +24,7 @@ from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, hel
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import write_card
 from folora_q.files import atomic_write
-from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter, start_gated
+from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
 from folora_q.models.tokenizer import load_tokenizer
@@ -158,7 +158,15 @@ def _run(
 
     proxy, proxy_heldout = _proxy_text(recipe, base, hardware, folder, clock, resumed)
     folder.remember(manifest, folder.proxy)
-    measured_on = _held_out(recipe, base, data, proxy_heldout)
+    measured_on = held_out(
+        tokenizer,
+        recipe.evaluation,
+        base.model.device,
+        own=[sample.ids for sample in proxy_heldout],
+        own_seed=recipe.proxy.seed,
+        data=data,
+        max_length=recipe.training.max_length,
+    )
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
     if recipe.training.packing:
@@ -203,20 +211,6 @@ def _proxy_text(
     return samples[: section.num_samples], samples[section.num_samples :]
 
 
-def _held_out(recipe: Recipe, base: LoadedModel, data: TaskTokens, proxy: Sequence[ProxySample]) -> HeldOut:
-    labelled = data.heldout.sequences
-    return held_out(
-        base.tokenizer,
-        recipe.evaluation,
-        base.model.device,
-        own=[sample.ids for sample in proxy],
-        own_seed=recipe.proxy.seed,
-        task=(labelled["input_ids"][:], labelled["labels"][:]),
-        examples=data.task.heldout,
-        max_length=recipe.training.max_length,
-    )
-
-
 def _few(recipe: Recipe, base: LoadedModel, proxy: Sequence[ProxySample]) -> HeldOutText:
     """Some of the held-out samples, from their start and cut, for the KL during training."""
     ids = [sample.ids for sample in proxy[: recipe.evaluation.num_proxy_samples]]
@@ -240,7 +234,7 @@ def _gate(
     if resumed is not None and resumed.keeps(folder.gates):
         gates = load_gates(folder.gates, base.model.device)
     else:
-        gates = _measured_gates(recipe, base, model, task, proxy, clock)
+        gates = _measured_gates(recipe, base, model, pairs, task, proxy, clock)
         save_gates(folder.gates, gates)
         if resumed is not None:
             resumed.require_gates(folder.gates)
@@ -252,7 +246,13 @@ def _gate(
 
 
 def _measured_gates(
-    recipe: Recipe, base: LoadedModel, model: PeftModel, task: Tokenized, proxy: Sequence[ProxySample], clock: Clock
+    recipe: Recipe,
+    base: LoadedModel,
+    model: PeftModel,
+    pairs: Sequence[AdapterPair],
+    task: Tokenized,
+    proxy: Sequence[ProxySample],
+    clock: Clock,
 ) -> dict[str, SpectralGate]:
     size, device = recipe.gate.batch_size, base.model.device
     rows = len(task.sequences)
@@ -261,7 +261,6 @@ def _measured_gates(
     # Another seed than the held-out crops': the same offsets would be no error, but need not be.
     whole = [sample.ids for sample in proxy]
     proxy_text = list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device))
-    pairs = adapter_pairs(model)
     return build_gates(model, pairs, proxy_text, task_text, recipe.gate, clock, recipe.proxy.statistics_memory)
 
 

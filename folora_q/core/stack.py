@@ -18,11 +18,11 @@ class GateStack:
 
     Args:
         gates: with bases (d, m) on one device and in one dtype.
-        members: for each gate the s indices of the adapters that it gates.
+        indices: of all n s adapters, gate by gate.
     """
 
-    def __init__(self, gates: Sequence[SpectralGate], members: Sequence[Sequence[int]]) -> None:
-        self.gates, self.members = list(gates), [list(indices) for indices in members]
+    def __init__(self, gates: Sequence[SpectralGate], indices: Sequence[int]) -> None:
+        self.gates, self.indices = list(gates), list(indices)
         self.basis = _pooled(gates, "basis")  # (n, d, m)
         self.core = _pooled(gates, "core")  # (n, m, m)
         self.grams = [_pooled(gates, name)[:, None] for name in ("penalty_gram", "utility_gram")]  # (n, 1, m, m)
@@ -34,11 +34,6 @@ class GateStack:
         )  # (2, n, 1, 1, 1)
         shift = [gate.complement_value - 1 for gate in gates]
         self.shift = torch.tensor(shift, device=self.basis.device, dtype=torch.float32)[:, None, None]
-
-    @property
-    def indices(self) -> list[int]:
-        """All adapters, gate by gate."""
-        return [index for indices in self.members for index in indices]
 
     def correction(self, steps: Tensor) -> Tensor:
         """steps @ (P - I)ᵀ of all adapters, (n s, r, d) in the order of `indices`: `SpectralGate.correction`."""
@@ -90,4 +85,4 @@ def stacks(gates: Sequence[SpectralGate], ranks: Sequence[int]) -> list[GateStac
         gate = gates[indices[0]]
         key = (*gate.basis.shape, len(indices), ranks[indices[0]], gate.basis.device, gate.basis.dtype)
         groups.setdefault(key, []).append(indices)
-    return [GateStack([gates[indices[0]] for indices in group], group) for group in groups.values()]
+    return [GateStack([gates[indices[0]] for indices in group], sum(group, [])) for group in groups.values()]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
 
 from folora_q.data.tokens import Batch
 from folora_q.errors import RunFailed
@@ -90,6 +91,14 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Some sequences of a batch, without the padding that only the others needed."""
     if start == 0 and stop >= len(batch.input_ids):
         return batch
-    mask = batch.attention_mask[start:stop]
+    return Batch(**rows_of_inputs(batch._asdict(), start, stop))
+
+
+def rows_of_inputs(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The same of a model's inputs; padding is left on where no attention mask tells it."""
+    part = {name: value[start:stop] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    mask = part.get("attention_mask")
+    if mask is None:
+        return part
     width = int(mask.sum(1).max())
-    return Batch(batch.input_ids[start:stop, :width], mask[:, :width], batch.labels[start:stop, :width])
+    return {name: value[:, :width] if isinstance(value, Tensor) else value for name, value in part.items()}

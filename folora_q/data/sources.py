@@ -7,7 +7,7 @@ from pathlib import Path
 
 from folora_q.data.readers import READERS, Rows, read_file
 from folora_q.data.rows import Row
-from folora_q.errors import UserError
+from folora_q.errors import UserError, first_line
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.paths import is_hub_dataset, matching_files
 
@@ -67,7 +67,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
         for number, values in enumerate(dataset, 1):
             yield Row(f"{source.path} ({source.split}) row {number}", values)
     except Exception as error:  # the hub client raises whatever its transport does
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"cannot load the dataset {source.path} from the hub, and no file or folder of that name lies beside the "
             f"recipe: {reason}",

@@ -37,9 +37,8 @@ def layer_changes(contrast: Contrast) -> dict[str, LayerChange]:
     """Every linear layer that an adapter changes, or that both of two models have, but for the head."""
     if contrast.adapted is not None:
         return {
-            _bare(name): LayerChange(module.get_base_layer(), _adapter_delta(module))
-            for name, module in contrast.adapted.named_modules()
-            if isinstance(module, BaseTunerLayer) and _is_linear(module.get_base_layer())
+            name: LayerChange(module.get_base_layer(), _adapter_delta(module))
+            for name, module in adapted_layers(contrast.adapted).items()
         }
     theirs = dict(contrast.other.named_modules())
     head = contrast.model.get_output_embeddings()
@@ -113,10 +112,10 @@ def update_norm(module: nn.Module) -> float | None:
     return max(total, 0.0) ** 0.5
 
 
-def adapted_layers(model: PeftModel) -> dict[str, nn.Module]:
+def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
     """The adapted linear layers by name."""
     return {
-        _bare(name): module
+        name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and _is_linear(module.get_base_layer())
     }
@@ -171,10 +170,6 @@ def _ratio(sums: Tensor | None) -> float:
 
 def _is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("base_model.model.")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Example, Text
 from folora_q.data.halving import Halving
+from folora_q.data.prepare import TaskTokens
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.evaluation.compare import HeldOutText, compare
@@ -37,8 +38,6 @@ SAMPLE_ANSWERS = 4
 # Drift is a ratio of sums over thousands of tokens, so few texts do.
 DRIFT_TEXTS = 32
 
-Sequences = Sequence[Sequence[int]]
-
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -60,10 +59,9 @@ def held_out(
     section: EvaluationSection,
     device: torch.device,
     *,
-    own: Sequences,
+    own: Sequence[Sequence[int]],
     own_seed: int,
-    task: tuple[Sequences, Sequences] = ((), ()),
-    examples: Sequence[Example] = (),
+    data: TaskTokens | None,
     max_length: int = GENERAL_WINDOW,
 ) -> HeldOut:
     """Gather it.
@@ -71,14 +69,15 @@ def held_out(
     Args:
         own: texts that the base sampled, from their start; they are measured so, and cut from their middle.
         own_seed: where they are cut.
-        task: input ids and labels of the held-out rows; examples: what these were made of.
+        data: the task; None measures none.
         max_length: the longest sequence that the model is meant to see.
 
     Raises:
         UserError: a text file cannot be read, or is too short.
     """
     size = section.batch_size
-    ids, labels = task
+    rows = None if data is None else data.heldout.sequences
+    ids, labels = ((), ()) if rows is None else (rows["input_ids"][:], rows["labels"][:])
     cut = crops(own, own_seed)
     texts = [HeldOutText("task", "task", list(batches(ids, size, device, labels)))] if ids else []
     if own:
@@ -91,7 +90,7 @@ def held_out(
     drift = {"own": [*own[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]], "task": list(ids[:DRIFT_TEXTS])}
     return HeldOut(
         texts=texts,
-        questions=_questions(tokenizer, section, examples),
+        questions=_questions(tokenizer, section, () if data is None else data.task.heldout),
         drift={kind: list(batches(sequences, size, device)) for kind, sequences in drift.items() if sequences},
     )
 

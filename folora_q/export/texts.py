@@ -15,7 +15,6 @@ from folora_q.errors import UserError
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
 from folora_q.proxy.cache import read_samples
 from folora_q.recipe import Recipe
-from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.folder import RunFolder
 
 # So many sequences of each kind, of at most so many tokens.
@@ -37,7 +36,7 @@ def check_texts(adapter: Path, tokenizer: Tokenizer) -> CheckTexts:
     run = RunFolder(adapter.parent)
     if not run.manifest.exists() or adapter != run.adapter:
         return CheckTexts(general, "general text")
-    recipe = Recipe.model_validate(parse_yaml(run.recipe.read_text(encoding="utf-8"))[0])
+    recipe = run.read_recipe()
     samples = read_samples(run.proxy) or []
     proxy = [sample.ids[:LENGTH] for sample in samples[recipe.proxy.num_samples :]][:SEQUENCES]
     task = _held_out_rows(recipe, tokenizer)

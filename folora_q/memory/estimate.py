@@ -133,9 +133,7 @@ class _Run:
         self.always = {"libraries": LIBRARIES[device]}
         self.context = {"CUDA context": CUDA_CONTEXT} if self.on_gpu else {}
         self.decoded = shape.largest * self.how.compute
-        self.checkpointing = recipe.training.activation_checkpointing
-        if self.checkpointing == "auto":
-            self.checkpointing = self.on_gpu
+        self.checkpointing = recipe.training.recomputes_on(self.on_gpu)
         self.sampled = OPENING + recipe.proxy.max_new_tokens
 
     def loading(self) -> Stage:
@@ -190,7 +188,7 @@ class _Run:
         head = passing_head(shape, batch, how, fused=self.on_gpu)
         casts = how.compute * self.trained if how.autocast else 0
         forward = kept_with_checkpointing if self.checkpointing else kept
-        stored, passing = at_backward(shape, batch, how, bool(self.checkpointing))
+        stored, passing = at_backward(shape, batch, how, self.checkpointing)
         moments: list[Parts] = [
             {"activations": forward(shape, batch, how), "logits": head},
             {"activations": stored, "a layer at work": passing},

@@ -100,13 +100,6 @@ def adapter_parameters(shape: ModelShape, how: Arithmetic) -> int:
     return sum(size * count for size, count in adapter_tensors(shape, how))
 
 
-def optimizer_name(recipe: Recipe, on_gpu: bool) -> str:
-    """The optimizer that `auto` stands for."""
-    if recipe.training.optim != "auto":
-        return recipe.training.optim
-    return "paged_adamw_8bit" if on_gpu else "adamw_torch"
-
-
 def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> tuple[int, int]:
     """Bytes of the optimizer's state, on the device and in pages that may go to the host.
 
@@ -114,10 +107,11 @@ def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: 
     """
     if recipe.gate.enabled and recipe.gate.rule == "spectral":
         return _spectral_state(recipe, shape, how), 0
-    width, states, paged = STATES[optimizer_name(recipe, on_gpu)]
+    name = recipe.training.optimizer_on(on_gpu)
+    width, states, paged = STATES[name]
     resident = pages = 0
     for size, count in adapter_tensors(shape, how):
-        if optimizer_name(recipe, on_gpu) == "adafactor":
+        if name == "adafactor":
             resident += count * FLOAT32 * (how.rank + size // how.rank)
             continue
         small = width == 1 and size < SMALLEST_IN_8_BITS
@@ -161,7 +155,7 @@ def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> t
     """Bytes of the gates where the model is, P₀ (d, m) and M (m, m); and in float64 on the host: both grams and V."""
     if not recipe.gate.enabled:
         return 0, 0
-    width = BYTES[recipe.gate.basis_dtype] if on_gpu or recipe.gate.basis_dtype != "auto" else FLOAT32
+    width = BYTES[recipe.gate.basis_dtype_on(on_gpu)]
     device = host = 0
     for space in input_spaces(shape, how):
         m = columns_of(recipe.gate, space.width)
@@ -173,8 +167,7 @@ def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> t
 def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
     """Bytes that one reading of the text holds at most: in the first, sketches (d, l); in the second, bases (d, m).
 
-    Those of the proxy text still stand while the task's are taken, in the second reading. The first has a random test
-    matrix (d, l) for every width. `proxy.statistics_memory` limits one set.
+    The first has a random test matrix (d, l) for every width besides. `proxy.statistics_memory` limits the rest.
     """
     section = recipe.gate
     first = second = 0
@@ -186,7 +179,7 @@ def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
     tests = sum(width * min(section.rank + section.oversampling, width) for width in widths)
     limit = float("inf") if recipe.proxy.statistics_memory is None else recipe.proxy.statistics_memory * 2**30
     first, second = (min(FLOAT32 * held, limit) for held in (first, second))
-    return int(max(first + FLOAT32 * tests, 2 * second if section.second_pass else 0))
+    return int(max(first + FLOAT32 * tests, second if section.second_pass else 0))
 
 
 def covariances(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from folora_q.errors import UserError
+from folora_q.errors import UserError, first_line
 from folora_q.models.tokenizer import local_or_hub
 
 INDEX = "model.safetensors.index.json"
@@ -78,7 +78,7 @@ def model_folder(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=PATTERNS))
     except Exception as error:  # the hub client raises whatever its transport does
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"cannot find the base model {name}: {reason}",
             "name the folder that it is in with --base-model",

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.errors import UserError
+from folora_q.errors import UserError, first_line
 from folora_q.models.demo import DEMO_MODEL, demo_model_folder
 from folora_q.models.gguf import convert_gguf
 from folora_q.recipe.schema import ModelSection
@@ -38,7 +38,7 @@ def loading(section: ModelSection) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"cannot load the model {section.model_name_or_path}: {reason}",
             "give a hub id, a local folder with config.json, or a .gguf file",

@@ -127,6 +127,12 @@ class GateSection(Section):
     complement: Literal["gated", "frozen"] = "gated"
     """Rule spectral: what happens outside the sketched directions."""
 
+    def basis_dtype_on(self, gpu: bool) -> str:
+        """What `basis_dtype` stands for: on a GPU, where they stay beside the model, three digits do."""
+        if self.basis_dtype != "auto":
+            return self.basis_dtype
+        return "bfloat16" if gpu else "float32"
+
     @model_validator(mode="after")
     def _spectral_gates_a_only(self) -> GateSection:
         if self.enabled and self.rule == "spectral" and "b_step" in self.places:
@@ -195,6 +201,16 @@ class TrainingSection(Section):
     """A loss is smaller if it is so by more than this."""
     seed: Seed = 0
     """Of the adapter's start, the data order, the split and dropout."""
+
+    def optimizer_on(self, gpu: bool) -> str:
+        """What `optim` stands for on a GPU, or on a CPU."""
+        if self.optim != "auto":
+            return self.optim
+        return "paged_adamw_8bit" if gpu else "adamw_torch"
+
+    def recomputes_on(self, gpu: bool) -> bool:
+        """What `activation_checkpointing` stands for there."""
+        return gpu if self.activation_checkpointing == "auto" else self.activation_checkpointing
 
 
 def _as_list(value: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 
 from folora_q.errors import UserError
 from folora_q.files import atomic_write, sha256
+from folora_q.recipe.schema import Recipe
+from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.results import read_metrics
 
 
@@ -84,6 +86,15 @@ class RunFolder:
     def merged(self) -> Path:
         """The merged model, where it was merged."""
         return self.path / "merged"
+
+    def read_recipe(self) -> Recipe:
+        """The recipe that the run was begun with.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no YAML, or no recipe.
+        """
+        return Recipe.model_validate(parse_yaml(self.recipe.read_text(encoding="utf-8"))[0])
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace run.json."""

@@ -110,6 +110,7 @@ class _Reading:
 def _gates_of(readers: dict[str, nn.Module], reading: _Reading) -> dict[str, SpectralGate]:
     """The gates of some layers, from one or two readings of both texts."""
     section, device = reading.section, reading.model.device
+    dtype = getattr(torch, section.basis_dtype_on(device.type == "cuda"))
 
     def new_sketches() -> dict[str, Sink]:
         widths = {name: module.in_features for name, module in readers.items()}
@@ -122,17 +123,18 @@ def _gates_of(readers: dict[str, nn.Module], reading: _Reading) -> dict[str, Spe
         {name: sketch.covariance() for name, sketch in reading.stream(text, readers, new_sketches).items()}
         for text in (reading.proxy, reading.task)
     )
-    grams: dict[str, list[torch.Tensor]] = {name: [] for name in readers}
+    grams: list[dict[str, torch.Tensor]] = []
     if section.second_pass:
         bases = {name: joint_basis(penalty[name], utility[name]) for name in readers}
-        for text in (reading.proxy, reading.task):
-            exact = reading.stream(
-                text,
-                readers,
-                lambda: {name: ProjectedCovariance(basis, device=device) for name, basis in bases.items()},
-            )
-            for name, projection in exact.items():
-                grams[name].append(projection.mean())
+
+        def new_projections() -> dict[str, Sink]:
+            return {name: ProjectedCovariance(basis, device=device) for name, basis in bases.items()}
+
+        # One text's projections are gone before the other's are made.
+        grams = [
+            {name: projection.mean() for name, projection in reading.stream(text, readers, new_projections).items()}
+            for text in (reading.proxy, reading.task)
+        ]
     return {
         name: SpectralGate.from_covariances(
             penalty[name],
@@ -142,8 +144,8 @@ def _gates_of(readers: dict[str, nn.Module], reading: _Reading) -> dict[str, Spe
             gate_lambda=section.gate_lambda,
             floor=section.floor,
             sharpness=section.sharpness,
-            grams=tuple(grams[name]) or None,
-        ).to(device, basis_dtype(section, device))
+            grams=tuple(gram[name] for gram in grams) or None,
+        ).to(device, dtype)
         for name in readers
     }
 
@@ -169,10 +171,3 @@ def _shares(
 def columns_held(section: GateSection) -> int:
     """Numbers held for each input feature: a sketch's columns, or in a second reading the joint basis."""
     return max(section.rank + section.oversampling, 2 * section.rank if section.second_pass else 0)
-
-
-def basis_dtype(section: GateSection, device: torch.device) -> torch.dtype:
-    """Of the gates' bases: three digits are enough to gate a step, and on a GPU they stay beside the model."""
-    if section.basis_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, section.basis_dtype)

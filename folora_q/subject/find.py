@@ -20,6 +20,7 @@ from folora_q.recipe.paths import short
 from folora_q.recipe.schema import ModelSection
 from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.folder import RunFolder
+from folora_q.training.checkpoints import checkpoints
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Folders in a run's that can be named themselves.
@@ -85,8 +86,7 @@ def find_subject(name: str) -> Subject:
 def _find_run(name: str, run: RunFolder) -> Subject:
     if not (run.adapter / ADAPTER_CONFIG).is_file():
         status = _read_json(run.manifest).get("status")
-        saved = [folder for folder in run.path.glob("checkpoint-*") if (folder / ADAPTER_CONFIG).is_file()]
-        newest = max(saved, key=lambda folder: folder.stat().st_mtime, default=None)
+        newest = next((saved for saved in checkpoints(run.path) if (saved / ADAPTER_CONFIG).is_file()), None)
         raise UserError(
             f"the run in {run.path} has no adapter" + (f": it is marked as {status}" if status else ""),
             f"a checkpoint of it can be asked: folora-q chat {newest}" if newest else None,

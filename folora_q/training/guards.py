@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from torch import Tensor
 
-from folora_q.data.halving import Halving, ran_out
+from folora_q.data.halving import Halving, ran_out, rows_of_inputs
 from folora_q.errors import RunFailed
 from folora_q.files import free_bytes
 
@@ -65,7 +65,11 @@ class MicroBatches:
     def _parts(self, inputs: Inputs) -> list[Inputs]:
         rows = len(inputs["input_ids"])
         size = self.halving.fitting(rows)
-        return [inputs] if size >= rows else [_rows(inputs, start, start + size) for start in range(0, rows, size)]
+        return (
+            [inputs]
+            if size >= rows
+            else [rows_of_inputs(inputs, start, start + size) for start in range(0, rows, size)]
+        )
 
 
 class SkippedSteps:
@@ -102,16 +106,6 @@ class SkippedSteps:
                 f"({what}){kept}",
                 "lower training.learning_rate",
             )
-
-
-def _rows(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Some rows, without the padding that only the others needed."""
-    part = {name: value[start:stop] if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    mask = part.get("attention_mask")
-    if mask is None:
-        return part
-    width = int(mask.sum(1).max())
-    return {name: value[:, :width] if isinstance(value, Tensor) else value for name, value in part.items()}
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:

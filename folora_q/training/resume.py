@@ -10,12 +10,9 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from pydantic import ValidationError
-
 from folora_q.errors import RunFailed, UserError
 from folora_q.files import sha256
 from folora_q.recipe.schema import Recipe
-from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.training.checkpoints import discard_after, newest_whole, step_of
 
@@ -136,7 +133,7 @@ def go_on(
     Raises:
         UserError: something changed since and nothing is forced, or it fits no checkpoint.
     """
-    changes = [*_recipe_changes(folder.recipe, recipe), *_other_changes(earlier, new)]
+    changes = [*_recipe_changes(folder, recipe), *_other_changes(earlier, new)]
     resumption = Resumption(earlier, None, changes, force)
     _refuse(resumption)
     for change in changes:
@@ -164,14 +161,14 @@ def _refuse(resumption: Resumption) -> None:
         )
 
 
-def _recipe_changes(path: Path, recipe: Recipe) -> Iterator[str]:
+def _recipe_changes(folder: RunFolder, recipe: Recipe) -> Iterator[str]:
     """Keys of the recipe with another value than a run was begun with; its folder may have been moved."""
     try:
-        before = Recipe.model_validate(parse_yaml(path.read_text(encoding="utf-8"))[0]).model_dump(mode="json")
+        before = folder.read_recipe().model_dump(mode="json")
     except FileNotFoundError:  # killed before it was written: nothing had been done
         return
-    except (OSError, ValueError, ValidationError):
-        yield f"recipe: {path} cannot be read"
+    except (OSError, ValueError):
+        yield f"recipe: {folder.recipe} cannot be read"
         return
     for section, now in recipe.model_dump(mode="json").items():
         for key, value in now.items():

@@ -138,14 +138,6 @@ class GatedTrainer(DurableTrainer):
         return head.compute_loss(model, inputs, *args, **kwargs)
 
 
-def _optimizer_name(recipe: Recipe, on_gpu: bool) -> str:
-    """The inner optimizer; rule spectral is its own, and what is named here is then never made."""
-    name = recipe.training.optim
-    if name != "auto":
-        return name
-    return "paged_adamw_8bit" if on_gpu else "adamw_torch"
-
-
 def build_trainer(
     model: PeftModel,
     tokenizer: Tokenizer,
@@ -181,11 +173,11 @@ def build_trainer(
             warmup_steps=training.warmup_steps,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
-            optim=_optimizer_name(recipe, on_gpu),
+            optim=training.optimizer_on(on_gpu),  # rule spectral is its own, and makes none of this name
             adam_beta1=training.adam_beta1,
             adam_beta2=training.adam_beta2,
             adam_epsilon=training.adam_epsilon,
-            **{CHECKPOINTING: on_gpu if (wanted := training.activation_checkpointing) == "auto" else wanted},
+            **{CHECKPOINTING: training.recomputes_on(on_gpu)},
             seed=training.seed,
             max_length=training.max_length,
             packing=training.packing,
