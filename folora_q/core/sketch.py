@@ -16,6 +16,8 @@ from folora_q.core.spectrum import LowRankCovariance
 
 # One test matrix serves every layer of a width: at 7B shapes 128 copies of it would be as large as the sketches.
 _TEST_MATRICES: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
+# Rows converted at a time: a whole batch in float32, and in float64 for its energy, would be larger than the sketches.
+ROWS = 512
 
 
 class CovarianceSketch:
@@ -65,10 +67,12 @@ class CovarianceSketch:
         Raises:
             ValueError: x is not d wide, or holds a NaN or an infinity. Nothing is added then.
         """
-        rows, energy = _finite_rows(x, mask, self.dim, self.product)
+        rows = _unmasked(x, mask, self.dim)
+        self.energy += _energy(rows, self.product.dtype)
         with _exact_float32(rows.device.type):
-            self.product.addmm_(rows.T, rows @ self.test_matrix)
-        self.energy += energy
+            for part in rows.split(ROWS):
+                part = part.to(self.product)
+                self.product.addmm_(part.T, part @ self.test_matrix)
         self.count += rows.shape[0]
 
     def merge(self, other: CovarianceSketch) -> None:
@@ -99,7 +103,7 @@ class CovarianceSketch:
         product = self.product.double().cpu() / self.count
         trace = self.energy / self.count
         basis, eigenvalues = _nystrom(product, omega, torch.finfo(self.product.dtype).eps)
-        basis, eigenvalues = basis[:, : self.rank], eigenvalues[: self.rank]
+        basis, eigenvalues = basis[:, : self.rank].clone(), eigenvalues[: self.rank]  # a view would keep all l columns
         outside = self.dim - self.rank
         tail = max((trace - float(eigenvalues.sum())) / outside, 0.0) if outside else 0.0
         return LowRankCovariance(basis, eigenvalues, tail, trace, self.count)
@@ -120,11 +124,12 @@ class ProjectedCovariance:
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add tokens; arguments and errors as in `CovarianceSketch.update`."""
-        rows, energy = _finite_rows(x, mask, self.basis.shape[0], self.gram)
+        rows = _unmasked(x, mask, self.basis.shape[0])
+        self.energy += _energy(rows, self.gram.dtype)
         with _exact_float32(rows.device.type):
-            coordinates = rows @ self.basis
-            self.gram.addmm_(coordinates.T, coordinates)
-        self.energy += energy
+            for part in rows.split(ROWS):
+                coordinates = part.to(self.gram) @ self.basis
+                self.gram.addmm_(coordinates.T, coordinates)
         self.count += rows.shape[0]
 
     def mean(self) -> Tensor:
@@ -134,19 +139,24 @@ class ProjectedCovariance:
         return self.gram.double().cpu() / self.count
 
 
-def _finite_rows(x: Tensor, mask: Tensor | None, dim: int, like: Tensor) -> tuple[Tensor, float]:
-    """The unmasked rows of x as (n, d) in the accumulator's type, and Σ||x||² in float64."""
+def _unmasked(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """The rows of x that count, (n, d), as they are."""
     if x.shape[-1] != dim:
         raise ValueError(f"expected activations of width {dim}, got shape {tuple(x.shape)}")
     rows = x.reshape(-1, dim)
-    if mask is not None:
-        rows = rows[mask.reshape(-1).to(rows.device)]
-    rows = rows.to(like)
-    # A square overflows before its root does, so one reduction finds NaN, infinity and hopeless scales alike.
-    energy = float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+    return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
+
+
+def _energy(rows: Tensor, dtype: torch.dtype) -> float:
+    """Σ||x||² in float64, of the values as the accumulator takes them.
+
+    A square overflows before its root does, so one reduction finds NaN, infinity and hopeless scales alike.
+    """
+    norms = [torch.linalg.vector_norm(part.to(dtype), dtype=torch.float64) for part in rows.split(ROWS)]
+    energy = float(torch.stack(norms).square().sum())
     if not energy < float("inf"):
         raise ValueError("the activations hold a NaN or an infinity")
-    return rows, energy
+    return energy
 
 
 def _test_matrix(dim: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -52,8 +52,8 @@ OPENING = 64
 # Numbers of the vocabulary that sampling holds of a sequence, in bytes: logits as computed and in float32, and
 # probabilities; the paper's mixture also sorts them, with places in int64, and adds them up.
 SAMPLING, SAMPLING_MIXTURE = 4 + 4, 4 + 4 + 4 + 8 + 4 + 4
-# What a sketch makes of the rows it is given: float32, and float64 for their energy.
-READ_ROWS = 4 + 8
+# Rows that a sketch converts at a time (folora_q.core.sketch), and their bytes: float32, and float64 for their energy.
+READ_ROWS, READ_BYTES = 512, 4 + 8
 # Tensors (n, h) of a layer in a pass without gradients: the embeddings, the residual, and what a norm makes of it.
 STREAMS = 3
 # Positions whose logits are compared at once, and the float32 tensors of that size (folora_q.evaluation).
@@ -159,7 +159,8 @@ class _Run:
         batch = Batch(recipe.gate.batch_size, max(recipe.training.max_length, self.sampled))
         held = parts.sketches(recipe, shape, self.how)
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
-        read = batch.tokens * (widest * (self.how.compute + READ_ROWS) + STREAMS * shape.hidden * self.how.compute)
+        # Of the layer that is read also the rows without padding.
+        read = batch.tokens * self.how.compute * (2 * widest + STREAMS * shape.hidden) + READ_ROWS * widest * READ_BYTES
         device = self.weights | {
             "adapter": FLOAT32 * self.trained,
             "sketches": held,

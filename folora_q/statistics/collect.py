@@ -56,6 +56,7 @@ def build_gates(
             reading = _Reading(model, proxy, task, section, done, Halving("taking statistics of", clock.note))
             for share in shares:
                 found |= _gates_of({name: modules[name] for name in share}, reading)
+    torch.cuda.empty_cache()  # blocks as large as a batch of text would split badly in training; nothing without CUDA
     if len(shares) > 1:
         clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
     by_layer = {name: found[group[0]] for group in groups for name in group}
