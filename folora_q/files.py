@@ -83,14 +83,47 @@ def commit_directory(target: Path) -> Iterator[Path]:
             if path.is_file():  # what the rename shows must be on the disk, also after a power cut
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
         _sync_folder(staging)
-        os.replace(staging, target)
+        replaced = _set_aside(target) if target.is_dir() else None
+        try:
+            os.replace(staging, target)
+        except BaseException:
+            if replaced is not None:
+                os.replace(replaced, target)
+            raise
         _sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    if replaced is not None:
+        _delete(replaced)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder that may be there: under its own name it is whole, and then gone, also if we are killed.
+
+    Raises:
+        OSError: it cannot be renamed, so it is still there.
+    """
+    if path.is_dir():
+        _delete(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    """A folder under a hidden name beside it; renaming takes no room, on a full disk neither."""
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    os.replace(path, aside)
+    return aside
+
+
+def _delete(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    with suppress(OSError):
+        for path in folder.glob("*.json"):  # first: with its config.json and half of the weights it would look like one
+            path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import write_card
-from folora_q.files import atomic_write
+from folora_q.files import atomic_write, commit_directory
 from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
@@ -291,7 +291,8 @@ def _layers(contrast: Contrast, trainer: GatedTrainer, on: HeldOut, clock: Clock
 
 
 def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder, evaluation: Evaluation) -> None:
-    save_adapter(model, base, recipe.export, folder.adapter)
-    base.tokenizer.save_pretrained(folder.adapter)
-    base.model.generation_config.save_pretrained(folder.adapter)
-    write_card(folder.adapter / "README.md", recipe, base, evaluation)
+    with commit_directory(folder.adapter) as staging:
+        save_adapter(model, base, recipe.export, staging)
+        base.tokenizer.save_pretrained(staging)
+        base.model.generation_config.save_pretrained(staging)
+        write_card(staging / "README.md", recipe, base, evaluation)

@@ -132,8 +132,9 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def discard_unfinished(self) -> None:
-        """Remove what a killed process had not finished: hidden files, and an adapter that may be half of one."""
-        for folder in (self.adapter, self.path / ".rehearsal", *self.path.glob(".checkpoint-*")):
+        """Remove what a killed process had not finished, which is hidden, and an adapter, which training makes again."""
+        hidden = (*self.path.glob(".checkpoint-*"), *self.path.glob(".adapter.*"), self.path / ".rehearsal")
+        for folder in (self.adapter, *hidden):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (*self._written, self.manifest):
             for part in self.path.glob(f".{file.name}.*"):

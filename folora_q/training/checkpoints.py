@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from folora_q.files import atomic_write, sha256
+from folora_q.files import atomic_write, remove_directory, sha256
 
 MANIFEST = "manifest.json"
 # What the Trainer does not save and an exact continuation needs: see `folora_q.training.durable`.
@@ -118,13 +118,15 @@ def rotate(run: Path, kept: int, needed: Iterable[Path]) -> None:
         if len(stay) >= kept:
             break
         stay.add(path)
-    for path in found:
-        if path not in stay:
-            shutil.rmtree(path, ignore_errors=True)
+    _remove(path for path in found if path not in stay)
 
 
 def discard_after(run: Path, step: int) -> None:
     """Remove the checkpoints after a step, from which nothing goes on."""
-    for path in checkpoints(run):
-        if step_of(path) > step:
-            shutil.rmtree(path, ignore_errors=True)
+    _remove(path for path in checkpoints(run) if step_of(path) > step)
+
+
+def _remove(unneeded: Iterable[Path]) -> None:
+    for path in unneeded:
+        with suppress(OSError):  # it takes room, and does no harm
+            remove_directory(path)

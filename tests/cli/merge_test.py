@@ -1,10 +1,9 @@
-"""`folora-q merge` as a person types it: a run, a foreign adapter, several; what it prints, and what a kill leaves."""
+"""`folora-q merge` as a person types it: a run, a foreign adapter, several; what it prints, and what Ctrl-C leaves."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -19,10 +18,7 @@ from folora_q import merging
 from folora_q.cli.app import main
 from folora_q.export.merge import REPORT
 from folora_q.merging import UNVERIFIED
-from folora_q.models.checkpoint import INDEX
 from tests.export.models import save_adapter, sharded_llama
-
-KILLS = 12
 
 
 def run(*arguments: object) -> int:
@@ -127,69 +123,6 @@ def test_a_merge_that_is_not_the_adapter_is_marked_and_fails(tmp_path: Path, cap
     assert report_of(merged)["verified"] is False
     assert "is not the base's plus" in (merged / UNVERIFIED).read_text()
     assert "Do not use this model" in (merged / "README.md").read_text()
-
-
-def test_a_killed_merge_leaves_nothing_or_the_whole(tmp_path: Path) -> None:
-    """Forks of one process that has everything imported are killed at random moments."""
-    base = sharded_llama(tmp_path)
-    adapter = save_adapter(base, tmp_path / "adapter")
-    script = tmp_path / "merge.py"
-    script.write_text(
-        f"""
-import os, signal, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from folora_q.merging import MergeRequest, run_merge
-from folora_q.cli.console import ConsoleProgress
-def merge(target):
-    request = MergeRequest([Path({str(adapter)!r})], [1.0], "original", output=Path(target), verify=False)
-    run_merge(request, ConsoleProgress())
-began = time.perf_counter()
-merge({str(tmp_path / "whole")!r})
-print(time.perf_counter() - began, flush=True)
-for line in sys.stdin:
-    delay, target = line.split()
-    child = os.fork()
-    if child == 0:
-        merge(target)
-        os._exit(0)
-    time.sleep(float(delay))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    print("done", flush=True)
-"""
-    )
-    process = subprocess.Popen(
-        [sys.executable, script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(merging.__file__).parents[1])},
-    )
-    assert process.stdin and process.stdout
-    try:
-        duration = float(process.stdout.readline())
-        chooser, outcomes = random.Random(0), set()
-        for number in range(KILLS):
-            target = tmp_path / f"killed-{number}"
-            delay = duration * chooser.uniform(0, 1.6)
-            process.stdin.write(f"{delay} {target}\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            outcomes.add(target.exists())
-            if target.exists():
-                whole = tmp_path / "whole"
-                assert {p.name for p in target.iterdir()} == {p.name for p in whole.iterdir()}
-                for path in whole.iterdir():
-                    if path.name not in (REPORT, "README.md"):
-                        assert (target / path.name).read_bytes() == path.read_bytes(), path.name
-                assert (target / INDEX).exists() and (target / REPORT).exists()
-        assert outcomes == {True, False}, "the delays must reach from before the end to after it"
-    finally:
-        process.stdin.close()
-        process.wait(timeout=30)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:

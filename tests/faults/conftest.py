@@ -19,8 +19,11 @@ SAVING = [
     "training.save_total_limit=3",
     "logging.logging_steps=1",
 ]
-# Accumulation, dropout, measurements between checkpoints, a refresh of B's gate between them, and the best is kept.
+# Accumulation, dropout, measurements between checkpoints, a refresh of B's gate between them, and the best is kept;
+# text and statistics in several batches.
 DEMANDING = [
+    "proxy.batch_size=2",
+    "gate.batch_size=2",
     "evaluation.metric=none",
     "evaluation.num_answers=1",
     "training.max_steps=7",

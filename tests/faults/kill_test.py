@@ -1,122 +1,113 @@
-"""SIGKILL, at moments chosen by what is done to files: whatever it leaves, `--resume` makes the same run of it."""
+"""SIGKILL, at moments chosen by what is done to files and by what is finished; and a disk that fills up.
+
+Whatever a kill leaves, `--resume` makes the same run of it. benchmarks/kills.py does it a hundred times.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from folora_q.cli.app import main
-from folora_q.training.checkpoints import checkpoints, damage
+from folora_q.training.checkpoints import damage
+from tests.export.models import save_adapter, sharded_llama
 from tests.faults.commands import assert_the_same_run, at_step, manifest, run, steps_saved
+from tests.faults.kills import (
+    SAVING,
+    assert_it_goes_on,
+    assert_merged_whole_or_not,
+    assert_pages_whole_or_not,
+    in_a_child,
+    killed_after,
+    killed_at,
+    recorded,
+    same_files,
+    traced,
+)
 
-# What is done to files, and where its function is looked up.
-OPERATIONS = [(os, "replace"), (os, "fsync"), (torch, "save"), (shutil, "rmtree"), (os, "ftruncate")]
-SEED, TRIALS = 7, 5
-
-
-def in_a_child(act: Callable[[], None], timeout: float = 100.0) -> int:
-    """The exit code of an act in a fork of this process, negative where a signal ended it. Imports are not repeated."""
-    child = os.fork()
-    if child == 0:
-        try:
-            act()
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(end.code or 0)
-        except BaseException:
-            os._exit(99)
-    deadline = time.monotonic() + timeout
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise TimeoutError("the child hangs")
-        time.sleep(0.01)
+SEED = 7
+# Stages of a run, and how many kills each gets; what comes after training, until the last file, is one.
+SAMPLING, STATISTICS, TRAINING = "sampling text from the base model", "statistics of both texts", "training"
+EVALUATION = [
+    "comparing losses and predictions",
+    "answering, as base and as tuned",
+    "measuring how far each layer moved",
+]
+KILLS = [([SAMPLING], 1), ([STATISTICS], 2), ([TRAINING], 1), ([SAVING], 2), (EVALUATION, 2)]
 
 
-def counted(arguments: list[object], count_file: Path, kill_at: int | None = None) -> Callable[[], None]:
-    """A run that counts its operations on files, and dies right before one of them."""
-
-    def act() -> None:
-        done = 0
-
-        def wrap(operation: Callable) -> Callable:
-            def wrapped(*args, **kwargs):
-                nonlocal done
-                done += 1
-                if done == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return operation(*args, **kwargs)
-
-            return wrapped
-
-        for module, name in OPERATIONS:
-            setattr(module, name, wrap(getattr(module, name)))
-        try:
-            main(["train", *map(str, arguments)])
-        finally:
-            count_file.write_text(str(done))
-
-    return act
-
-
-def test_killed_at_any_operation_on_a_file_a_run_goes_on_to_the_same_end(
-    saving: list[object], finished: Path, tmp_path: Path
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(
+    demanding: list[object], straight: Path, tmp_path: Path, capfd
 ) -> None:
-    folder, count = tmp_path / "stopped" / "run", tmp_path / "count"
-    assert in_a_child(counted(saving, count)) == 0
-    assert_the_same_run(finished, folder)
-    operations = int(count.read_text())
-    assert operations > 50
-    # One out of each part of the run, so that the beginning, the saves and the end all have their turn.
-    chance, width = random.Random(SEED), operations / TRIALS
-    for trial in range(TRIALS):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(tmp_path / "cache")
-        kill_at = 1 + int(trial * width + chance.random() * width)
-        assert in_a_child(counted(saving, count, kill_at)) == -signal.SIGKILL, kill_at
-        assert all(damage(path) is None for path in checkpoints(folder)), kill_at
-        if (folder / "run.json").exists() and manifest(folder)["status"] == "complete":
-            continue  # there was nothing left to do but to unlock the folder
-        assert in_a_child(lambda: main(["train", *map(str, saving), "--resume"])) == 0, kill_at
-        assert_the_same_run(finished, folder)
-        assert not list(folder.glob(".*")), kill_at
+    folder, trace, chance = tmp_path / "stopped" / "run", tmp_path / "trace", random.Random(SEED)
+    seen = recorded(["train", *demanding], trace)
+    assert_the_same_run(straight, folder)
+    for stages, kills in KILLS:
+        numbers = [number for number, moment in enumerate(seen) if moment.stage in stages]
+        assert len(numbers) >= 9, stages
+        for number in chance.sample(numbers, kills):
+            shutil.rmtree(folder)
+            shutil.rmtree(tmp_path / "cache")
+            killed_at(["train", *demanding], trace, number)
+            capfd.readouterr()
+            assert_it_goes_on(demanding, folder, straight)
+            if SAMPLING not in stages:
+                assert "sampling text" not in capfd.readouterr().err, "what was finished is not done twice"
 
 
 def test_a_killed_run_is_continued_by_a_fresh_process(saving: list[object], finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "folora_q", "train", *map(str, saving)]
     folder = tmp_path / "stopped" / "run"
-    child = os.fork()
-    if child == 0:
-        counted(saving, tmp_path / "count")()
-        os._exit(0)
-    try:
-        deadline = time.monotonic() + 60
-        while not (folder / "checkpoint-2").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    killed = traced(["train", *saving], tmp_path / "trace")
+    assert in_a_child(killed, kill=(folder / "checkpoint-2").exists) < 0
     assert manifest(folder)["status"] == "running" and 2 in steps_saved(folder)
+    process = json.loads((folder / ".lock").read_text())["pid"]
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"took {folder} over from process {child}: it is gone" in done.stderr
+    assert f"took {folder} over from process {process}: it is gone" in done.stderr
     assert f"going on from checkpoint-{manifest(folder)['resumed'][0]['step']}" in done.stderr
     assert_the_same_run(finished, folder)
+
+
+def test_a_killed_merge_leaves_nothing_or_the_whole_and_can_be_made_again(tmp_path: Path) -> None:
+    base = sharded_llama(tmp_path)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    target, trace, chance = tmp_path / "adapter-merged", tmp_path / "trace", random.Random(SEED)
+    wholes = []
+    for dtype in ("float32", "bfloat16"):
+        recorded(["merge", adapter, "--dtype", dtype], trace)
+        wholes.append(target.rename(tmp_path / dtype))
+    # The old one takes the new one's place: at the end there are two, and one of them has its name.
+    arguments = ["merge", adapter, "--dtype", "bfloat16", "--overwrite"]
+    shutil.copytree(wholes[0], target)
+    seen = recorded(arguments, trace)
+    assert same_files(target, wholes[1])
+    placed = range(len(seen) - 30, len(seen))
+    for number in (*chance.sample(range(placed[0]), 2), *chance.sample(placed, 2)):
+        shutil.rmtree(target)
+        shutil.copytree(wholes[0], target)
+        if number in placed:
+            killed_at(arguments, trace, number)
+        else:
+            assert killed_after(arguments, trace, number, seconds=chance.uniform(0, 0.01))
+        assert_merged_whole_or_not(target, wholes)
+        assert in_a_child(traced(arguments, trace)) == 0
+        assert same_files(target, wholes[1])
+
+
+def test_a_report_that_is_killed_leaves_no_half_of_a_page(finished: Path, tmp_path: Path) -> None:
+    whole, killed, trace = tmp_path / "whole", tmp_path / "killed", tmp_path / "trace"
+    seen = recorded(["report", finished, "--output", whole / "page.html"], trace)
+    arguments = ["report", finished, "--output", killed / "page.html"]
+    killed_at(arguments, trace, random.Random(SEED).randrange(len(seen)))
+    assert_pages_whole_or_not(killed, whole)
+    assert in_a_child(traced(arguments, trace)) == 0 and same_files(killed, whole)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="takes root, to mount a small disk")
