@@ -17,13 +17,14 @@ from folora_q.evaluation.task import make_scorer
 from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import stop_at
+from folora_q.models.trust import NOTHING, Trust
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples
 from folora_q.recipe.schema import EvaluationSection, ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.statistics.store import load_gates
 from folora_q.subject.find import Subject, find_subject
-from folora_q.subject.load import LoadedSubject, load_subject
+from folora_q.subject.load import LoadedSubject, fetched, load_subject
 
 # Of text that is sampled for an evaluation alone.
 SAMPLE_TOKENS = 128
@@ -51,6 +52,7 @@ class EvaluationRequest:
         general_text: text files in place of the recipe's.
         samples: texts to sample from the base, where there is no run that has some.
         bits: of the weights; None is 4 for an adapter, as it was trained, and 16 for a model, as it will be used.
+        trust: what the models may do.
     """
 
     name: str
@@ -62,6 +64,7 @@ class EvaluationRequest:
     dtype: str = "auto"
     allow_code: bool = False
     harness: HarnessRequest | None = None
+    trust: Trust = NOTHING
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,10 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         section = section.model_copy(update={"general_text": [str(path) for path in request.general_text]})
     scorer = make_scorer(section, request.allow_code)
     against = ModelSection(model_name_or_path=request.against) if request.against else None
-    bits = request.bits or (4 if subject.adapter else 16)
     with clock.stage(f"loading {request.name}", None):
-        loaded = load_subject(subject, request.dtype, bits, against, compare=True)
+        subject = fetched(subject)
+        bits = request.bits or (4 if subject.adapter else 16)
+        loaded = load_subject(subject, request.dtype, bits, against, compare=True, trust=request.trust)
     clock.meter = PeakMemory(loaded.hardware.device)
     clock.note(f"{subject.kind}, {loaded.held}")
     if request.recipe is not None and (template := chat_template(request.recipe)) is not None:

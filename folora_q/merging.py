@@ -23,8 +23,11 @@ from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
 from folora_q.export.verify import Verification, check_outputs, check_weights
 from folora_q.models.checkpoint import Checkpoint, model_folder, open_checkpoint
+from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
+from folora_q.models.trust import CODE_FLAG, NOTHING, Trust, names_code
 from folora_q.progress import Clock, Progress
+from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
 
 # Lies in a merged folder whose verification failed.
@@ -47,6 +50,7 @@ class MergeRequest:
         converter: llama.cpp's converter, where it is not found by itself.
         push_to_hub: the repository to push the merged model to.
         private: what to make that repository, if it is new.
+        trust: what base and adapters may do.
     """
 
     sources: Sequence[Path]
@@ -61,6 +65,7 @@ class MergeRequest:
     converter: Path | None = None
     push_to_hub: str | None = None
     private: bool = True
+    trust: Trust = NOTHING
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,22 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
     converter = find_converter(request.converter) if request.gguf else []
     if request.push_to_hub:
         require_token()
-    adapters = [read_adapter(adapter_folder(source)) for source in request.sources]
+    adapters = [read_adapter(adapter_folder(source), request.trust) for source in request.sources]
     target = request.output or _beside(request.sources[0])
     if target.exists() and not request.overwrite:
         raise UserError(f"{target} is there already", "add --overwrite, or name another place with --output")
     for leftover in target.parent.glob(f".{target.name}.*"):
         clock.note(f"{leftover} is left from a merge that was killed; it is not used, and can be deleted")
     base = _base(adapters, request, clock)
+    folders = [base.folder, *(adapter.folder for adapter in adapters)]  # its tokenizer may be the adapter's
+    if request.gguf and not request.trust.remote_code and (naming := next(filter(names_code, folders), None)):
+        raise UserError(
+            f"llama.cpp's converter runs Python that comes with a model, and what {naming} names is not trusted",
+            f"read that code; if you trust it, add {CODE_FLAG}, or leave out --gguf",
+        )
     dtype, reason = (request.dtype, "as asked") if request.dtype else _dtype_of(base)
-    merge = Merge(
-        base, list(zip(adapters, request.shares, strict=True)), request.weights, dtype, _quantization(adapters)
-    )
+    shared = list(zip(adapters, request.shares, strict=True))
+    merge = Merge(base, shared, request.weights, dtype, _quantization(adapters), request.trust)
     size = merge.result_bytes / 1e9
     clock.note(
         f"{len(merge.changed)} of {len(base.tensors)} weights change; {size:.2f} GB in {_name(dtype)} ({reason})"
@@ -179,7 +189,8 @@ def _adapter_name(folder: Path) -> str:
 def _verify(merge: Merge, folder: Path, clock: Clock) -> Verification:
     with clock.stage("checking every weight", len(merge.base.tensors)) as done:
         weights = check_weights(merge, folder, done)
-    texts = check_texts(merge.adapters[0][0].folder, AutoTokenizer.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
+    texts = check_texts(merge.adapters[0][0].folder, tokenizer)
     compute, reason = _compute_dtype(merge)
     with clock.stage(f"comparing what it says, in {_name(compute)} ({reason})", 3) as done:
         verification = check_outputs(merge, folder, texts.sequences, weights, compute, done)
@@ -204,8 +215,9 @@ def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) 
     if not name:
         raise UserError(f"{adapters[0].folder} names no base model", "name it with --base-model")
     with clock.stage(f"finding the base {name}", None):
-        folder = model_folder(name, None if request.base_model else adapters[0].revision)
-        return open_checkpoint(folder)
+        folder = model_folder(name, None if request.base_model else adapters[0].revision, request.trust)
+        require_loadable(ModelSection(model_name_or_path=str(folder)), request.trust)
+        return open_checkpoint(folder, request.trust)
 
 
 def _quantization(adapters: Sequence[AdapterFile]) -> Quantization:

@@ -26,8 +26,9 @@ from folora_q.export.card import write_card
 from folora_q.files import atomic_write, commit_directory
 from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
-from folora_q.models.load import LoadedModel, load_model, require_packable, stop_at
+from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
 from folora_q.models.tokenizer import load_tokenizer
+from folora_q.models.trust import NOTHING, Trust
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample
@@ -63,6 +64,7 @@ def run_training(
     allow_code: bool = False,
     resume: bool = False,
     force: bool = False,
+    trust: Trust = NOTHING,
 ) -> RunResult:
     """Do everything that a recipe says.
 
@@ -71,6 +73,7 @@ def run_training(
         allow_code: run the Python that `evaluation.metric_function` names.
         resume: go on with the run there, from its newest checkpoint that is whole; begin where there is none.
         force: go on although the recipe, its data, the model or a library is not as it was.
+        trust: what the model may do.
 
     Raises:
         UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
@@ -84,7 +87,7 @@ def run_training(
             check_run_folder(target, overwrite)
         if resume and earlier is None:
             clock.note(f"there is no run in {target} to go on with: it begins")
-        return _run_here(recipe, target, earlier, clock, overwrite, allow_code, force)
+        return _run_here(recipe, target, earlier, clock, overwrite, allow_code, force, trust)
 
 
 def _run_here(
@@ -95,17 +98,21 @@ def _run_here(
     overwrite: bool,
     allow_code: bool,
     force: bool,
+    trust: Trust,
 ) -> RunResult:
     """Read the data, open the folder, and mark there how the run ends."""
     scorer = make_scorer(recipe.evaluation, allow_code)
     if recipe.training.packing:
-        require_packable(recipe.model)
+        require_packable(recipe.model, trust)
     task = read_task(recipe, clock)
-    tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
+    require_loadable(recipe.model, trust)
+    tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
     manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
     manifest["data"] = data.summary()
+    if trust != NOTHING:
+        manifest["allowed"] = trust.flags()
     resumed = None
     if earlier is None:
         folder = open_run_folder(target, overwrite)
@@ -118,7 +125,7 @@ def _run_here(
         if skipped := data.skipped():
             folder.write_lines(folder.skipped, skipped)
         atomic_write(folder.recipe, dump_yaml(recipe.model_dump(mode="json")))
-        result = _run(recipe, folder, data, tokenizer, scorer, manifest, clock, resumed)
+        result = _run(recipe, folder, data, tokenizer, scorer, manifest, clock, resumed, trust)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         manifest |= {"status": "interrupted" if interrupted else "failed", "error": str(error)}
@@ -139,13 +146,14 @@ def _run(
     manifest: dict[str, Any],
     clock: Clock,
     resumed: Resumption | None,
+    trust: Trust,
 ) -> RunResult:
     hardware = choose_hardware(recipe.model.dtype)
     clock.meter = PeakMemory(hardware.device)
     clock.note(f"computing in {hardware}")
 
     with clock.stage("loading the model in 4 bits", None):
-        base = load_model(recipe.model, hardware, tokenizer)
+        base = load_model(recipe.model, hardware, tokenizer, trust)
     if data.end_of_turn is not None:
         stop_at(base.model, data.end_of_turn)
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")

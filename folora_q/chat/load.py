@@ -10,6 +10,7 @@ from folora_q.data.formats import Chat, Message, shape_of, to_example
 from folora_q.data.rows import Row
 from folora_q.data.sources import read_source
 from folora_q.errors import UserError
+from folora_q.models.trust import NOTHING, Trust
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.paths import is_hub_dataset
 from folora_q.recipe.strict_yaml import parse_yaml
@@ -21,7 +22,7 @@ from folora_q.subject.load import load_subject
 FIRST_ROWS = 20
 
 
-def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = False) -> Chatter:
+def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = False, trust: Trust = NOTHING) -> Chatter:
     """Load what a name stands for.
 
     Args:
@@ -31,9 +32,9 @@ def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = Fal
         compare: there must be a base to compare with. A merged model's, named in its merge.json, is loaded besides it.
 
     Raises:
-        UserError: there is no such thing, it cannot be loaded, or there is nothing to compare it with.
+        UserError: there is no such thing, it cannot or must not be loaded, or there is nothing to compare it with.
     """
-    loaded = load_subject(find_subject(name), dtype, bits, compare=compare)
+    loaded = load_subject(find_subject(name), dtype, bits, compare=compare, trust=trust)
     subject, tokenizer = loaded.subject, loaded.tokenizer
     stops = loaded.model.generation_config.eos_token_id
     stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None]

@@ -19,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from folora_q.cli.console import err, out, print_error, starting, visible
+from folora_q.cli.options import trust_options
 from folora_q.errors import FoloraError, UserError
+from folora_q.models.trust import Trust
 
 if TYPE_CHECKING:
     from folora_q.chat.reply import Conversation
@@ -50,6 +52,7 @@ COMMAND_WORD = re.compile(r"/\w+")
     "--bits", default="4", show_default=True, type=click.Choice(["4", "16"]), help="Of the weights; training has 4."
 )
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Ask this and end; may be repeated.")
+@trust_options
 @click.pass_obj
 def command(
     settings: dict[str, bool],
@@ -60,6 +63,7 @@ def command(
     max_new_tokens: int,
     bits: str,
     prompts: tuple[str, ...],
+    trust: Trust,
 ) -> None:
     """Talk to a run's result, or to any model, with its chat template.
 
@@ -74,7 +78,7 @@ def command(
         from folora_q.chat.load import load_chat
         from folora_q.chat.reply import Conversation, Sampling
     with progress.stage("loading the model", None):
-        chatter = load_chat(name, "auto", int(bits), compare)
+        chatter = load_chat(name, "auto", int(bits), compare, trust)
     progress.note(chatter.origin)
     sampling = Sampling(temperature, max_new_tokens)
     sides = {TUNED: Conversation(chatter, False, sampling, system and _clean(system))}

@@ -10,7 +10,9 @@ from rich.markup import escape
 
 from folora_q.cli.console import out, starting, visible
 from folora_q.cli.evaluation_table import print_answer, print_evaluation, print_harness
+from folora_q.cli.options import trust_options
 from folora_q.errors import UserError
+from folora_q.models.trust import Trust
 from folora_q.recipe import load_recipe
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import Evaluation, answer_lines, to_json
@@ -43,6 +45,7 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--chat", "as_chat", is_flag=True, help="Ask lm-eval's questions through the chat template.")
 @click.option("--output", type=click.Path(path_type=Path), help="A new folder for the numbers and answers.")
 @click.option("--allow-code", is_flag=True, help="Run the Python file that evaluation.metric_function names.")
+@trust_options
 @click.pass_obj
 def command(
     settings: dict[str, bool],
@@ -60,6 +63,7 @@ def command(
     as_chat: bool,
     output: Path | None,
     allow_code: bool,
+    trust: Trust,
 ) -> None:
     """Measure what a tuned model learned and what it forgot: WHAT against its base.
 
@@ -85,6 +89,7 @@ def command(
         dtype=dtype,
         allow_code=allow_code,
         harness=harness,
+        trust=trust,
     )
     outcome = run_evaluation(request, progress)
     _print_outcome(outcome)

@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from folora_q.cli.console import out, starting
+from folora_q.cli.options import trust_options
 from folora_q.errors import UserError
+from folora_q.models.trust import Trust
 
 if TYPE_CHECKING:
     from folora_q.merging import MergeResult
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--push-to-hub", metavar="REPO", help="Push the merged model to this repository, in one commit.")
 @click.option("--public", is_flag=True, help="Make a new repository public; it is private by default.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
+@trust_options
 @click.pass_obj
 def command(
     settings: dict[str, bool],
@@ -55,6 +58,7 @@ def command(
     push_to_hub: str | None,
     public: bool,
     overwrite: bool,
+    trust: Trust,
 ) -> None:
     """Merge the adapter of a run, or any LoRA adapter, into its base, and check that the result is the adapter.
 
@@ -82,6 +86,7 @@ def command(
         converter=converter,
         push_to_hub=push_to_hub,
         private=not public,
+        trust=trust,
     )
     _print_result(run_merge(request, progress))
 

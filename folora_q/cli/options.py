@@ -1,4 +1,4 @@
-"""What commands share: a recipe with overrides."""
+"""What commands share: a recipe with overrides, and what a model may do besides giving numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import rich_click as click
 
+from folora_q.models.trust import CODE_FLAG, PICKLE_FLAG, Trust
 from folora_q.recipe import load_recipe
 
 
@@ -26,3 +27,17 @@ def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
         command(*args, path=path, overrides=given, recipe=load_recipe(path, given), **kwargs)
 
     return with_recipe
+
+
+def trust_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--trust-remote-code and --allow-pickle; the command gets `trust`."""
+
+    @click.option(CODE_FLAG, "remote_code", is_flag=True, help="Run the Python that comes with a model. Read it first.")
+    @click.option(
+        PICKLE_FLAG, "pickle", is_flag=True, help="Load weights that are pickles (.bin); their tensors alone are read."
+    )
+    @wraps(command)
+    def with_trust(*args: Any, remote_code: bool, pickle: bool, **kwargs: Any) -> None:
+        command(*args, trust=Trust(remote_code, pickle), **kwargs)
+
+    return with_trust

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from folora_q.cli.console import out, starting, visible
-from folora_q.cli.options import recipe_arguments
+from folora_q.cli.options import recipe_arguments, trust_options
+from folora_q.models.trust import Trust
 from folora_q.progress import Clock
 from folora_q.recipe import Recipe
 
@@ -36,6 +37,7 @@ MOST_REASONS = 5
 )
 @click.option("--heldout", is_flag=True, help="Show the held-out examples in place of the training ones.")
 @click.option("--full", is_flag=True, help="Show long examples whole.")
+@trust_options
 @click.pass_obj
 def command(
     settings: dict[str, bool],
@@ -45,6 +47,7 @@ def command(
     count: int,
     heldout: bool,
     full: bool,
+    trust: Trust,
 ) -> None:
     """Show examples as the model will see them: learned tokens in green, the others dim. No model is loaded."""
     with starting(settings["debug"], "Transformers") as progress:
@@ -52,7 +55,7 @@ def command(
         from folora_q.models.tokenizer import load_tokenizer
     clock = Clock(progress)
     task = read_task(recipe, clock)
-    tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
+    tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)
     half, examples = (data.heldout, task.heldout) if heldout else (data.train, task.train)
 

@@ -16,8 +16,9 @@ from rich.markup import escape
 
 from folora_q.cli.console import duration, out, starting
 from folora_q.cli.evaluation_table import print_answer, print_evaluation
-from folora_q.cli.options import recipe_arguments
+from folora_q.cli.options import recipe_arguments, trust_options
 from folora_q.errors import Terminated, UserError
+from folora_q.models.trust import Trust
 from folora_q.recipe import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 
@@ -37,6 +38,7 @@ PLAIN_LEARNING_RATE = "2e-4"
 @click.option("--force", is_flag=True, help="With --resume: although the recipe, data, model or a library changed.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe with all defaults and overrides, and stop.")
 @click.option("--allow-code", is_flag=True, help="Run the Python file that evaluation.metric_function names.")
+@trust_options
 @click.pass_obj
 def command(
     settings: dict[str, bool],
@@ -48,6 +50,7 @@ def command(
     force: bool,
     dry_run: bool,
     allow_code: bool,
+    trust: Trust,
 ) -> None:
     """Fine-tune a model as a RECIPE says, and report what it learned and forgot.
 
@@ -66,15 +69,15 @@ def command(
 
     signal.signal(signal.SIGTERM, _terminate)  # `kill` is marked in the run folder like Ctrl-C
     try:
-        result = run_training(recipe, progress, overwrite, allow_code, resume, force)
+        result = run_training(recipe, progress, overwrite, allow_code, resume, force, trust)
     except KeyboardInterrupt as stop:
         if not str(stop):  # nothing had been written
             raise
-        options = [*["--allow-code"] * allow_code, "--resume"]
+        options = [*["--allow-code"] * allow_code, *trust.flags(), "--resume"]
         line = f"{_program()} {shlex.join(['train', str(path), *overrides, *options])}"
         raise type(stop)(f"{stop}; go on with\n  {line}") from None
     _print_result(result, recipe)
-    _print_next(path, overrides, recipe)
+    _print_next(path, overrides, recipe, trust)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -100,21 +103,22 @@ def _print_result(result: RunResult, recipe: Recipe) -> None:
     )
 
 
-def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe) -> None:
+def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, trust: Trust) -> None:
     """What to type next, in a form that works in the same shell."""
     program = _program()
     folder = Path(recipe.training.output_dir)
     quoted = shlex.quote(str(folder))
+    allowed = "".join(f" {flag}" for flag in trust.flags())
     steps = [
         (f"{program} report {quoted}", "one page: curves, where the model moved, answers of base and tuned"),
         (f"less {folder}/proxy.jsonl", "the text that the model wrote, which it should go on handling"),
-        (f"{program} chat {quoted} --base", "talk to it, beside its base"),
-        (f"{program} merge {quoted}", "one model out of it, and the proof that it is the adapter"),
+        (f"{program} chat {quoted} --base{allowed}", "talk to it, beside its base"),
+        (f"{program} merge {quoted}{allowed}", "one model out of it, and the proof that it is the adapter"),
     ]
     if recipe.gate.enabled:
         plain = ["gate.enabled=false", f"training.learning_rate={PLAIN_LEARNING_RATE}"]
         plain.append(f"training.output_dir={folder}-plain")
-        line = shlex.join(["train", str(path), *overrides, *plain])
+        line = shlex.join(["train", str(path), *overrides, *plain, *trust.flags()])
         steps.append((f"{program} {line}", "plain QLoRA, to compare"))
     out.print(f"\n[bold]Next[/]  (the adapter is in [cyan]{escape(str(folder / 'adapter'))}[/])")
     for line, purpose in steps:

@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from folora_q.errors import UserError
+from folora_q.models.checkpoint import unpickled
+from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+CONFIG = ADAPTER_CONFIG
+WEIGHTS = SAFE_ADAPTER
 PREFIX = "base_model.model."
 # Settings of LoraConfig under which ΔW is not s B A, or the base is not what it was.
 UNSUPPORTED = (
@@ -74,20 +76,21 @@ class AdapterFile:
     quantization: dict[str, Any] | None
 
 
-def read_adapter(folder: Path) -> AdapterFile:
+def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     """Read an adapter in PEFT's format.
 
     Raises:
-        UserError: it is no LoRA adapter, uses something that s B A cannot represent, misses a half of a pair, or has a
-            rank, a number or a file that cannot be; the tensor is named.
+        UserError: it is no LoRA adapter, uses something that s B A cannot represent, misses a half of a pair, has a
+            rank, a number or a file that cannot be, or something that `trust` does not allow; the tensor is named.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         peft_type = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is no adapter: {CONFIG} cannot be read ({error})") from None
     _refuse_unsupported(folder, config, peft_type)
-    tensors = _read_tensors(folder / WEIGHTS)
+    check_adapter(folder, trust)
+    tensors = _read_tensors(folder)
     deltas: dict[str, Delta] = {}
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -128,12 +131,15 @@ def _refuse_unsupported(folder: Path, config: dict[str, Any], peft_type: object)
         )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.exists() and (folder / PICKLED_ADAPTER).exists():  # it is allowed, or it had been refused
+        return unpickled(folder / PICKLED_ADAPTER)
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
     except FileNotFoundError:
-        raise UserError(f"there is no {path}", "pickled adapters (.bin) could run code and are not read") from None
+        raise UserError(f"there is no {path}") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 

@@ -22,6 +22,7 @@ from folora_q.export.adapter import AdapterFile, Delta
 from folora_q.files import commit_directory, free_bytes
 from folora_q.models.checkpoint import INDEX, SINGLE, Checkpoint
 from folora_q.models.quantization import Quantization, quantized_weights
+from folora_q.models.trust import NOTHING, Trust
 
 BaseWeights = Literal["original", "dequantized"]
 # Written last, with the result of the verification; a merged folder without it was not finished.
@@ -51,6 +52,7 @@ class Merge:
         weights: the base's weights as they are, or as they were in 4 bits in training.
         dtype: of the merged model.
         quantization: how the base was held in training, for `dequantized`.
+        trust: what building the base may do.
     """
 
     base: Checkpoint
@@ -58,6 +60,7 @@ class Merge:
     weights: BaseWeights
     dtype: torch.dtype
     quantization: Quantization
+    trust: Trust = NOTHING
 
     def __post_init__(self) -> None:
         """Find what cannot be merged before anything is written.
@@ -98,7 +101,7 @@ class Merge:
     @cached_property
     def quantized(self) -> set[str]:
         """Names of the base's weights that go through 4 bits; none for the original ones."""
-        return quantized_weights(str(self.base.folder)) if self.weights == "dequantized" else set()
+        return quantized_weights(str(self.base.folder), self.trust) if self.weights == "dequantized" else set()
 
     def base_weight(self, name: str) -> Tensor:
         """A weight of the base as the merge takes it: as stored, or after the round trip through 4 bits."""
@@ -198,3 +201,6 @@ def _write_companions(merge: Merge, staging: Path) -> None:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
                 break
+    if merge.trust.remote_code:  # without its own code the merged model could not be loaded either
+        for file in merge.base.folder.glob("*.py"):
+            shutil.copyfile(file, staging / file.name)

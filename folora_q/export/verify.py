@@ -22,10 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from folora_q.errors import RunFailed
 from folora_q.export.merge import Merge
-from folora_q.models.checkpoint import open_checkpoint
+from folora_q.models.checkpoint import DTYPES, open_checkpoint
 
-# Dtypes as safetensors calls them.
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # Rows of a weight that are compared at a time.
 ROWS = 1024
 # Logits kept of one model, in numbers: 0.8 GB.
@@ -91,7 +89,7 @@ def check_weights(merge: Merge, folder: Path, on_progress: Callable[[int], None]
     Raises:
         RunFailed: one is not the nearest that its dtype has, or a changed one is the base's; the weight is named.
     """
-    merged = open_checkpoint(folder)
+    merged = open_checkpoint(folder, merge.trust)
     if merged.tensors.keys() != merge.base.tensors.keys():
         odd = sorted(merged.tensors.keys() ^ merge.base.tensors.keys())[0]
         raise RunFailed(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
@@ -159,7 +157,7 @@ def check_outputs(
     """
     tuned, bare = _reference_logits(merge, texts, compute)
     on_progress(2)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute).eval()
+    model = _loaded(folder, compute, merge)
     merged = logits_of(model, texts, tuned.shape[-1])
     rounding = None
     if merge.dtype != torch.float32:
@@ -185,7 +183,7 @@ def check_outputs(
 
 def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of PEFT's own adapter on the base, and of the base."""
-    base = AutoModelForCausalLM.from_pretrained(merge.base.folder, dtype=compute).eval()
+    base = _loaded(merge.base.folder, compute, merge)
     for name in merge.quantized:
         parameter = base.get_parameter(name)
         parameter.data = merge.quantization.round_trip(parameter.data).to(compute)
@@ -200,6 +198,17 @@ def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: tor
         model.add_weighted_adapter(names, shares, "together", combination_type="cat")
         model.set_adapter("together")
     return logits_of(model.eval(), texts, vocabulary), bare
+
+
+def _loaded(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel:
+    """The base, or the merged model, which is made of it: its folder has been looked through (`check_model`)."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=compute,
+        trust_remote_code=merge.trust.remote_code,
+        use_safetensors=None if merge.trust.pickle else True,
+        weights_only=True,
+    ).eval()
 
 
 def logits_of(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:

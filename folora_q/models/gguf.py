@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -29,11 +31,13 @@ def convert_gguf(path: Path, target: Path | None = None) -> Path:
     if target.exists():
         return target
     try:
-        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
+        with tempfile.TemporaryDirectory() as alone:  # transformers would read an adapter or a tokenizer beside it too
+            os.symlink(path.resolve(), Path(alone) / path.name)
+            source = {"pretrained_model_name_or_path": alone, "gguf_file": path.name, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"transformers cannot read {path}: {error}") from error
     with commit_directory(target) as staging:

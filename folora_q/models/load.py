@@ -6,23 +6,28 @@ The bitsandbytes CPU guard lives here.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import bitsandbytes as bnb
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.errors import RunFailed, UserError
 from folora_q.models.hardware import Hardware
 from folora_q.models.quantization import Quantization
-from folora_q.models.tokenizer import load_tokenizer, loading, local_or_hub
+from folora_q.models.tokenizer import load_tokenizer, loading, safe_source
+from folora_q.models.trust import NOTHING, Trust
 from folora_q.recipe.schema import ModelSection
 
 # Enough of a weight file to tell two checkpoints apart without reading 15 GB.
 FINGERPRINT_BYTES = 2**20
 # Layers that a mask keeps from seeing other samples, as transformers' configurations call them.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# For pickles on a hub transformers asks a service there to open a pull request with safetensors, in the user's name.
+NO_CONVERSION = {"DISABLE_SAFETENSORS_CONVERSION": "1"}
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,19 @@ class LoadedModel:
     quantization: Quantization
 
 
-def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer | None = None) -> LoadedModel:
+def load_model(
+    section: ModelSection, hardware: Hardware, tokenizer: Tokenizer | None = None, trust: Trust = NOTHING
+) -> LoadedModel:
     """Load a causal language model with every linear layer of the transformer in 4 bits.
 
     Args:
         tokenizer: its tokenizer, if that is loaded already.
 
     Raises:
-        UserError: there is no such model, or it is no causal language model.
+        UserError: there is no such model, it is no causal language model, or `trust` does not allow what it needs.
         RunFailed: nothing of it could be quantized, or the demo's model could not be fetched.
     """
-    tokenizer = tokenizer or load_tokenizer(section)
+    tokenizer = tokenizer or load_tokenizer(section, trust=trust)
     held = Quantization(
         section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant, str(hardware.dtype).removeprefix("torch.")
     )
@@ -65,27 +72,26 @@ def load_model(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer |
         bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=hardware.dtype,
     )
-    model, source = _load(section, hardware, quantization)
+    model, source, revision = _load(section, hardware, trust, quantization)
     quantized = guard_cpu_kernels(model)
     if quantized == 0:
         raise RunFailed(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
-    revision = getattr(model.config, "_commit_hash", None)
     fingerprint = _fingerprint(source, revision, f"{section.bnb_4bit_quant_type} {section.bnb_4bit_use_double_quant}")
     return LoadedModel(model, tokenizer, source, revision, fingerprint, quantized, held)
 
 
-def load_unquantized(section: ModelSection, hardware: Hardware) -> tuple[PreTrainedModel, str]:
+def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = NOTHING) -> tuple[PreTrainedModel, str]:
     """Load a causal language model as it was published, frozen, in the compute dtype.
 
     Returns:
         The model, and the fingerprint of its checkpoint, which is another one than in 4 bits.
 
     Raises:
-        UserError: there is no such model, or it is no causal language model.
+        UserError: there is no such model, it is no causal language model, or `trust` does not allow what it needs.
         RunFailed: the demo's model could not be fetched.
     """
-    model, source = _load(section, hardware)
-    return model, _fingerprint(source, getattr(model.config, "_commit_hash", None), "16 bits")
+    model, source, revision = _load(section, hardware, trust)
+    return model, _fingerprint(source, revision, "16 bits")
 
 
 def stop_at(model: PreTrainedModel, token: int) -> None:
@@ -96,14 +102,25 @@ def stop_at(model: PreTrainedModel, token: int) -> None:
         config.eos_token_id = [known_token for known_token in known if known_token is not None] + [token]
 
 
-def require_packable(section: ModelSection) -> None:
+def require_loadable(section: ModelSection, trust: Trust = NOTHING) -> PreTrainedConfig:
+    """See that a model can be loaded, as far as its configuration and the names of its files tell; and which it is.
+
+    Raises:
+        UserError: there is no such model, or `trust` does not allow what loading it would do.
+        RunFailed: the demo's model could not be fetched.
+    """
+    source, revision = safe_source(section, trust)
+    with loading(section):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust.remote_code)
+
+
+def require_packable(section: ModelSection, trust: Trust = NOTHING) -> None:
     """Look in the model's configuration, before its weights are loaded, for layers that no packing can keep apart.
 
     Raises:
         UserError: it has layers other than attention, which carry what they read from one sample into the next.
     """
-    with loading(section):
-        config = AutoConfig.from_pretrained(local_or_hub(section.model_name_or_path), revision=section.revision)
+    config = require_loadable(section, trust)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYERS
     if kinds:
         raise UserError(
@@ -127,15 +144,18 @@ def guard_cpu_kernels(model: PreTrainedModel) -> int:
 
 
 def _load(
-    section: ModelSection, hardware: Hardware, quantization: BitsAndBytesConfig | None = None
-) -> tuple[PreTrainedModel, str]:
-    """The frozen model, and the folder or hub id that it came from."""
-    source = local_or_hub(section.model_name_or_path)
+    section: ModelSection, hardware: Hardware, trust: Trust, quantization: BitsAndBytesConfig | None = None
+) -> tuple[PreTrainedModel, str, str | None]:
+    """The frozen model, the folder or hub id that it came from, and the commit there."""
+    source, revision = safe_source(section, trust)
     attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
-    with loading(section):
+    with loading(section), patch.dict(os.environ, NO_CONVERSION):
         model = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=section.revision,
+            revision=revision,
+            trust_remote_code=trust.remote_code,  # unset, transformers asks on the terminal
+            use_safetensors=None if trust.pickle else True,
+            weights_only=True,
             quantization_config=quantization,
             dtype=hardware.dtype,
             device_map={"": hardware.device},
@@ -145,7 +165,7 @@ def _load(
         # Before its first word `generate` cuts the last position out of the prompts' states. On that strided view a CPU
         # multiplies batch by batch, and copies the head once for every sequence: gigabytes, and seconds.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return model.requires_grad_(False).eval(), source
+    return model.requires_grad_(False).eval(), source, None if Path(source).is_dir() else revision
 
 
 def _fingerprint(source: str, revision: str | None, held: str) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
+from folora_q.models.trust import NOTHING, Trust
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -52,11 +54,11 @@ class Quantization:
         return dequantize_4bit(code, state)
 
 
-def quantized_weights(folder: str) -> set[str]:
+def quantized_weights(folder: str, trust: Trust = NOTHING) -> set[str]:
     """Names of the weights that transformers puts into 4 bits when it loads this model; none is loaded for it."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code)
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}

@@ -1,32 +1,45 @@
-"""Where a model is, and its tokenizer, which is loaded without it. Needs no bitsandbytes."""
+"""Where a model is, whether it may be loaded, and its tokenizer, which is loaded without it. Needs no bitsandbytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import cached_file
 
 from folora_q.errors import UserError, first_line
 from folora_q.models.demo import DEMO_MODEL, demo_model_folder
 from folora_q.models.gguf import convert_gguf
+from folora_q.models.trust import CONFIG, HEADS, NOTHING, Trust, check_model, code_needed, pickled_weights
 from folora_q.recipe.schema import ModelSection
 
+# For files that a model need not have.
+IF_THERE = {
+    f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")
+}
 
-def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> Tokenizer:
+
+def load_tokenizer(section: ModelSection, chat_template: str | None = None, trust: Trust = NOTHING) -> Tokenizer:
     """The model's tokenizer, without the model.
 
     Args:
         chat_template: Jinja that takes the place of its own.
 
     Raises:
-        UserError: there is no such model, or it has no tokenizer.
+        UserError: there is no such model, it has no tokenizer, or one that is code which is not trusted.
         RunFailed: the demo's model could not be fetched.
     """
     with loading(section):
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(section.model_name_or_path), revision=section.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            local_or_hub(section.model_name_or_path),
+            revision=section.revision,
+            trust_remote_code=trust.remote_code,  # unset, transformers asks on the terminal
+        )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
@@ -34,15 +47,49 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> T
 
 @contextmanager
 def loading(section: ModelSection) -> Iterator[None]:
-    """Turn what transformers raises for a model that is not there into the user's mistake."""
+    """Turn what transformers raises for a model that is not there, or must not be loaded, into the user's mistake."""
+    name = section.model_name_or_path
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = first_line(error)
+    except SafetensorError as error:
         raise UserError(
-            f"cannot load the model {section.model_name_or_path}: {reason}",
+            f"cannot load the model {name}: its safetensors are damaged, or no safetensors ({first_line(error)})"
+        ) from error
+    except UnpicklingError as error:
+        raise UserError(
+            f"cannot load the model {name}: its weights are a pickle with more in it than tensors, which was not loaded"
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error)
+        if "trust_remote_code=True" in reason:
+            raise code_needed(name) from error
+        if "cannot be loaded with `safetensors`" in reason:  # of a hub, whose files are not known before
+            raise pickled_weights(name) from error
+        raise UserError(
+            f"cannot load the model {name}: {first_line(error)}",
             "give a hub id, a local folder with config.json, or a .gguf file",
         ) from error
+
+
+def safe_source(section: ModelSection, trust: Trust) -> tuple[str, str | None]:
+    """What transformers is to load, looked through: a folder, or a hub id with its commit.
+
+    Raises:
+        UserError: there is no such model, or `trust` does not allow what loading it would do.
+        RunFailed: the demo's model could not be fetched.
+    """
+    with loading(section):
+        source = local_or_hub(section.model_name_or_path)
+        if Path(source).is_dir():
+            check_model(Path(source), trust)
+            return source, section.revision
+        found = Path(cached_file(source, CONFIG, revision=section.revision))
+        # What is looked through and what is loaded must be the same commit; the cache names its folders so.
+        commit = found.parent.name if found.parent.parent.name == "snapshots" else section.revision
+        for name in HEADS:
+            cached_file(source, name, revision=commit, **IF_THERE)
+    check_model(found.parent, trust)
+    return source, commit
 
 
 def local_or_hub(name: str) -> str:

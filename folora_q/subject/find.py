@@ -143,7 +143,7 @@ def _section_of(name: object, revision: object) -> ModelSection | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read: it holds no JSON object")

@@ -5,25 +5,39 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import cached_file
 
 from folora_q.errors import UserError, first_line
 from folora_q.export.merge import REPORT as MERGE_REPORT
+from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import load_model, load_unquantized
-from folora_q.models.tokenizer import load_tokenizer, loading
+from folora_q.models.tokenizer import IF_THERE, load_tokenizer, loading
+from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
+from folora_q.recipe.paths import short
 from folora_q.recipe.schema import ModelSection
-from folora_q.subject.find import WHAT_TO_NAME, Subject
+from folora_q.subject.find import HUB_NAME, WHAT_TO_NAME, Subject, find_subject
 
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = (SAFE_ADAPTER, PICKLED_ADAPTER)
+# Of a hub's adapter, what is fetched besides its configuration.
+ADAPTER_FILES = (
+    SAFE_ADAPTER,
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
 # What PEFT and safetensors raise for an adapter that cannot be read, or belongs to another model.
-ADAPTER_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, SafetensorError)
+ADAPTER_ERRORS = (
+    *(OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, EOFError),
+    *(SafetensorError, UnpicklingError),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,12 @@ class LoadedSubject:
 
 
 def load_subject(
-    subject: Subject, dtype: str = "auto", bits: int = 4, against: ModelSection | None = None, compare: bool = False
+    subject: Subject,
+    dtype: str = "auto",
+    bits: int = 4,
+    against: ModelSection | None = None,
+    compare: bool = False,
+    trust: Trust = NOTHING,
 ) -> LoadedSubject:
     """Load what a name stands for.
 
@@ -61,12 +80,15 @@ def load_subject(
         compare: there must be a base to compare with; that of a model is loaded besides it.
 
     Raises:
-        UserError: it cannot be loaded, or there is nothing to compare it with.
+        UserError: it cannot be loaded, `trust` does not allow what it needs, or there is nothing to compare it with.
         RunFailed: nothing of it could be put into 4 bits, or the demo's model could not be fetched.
     """
+    subject = fetched(subject)
     adapter, section, base_section = subject.adapter, subject.section, against or subject.base
     if compare and adapter is None and base_section is None:
         raise nothing_to_compare(subject.name)
+    if adapter is not None:
+        check_adapter(adapter, trust)
     if compare and adapter is not None and _learns_a_prompt(adapter):
         raise UserError(
             f"the adapter {adapter} is a learned prompt, and base and tuned model are compared by switching an adapter"
@@ -77,8 +99,8 @@ def load_subject(
         section = _instead(section, against)
     hardware = choose_hardware(section.dtype if dtype == "auto" else dtype)
     try:
-        tokenizer = _tokenizer(adapter, section)
-        model, fingerprint = _load(section, hardware, tokenizer, bits)
+        tokenizer = _tokenizer(adapter, section, trust)
+        model, fingerprint = _load(section, hardware, tokenizer, bits, trust)
     except UserError as error:
         raise _explained(subject, error) from error
     if adapter is not None and (adapter / "generation_config.json").is_file():
@@ -87,7 +109,7 @@ def load_subject(
     base = None
     if compare and adapter is None and base_section is not None:
         try:
-            base, fingerprint = _load(_instead(section, base_section), hardware, tokenizer, bits)
+            base, fingerprint = _load(_instead(section, base_section), hardware, tokenizer, bits, trust)
         except UserError as error:
             if against is not None:
                 raise
@@ -104,6 +126,35 @@ def load_subject(
         held=f"{bits} bits{f' ({section.bnb_4bit_quant_type})' if bits == 4 else ''}, computing in {hardware}",
         fingerprint=fingerprint,
     )
+
+
+def fetched(subject: Subject) -> Subject:
+    """A hub id that is an adapter's, as the folder that the hub's client keeps it in; all else as it is.
+
+    Raises:
+        UserError: the adapter names a folder of this machine as its base: what is downloaded chooses no files here.
+    """
+    name, revision = subject.section.model_name_or_path, subject.section.revision
+    if subject.adapter is not None or name == DEMO_MODEL or os.path.exists(name):
+        return subject
+    with suppress(OSError, ValueError):  # it is no adapter, or not there; loading it as a model says so
+        if (config := cached_file(name, ADAPTER_CONFIG, revision=revision, **IF_THERE)) is None:
+            return subject
+        folder = Path(config).parent
+        for file in ADAPTER_FILES:
+            cached_file(name, file, revision=folder.name, **IF_THERE)
+        if not (folder / SAFE_ADAPTER).is_file():
+            cached_file(name, PICKLED_ADAPTER, revision=folder.name, **IF_THERE)
+        found = find_subject(str(folder))
+        base = found.section.model_name_or_path
+        if os.path.exists(base) or not HUB_NAME.fullmatch(base):
+            raise UserError(
+                f"the adapter {name} names a file of this machine as its base: {short(base)}",
+                f"download it (`hf download {name} --local-dir FOLDER`), write the base's hub id into its "
+                f"{ADAPTER_CONFIG}, and name that folder",
+            )
+        return replace(found, name=subject.name)
+    return subject
 
 
 def nothing_to_compare(name: str) -> UserError:
@@ -127,12 +178,12 @@ def _learns_a_prompt(adapter: Path) -> bool:
     return False
 
 
-def _tokenizer(adapter: Path | None, section: ModelSection) -> Tokenizer:
+def _tokenizer(adapter: Path | None, section: ModelSection, trust: Trust) -> Tokenizer:
     """The adapter's own where it has one, with the base's chat template if it has none."""
     if adapter is None:
-        return load_tokenizer(section)
+        return load_tokenizer(section, trust=trust)
     own = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(ModelSection(model_name_or_path=str(adapter)) if own else section)
+    tokenizer = load_tokenizer(ModelSection(model_name_or_path=str(adapter)) if own else section, trust=trust)
     template = adapter / "chat_template.jinja"
     if not own and template.is_file():
         try:
@@ -140,15 +191,17 @@ def _tokenizer(adapter: Path | None, section: ModelSection) -> Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {template}: {error}") from None
     elif own and tokenizer.chat_template is None:
-        tokenizer.chat_template = load_tokenizer(section).chat_template
+        tokenizer.chat_template = load_tokenizer(section, trust=trust).chat_template
     return tokenizer
 
 
-def _load(section: ModelSection, hardware: Hardware, tokenizer: Tokenizer, bits: int) -> tuple[PreTrainedModel, str]:
+def _load(
+    section: ModelSection, hardware: Hardware, tokenizer: Tokenizer, bits: int, trust: Trust
+) -> tuple[PreTrainedModel, str]:
     """The model, and its fingerprint."""
     if bits == 16:
-        return load_unquantized(section, hardware)
-    loaded = load_model(section, hardware, tokenizer)
+        return load_unquantized(section, hardware, trust)
+    loaded = load_model(section, hardware, tokenizer, trust)
     return loaded.model, loaded.fingerprint
 
 

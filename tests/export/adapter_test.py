@@ -92,9 +92,8 @@ def test_damaged_files_are_named(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{WEIGHTS} is damaged"):
         read_adapter(adapter)
     (adapter / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=f"there is no .*{WEIGHTS}") as caught:
+    with pytest.raises(UserError, match=f"there is no .*{WEIGHTS}"):
         read_adapter(adapter)
-    assert "could run code" in caught.value.hint
     for content in ("{", "[]", '{"r": 1}', ""):
         (adapter / CONFIG).write_text(content)
         with pytest.raises(UserError, match="is no adapter"):

@@ -1,0 +1,184 @@
+"""What a model or an adapter from elsewhere may do here. Without a flag on the command line: give numbers, and no more.
+
+Its JSON files are looked through before a library follows them: they can name code to run, pickles to load and files
+outside of their folder. Needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from folora_q.errors import UserError, first_line
+
+CODE_FLAG, PICKLE_FLAG = "--trust-remote-code", "--allow-pickle"
+SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ENDING, INDEX_ENDING, PICKLE_ENDING = ".safetensors", ".safetensors.index.json", ".bin"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+SAFE_ADAPTER, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
+# The files of a model that name others.
+HEADS = (CONFIG, ADAPTER_CONFIG, SAFE_INDEX, PICKLES[1])
+# Where config.json may name compiled code on a hub, as owner/name, for transformers to run.
+KERNELS = ("attn_implementation", "experts_implementation")
+# Settings of PEFT's that name a module to import, or a model, adapter or file to load besides the adapter.
+ELSEWHERE = ("megatron_config", "shadow_model", "adapters", "prompt_tuning_init_state_dict_path")
+CONVERT = f"convert them to safetensors, or, if you trust who made them, add {PICKLE_FLAG}"
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the user has allowed on the command line; a recipe or a downloaded file can allow nothing.
+
+    Attributes:
+        remote_code: run the Python that comes with a model.
+        pickle: load weights that are pickles, by torch's loader for tensors alone (`weights_only`).
+    """
+
+    remote_code: bool = False
+    pickle: bool = False
+
+    def flags(self) -> list[str]:
+        """The options that say so, for command lines to copy."""
+        return [CODE_FLAG] * self.remote_code + [PICKLE_FLAG] * self.pickle
+
+
+NOTHING = Trust()
+
+
+def check_model(folder: Path, trust: Trust) -> None:
+    """Look through a model's folder, or through as much of a hub's model as has been fetched, before it is loaded.
+
+    Raises:
+        UserError: that would run code, load a pickle or read a file outside of the folder, and `trust` does not allow
+            it; or there is an adapter too, which transformers would put on the model.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds a model and an adapter on it ({ADAPTER_CONFIG})",
+            "merge them, or move the adapter's files to a folder of their own and name the one that is meant",
+        )
+    config = _read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if not trust.remote_code and (kernel := next(_kernels(config), None)) is not None:
+        raise UserError(
+            f"{folder / CONFIG} asks for compiled code from a hub: {kernel[:200]}",
+            f"take that out of it, or, if you trust that code, add {CODE_FLAG}",
+        )
+    weights = config.get("transformers_weights")
+    if weights is not None:
+        if not (is_inside(str(weights)) and str(weights).endswith((ENDING, INDEX_ENDING))):
+            raise UserError(
+                f"{folder / CONFIG} names weights that are no safetensors beside it: {str(weights)[:200]!r}"
+            )
+        if str(weights).endswith(INDEX_ENDING) and (folder / str(weights)).is_file():
+            shards_of(folder / str(weights))
+    check_weights(folder, trust)
+
+
+def check_weights(folder: Path, trust: Trust) -> None:
+    """Look at the names of a model's weights.
+
+    Raises:
+        UserError: they are pickles that `trust` does not allow, or an index names a file outside of the folder.
+    """
+    if (folder / SAFE_INDEX).is_file():
+        shards_of(folder / SAFE_INDEX)
+    if (folder / SAFE_INDEX).is_file() or (folder / SAFE).is_file():
+        return
+    pickled = next((name for name in PICKLES if (folder / name).is_file()), None)
+    if pickled is not None and not trust.pickle:
+        raise pickled_weights(folder / pickled)
+    if pickled == PICKLES[1]:
+        shards_of(folder / pickled, PICKLE_ENDING)
+
+
+def check_adapter(folder: Path, trust: Trust) -> None:
+    """Look through an adapter's folder.
+
+    Raises:
+        UserError: loading it would import or load something from elsewhere, or a pickle that `trust` does not allow.
+    """
+    config = _read(folder / ADAPTER_CONFIG)
+    for key in ELSEWHERE:
+        if config.get(key):
+            raise UserError(
+                f"{folder / ADAPTER_CONFIG} sets {key}, which names code or files besides the adapter's own",
+                "folora-q loads what lies in an adapter's folder and nothing else",
+            )
+    pickled = folder / PICKLED_ADAPTER
+    if not trust.pickle and pickled.is_file() and not (folder / SAFE_ADAPTER).is_file():
+        raise pickled_weights(pickled)
+
+
+def shards_of(index: Path, ending: str = ENDING) -> dict[str, str]:
+    """The shard that an index file names for each weight, all of them files in its own folder.
+
+    Raises:
+        UserError: it cannot be read, or names anything else.
+    """
+    found = _read(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise UserError(f"{index} cannot be read: it holds no weight_map")
+    for shard in dict.fromkeys(map(str, found.values())):
+        if not is_inside(shard) or not shard.endswith(ending):
+            raise UserError(
+                f"{index} names {shard[:200]!r} as a shard, which is no {ending} file in its folder",
+                "download the model again from somebody you trust",
+            )
+    return {str(weight): str(shard) for weight, shard in found.items()}
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name from a file stays in the folder of that file, on any system."""
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+            return False
+    return bool(name) and "\0" not in name
+
+
+def pickled_weights(path: Path | str) -> UserError:
+    """What to raise for weights that are pickles and that nobody has allowed."""
+    return UserError(f"the weights are a pickle, which can hold code: {path}", CONVERT)
+
+
+def code_needed(name: str) -> UserError:
+    """What to raise for a model that transformers does not have, where nobody has allowed its own code."""
+    return UserError(
+        f"{name} can only be loaded by running Python code that comes with it",
+        f"read that code; if you trust it, add {CODE_FLAG} to the command. A recipe alone cannot run code",
+    )
+
+
+def names_code(folder: Path) -> bool:
+    """Whether a model's folder names Python that a loader which trusts it would run."""
+    names = (CONFIG, "tokenizer_config.json")
+    return any(_read(folder / name).get("auto_map") for name in names if (folder / name).is_file())
+
+
+def _kernels(config: Any) -> Iterator[str]:
+    """Names of compiled code on a hub, anywhere in a configuration."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if str(key).removeprefix("_").removesuffix("_internal") in KERNELS:
+            yield from (name for name in _strings(value) if "/" in name)
+        else:
+            yield from _kernels(value)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else ():
+        yield from _strings(inner)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read: it holds no JSON object")
+    return value
