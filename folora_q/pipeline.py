@@ -40,8 +40,8 @@ from folora_q.runs.manifest import new_manifest
 from folora_q.runs.results import AnswerResult, Evaluation, LayerResult, answer_lines, to_json
 from folora_q.statistics.collect import build_gates
 from folora_q.statistics.store import gate_results, load_gates, save_gates
-from folora_q.training.callbacks import Reporting, Stopping
-from folora_q.training.checkpoints import step_of
+from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
+from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.packing import check_packing
 from folora_q.training.resume import Resumption, go_on, read_earlier
 from folora_q.training.trainer import GatedTrainer, build_trainer
@@ -202,6 +202,8 @@ def _run(
     _save(recipe, base, model, folder, evaluation)
     manifest |= {"status": "complete", "stages": clock.to_list()}
     folder.write_manifest(manifest)
+    if not trainer.saves:
+        discard_after(folder.path, 0)  # the one at the end of training, or those of a signal
     return RunResult(folder.path, evaluation, answers, list(clock.stages.values()))
 
 
@@ -285,8 +287,8 @@ def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: P
     with clock.stage("training", steps) as done:
         if checkpoint is not None:
             done(step_of(checkpoint))
-        trainer.add_callback(Reporting(done, record))
-        trainer.add_callback(stopping)
+        for callback in (Reporting(done, record), SavedAtTheEnd(), stopping):
+            trainer.add_callback(callback)
         with stopping.listening():
             trainer.train(checkpoint)
     trainer.conclude(steps, clock.note)

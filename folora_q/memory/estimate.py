@@ -250,8 +250,8 @@ class _Run:
         training = self.recipe.training
         adapter = self.trained * parts.BYTES[self.recipe.export.adapter_dtype]
         saves = training.save_steps is not None or self.recipe.keeps_best
-        # One more than are kept while the newest is written.
-        copies = training.save_total_limit + 1 if saves else 0
+        # One more than are kept while the newest is written; where none is kept, the one at the end of training.
+        copies = training.save_total_limit + 1 if saves else 1
         found = {
             "the model": 2 * self.shape.parameters,
             "adapter": adapter,

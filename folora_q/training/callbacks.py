@@ -47,6 +47,13 @@ class Reporting(TrainerCallback):
             self.logged({"step": state.global_step, **logs})
 
 
+class SavedAtTheEnd(TrainerCallback):
+    """A checkpoint of the last step, also where nothing else saves: the evaluation can be stopped, and takes long."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = control.should_save or state.global_step >= state.max_steps
+
+
 class Stopping(TrainerCallback):
     """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; the second stops at once.
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -65,7 +66,18 @@ class DurableTrainer(SFTTrainer):
             return super().train(**kwargs)
         self.continued = Path(resume_from_checkpoint)
         self.args.eval_on_start = False  # it was measured at the real start
-        return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
+        except UnpicklingError as error:  # torch builds nothing but tensors and numbers
+            raise RunFailed(
+                f"{resume_from_checkpoint} holds more than tensors and numbers, which can be code; it was not loaded",
+                "nobody's training saves that: remove this checkpoint, and find out who has written it",
+            ) from error
+
+    @property
+    def saves(self) -> bool:
+        """Whether checkpoints were asked for, and stay."""
+        return self.args.save_strategy != "no"
 
     def before_first_step(self) -> None:
         """Rehearse, and bring back what only a running Trainer can take."""
@@ -93,9 +105,8 @@ class DurableTrainer(SFTTrainer):
                 if self.own_text is not None:
                     first = replace(self.own_text, batches=self.own_text.batches[:1])
                     compare(Contrast(self.model), first, halving=self.measuring)
-            if self.args.save_strategy != "no":
-                trained = [p for p in self.model.parameters() if p.requires_grad]
-                rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.kept)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.kept if self.saves else 0)
         self.step_in_hand = None
         self._total_train_tokens = tokens
         for kind in self._metrics.values():

@@ -121,7 +121,7 @@ def rehearse_saving(save: Callable[[str], None], folder: Path, parameters: Seque
 
     Args:
         save: writes the adapter to a folder.
-        kept: how many checkpoints will be kept.
+        kept: how many checkpoints will be kept; 0 for one that is removed in the end.
 
     Raises:
         RunFailed: the folder cannot be written, or the disk has no room for the checkpoints.

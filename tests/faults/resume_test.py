@@ -10,6 +10,7 @@ import pytest
 
 from folora_q import pipeline
 from folora_q.runs.folder import RunFolder
+from folora_q.training.durable import DurableTrainer
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
 
 
@@ -156,15 +157,23 @@ def test_weights_of_other_shapes_are_refused_in_spite_of_force(saving: list[obje
     assert "fits adapter.r: 4 → 2" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("save_steps", [2, "null"])
 def test_the_last_step_is_not_taken_twice(
-    saving: list[object], finished: Path, tmp_path: Path, monkeypatch, capfd
+    saving: list[object], finished: Path, tmp_path: Path, save_steps: object, monkeypatch, capfd
 ) -> None:
+    folder, saving = tmp_path / "stopped" / "run", [*saving, f"training.save_steps={save_steps}"]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "evaluate", lambda *a: signalled(signal.SIGINT)())
         assert run(*saving) == 130
-    assert run(*saving, "--resume") == 0
+    assert max(steps_saved(folder)) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(DurableTrainer, "training_step", lambda *a: pytest.fail("there is no step left"))
+        patch.setattr(DurableTrainer, "rehearse", lambda self: None)
+        assert run(*saving, "--resume") == 0
     assert "going on from checkpoint-6" in capfd.readouterr().err
-    assert_the_same_run(finished, tmp_path / "stopped" / "run")
+    assert_the_same_run(finished, folder)
+    kept = [2, 4, 6] if save_steps == 2 else []
+    assert steps_saved(folder) == kept, "a checkpoint that was not asked for is gone once the run is complete"
 
 
 def test_a_run_that_stopped_for_its_limit_stays_stopped(recipe_file: Path, tmp_path: Path, monkeypatch, capfd) -> None:
