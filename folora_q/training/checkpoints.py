@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from folora_q.files import atomic_write, remove_directory, sha256
+from folora_q.models.trust import is_inside
 
 MANIFEST = "manifest.json"
 # What the Trainer does not save and an exact continuation needs: see `folora_q.training.durable`.
@@ -20,6 +21,13 @@ PROGRESS = "progress.json"
 TRAINER_STATE = "trainer_state.json"
 # Without one of these, training would begin anew in part, and silently.
 REQUIRED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE, PROGRESS}
+# Weights of a whole model, which the Trainer would load in place of the adapter's.
+PLACELESS = {
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.bin", "pytorch_model_fsdp.bin"),
+}
+# The settings as a pickle, which the Trainer writes and nobody reads back.
+UNREAD = "training_args.bin"
 NAME = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
 
@@ -43,7 +51,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def seal(folder: Path, step: int) -> None:
-    """Write the manifest of a checkpoint, whose files are all there."""
+    """Write the manifest of a checkpoint, whose files are all there; what nobody reads back is removed."""
+    (folder / UNREAD).unlink(missing_ok=True)
     files = {
         str(path.relative_to(folder)): {"sha256": sha256(path), "size": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
@@ -53,7 +62,11 @@ def seal(folder: Path, step: int) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, as the end of a sentence; None if every file is as it was saved."""
+    """What is wrong with a checkpoint, as the end of a sentence; None if every file is as it was saved.
+
+    A manifest is no signature: whoever can write in the folder can write one. So no file is welcome that has no place
+    there: the Trainer would load a whole model's weights, or an adapter in a folder below, if it found them.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         step, files = (
@@ -62,12 +75,17 @@ def damage(checkpoint: Path) -> str | None:
         )
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} cannot be read"
     if step != step_of(checkpoint):
         return f"its {MANIFEST} is of step {step}"
     if missing := sorted(REQUIRED - files.keys()):
         return f"its {MANIFEST} does not name {missing[0]}"
+    if outside := [name for name in files if not is_inside(name) or "/" in name]:
+        return f"its {MANIFEST} names {outside[0]!r}, which is no file of its folder"
+    present = {path.name for path in checkpoint.iterdir() if path.is_dir() or not path.name.startswith(".")}
+    if odd := sorted(present - files.keys() - {MANIFEST}) or sorted(files.keys() & PLACELESS):
+        return f"it holds {odd[0]}, which has no place in it"
     for name, (expected, size) in files.items():
         try:
             found = (checkpoint / name).stat().st_size

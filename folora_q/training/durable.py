@@ -71,7 +71,7 @@ class DurableTrainer(SFTTrainer):
         except UnpicklingError as error:  # torch builds nothing but tensors and numbers
             raise RunFailed(
                 f"{resume_from_checkpoint} holds more than tensors and numbers, which can be code; it was not loaded",
-                "nobody's training saves that: remove this checkpoint, and find out who has written it",
+                "training saves nothing of the kind; without this checkpoint, --resume goes on from the one before",
             ) from error
 
     @property
