@@ -110,7 +110,8 @@ def _run_here(
     data = tokenize_task(recipe, task, tokenizer, clock)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
     manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
-    manifest["data"] = data.summary()
+    hardware = choose_hardware(recipe.model.dtype)
+    manifest |= {"data": data.summary(), "hardware": hardware.reason, "computing": hardware.facts()}
     if trust != NOTHING:
         manifest["allowed"] = trust.flags()
     resumed = None
@@ -125,7 +126,7 @@ def _run_here(
         if skipped := data.skipped():
             folder.write_lines(folder.skipped, skipped)
         atomic_write(folder.recipe, dump_yaml(recipe.model_dump(mode="json")))
-        result = _run(recipe, folder, data, tokenizer, scorer, manifest, clock, resumed, trust)
+        result = _run(recipe, folder, data, hardware, tokenizer, scorer, manifest, clock, resumed, trust)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         manifest |= {"status": "interrupted" if interrupted else "failed", "error": str(error)}
@@ -141,6 +142,7 @@ def _run(
     recipe: Recipe,
     folder: RunFolder,
     data: TaskTokens,
+    hardware: Hardware,
     tokenizer: Tokenizer,
     scorer: Scorer | None,
     manifest: dict[str, Any],
@@ -148,7 +150,6 @@ def _run(
     resumed: Resumption | None,
     trust: Trust,
 ) -> RunResult:
-    hardware = choose_hardware(recipe.model.dtype)
     clock.meter = PeakMemory(hardware.device)
     clock.note(f"computing in {hardware}")
 
@@ -159,10 +160,7 @@ def _run(
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
     if resumed is not None:
         manifest["files_sha256"] = resumed.require_model(base.fingerprint)
-    manifest |= {
-        "hardware": hardware.reason,
-        "model": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
-    }
+    manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
 
     proxy, proxy_heldout = _proxy_text(recipe, base, hardware, folder, clock, resumed)
     folder.remember(manifest, folder.proxy)

@@ -22,7 +22,17 @@ class Hardware:
 
     def __str__(self) -> str:
         """For people, e.g. "bfloat16 on CPU, which has bfloat16 instructions"."""
-        return f"{str(self.dtype).removeprefix('torch.')} on {self.reason}"
+        return f"{self._dtype_name} on {self.reason}"
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def facts(self) -> dict[str, str | int]:
+        """For run.json: what the numbers of a run depend on besides its recipe."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        facts = {"device": self.device.type, "dtype": self._dtype_name, "name": name}
+        return {**facts, "threads": torch.get_num_threads()}
 
 
 def choose_hardware(dtype: str = "auto") -> Hardware:

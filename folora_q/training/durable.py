@@ -210,7 +210,8 @@ class DurableTrainer(SFTTrainer):
         best = Path(self.state.best_model_checkpoint)
         if problem := damage(best):
             raise RunFailed(
-                f"the best checkpoint, {best.name}, is not whole: {problem}", "train again, with --overwrite"
+                f"the best checkpoint, {best.name}, is not whole: {problem}",
+                "`--resume` goes back to a checkpoint before it, or to the start of training",
             )
         super()._load_best_model()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import Repr
@@ -23,6 +23,8 @@ OF_TEXT = {"proxy", "model", "recipe"}
 MADE_FROM = {"proxy.jsonl": OF_TEXT, "gates.safetensors": OF_TEXT | {"gate", "data", "adapter"}}
 # A checkpoint's weights have other shapes after these.
 MAKE_SHAPES = ("adapter.r:", "adapter.target_modules:", "gate.rule:", "gate.enabled:", "training.optim:")
+# Of the hardware: what makes other numbers, and what only rounds sums in another order.
+COMPUTED_BY, ADDED_BY = ("device", "dtype"), ("name", "threads")
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = 60
 
@@ -138,8 +140,10 @@ def go_on(
     _refuse(resumption)
     for change in changes:
         tell(f"changed, and forced: {change}")
+    for change in _hardware_changes(earlier, new, ADDED_BY):
+        tell(f"{change}; sums may be rounded otherwise than without the stop")
     resumption.checkpoint = newest_whole(folder.path, recipe.keeps_best, tell)
-    unfit = [change for change in changes if change.startswith(MAKE_SHAPES)]
+    unfit = [change for change in changes if change.startswith(_making_shapes(recipe))]
     if resumption.checkpoint is None:
         tell("there is no whole checkpoint: training begins again")
     elif unfit:
@@ -150,6 +154,12 @@ def go_on(
     folder.discard_unfinished()
     folder.cut_metrics(resumption.step)
     return resumption
+
+
+def _making_shapes(recipe: Recipe) -> tuple[str, ...]:
+    """How changes begin after which no checkpoint fits; `optim: auto` is another optimizer on another device."""
+    by_device = recipe.training.optimizer_on(True) != recipe.training.optimizer_on(False)
+    return (*MAKE_SHAPES, "hardware device:") if by_device else MAKE_SHAPES
 
 
 def _refuse(resumption: Resumption) -> None:
@@ -186,3 +196,11 @@ def _other_changes(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
     for name in COMPARED_VERSIONS:
         if name in before and before[name] != now.get(name):
             yield f"version of {name}: {before[name]} → {now.get(name)}"
+    yield from _hardware_changes(earlier, new, COMPUTED_BY)
+
+
+def _hardware_changes(earlier: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    before, now = earlier.get("computing", {}), new["computing"]
+    for name in names:
+        if name in before and before[name] != now[name]:
+            yield f"hardware {name}: {before[name]} → {now[name]}"

@@ -7,8 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from folora_q import pipeline
+from folora_q.models.hardware import Hardware
 from folora_q.runs.folder import RunFolder
 from folora_q.training.durable import DurableTrainer
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
@@ -92,6 +94,53 @@ def test_damaged_text_and_gates_are_made_again(
     assert_the_same_run(straight, folder)
 
 
+def test_gates_that_come_out_otherwise_than_the_checkpoints_are_refused(
+    demanding: list[object], tmp_path: Path, straight: Path, monkeypatch, capfd
+) -> None:
+    folder = tmp_path / "stopped" / "run"
+    stop_at(monkeypatch, 3, demanding)
+    (folder / "gates.safetensors").write_bytes(b"")
+    made = pipeline.build_gates
+
+    def otherwise(model, pairs, proxy, task, section, *rest):
+        return made(model, pairs, proxy, task, section.model_copy(update={"gate_lambda": 2.0}), *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build_gates", otherwise)
+        for _ in range(2):  # the refusal itself must not make them the run's gates
+            assert run(*demanding, "--resume") == 1
+            talk = capfd.readouterr().err
+            assert "gates.safetensors was damaged, and the gates came out otherwise when they were made again" in talk
+            assert "--force" in talk
+    assert max(steps_saved(folder)) == 3, "no step was taken with them"
+    assert run(*demanding, "--resume") == 0
+    assert_the_same_run(straight, folder)
+
+
+def test_a_damaged_best_checkpoint_is_not_what_a_run_ends_with(
+    demanding: list[object], tmp_path: Path, straight: Path, monkeypatch, capfd
+) -> None:
+    folder, load, damaged = tmp_path / "stopped" / "run", DurableTrainer._load_best_model, []
+
+    def spoiled(self: DurableTrainer) -> None:
+        weights = Path(self.state.best_model_checkpoint) / "adapter_model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        damaged.append(weights.parent.name)
+        load(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DurableTrainer, "_load_best_model", spoiled)
+        assert run(*demanding) == 1
+    talk = capfd.readouterr().err
+    assert f"the best checkpoint, {damaged[0]}, is not whole: adapter_model.safetensors has the SHA-256 " in talk
+    assert manifest(folder)["status"] == "failed" and not (folder / "adapter").exists()
+    assert run(*demanding, "--resume") == 0
+    assert f"{damaged[0]} is not used: " in capfd.readouterr().err
+    assert_the_same_run(straight, folder)
+
+
 def test_a_finished_run_has_nothing_to_go_on_with(saving: list[object], tmp_path: Path, capfd) -> None:
     assert run(*saving, "training.max_steps=1", "--resume") == 0
     assert "there is no run in " in capfd.readouterr().err, "--resume begins where there is nothing"
@@ -149,6 +198,30 @@ def test_another_model_is_refused_once_it_is_loaded(saving: list[object], tmp_pa
         assert run(*saving, "--resume") == 2
         assert "model fingerprint: 000000000000… → " in capfd.readouterr().err
     assert steps_saved(folder) == [2, 3]
+
+
+def test_another_dtype_or_device_is_a_change_and_more_threads_are_a_note(
+    saving: list[object], tmp_path: Path, monkeypatch, capfd
+) -> None:
+    with monkeypatch.context() as patch:
+        other = Hardware(torch.device("cpu"), torch.bfloat16, "a CPU with bfloat16")
+        patch.setattr(pipeline, "choose_hardware", lambda dtype: other)
+        stop_at(patch, 3, saving)
+    folder = tmp_path / "stopped" / "run"
+    assert run(*saving, "--resume") == 2
+    assert "hardware dtype: bfloat16 → float32" in capfd.readouterr().err
+    found = manifest(folder)
+    found["computing"] |= {"device": "cuda", "threads": 64}
+    RunFolder(folder).write_manifest(found)
+    assert run(*saving, "--resume", "--force") == 2, "optim: auto is another optimizer there"
+    assert f"no checkpoint of {folder} fits hardware device: cuda → cpu" in capfd.readouterr().err
+    found["computing"]["device"], here = "cpu", torch.get_num_threads()
+    RunFolder(folder).write_manifest(found)
+    assert run(*saving, "--resume", "--force") == 0
+    assert f"hardware threads: 64 → {here}; sums may be rounded otherwise" in capfd.readouterr().err
+    [entry] = manifest(folder)["resumed"]
+    assert entry["forced"] == ["hardware dtype: bfloat16 → float32"]
+    assert manifest(folder)["computing"] == {"device": "cpu", "dtype": "float32", "name": "CPU", "threads": here}
 
 
 def test_weights_of_other_shapes_are_refused_in_spite_of_force(saving: list[object], monkeypatch, capfd) -> None:
