@@ -29,6 +29,7 @@ from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.private import conceal
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample
@@ -129,7 +130,7 @@ def _run_here(
         result = _run(recipe, folder, data, hardware, tokenizer, scorer, manifest, clock, resumed, trust)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        manifest |= {"status": "interrupted" if interrupted else "failed", "error": str(error)}
+        manifest |= {"status": "interrupted" if interrupted else "failed", "error": conceal(str(error))}
         manifest["stages"] = clock.to_list()
         folder.write_manifest(manifest)
         if interrupted:

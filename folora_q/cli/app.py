@@ -9,7 +9,7 @@ from difflib import get_close_matches
 import rich_click as click
 
 from folora_q import __version__
-from folora_q.cli.console import print_error
+from folora_q.cli.console import concealing, print_error
 from folora_q.errors import FoloraError, RunFailed, Terminated
 
 # Name of the command: its module in this folder. The command is the module's attribute `command`.
@@ -58,8 +58,16 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the run failed, 2 the user's mistake, 130 or 143 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command line and exit: 0 done, 1 the run failed, 2 the user's mistake, 130 or 143 interrupted.
+
+    Args:
+        arguments: None takes this process's, and conceals tokens until its end, in a traceback too.
+    """
+    with concealing(stay=arguments is None):
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> None:
     debug = "--debug" in arguments
     # --debug is the group's, but people put it last.
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]

@@ -4,22 +4,56 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from folora_q.private import conceal
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 # Without a terminal a stage says how far it is at least this often.
 SECONDS_BETWEEN_LINES = 15.0
+
+
+class Concealing:
+    """A stream that shows no token or password, whoever writes to it: we, a library's log, or a traceback."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(conceal(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def concealing(stay: bool) -> Iterator[None]:
+    """Conceal what is written to stdout and stderr, in the block or, with `stay`, until this process ends."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Concealing, before)
+    try:
+        yield
+    finally:
+        if not stay:
+            sys.stdout, sys.stderr = before
 
 
 def print_error(message: str, hint: str | None = None) -> None:

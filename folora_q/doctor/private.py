@@ -1,4 +1,7 @@
-"""A report is made to be shown to others: no token, no password, no name of a user in it."""
+"""A report is made to be shown to others: no token, no password, no name of a user in it.
+
+More is hidden here than in what a run says (`folora_q.private`): where nothing else is called hf_, all of that.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from folora_q.doctor.finding import Finding
+from folora_q.private import HIDDEN, conceal
 
-HIDDEN = "<hidden>"
-SECRETS = re.compile(r"hf_\w{6,}|(?<=Bearer )[^\s'\"]+|(?<=://)[^/\s@]+(?=@)")
+HUB_TOKEN = re.compile(r"hf_\w{6,}")
 
 
 def without_secrets(finding: Finding) -> Finding:
@@ -35,7 +38,7 @@ def _conceal(text: str) -> str:
 
         if token := get_token():
             text = text.replace(token, HIDDEN)
-    text = SECRETS.sub(HIDDEN, text)
+    text = HUB_TOKEN.sub(HIDDEN, conceal(text))
     with suppress(RuntimeError):  # no home
         text = re.sub(rf"{re.escape(str(Path.home()))}(?=[/\\):\s]|$)", "~", text)
     return text

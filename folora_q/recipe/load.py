@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from folora_q.errors import UserError
+from folora_q.private import conceal, holds_secret
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.hints import FOREIGN_WORDS
 from folora_q.recipe.paths import exists, short, with_absolute_paths
 from folora_q.recipe.schema import Recipe
-from folora_q.recipe.strict_yaml import KeyPath, parse_yaml
+from folora_q.recipe.strict_yaml import LONGEST, KeyPath, parse_yaml
 
 # An error quotes no more of a value than this.
 SHORT = Repr()
@@ -40,7 +41,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: the file cannot be read, or anything in it is wrong; the message lists every finding.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LONGEST + 1)  # it may be no recipe, and have no end
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}", "`folora-q recipes` lists the shipped ones") from None
     except UnicodeDecodeError as error:
@@ -60,6 +62,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key = _apply_override(values, override)
         places = {known: place for known, place in places.items() if known[: len(key)] != key}
         places[key] = OVERRIDE + _short(override)
+    _refuse_secrets(values, places, path)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -78,6 +81,29 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return Path.cwd() if given_here and not only_there else path.parent
 
     return with_absolute_paths(recipe, folder_for, lambda key: _place(key, places, path))
+
+
+def _refuse_secrets(values: dict[str, Any], places: Mapping[KeyPath, str], path: Path) -> None:
+    """A recipe is copied into the run folder, and much of it into cards and reports."""
+    found = [
+        f"`{'.'.join(str(part) for part in key)}` holds a token or a password ({conceal(_place(key, places, path))})"
+        for key, value in _strings(values)
+        if holds_secret(value)
+    ]
+    if found:
+        raise UserError(
+            "\n       ".join(found),
+            "a recipe is copied into the run folder: log in with `hf auth login`, or set HF_TOKEN or the variable of "
+            "your tracker",
+        )
+
+
+def _strings(value: Any, key: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, str):
+        yield key, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for part, below in inner:
+        yield from _strings(below, (*key, part))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> KeyPath:

@@ -18,6 +18,7 @@ Key = tuple[str | int, ...]
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
 LONGEST_QUOTE = 400
+HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What must be importable for a setting that names it.
 PACKAGES = {
@@ -86,7 +87,7 @@ def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], 
         update={key: sources(key, getattr(recipe.data, key)) for key in ("train_dataset", "eval_dataset")}
     )
     if data.chat_template is not None and _is_file_name(data.chat_template):
-        template = found(("data", "chat_template"), data.chat_template, _file)
+        template = found(("data", "chat_template"), data.chat_template, _template)
         data = data.model_copy(update={"chat_template": template})
     evaluation = recipe.evaluation
     changed: dict[str, object] = {}
@@ -134,6 +135,12 @@ def _file(folder: Path, value: str) -> str:
     return str(path)
 
 
+def _template(folder: Path, value: str) -> str:
+    if not value.endswith(TEMPLATE_ENDINGS):
+        raise LookupError(f"{short(value)} is no template: its name ends in none of {', '.join(TEMPLATE_ENDINGS)}")
+    return _file(folder, value)
+
+
 def _function(folder: Path, value: str) -> str:
     path, _, name = value.rpartition(":")
     return f"{_file(folder, path)}:{name}"
@@ -162,6 +169,8 @@ def _model(folder: Path, value: str) -> str:
         return str(path)
     if path.suffix == ".gguf" or value.startswith(("/", "./", "../", "~")) or not value:
         raise LookupError(f"no model at {short(path)}{_near(path)}")
+    if not HUB_MODEL.fullmatch(value):
+        raise LookupError(f"{short(value)} is no file or folder here, and no hub id")
     return value
 
 

@@ -14,10 +14,19 @@ KeyPath = tuple[str | int, ...]
 # Deep enough for any recipe, far from Python's recursion limit.
 DEEPEST = 20
 LONGEST_NUMBER = 400
+# Characters: ten times a long recipe, and less than two seconds in the slowest form that they can have.
+LONGEST = 65_536
+CORE = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list] = {}
+    # Of JSON's values alone; a SafeLoader also builds dates, sets and bytes, where a tag asks for them.
+    yaml_constructors = {
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix("tag:yaml.org,2002:") in CORE
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -78,6 +87,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         ValueError: it is not valid YAML, or more than a recipe may hold; the message is one line and names the place.
     """
+    if len(text) > LONGEST:
+        raise ValueError(f"it has {len(text):,} characters, and {LONGEST:,} are the most that are read")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from folora_q.private import conceal
 from folora_q.report import comparison, text
 from folora_q.report.comparison import AtEqualLoss, at_ends, at_equal_loss, names_of
 from folora_q.report.pictures import (
@@ -137,7 +138,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: type(value)(text.readable(value)) if isinstance(value, str) else value,
+        finalize=lambda value: type(value)(conceal(text.readable(value))) if isinstance(value, str) else value,
     )
     environment.filters |= {
         "number": text.number,

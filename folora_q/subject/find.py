@@ -16,13 +16,12 @@ from folora_q.errors import UserError, first_line
 from folora_q.export.adapter import CONFIG as ADAPTER_CONFIG
 from folora_q.export.merge import REPORT as MERGE_REPORT
 from folora_q.models.demo import DEMO_MODEL
-from folora_q.recipe.paths import short
+from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
 from folora_q.recipe.strict_yaml import parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.training.checkpoints import checkpoints
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Folders in a run's that can be named themselves.
 INSIDE_A_RUN = re.compile(r"adapter|merged|checkpoint-\d+")
 WHAT_TO_NAME = "name a run folder, an adapter's folder, a model's folder, a .gguf file or a hub id"
@@ -77,7 +76,7 @@ def find_subject(name: str) -> Subject:
         )
     if there and path.suffix != ".gguf":
         raise UserError(f"{path} is a file, but no .gguf file", WHAT_TO_NAME)
-    is_hub_name = HUB_NAME.fullmatch(name) and not ("/" in name and path.parent.is_dir())
+    is_hub_name = HUB_MODEL.fullmatch(name) and not ("/" in name and path.parent.is_dir())
     if name != DEMO_MODEL and not there and (path.suffix == ".gguf" or not is_hub_name):
         raise UserError(f"there is no run, adapter or model at {short(name)!r}{_near(path)}", WHAT_TO_NAME)
     return Subject(name, "model", ModelSection(model_name_or_path=name))

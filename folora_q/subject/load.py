@@ -22,9 +22,9 @@ from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import load_model, load_unquantized
 from folora_q.models.tokenizer import IF_THERE, load_tokenizer, loading
 from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
-from folora_q.recipe.paths import short
+from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
-from folora_q.subject.find import HUB_NAME, WHAT_TO_NAME, Subject, find_subject
+from folora_q.subject.find import WHAT_TO_NAME, Subject, find_subject
 
 ADAPTER_WEIGHTS = (SAFE_ADAPTER, PICKLED_ADAPTER)
 # Of a hub's adapter, what is fetched besides its configuration.
@@ -147,7 +147,7 @@ def fetched(subject: Subject) -> Subject:
             cached_file(name, PICKLED_ADAPTER, revision=folder.name, **IF_THERE)
         found = find_subject(str(folder))
         base = found.section.model_name_or_path
-        if os.path.exists(base) or not HUB_NAME.fullmatch(base):
+        if os.path.exists(base) or not HUB_MODEL.fullmatch(base):
             raise UserError(
                 f"the adapter {name} names a file of this machine as its base: {short(base)}",
                 f"download it (`hf download {name} --local-dir FOLDER`), write the base's hub id into its "
