@@ -17,10 +17,11 @@ LOOKS_SECRET = re.compile(
     r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}"  # the hub's tokens
     r"|(?<=Bearer )[^\s'\"]+"
     r"|(?<=://)[^/\s@]+(?=@)"  # of https://user:password@host
+    r"|(?<=:/)[^/\s@:]+:[^/\s@]+(?=@)"  # which a path writes with one slash
     r"|(?:(?<=[?&]token=)|(?<=[?&]sig=)|(?<=[?&]api_key=)|(?<=[?&]Signature=)|(?<=X-Amz-Signature=))[^&\s'\"]+"
 )
 # All of the above holds one of these.
-SIGNS = ("hf_", "Bearer ", "://", "?", "&")
+SIGNS = ("hf_", "Bearer ", ":/", "?", "&")
 
 
 def conceal(text: str) -> str:

@@ -12,13 +12,12 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Chat, Completion, Message
-from folora_q.data.tokens import prompt_ids
+from folora_q.data.tokens import TEMPLATE_ERRORS, prompt_ids
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.subject.load import nothing_to_compare
 
@@ -26,8 +25,6 @@ from folora_q.subject.load import nothing_to_compare
 LEAST_TEMPERATURE = 1e-3
 # What bytes that are no whole character yet are decoded to.
 INCOMPLETE = "\ufffd"
-# What a template may raise on a conversation that it does not take.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)

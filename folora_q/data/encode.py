@@ -16,20 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import get_training_chat_template
 from trl.chat_template_utils import has_generation_markers
 
 from folora_q.data.formats import Chat, Completion, Example, Message, Text
 from folora_q.data.rows import RowError
-from folora_q.data.tokens import IGNORED
+from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS
 from folora_q.errors import UserError
 
 Span = tuple[int, int]
 PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-# What a template may raise on a conversation that it does not take.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)

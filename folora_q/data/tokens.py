@@ -6,12 +6,19 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Chat, Completion
 
 IGNORED = -100  # the label of a token that is not trained
+# What a chat template may raise, on a conversation that it does not take or by what it does; transformers runs it in
+# jinja2's sandbox, whose own refusals are TemplateErrors, or an OverflowError where a range is too long.
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
 
 
 class Batch(NamedTuple):

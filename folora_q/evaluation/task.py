@@ -14,10 +14,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.encode import TEMPLATE_ERRORS
 from folora_q.data.formats import Chat, Completion
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import prompt_ids
+from folora_q.data.tokens import TEMPLATE_ERRORS, prompt_ids
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
 from folora_q.evaluation.contrast import Contrast

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.halving import Halving
-from folora_q.errors import RunFailed, UserError
+from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.recipe.schema import ProxySection
 
 # The paper's mixture: share of the samples, and their decoding settings.
@@ -106,12 +108,12 @@ def chat_openings(tokenizer: Tokenizer) -> str:
     """What the chat template writes before the user's first words.
 
     Raises:
-        UserError: there is no template, or it changes what the user says.
+        UserError: there is no template, it fails, or it changes what the user says.
     """
     marker = "folora-q user turn"
     if tokenizer.chat_template is None:
         raise UserError("proxy.source asks for chats, but this model has no chat template", "set proxy.source=bos")
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
+    rendered = _render(tokenizer, marker, tokenize=False)
     opening, found, _ = rendered.partition(marker)
     if not found:
         raise UserError("this model's chat template hides what the user says", "set proxy.source=bos")
@@ -145,13 +147,19 @@ def _draw_chats(
     turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
     users = [tokenizer.decode(turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
     prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": user}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for user in users
-        if user
+        _render(tokenizer, user, add_generation_prompt=True, return_dict=True)["input_ids"] for user in users if user
     ]
     return _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding) if prompts else []
+
+
+def _render(tokenizer: Tokenizer, user: str, **how: bool) -> Any:
+    """A chat of one turn."""
+    try:
+        return tokenizer.apply_chat_template([{"role": "user", "content": user}], **how)
+    except TEMPLATE_ERRORS as error:
+        raise UserError(
+            f"this model's chat template fails on a user's turn: {first_line(error)}", "set proxy.source=bos"
+        ) from error
 
 
 def _continue(
