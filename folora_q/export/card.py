@@ -1,7 +1,12 @@
-"""The model card: what the adapter is, what it learned, what it made the model forget."""
+"""The model card: what the adapter is, what it learned, what it made the model forget.
+
+Names in it are other people's, and stand there as text: none of them is Markdown, HTML or YAML.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +17,14 @@ from folora_q import __version__
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.recipe.dataset import Source
-from folora_q.recipe.paths import is_hub_dataset
+from folora_q.recipe.paths import HUB_MODEL, is_hub_dataset
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.results import Evaluation
 
 
 def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evaluation) -> None:
     """A card in place of PEFT's, whose body is placeholders."""
-    is_hub_id = not Path(base.name).exists()
+    is_hub_id = _is_hub_id(base.name)
     head = ModelCardData(
         base_model=base.name if is_hub_id else None,
         library_name="peft",
@@ -38,13 +43,13 @@ def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation) -> str:
         else "not gated (plain QLoRA)"
     )
     return f"""
-# LoRA adapter for {Path(base.name).name}
+# LoRA adapter for {_text(Path(base.name).name)}
 
 Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.bnb_4bit_quant_type}, double quantization
 {"on" if recipe.model.bnb_4bit_use_double_quant else "off"}). Updates were {method}.
 
-- Base model: `{base.name}`{f" at revision `{base.revision}`" if base.revision else ""}
-- Training data: {", ".join(f"`{_named(source)}`" for source in recipe.data.train_dataset)}
+- Base model: {_code(base.name)}{f" at revision {_code(base.revision)}" if base.revision else ""}
+- Training data: {", ".join(_code(_named(source)) for source in recipe.data.train_dataset)}
 - Rank {recipe.adapter.r}, alpha {recipe.adapter.lora_alpha:g}, learning rate {recipe.training.learning_rate:g},
   seed {recipe.training.seed}
 
@@ -61,7 +66,7 @@ held out from training.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base.name}")
+base = AutoModelForCausalLM.from_pretrained({json.dumps(base.name)})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
@@ -78,9 +83,32 @@ def _rows(evaluation: Evaluation) -> str:
     for text in evaluation.texts:
         loss, by, kl = text.loss, text.loss.change, text.kl
         shift = f"{by.value:+.4f} ({by.low:+.4f} to {by.high:+.4f})"
-        rows.append(f"| {text.name}: loss | {loss.base.value:.4f} | {loss.tuned.value:.4f} | {shift} |")
-        rows.append(f"| {text.name}: KL from the base | 0 | {kl.value:.4f} | ({kl.low:.4f} to {kl.high:.4f}) |")
+        name = _text(text.name)
+        rows.append(f"| {name}: loss | {loss.base.value:.4f} | {loss.tuned.value:.4f} | {shift} |")
+        rows.append(f"| {name}: KL from the base | 0 | {kl.value:.4f} | ({kl.low:.4f} to {kl.high:.4f}) |")
     return "\n".join(rows)
+
+
+def _text(name: str) -> str:
+    """A name as text, in a table too."""
+    return re.sub(r"([\\`*_\[\]|#~!<>&$])", r"\\\1", _line(name))
+
+
+def _code(name: str) -> str:
+    """A name as code, between more backticks than it has in a row."""
+    line = _line(name)
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    space = " " * ("`" in (line[:1], line[-1:]))
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _line(name: str) -> str:
+    """A name on one line: what cannot be seen, and ends of lines, as their codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_MODEL.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _named(source: Source) -> str:
@@ -90,7 +118,7 @@ def _named(source: Source) -> str:
 
 def write_merged_card(path: Path, report: Mapping[str, Any]) -> None:
     """The card of a merged model: what it was made of, and what the verification found."""
-    is_hub_id = not Path(report["base"]).exists()
+    is_hub_id = _is_hub_id(report["base"])
     head = ModelCardData(
         base_model=report["base"] if is_hub_id else None,
         base_model_relation="finetune",
@@ -99,17 +127,17 @@ def write_merged_card(path: Path, report: Mapping[str, Any]) -> None:
         tags=["folora-q", "lora", "merged"],
     )
     adapters = "\n".join(
-        f"- adapter `{adapter['name']}`, weight {adapter['weight']:g}" for adapter in report["adapters"]
+        f"- adapter {_code(adapter['name'])}, weight {adapter['weight']:g}" for adapter in report["adapters"]
     )
     kind = {
         "original": "the base's own 16-bit weights",
         "dequantized": "the base's weights after the round trip through 4 bits that the adapter was trained on",
     }[report["base_weights"]]
-    revision = f" at revision `{report['revision']}`" if report["revision"] else ""
+    revision = f" at revision {_code(report['revision'])}" if report["revision"] else ""
     body = f"""
-# {Path(report["base"]).name}, merged
+# {_text(Path(report["base"]).name)}, merged
 
-Made by folora-q {__version__} from `{report["base"]}`{revision}.
+Made by folora-q {__version__} from {_code(report["base"])}{revision}.
 Each adapter's change was added to {kind}, in float32, and rounded once to {report["dtype"]}.
 
 {adapters}
@@ -125,7 +153,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if report["verified"] is None:
         return "**Not verified.**"
     if not report["verified"]:
-        return "**No: " + "; ".join(report["failures"]) + ".** Do not use this model."
+        return "**No: " + "; ".join(map(_text, report["failures"])) + ".** Do not use this model."
     merged, base = report["merged"], report["base_difference"]
     return f"""Yes. Every weight is the nearest number to the sum. On {report["tokens"]:,} tokens of held-out text,
 against PEFT's adapter on the same base:
