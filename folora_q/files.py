@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -11,11 +12,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+class NoCache(OSError):
+    """This user has no folder of their own, as in a container that knows no such user."""
+
+
 def cache_folder() -> Path:
-    """Where converted models and sampled text are kept: $FOLORA_Q_CACHE, else folora-q in the user's cache folder."""
+    """Where converted models and sampled text are kept: $FOLORA_Q_CACHE, else folora-q in the user's cache folder.
+
+    Raises:
+        NoCache: there is no such place.
+    """
     if named := os.environ.get("FOLORA_Q_CACHE"):
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "folora-q"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "folora-q"
+    try:
+        return Path.home() / ".cache" / "folora-q"
+    except RuntimeError:  # no HOME, and a number that is in no list of users
+        raise NoCache(errno.ENOENT, "no home folder is known, so there is no place for the cache") from None
 
 
 def sha256(path: Path) -> str:

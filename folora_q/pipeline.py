@@ -129,11 +129,11 @@ def _run_here(
         atomic_write(folder.recipe, dump_yaml(recipe.model_dump(mode="json")))
         result = _run(recipe, folder, data, hardware, tokenizer, scorer, manifest, clock, resumed, trust)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
+        interrupted = not isinstance(error, Exception)  # or whoever read our output has gone
         manifest |= {"status": "interrupted" if interrupted else "failed", "error": conceal(str(error))}
         manifest["stages"] = clock.to_list()
         folder.write_manifest(manifest)
-        if interrupted:
+        if isinstance(error, KeyboardInterrupt):
             raise type(error)(f"what had been written is in {target}, marked as interrupted") from None
         raise
     return result

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 
 import rich_click as click
 
 from folora_q import __version__
 from folora_q.cli.console import concealing, print_error
 from folora_q.errors import FoloraError, RunFailed, Terminated
+from folora_q.files import NoCache, cache_folder
 
 # Name of the command: its module in this folder. The command is the module's attribute `command`.
 COMMANDS = {
@@ -29,6 +33,7 @@ COMMANDS = {
     "schema": "schema",
     "doctor": "doctor",
 }
+UNEXPECTED = "give --debug to see where it happened"
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT and SIGTERM, as shells have it
 
 
@@ -71,6 +76,9 @@ def _run(arguments: list[str]) -> None:
     debug = "--debug" in arguments
     # --debug is the group's, but people put it last.
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # there is none, or it is somebody's own
+            stream.reconfigure(errors="backslashreplace")  # a locale, or a file's name, may hold what cannot be written
     try:
         code = group.main(arguments, prog_name="folora-q", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -89,5 +97,30 @@ def _run(arguments: list[str]) -> None:
     except Exception as error:
         if debug:
             raise
-        print_error(f"{type(error).__name__}: {error}", "give --debug to see where it happened")
+        print_error(*_in_words(error))
         sys.exit(RunFailed.exit_code)
+
+
+def _in_words(error: Exception) -> tuple[str, str]:
+    """What is wrong, and what to do about it, of an error that nothing else has put into words."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        cache = isinstance(error, NoCache) or _is_of_the_cache(error.filename)
+        hint = "set FOLORA_Q_CACHE to a folder that can be written" if cache else UNEXPECTED
+        return f"{where}{error.strerror}", hint
+    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+        unnamed = error.object[error.start : error.end]
+        return (
+            f"no file can be named {unnamed!r} in this locale, whose encoding is {sys.getfilesystemencoding()}",
+            "set LC_ALL=C.UTF-8, or PYTHONUTF8=1",
+        )
+    return f"{type(error).__name__}: {error}", UNEXPECTED
+
+
+def _is_of_the_cache(name: object) -> bool:
+    """Whether a file lies in the cache, or on the way to it."""
+    try:
+        path, cache = Path(os.fsdecode(name)), cache_folder()
+    except (TypeError, OSError):
+        return False
+    return path.is_relative_to(cache) or cache.is_relative_to(path)

@@ -9,7 +9,7 @@ import rich_click as click
 from rich.markup import escape
 from rich.table import Table
 
-from folora_q.cli.console import ConsoleProgress, err, out
+from folora_q.cli.console import ConsoleProgress, err, out, print_table
 from folora_q.cli.pages import check_target, print_page, write
 from folora_q.errors import UserError
 from folora_q.report.comparison import (
@@ -45,7 +45,7 @@ def command(folders: tuple[Path, ...], output: Path) -> None:
     for note in notes:
         err.print(f"[yellow]note:[/] {escape(visible(note))}", soft_wrap=True)
     out.print("[bold]At their ends[/]")
-    out.print(_ends_table(at_ends(runs), names))
+    print_table(_ends_table(at_ends(runs), names))
     _print_equal(at_equal_loss(runs), names)
     with ConsoleProgress().stage("drawing the comparison", None):
         from folora_q.report.page import comparison_page
@@ -112,6 +112,6 @@ def _print_equal(equal: AtEqualLoss | None, names: Sequence[str]) -> None:
             table.add_row(label, NONE, NONE, "not measured there")
         else:
             table.add_row(label, number(reached.kl), number(reached.agreement, ".1%"), where(reached))
-    out.print(table)
+    print_table(table)
     if None in equal.reached:
         out.print(f"{NONE} measured at its end only: {NO_TRAJECTORY}", soft_wrap=True)

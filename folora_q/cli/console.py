@@ -16,12 +16,15 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segments
+from rich.table import Table
 
 from folora_q.private import conceal
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+WIDEST = 1000
 # Without a terminal a stage says how far it is at least this often.
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -54,6 +57,13 @@ def concealing(stay: bool) -> Iterator[None]:
     finally:
         if not stay:
             sys.stdout, sys.stderr = before
+
+
+def print_table(table: Table) -> None:
+    """A table, in a narrow terminal wider than that: numbers and names that are cut off would be others."""
+    least = out.measure(table, options=out.options.update(width=WIDEST)).minimum
+    options = out.options.update(width=max(out.width, least))
+    out.print(Segments(out.render(table, options)), crop=False, end="")
 
 
 def print_error(message: str, hint: str | None = None) -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import err, out, starting
+from folora_q.cli.console import err, out, print_table, starting
 from folora_q.cli.options import recipe_arguments
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.built import shape_of_parameters
@@ -38,7 +38,7 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
     shape = _shape(recipe, ctx.obj["debug"])
     found = estimate(recipe, shape)
     _print_head(recipe, shape, found)
-    out.print(_table(found))
+    print_table(_table(found))
     _print_cards(found, CARDS if card is None else (card,))
     _print_host_and_disk(found)
     if card is not None and not fits(found, card):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,9 +96,8 @@ def command(
     _print_outcome(outcome)
     if output is not None:
         _write(outcome, output)
-        out.print(
-            f"\n[bold]Next[/]\n  [dim]# the same as one page[/]\n  [cyan]folora-q report {escape(str(output))}[/]"
-        )
+        line = f"folora-q report {shlex.quote(str(output))}"
+        out.print(f"\n[bold]Next[/]\n  [dim]# the same as one page[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
 
 
 def _print_outcome(outcome: EvaluationOutcome) -> None:

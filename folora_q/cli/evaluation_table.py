@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from folora_q.cli.console import out, visible
+from folora_q.cli.console import out, print_table, visible
 from folora_q.runs.results import AnswerResult, Change, Estimate, Evaluation, HarnessResult
 
 ANSWER_LENGTH = 200
@@ -45,7 +45,7 @@ def print_evaluation(found: Evaluation, title: str) -> None:
     table.add_section()
     for text in found.of_kind("general"):
         add(f"{text.name}: loss (forgetting)", text.loss, ".4f", True)
-    out.print(table)
+    print_table(table)
 
 
 def print_harness(found: list[HarnessResult]) -> None:
@@ -65,7 +65,7 @@ def print_harness(found: list[HarnessResult]) -> None:
             _with_error(row.tuned, row.tuned_stderr),
             _coloured(_with_error(change, row.change_stderr, "+"), colour),
         )
-    out.print(table)
+    print_table(table)
 
 
 def print_answer(answer: AnswerResult) -> None:

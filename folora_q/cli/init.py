@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def command(
     )
     out.print("\n[bold]Next[/]")
     for verb in ("validate", "preview", "train"):
-        out.print(f"  [cyan]folora-q {verb} {escape(str(path))}[/]", soft_wrap=True)
+        out.print(f"  [cyan]folora-q {verb} {escape(shlex.quote(str(path)))}[/]", soft_wrap=True)
 
 
 def _look_at(data: str, folder: Path) -> tuple[Shape, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import out
+from folora_q.cli.console import out, print_table
 from folora_q.errors import UserError
 from folora_q.report.gates import find_gates, mean_value, passing, shared_by
 from folora_q.report.layers import Quantity, Scale, gate_quantities, layer_quantities, place_of, scale_of
@@ -53,7 +54,7 @@ def _no_gates(run: Run) -> UserError:
     if run.gated is False:
         return UserError(
             f"{run.folder.path} is plain QLoRA: it has no gate to look at",
-            f"what it moved: folora-q report {run.folder.path}",
+            f"what it moved: folora-q report {shlex.quote(str(run.folder.path))}",
         )
     return UserError(
         f"{run.folder.path} has no gates in {run.folder.gate_results.name}; the run is marked as {run.status}",
@@ -82,7 +83,7 @@ def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
             soft_wrap=True,
         )
     example = escape(visible(run.gates[0].modules[0])) if run.gates[0].modules else "NAME"
-    folder = escape(visible(str(run.folder.path)))
+    folder = escape(visible(shlex.quote(str(run.folder.path))))
     out.print(f"[dim]one in detail: folora-q inspect {folder} --module {example}[/]", soft_wrap=True)
 
 
@@ -144,14 +145,14 @@ def _print_gate(gate: GateResult, layers: Sequence[LayerResult], everything: boo
     if rest > 0:
         value = gate.complement_value
         table.add_row(f"the other {rest:,}", short(gate.complement_quotient), number(value, ".1%"), _bar(value))
-    out.print(table)
+    print_table(table)
     over, directions = passing([gate])
     if directions:
         share = f"{over:,} of {directions:,} directions pass more than half"
         out.print(f"{share}; the mean share is {gate.mean_value:.1%}", soft_wrap=True)
     ours = [layer for layer in layers if layer.name in gate.modules]
     if ours:
-        out.print(_layers_table(ours))
+        print_table(_layers_table(ours))
     out.print()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import rich_click as click
 from rich.markup import escape
 from rich.table import Table
 
-from folora_q.cli.console import out, starting
+from folora_q.cli.console import out, print_table, starting
 from folora_q.cli.options import trust_options
 from folora_q.errors import UserError
 from folora_q.models.trust import Trust
@@ -105,22 +106,22 @@ def _print_result(result: MergeResult) -> None:
         table.add_row("mean logit difference", f"{merged.mean:.3g}", f"{base.mean:.3g}")
         table.add_row("KL, nats per token", f"{merged.kl:.2g}", f"{base.kl:.2g}")
         table.add_row("same most likely token", f"{merged.agreement:.1%}", f"{base.agreement:.1%}")
-        out.print(table)
+        print_table(table)
         explained = "" if found.rounding is None else f"; rounding alone explains {found.rounding:.3g} of the mean"
         out.print(
             f"{found.weights} weights changed, each to the nearest number of its dtype{explained}", soft_wrap=True
         )
-    out.print(f"\n[bold]Next[/]  (the model is in [cyan]{escape(str(result.folder))}[/])")
+    out.print(f"\n[bold]Next[/]  (the model is in [cyan]{escape(str(result.folder))}[/])", soft_wrap=True)
     if result.gguf is not None:
         path, facts = result.gguf
         checked = (
             "its numbers are the model's" if facts.compared else "names, shapes and vocabulary checked, not numbers"
         )
-        line = f"llama-cli -m {path}"
+        line = f"llama-cli -m {shlex.quote(str(path))}"
         out.print(f"  [dim]# {facts.tensors} tensors; {checked}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
     if result.url is not None:
         out.print(f"  [dim]# pushed in one commit[/]\n  [cyan]{escape(result.url)}[/]", soft_wrap=True)
-    chat = f"folora-q chat {result.folder}"
+    chat = f"folora-q chat {shlex.quote(str(result.folder))}"
     out.print(f"  [dim]# talk to it[/]\n  [cyan]{escape(chat)}[/]", soft_wrap=True)
     loading = f"AutoModelForCausalLM.from_pretrained({str(result.folder)!r})"
     out.print(f"  [dim]# any program that reads Hugging Face folders[/]\n  [cyan]{escape(loading)}[/]", soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from folora_q.cli.console import out, starting, visible
+from folora_q.cli.console import out, print_table, starting, visible
 from folora_q.cli.options import recipe_arguments, trust_options
 from folora_q.models.trust import Trust
 from folora_q.progress import Clock
@@ -114,7 +114,7 @@ def _print_lengths(sequences: Sequence[Sequence[int]]) -> None:
         span = f"{first:,} to {first + width - 1:,}" if width > 1 else f"{first:,}"
         table.add_row(span, f"[cyan]{bar}[/]", f"{count:,}")
     out.print()
-    out.print(table)
+    print_table(table)
 
 
 def _print_left_out(recipe: Recipe, data: TaskTokens, half: Tokenized) -> None:

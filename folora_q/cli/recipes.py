@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import rich_click as click
@@ -35,4 +36,4 @@ def copy(name: str, target: Path, overwrite: bool) -> None:
     files = copy_recipe(name, target, overwrite)
     for file in files:
         out.print(f"[green]✓[/] {escape(str(file))}", soft_wrap=True)
-    out.print(f"\n[bold]Next[/]\n  [cyan]folora-q validate {escape(str(files[0]))}[/]", soft_wrap=True)
+    out.print(f"\n[bold]Next[/]\n  [cyan]folora-q validate {escape(shlex.quote(str(files[0])))}[/]", soft_wrap=True)

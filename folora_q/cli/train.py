@@ -87,7 +87,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _program() -> str:
     """How this program is called, for lines to copy."""
     program = "folora-q" if shutil.which("folora-q") else sys.argv[0]
-    return f"{sys.executable} {program}" if program.endswith(".py") else program
+    return shlex.join([sys.executable, program] if program.endswith(".py") else [program])
 
 
 def _print_result(result: RunResult, recipe: Recipe) -> None:
@@ -111,7 +111,7 @@ def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, trust: Tru
     allowed = "".join(f" {flag}" for flag in trust.flags())
     steps = [
         (f"{program} report {quoted}", "one page: curves, where the model moved, answers of base and tuned"),
-        (f"less {folder}/proxy.jsonl", "the text that the model wrote, which it should go on handling"),
+        (f"less {quoted}/proxy.jsonl", "the text that the model wrote, which it should go on handling"),
         (f"{program} chat {quoted} --base{allowed}", "talk to it, beside its base"),
         (f"{program} merge {quoted}{allowed}", "one model out of it, and the proof that it is the adapter"),
     ]
@@ -120,6 +120,6 @@ def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, trust: Tru
         plain.append(f"training.output_dir={folder}-plain")
         line = shlex.join(["train", str(path), *overrides, *plain, *trust.flags()])
         steps.append((f"{program} {line}", "plain QLoRA, to compare"))
-    out.print(f"\n[bold]Next[/]  (the adapter is in [cyan]{escape(str(folder / 'adapter'))}[/])")
+    out.print(f"\n[bold]Next[/]  (the adapter is in [cyan]{escape(str(folder / 'adapter'))}[/])", soft_wrap=True)
     for line, purpose in steps:
         out.print(f"  [dim]# {escape(purpose)}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)

@@ -35,8 +35,11 @@ def kept_or_sampled(
         return samples
     with clock.stage("sampling text from the base model", section.num_samples + section.num_heldout_samples) as done:
         samples = sample_proxy(model, tokenizer, section, done, Halving("sampling", clock.note))
-    write_samples(path, samples, tokenizer)
-    clock.note(f"sampled text kept in {path}")
+    try:
+        write_samples(path, samples, tokenizer)
+        clock.note(f"sampled text kept in {path}")
+    except OSError as error:  # it took long to sample, and the run has it
+        clock.note(f"sampled text could not be kept in {path}: {error.strerror}")
     return samples
 
 

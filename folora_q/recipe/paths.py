@@ -124,6 +124,10 @@ def _is_file_name(template: str) -> bool:
 def _absolute(folder: Path, value: str) -> Path:
     try:
         return (folder / Path(value).expanduser()).resolve()
+    except UnicodeEncodeError as error:
+        raise LookupError(
+            f"{value!r} cannot be named in this locale, whose encoding is {error.encoding}: set LC_ALL=C.UTF-8"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:
         raise LookupError(f"{value!r} is no path ({error})") from None
 

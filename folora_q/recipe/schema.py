@@ -190,7 +190,7 @@ class TrainingSection(Section):
     max_skipped_steps: PositiveInt = 3
     """A step whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
     save_steps: PositiveInt | None = None
-    """Steps between two checkpoints, from which --resume goes on, in checkpoint-N; unset: one, until it is evaluated."""
+    """Steps between two checkpoints, from which --resume goes on; unset: one at the end, until it is evaluated."""
     save_total_limit: PositiveInt = 2
     """How many checkpoints are kept."""
     load_best_model_at_end: bool = False

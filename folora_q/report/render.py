@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,8 +45,7 @@ class Picture:
 
 @contextmanager
 def our_style() -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's matplotlibrc says, in our look; without its remarks on fonts."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    """matplotlib as it comes, whatever the user's matplotlibrc says, in our look; without its remarks."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         matplotlib.rcdefaults()
