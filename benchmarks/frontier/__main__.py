@@ -1,0 +1,97 @@
+"""Who forgets least, at equal gain on the task? Methods over their learning rates, on one 4-bit base and the same data.
+
+    .venv/bin/python -m benchmarks.frontier run --quick      a quarter of an hour on two CPU cores
+    .venv/bin/python -m benchmarks.frontier run              all methods, three seeds, both tasks: a day on two cores
+    .venv/bin/python -m benchmarks.frontier run --ablations  ours with its parts changed one by one
+    .venv/bin/python -m benchmarks.frontier table            docs/frontier.md and its plots, from what has been run
+
+What has been run is kept in --output, a file a run; the command goes on where it was stopped. Overrides go to the
+task's recipe: `model.model_name_or_path=...` takes another model.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from folora_q.cli.console import ConsoleProgress, err, quiet_libraries, quiet_progress_bars
+
+quiet_libraries()  # before they are imported
+
+HERE = Path(__file__).parent
+TASKS = ("style", "skill")
+STEPS, QUICK_STEPS = 100, 30
+OUTPUT = Path("runs/frontier")
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    quiet_progress_bars()
+
+
+@main.command()
+@click.argument("overrides", nargs=-1)
+@click.option("--quick", is_flag=True, help="Few points, 30 steps, one seed, one task.")
+@click.option("--ablations", is_flag=True, help="Ours with its parts changed, in place of the methods.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="This task alone.")
+@click.option("--series", "wanted", multiple=True, help="These series alone, by a part of their names.")
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--steps", type=int, help="Optimizer steps of a run.")
+@click.option("--workers", default=1, show_default=True, help="Processes at once; on a CPU one a core.")
+@click.option("--worker", "number", type=int, hidden=True)
+@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
+def run(
+    overrides: tuple[str, ...],
+    quick: bool,
+    ablations: bool,
+    tasks: tuple[str, ...],
+    wanted: tuple[str, ...],
+    seeds: int,
+    steps: int | None,
+    workers: int,
+    number: int | None,
+    output: Path,
+) -> None:
+    """Run what has not been run."""
+    if workers > 1 and number is None:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        again = [sys.executable, "-m", "benchmarks.frontier", *sys.argv[1:]]
+        running = [subprocess.Popen([*again, "--worker", str(n)]) for n in range(workers)]
+        sys.exit(max(process.wait() for process in running))
+    from benchmarks.frontier import series
+    from benchmarks.frontier.running import Plan, run_plan
+
+    chosen = series.quick() if quick else series.ablations() if ablations else series.methods()
+    chosen = [s for s in chosen if not wanted or any(part in s.name for part in wanted)]
+    for task in tasks or (TASKS[1:] if quick else TASKS):
+        plan = Plan(
+            recipe=HERE / f"{task}.yaml",
+            overrides=overrides,
+            series=chosen,
+            seeds=range(1 if quick else seeds),
+            steps=steps or (QUICK_STEPS if quick else STEPS),
+            output=output,
+            share=(number or 0, workers),
+        )
+        run_plan(plan, ConsoleProgress(), lambda line: err.print(line))
+    if quick and number in (None, 0):
+        err.print("now: .venv/bin/python -m benchmarks.frontier table")
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
+@click.option("--steps", default=STEPS, show_default=True)
+@click.option("--docs", type=click.Path(path_type=Path), help="Write frontier.md and the plots into this folder.")
+def table(output: Path, steps: int, docs: Path | None) -> None:
+    """Show what has been run."""
+    from benchmarks.frontier.tables import show
+
+    show(output, steps, docs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Curves made comparable: what a method forgets at a given task loss, and at a given size of its update.
+
+A learning rate that is too small forgets nothing because it learns nothing, so no two runs are compared as they are. A
+method's curve goes through the runs that no other of its runs beats in both task loss and forgetting. Between them task
+loss and KL are interpolated in logarithms, everything else along the logarithm of the task loss. Outside of its curve
+a method has no value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.frontier.results import Result
+
+Value = Callable[[Result], float]
+# Where a logarithm is taken of a KL that may be zero.
+LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The efficient runs of a method with one seed, by task loss, ascending."""
+
+    runs: tuple[Result, ...]
+
+    @classmethod
+    def of(cls, runs: Iterable[Result]) -> Curve:
+        """Through the runs that are efficient in task loss and KL."""
+        runs = sorted((run for run in runs if math.isfinite(run.task_loss)), key=lambda run: (run.task_loss, run.kl))
+        kept: list[Result] = []
+        for run in runs:
+            if not kept or run.kl < kept[-1].kl:
+                kept.append(run)
+        return cls(tuple(kept))
+
+    def at_task_loss(self, loss: float, value: Value, log: bool = False) -> float:
+        """A value where the curve has this task loss; NaN where it does not go."""
+        return _between([run.task_loss for run in self.runs], [value(run) for run in self.runs], loss, log)
+
+    def mean_log_ratio(self, other: Curve, value: Value, points: int = 64) -> float:
+        """The area between two curves: the mean of log(value / other's) over the task losses that both reach.
+
+        NaN where they share none.
+        """
+        low = max(self.runs[0].task_loss, other.runs[0].task_loss)
+        high = min(self.runs[-1].task_loss, other.runs[-1].task_loss)
+        if not low < high:
+            return math.nan
+        losses = np.exp(np.linspace(math.log(low), math.log(high), points))
+        ratios = [
+            math.log(max(self.at_task_loss(x, value, True), LEAST) / max(other.at_task_loss(x, value, True), LEAST))
+            for x in losses
+        ]
+        return float(np.mean(ratios))
+
+
+def at_update_norm(runs: Sequence[Result], norm: float, value: Value, log: bool = False) -> float:
+    """A value where a method's update has this size, over all of its runs; NaN outside of their range."""
+    runs = sorted(runs, key=lambda run: run.tuned["update_norm"])
+    return _between([run.tuned["update_norm"] for run in runs], [value(run) for run in runs], norm, log)
+
+
+def _between(x: Sequence[float], y: Sequence[float], at: float, log: bool) -> float:
+    if not x:
+        return math.nan
+    x, y = np.log(x), np.array(y)
+    y = np.log(np.maximum(y, LEAST)) if log else y
+    found = np.interp(math.log(at), x, y, left=math.nan, right=math.nan)
+    return float(np.exp(found) if log else found)
+
+
+def wanted_loss(plain: Sequence[Result], share: float) -> float:
+    """The task loss at which a share of the gain is made that plain LoRA makes at its best learning rate."""
+    before = plain[0].base["loss"]["task"]
+    best = min(run.task_loss for run in plain)
+    return before - share * (before - best)
+
+
+def kept_accuracy(run: Result) -> float:
+    """Right answers as a share of the base's, not above one: a benchmark that rises has not kept more."""
+    return min(run.tuned["accuracy"] / run.base["accuracy"], 1.0)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds, and their least and largest; NaN if any seed has no value."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if not values:
+            return cls(math.nan, math.nan, math.nan, 0)
+        return cls(float(np.mean(values)), float(np.min(values)), float(np.max(values)), len(values))
+
+    def __format__(self, spec: str) -> str:
+        if math.isnan(self.mean):
+            return "–"
+        text = format(self.mean, spec)
+        return text if self.seeds < 2 else f"{text} ({format(self.low, spec)}–{format(self.high, spec)})"

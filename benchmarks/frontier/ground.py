@@ -1,0 +1,162 @@
+"""What all runs on a task share: the 4-bit base, the task's tokens, sampled text, what is measured on, statistics."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import bitsandbytes as bnb
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
+
+from benchmarks.frontier.questions import read_questions
+from benchmarks.gate_vs_lora import real_texts
+from folora_q.core import SpectralGate
+from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
+from folora_q.data.tokens import batches
+from folora_q.data.windows import crops
+from folora_q.evaluation.evaluate import HeldOut, held_out
+from folora_q.evaluation.task import make_scorer
+from folora_q.models.adapters import AdapterPair, adapter_pairs, keep_in_float32
+from folora_q.models.hardware import choose_hardware
+from folora_q.models.load import load_model
+from folora_q.models.tokenizer import load_tokenizer
+from folora_q.progress import Clock
+from folora_q.proxy.cache import kept_or_sampled
+from folora_q.recipe import Recipe
+from folora_q.recipe.schema import GateSection
+from folora_q.statistics.collect import build_gates
+
+RANK, ALPHA = 16, 16
+# Of each general text, so many batches are measured.
+GENERAL_BATCHES = 1
+# Shared by all runs: the calibration's choice of task rows, the crops of sampled text.
+SEED = 0
+
+
+class Ground:
+    """Loaded once a task.
+
+    Attributes:
+        base: the model that is tuned. On a CPU its 4-bit weights are held decoded: the same numbers, and faster.
+        own: texts that the base wrote, as tokens; none of them is measured on.
+        on: what is measured on.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, clock: Clock) -> None:
+        texts = ",".join(map(str, real_texts(folder / "texts")))
+        self.recipe, self.clock = recipe, clock
+        self.scorer = make_scorer(recipe.evaluation, allow_code=False)
+        evaluation = recipe.evaluation.model_copy(update={"general_text": texts.split(",")})
+        task = read_task(recipe, clock)
+        self.tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
+        self.data: TaskTokens = tokenize_task(recipe, task, self.tokenizer, clock)
+        hardware = choose_hardware(recipe.model.dtype)
+        loaded = load_model(recipe.model, hardware, self.tokenizer)
+        self.base: PreTrainedModel = loaded.model
+        samples = kept_or_sampled(
+            self.base, self.tokenizer, loaded.fingerprint, str(hardware.dtype), recipe.proxy, clock
+        )
+        ids = [sample.ids for sample in samples]
+        self.own, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]
+        self.on: HeldOut = held_out(
+            self.tokenizer,
+            evaluation,
+            self.base.device,
+            own=held,
+            own_seed=recipe.proxy.seed,
+            data=self.data,
+            max_length=recipe.training.max_length,
+        )
+        for number, text in enumerate(self.on.texts):
+            if text.kind == "general":
+                self.on.texts[number] = type(text)(text.name, text.kind, text.batches[:GENERAL_BATCHES])
+        self.questions = read_questions(self.tokenizer, self.base.device, recipe.evaluation.batch_size)
+        if self.base.device.type == "cpu":
+            decode(self.base)
+        self._gates: dict[str, dict[str, SpectralGate]] = {}
+
+    def rows(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The training rows: tokens, and labels."""
+        rows = self.data.train.sequences
+        return rows["input_ids"][:], rows["labels"][:]
+
+    def tuned(self, seed: int, sixteen_bit: bool = False, **lora: object) -> PeftModel:
+        """The base with a new adapter in float32; on a copy of it in 16 bits where a method changes weights."""
+        base = copy.deepcopy(self.base) if sixteen_bit else self.base
+        if sixteen_bit:
+            decode(base)
+        set_seed(seed)
+        settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
+        model = get_peft_model(base, LoraConfig(**settings))
+        keep_in_float32(model)
+        return model
+
+    def shown(self, own: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Texts from their start, and then all of them cut, as the pipeline takes statistics of them."""
+        return [*own, *crops(own, SEED + 1)]
+
+    def gates(
+        self,
+        model: PeftModel,
+        section: GateSection,
+        proxy: Sequence[Sequence[int]] | None = None,
+        key: str = "own",
+        kind: type[SpectralGate] = SpectralGate,
+    ) -> dict[str, SpectralGate]:
+        """The gates of a model's layers. Statistics are taken once for settings that share them.
+
+        Args:
+            proxy, key: other proxy text than the usual, and a name for it.
+            kind: the class of the gates.
+        """
+        shape = section.model_dump(include={"gate_lambda", "floor", "sharpness"})
+        measured = self._measured(model, section, proxy, key)
+        shaped = {
+            id(gate): kind.from_state_dict(gate.state_dict() | shape).to(self.base.device)
+            for gate in {id(gate): gate for gate in measured.values()}.values()
+        }
+        return {layer: shaped[id(gate)] for layer, gate in measured.items()}
+
+    def covariances(self, model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
+        """Σp and Σt of every layer's input, dense (d, d) in float64, each divided by its own mean variance."""
+        measured = self._measured(model, GateSection(rank=1_000_000, second_pass=False))
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for gate in measured.values():
+            if id(gate) not in found:
+                p0 = gate.basis.double().cpu()
+                found[id(gate)] = p0 @ gate.penalty_gram @ p0.T, p0 @ gate.utility_gram @ p0.T
+        return {layer: found[id(gate)] for layer, gate in measured.items()}
+
+    def _measured(
+        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None = None, key: str = "own"
+    ) -> dict[str, SpectralGate]:
+        statistics = section.model_dump(include={"rank", "oversampling", "ridge", "utility_ridge", "second_pass"})
+        name = f"{key} {sorted(statistics.items())}"
+        if name not in self._gates:
+            size, device = section.batch_size, self.base.device
+            ids, _ = self.rows()
+            chosen = random.Random(SEED).sample(ids, min(self.recipe.gate.num_task_samples, len(ids)))
+            proxy = self.shown(self.own) if proxy is None else proxy
+            texts = (list(batches(each, size, device)) for each in (proxy, chosen))
+            self._gates[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
+        return self._gates[name]
+
+
+def decode(model: nn.Module) -> None:
+    """Put every 4-bit layer's decoded weights in its place: the same function to the last bit, but they can change."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight.to(module.compute_dtype), requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+
+
+def pairs_with(gates: dict[str, SpectralGate], pairs: Sequence[AdapterPair]) -> list[tuple]:
+    """(A, B, gate) of every adapted layer, as the optimizers of folora_q.core take them."""
+    return [(pair.a, pair.b, gates[pair.name]) for pair in pairs]

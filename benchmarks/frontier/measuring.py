@@ -1,0 +1,103 @@
+"""What a tuned model learned and forgot, beside a base whose part is computed once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
+
+from benchmarks.frontier.ground import Ground
+from folora_q.data.tokens import IGNORED
+from folora_q.evaluation.compare import HeldOutText
+from folora_q.evaluation.logits import chunks, head_logits, hidden_states
+from folora_q.evaluation.task import greedy_answers
+from folora_q.models.adapters import adapter_pairs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses in nats per token, KL(base ‖ tuned) in nats per token, shares; ‖ΔW‖ over all adapted layers."""
+
+    loss: dict[str, float]  # by text
+    kl: dict[str, float]  # on text of the base's own
+    exact: float | None
+    accuracy: float
+    update_norm: float
+
+
+class Yardstick:
+    """Measures one model after another on the same text. The base's last hidden states are kept: a few megabytes."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.of_base = {text.name: _states(ground.base, text) for text in ground.on.texts}
+        self.base = self.measure(ground.base)
+
+    def measure(self, model: PreTrainedModel | PeftModel) -> Measured:
+        """Everything of one model; the base itself has a KL and a ‖ΔW‖ of zero."""
+        ground = self.ground
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        model.eval()
+        losses, kls = {}, {}
+        for text in ground.on.texts:
+            losses[text.name], kl = self._compared(inner, text)
+            if text.kind == "own":
+                kls[text.name] = kl
+        exact = None
+        if ground.scorer is not None:
+            asked = [question for question in ground.on.questions if question.reference is not None]
+            settings = ground.recipe.evaluation
+            answers = greedy_answers(
+                inner, ground.tokenizer, [q.ids for q in asked], settings.max_new_tokens, settings.batch_size
+            )
+            exact = sum(ground.scorer(a, q.reference) for a, q in zip(answers, asked, strict=True)) / len(asked)
+        norm = update_norm(ground, model) if isinstance(model, PeftModel) else 0.0
+        return Measured(losses, kls, exact, ground.questions.accuracy(inner), norm)
+
+    @torch.no_grad()
+    def _compared(self, model: PreTrainedModel, text: HeldOutText) -> tuple[float, float]:
+        """The loss, and on text of the base's own the KL from it: elsewhere it would cost as much and mean less."""
+        wanted, base = self.of_base[text.name]
+        _, tuned = _states(model, text)
+        loss = kl = 0.0
+        for part in chunks(len(wanted)):
+            log_q = log_softmax(head_logits(model, tuned[part]), -1)
+            loss -= float(log_q.gather(-1, wanted[part, None]).sum())
+            if text.kind == "own":
+                log_p = log_softmax(head_logits(self.ground.base, base[part]), -1)
+                kl += float((log_p.exp() * (log_p - log_q)).sum())
+        return loss / len(wanted), kl / len(wanted)
+
+
+@torch.no_grad()
+def _states(model: PreTrainedModel, text: HeldOutText) -> tuple[Tensor, Tensor]:
+    """The labelled tokens of a text, (n,), and the hidden states that they are predicted from, (n, h)."""
+    wanted, states = [], []
+    for batch in text.batches:
+        targets = batch.labels[:, 1:]
+        counted = targets != IGNORED
+        wanted.append(targets[counted])
+        states.append(hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1][counted])
+    return torch.cat(wanted), torch.cat(states)
+
+
+@torch.no_grad()
+def update_norm(ground: Ground, model: PeftModel) -> float:
+    """‖W' - W‖ over all adapted layers, W' what the tuned layer computes with and W the base's own."""
+    total = 0.0
+    for pair in adapter_pairs(model):
+        layer = pair.module.get_base_layer()
+        untouched = ground.base.get_submodule(pair.name)
+        before = dequantize_module_weight(getattr(untouched, "base_layer", untouched)).float()
+        held = dequantize_module_weight(layer).float()
+        after = held + pair.scale * (pair.b @ pair.a)
+        if magnitudes := getattr(pair.module, "lora_magnitude_vector", None):  # DoRA
+            after = after * (magnitudes["default"].weight / after.norm(dim=1))[:, None]
+        total += float((after - before).square().sum())
+    return math.sqrt(total)

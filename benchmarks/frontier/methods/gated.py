@@ -1,0 +1,141 @@
+"""Ours, its parts taken away one by one, its control with shuffled quotients, and the paper's own rule."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks.frontier.ground import pairs_with
+from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
+from benchmarks.frontier.methods.starts import FoLoRAStart
+from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
+from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
+from folora_q.models.adapters import start_gated
+from folora_q.recipe.schema import GateSection
+
+DENSE = 1_000_000  # a rank that no layer reaches: the sketch is exact
+
+
+@dataclass
+class Gated(Method):
+    """The recipe's gate around AdamW (docs/method.md, section 4).
+
+    Attributes:
+        gate_lambda: λ.
+        gate: other settings of the recipe's section `gate`.
+        proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), public-domain
+            prose ("prose"), or random tokens ("random").
+        num_samples: so many texts, in place of all.
+    """
+
+    gate_lambda: float = 16.0
+    gate: dict[str, object] = field(default_factory=dict)
+    proxy: str = "own"
+    num_samples: int | None = None
+    kind: ClassVar[type[SpectralGate]] = SpectralGate
+
+    @property
+    def section(self) -> GateSection:
+        return GateSection(gate_lambda=self.gate_lambda, **self.gate)
+
+    def text(self, ground: Ground) -> list[Sequence[int]]:
+        """The proxy text, as sequences."""
+        own = ground.own[: self.num_samples]
+        lengths = [len(ids) for ids in own]
+        if self.proxy == "own":
+            return ground.shown(own)
+        if self.proxy in ("whole", "cut"):
+            return ground.shown(own)[: len(own)] if self.proxy == "whole" else ground.shown(own)[len(own) :]
+        if self.proxy == "prose":
+            # From its end: its beginning is measured on.
+            return text_windows(GENERAL_TEXT, ground.tokenizer, max(lengths))[::-1][: len(own)]
+        chance = random.Random(0)
+        return [[chance.randrange(len(ground.tokenizer)) for _ in range(length)] for length in lengths]
+
+    def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
+        key = f"{self.proxy}{self.num_samples or ''}"
+        self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind)
+        if "a_start" in self.section.places:
+            start_gated(pairs, self.of_layers)
+
+    def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
+        places = self.section.places
+        adapters = pairs_with(self.of_layers, pairs)
+        if self.section.rule == "spectral":
+            return SpectralAdamW(adapters, lr=self.learning_rate, complement=self.section.complement)
+        return GatedOptimizer(
+            self.adamw(model),
+            adapters,
+            gate_a="a_step" in places,
+            gate_b="b_step" in places,
+            refresh_every=self.section.refresh_every,
+        )
+
+
+class ShuffledGate(SpectralGate):
+    """A gate whose values are as they were, but each belongs to another direction than the one it was made for."""
+
+    def gate_of(self, quotients: Tensor) -> Tensor:
+        values = super().gate_of(quotients)
+        if values.ndim == 0:
+            return values
+        order = torch.randperm(values.shape[-1], generator=torch.Generator().manual_seed(values.shape[-1]))
+        return values[..., order]
+
+
+@dataclass
+class ShuffledGated(Gated):
+    """The decisive control: the same operators' values, dealt to random directions, over the whole space."""
+
+    gate: dict[str, object] = field(default_factory=lambda: {"rank": DENSE, "second_pass": False})
+    kind: ClassVar[type[SpectralGate]] = ShuffledGate
+
+
+class PenaltyOnlyGate(SpectralGate):
+    """γ measures the penalty alone: every direction counts as equally useful."""
+
+    def __init__(self, **state: Any) -> None:
+        even = torch.eye(len(state["utility_gram"]), dtype=torch.float64)
+        super().__init__(**state | {"utility_gram": even, "utility_tail": 1.0})
+
+
+class UtilityOnlyGate(SpectralGate):
+    """γ measures the utility alone: every direction counts as equally costly."""
+
+    def __init__(self, **state: Any) -> None:
+        even = torch.eye(len(state["penalty_gram"]), dtype=torch.float64)
+        super().__init__(**state | {"penalty_gram": even, "penalty_tail": 1.0})
+
+
+@dataclass
+class PenaltyOnly(Gated):
+    """The quotient's numerator taken away."""
+
+    kind: ClassVar[type[SpectralGate]] = PenaltyOnlyGate
+
+
+@dataclass
+class UtilityOnly(Gated):
+    """The quotient's denominator taken away."""
+
+    kind: ClassVar[type[SpectralGate]] = UtilityOnlyGate
+
+
+@dataclass
+class FoLoRA(FoLoRAStart):
+    """FoLoRA as the paper has it (arXiv 2606.00132): its start, spectral Adam on A, dense covariances, AdamW on B."""
+
+    gate_lambda: float = 1.0
+    floor: float = 0.3
+
+    def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
+        section = GateSection(rank=DENSE, second_pass=False, gate_lambda=self.gate_lambda, floor=self.floor)
+        adapters = pairs_with(ground.gates(model, section), pairs)
+        return SpectralAdamW(adapters, lr=self.learning_rate)

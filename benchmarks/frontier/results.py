@@ -1,0 +1,81 @@
+"""One JSON file a run, named by everything that makes it what it is: a run that is there is not made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from folora_q.files import atomic_write
+
+# Raised when the same settings come to give other numbers.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Key:
+    """A run: a method's settings on a task, with a seed, for so many steps on a model."""
+
+    model: str
+    task: str
+    method: dict[str, Any]
+    seed: int
+    steps: int
+
+    def path(self, folder: Path) -> Path:
+        text = json.dumps([FORMAT, asdict(self)], sort_keys=True, default=str)
+        return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run measured, beside the base; `seconds` and `peak_bytes` are of the training alone."""
+
+    series: str
+    learning_rate: float
+    task: str
+    seed: int
+    steps: int
+    base: dict[str, Any]
+    tuned: dict[str, Any]
+    preparing: float
+    seconds: float
+    peak_bytes: int | None
+
+    @property
+    def task_loss(self) -> float:
+        return self.tuned["loss"]["task"]
+
+    @property
+    def kl(self) -> float:
+        """From the base, on held-out text of its own: the mean of whole and cut."""
+        return (self.tuned["kl"]["own text"] + self.tuned["kl"]["own text, cut"]) / 2
+
+    def rise(self, text: str) -> float:
+        """Loss after - loss before."""
+        return self.tuned["loss"][text] - self.base["loss"][text]
+
+    @property
+    def general(self) -> list[str]:
+        return [name for name in self.tuned["loss"] if name not in ("task", "own text", "own text, cut")]
+
+    @property
+    def mean_rise(self) -> float:
+        """Over the kinds of general text; a text that got better counts as one that stayed as it was."""
+        return sum(max(self.rise(name), 0.0) for name in self.general) / len(self.general)
+
+
+def write(path: Path, key: Key, result: Result) -> None:
+    atomic_write(path, json.dumps({"key": asdict(key), "result": asdict(result)}, default=str) + "\n")
+
+
+def read(path: Path) -> Result:
+    return Result(**json.loads(path.read_text("utf-8"))["result"])
+
+
+def read_all(folder: Path) -> Iterator[Result]:
+    for path in sorted(folder.glob("*.json")):
+        yield read(path)

@@ -1,0 +1,81 @@
+"""Runs what has not been run yet, one after another, seed by seed: an early stop leaves whole curves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.frontier.ground import Ground
+from benchmarks.frontier.measuring import Yardstick
+from benchmarks.frontier.methods.base import Method
+from benchmarks.frontier.results import Key, Result, write
+from benchmarks.frontier.series import Series
+from benchmarks.frontier.training import train
+from folora_q.errors import RunFailed
+from folora_q.progress import Clock, Progress
+from folora_q.recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run on a task.
+
+    Attributes:
+        share: (n, of): every of-th run from the n-th on, so that processes can share the work.
+    """
+
+    recipe: Path
+    overrides: Sequence[str]
+    series: Sequence[Series]
+    seeds: Sequence[int]
+    steps: int
+    output: Path
+    share: tuple[int, int] = (0, 1)
+
+
+def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> None:
+    """Make every run of the plan whose file is not there."""
+    recipe = load_recipe(plan.recipe, list(plan.overrides))
+    task = plan.recipe.stem
+    wanted: list[tuple[Path, Key, Series, Method]] = []
+    for seed in plan.seeds:
+        for series in plan.series:
+            for point in series.points:
+                key = Key(recipe.model.model_name_or_path, task, point.settings(), seed, plan.steps)
+                wanted.append((key.path(plan.output), key, series, point))
+    missing = [run for run in wanted if not run[0].exists()][plan.share[0] :: plan.share[1]]
+    if not missing:
+        return
+    ground = Ground(recipe, plan.output, Clock(progress))
+    with ground.clock.stage("measuring the base", None):
+        yardstick = Yardstick(ground)
+    for number, (path, key, series, point) in enumerate(missing, 1):
+        # A copy: a method keeps what it computes for one run.
+        try:
+            model, cost = train(ground, dataclasses.replace(point), key.seed, plan.steps)
+        except RunFailed as error:
+            tell(f"{task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}: {error}")
+            continue
+        measured = yardstick.measure(model)
+        if not point.sixteen_bit:
+            model.unload()
+        result = Result(
+            series.name,
+            point.learning_rate,
+            task,
+            key.seed,
+            plan.steps,
+            asdict(yardstick.base),
+            asdict(measured),
+            preparing=cost.preparing,
+            seconds=cost.seconds,
+            peak_bytes=cost.peak_bytes,
+        )
+        write(path, key, result)
+        tell(
+            f"{task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}: "
+            f"task {result.task_loss:.4f}, KL {result.kl:.4f}, rise {result.mean_rise:+.4f}, ‖ΔW‖ "
+            f"{measured.update_norm:.2f}, exact {measured.exact}, right {measured.accuracy:.3f}, {cost.seconds:.0f} s"
+        )

@@ -1,0 +1,100 @@
+"""What is compared: every method over its learning rates, and ours with its parts changed one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.frontier.methods.base import Method
+from benchmarks.frontier.methods.gated import FoLoRA, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
+from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
+from benchmarks.frontier.methods.losses import TMKL, Replay
+from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
+from benchmarks.frontier.methods.oplora import OPLoRA
+from benchmarks.frontier.methods.starts import CorDA, SCLoRA
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+# λ and the learning rate rise together (docs/method.md).
+STRENGTHS = {4.0: (1e-3, 2e-3, 4e-3), 16.0: (1e-3, 3e-3, 6e-3), 64.0: (3e-3, 6e-3, 1.2e-2)}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: points of a method that differ in learning rate."""
+
+    name: str
+    points: list[Method]
+
+    @property
+    def sixteen_bit(self) -> bool:
+        return self.points[0].sixteen_bit
+
+
+def methods() -> list[Series]:
+    """The table."""
+    ours = [
+        Series(f"gated, λ {strength:g}", [Gated(rate, strength) for rate in rates])
+        for strength, rates in STRENGTHS.items()
+    ]
+    return [
+        Series("LoRA", [LoRA(rate) for rate in (3e-5, *RATES)]),
+        *ours,
+        Series("control: γ shuffled, λ 16", [ShuffledGated(rate) for rate in STRENGTHS[16.0]]),
+        Series("LoRA, decay 0.1", [DecayedLoRA(rate) for rate in RATES]),
+        Series("LoRA, decay 0.3", [DecayedLoRA(rate, 0.3) for rate in RATES]),
+        Series("rsLoRA", [RankStabilizedLoRA(rate) for rate in RATES]),
+        Series("DoRA", [DoRA(rate) for rate in RATES]),
+        Series("LoRA, MLP only", [MLPOnlyLoRA(rate) for rate in RATES]),
+        Series("LoRA-Null, A frozen", [LoRANull(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)]),
+        Series("frozen top-γ A", [ContrastiveLoRA(rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)]),
+        Series("CorDA", [CorDA(rate) for rate in RATES]),
+        Series("SC-LoRA", [SCLoRA(rate) for rate in RATES]),
+        Series("OPLoRA", [OPLoRA(rate) for rate in RATES]),
+        Series("TMKL", [TMKL(rate) for rate in RATES]),
+        Series("replay (CFS)", [Replay(rate) for rate in RATES]),
+        Series("FoLoRA, as published", [FoLoRA(rate) for rate in RATES]),
+    ]
+
+
+def ablations() -> list[Series]:
+    """Ours at λ 16 with one thing changed, at two learning rates so that equal task losses can be compared."""
+    rates = (1.5e-3, 3e-3, 6e-3)
+
+    def changed(name: str, **changes: object) -> Series:
+        own = {key: changes.pop(key) for key in ("proxy", "num_samples", "gate_lambda") if key in changes}
+        return Series(name, [Gated(rate, gate=dict(changes), **own) for rate in rates])
+
+    return [
+        changed("as it is"),
+        changed("A's start not gated", places=["a_step", "b_step"]),
+        changed("A's step not gated", places=["a_start", "b_step"]),
+        changed("B's step not gated", places=["a_start", "a_step"]),
+        Series("penalty only", [PenaltyOnly(rate) for rate in rates]),
+        Series("utility only", [UtilityOnly(rate) for rate in rates]),
+        changed("proxy: general prose", proxy="prose"),
+        changed("proxy: random tokens", proxy="random"),
+        changed("proxy: whole only", proxy="whole"),
+        changed("proxy: cut only", proxy="cut"),
+        changed("16 samples", num_samples=16),
+        changed("32 samples", num_samples=32),
+        changed("rank 8", rank=8),
+        changed("rank 16", rank=16),
+        changed("rank 128", rank=128),
+        changed("rank full", rank=1_000_000, second_pass=False),
+        changed("one pass", second_pass=False),
+        changed("ridge 0.1", ridge=0.1, utility_ridge=0.1),
+        changed("ridge 0.001", ridge=0.001, utility_ridge=0.001),
+        changed("floor 0.05", floor=0.05),
+        changed("sharpness 2", sharpness=2.0),
+        changed("sharpness 8 (hard)", sharpness=8.0),
+        changed("spectral, A only", rule="spectral", places=["a_start", "a_step"]),
+    ]
+
+
+def quick() -> list[Series]:
+    """A quarter of an hour on two CPU cores."""
+    return [
+        Series("LoRA", [LoRA(rate) for rate in (1e-4, 3e-4, 1e-3)]),
+        Series("gated, λ 16", [Gated(rate) for rate in (1e-3, 3e-3)]),
+        Series("control: γ shuffled, λ 16", [ShuffledGated(3e-3)]),
+        Series("TMKL", [TMKL(1e-3)]),
+    ]

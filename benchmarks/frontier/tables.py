@@ -1,0 +1,128 @@
+"""The tables and the plot: of what has been run, and of nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from rich.table import Table
+
+from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
+from benchmarks.frontier.plot import draw
+from benchmarks.frontier.results import Result, read_all
+from folora_q.cli.console import out
+from folora_q.files import atomic_write
+
+PLAIN = "LoRA"
+# Shares of plain LoRA's best gain at which methods are compared.
+SHARES = (0.8, 0.95)
+MEASURES = {
+    "KL": (lambda run: run.kl, True),
+    "rise": (lambda run: run.mean_rise, False),
+    "right answers kept": (kept_accuracy, False),
+    "‖ΔW‖": (lambda run: run.tuned["update_norm"], True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at one task loss, over the seeds that both it and plain LoRA have."""
+
+    series: str
+    values: dict[str, Spread]
+    kl_ratio: Spread
+    rise_ratio: Spread
+    area: Spread  # mean log KL ratio over the shared range
+    kl_at_norm: Spread
+    loss_at_norm: Spread
+    seconds: float
+    memory: float
+
+
+def rows(results: Sequence[Result], share: float) -> list[Row]:
+    """Of one task; by KL, those that do not reach the loss last."""
+    by_series: dict[str, dict[int, list[Result]]] = {}
+    for result in results:
+        by_series.setdefault(result.series, {}).setdefault(result.seed, []).append(result)
+    plain = by_series[PLAIN]
+    found = [_row(name, seeds, plain, share) for name, seeds in by_series.items()]
+    return sorted(found, key=lambda row: (math.isnan(row.kl_ratio.mean), row.kl_ratio.mean))
+
+
+def _row(name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result]], share: float) -> Row:
+    values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
+    kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm = [], [], [], [], []
+    for seed in sorted(seeds.keys() & plain.keys()):
+        curve, reference = Curve.of(seeds[seed]), Curve.of(plain[seed])
+        loss = wanted_loss(plain[seed], share)
+        for measure, (value, log) in MEASURES.items():
+            values[measure].append(curve.at_task_loss(loss, value, log))
+        kl_ratio.append(values["KL"][-1] / reference.at_task_loss(loss, *MEASURES["KL"]))
+        rise_ratio.append(values["rise"][-1] / reference.at_task_loss(loss, *MEASURES["rise"]))
+        area.append(curve.mean_log_ratio(reference, MEASURES["KL"][0]))
+        norm = reference.at_task_loss(loss, *MEASURES["‖ΔW‖"])
+        kl_at_norm.append(at_update_norm(seeds[seed], norm, *MEASURES["KL"]))
+        loss_at_norm.append(at_update_norm(seeds[seed], norm, lambda run: run.task_loss, True))
+    runs = [run for found in seeds.values() for run in found]
+    others = [run for found in plain.values() for run in found]
+    return Row(
+        name,
+        {measure: Spread.of(found) for measure, found in values.items()},
+        *map(Spread.of, (kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm)),
+        mean(run.seconds for run in runs) / mean(run.seconds for run in others),
+        _ratio([run.peak_bytes for run in runs], [run.peak_bytes for run in others]),
+    )
+
+
+def _ratio(one: Sequence[int | None], other: Sequence[int | None]) -> float:
+    known, others = ([value for value in values if value] for values in (one, other))
+    return mean(known) / mean(others) if known and others else math.nan
+
+
+COLUMNS = {
+    "method": lambda row: row.series,
+    "KL": lambda row: f"{row.values['KL']:.3f}",
+    "/ LoRA's": lambda row: f"{row.kl_ratio:.2f}",
+    "rise": lambda row: f"{row.values['rise']:.3f}",
+    "/ LoRA's ": lambda row: f"{row.rise_ratio:.2f}",
+    "right kept": lambda row: f"{row.values['right answers kept']:.3f}",
+    "‖ΔW‖": lambda row: f"{row.values['‖ΔW‖']:.2f}",
+    "area": lambda row: f"{row.area:+.2f}",
+    "KL at LoRA's ‖ΔW‖": lambda row: f"{row.kl_at_norm:.3f}",
+    "task loss there": lambda row: f"{row.loss_at_norm:.3f}",
+    "time": lambda row: f"{row.seconds:.2f}",
+    "memory": lambda row: f"{row.memory:.2f}",
+}
+
+
+def show(output: Path, steps: int, docs: Path | None) -> None:
+    """Print the tables; with `docs` write them there as Markdown too, with a plot for each task."""
+    results = [result for result in read_all(output) if result.steps == steps]
+    text: list[str] = []
+    for task in dict.fromkeys(result.task for result in results):
+        of_task = [result for result in results if result.task == task]
+        for share in SHARES:
+            title = f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate"
+            found = rows(of_task, share)
+            table = Table(title=title, title_justify="left")
+            for name in COLUMNS:
+                table.add_column(name, justify="left" if name == "method" else "right")
+            for row in found:
+                table.add_row(*(cell(row) for cell in COLUMNS.values()))
+            out.width = max(out.width, 200)
+            out.print(table)
+            text += [f"### {title}\n", markdown(found)]
+        if docs is not None:
+            draw(of_task, docs / f"frontier-{task}.png")
+    if docs is not None:
+        atomic_write(docs / "frontier-tables.md", "\n".join(text) + "\n")
+
+
+def markdown(found: Sequence[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| " + " | ".join(name.strip() for name in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in found]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,86 @@
+"""The one loop that every method runs in: same rows in the same order, same schedule, same clipping."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import get_cosine_schedule_with_warmup
+
+from benchmarks.frontier.ground import Ground
+from benchmarks.frontier.methods.base import Method, Step
+from folora_q.data.tokens import IGNORED, Batch, batches
+from folora_q.errors import RunFailed
+from folora_q.evaluation.logits import head_logits, hidden_states
+from folora_q.models.adapters import adapter_pairs
+from folora_q.models.hardware import PeakMemory
+
+WARMUP = 0.03
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training took; `preparing` is what a method does before the first step.
+
+    Statistics are taken once for all methods that need them and are not in it.
+    """
+
+    preparing: float
+    seconds: float
+    peak_bytes: int | None
+
+
+def train(ground: Ground, method: Method, seed: int, steps: int) -> tuple[PeftModel, Cost]:
+    """A tuned model.
+
+    Raises:
+        RunFailed: the loss is not finite.
+    """
+    model = ground.tuned(seed, method.sixteen_bit, **method.lora(ground))
+    pairs = adapter_pairs(model)
+    meter = PeakMemory(ground.base.device)
+    began = time.perf_counter()
+    method.start(ground, model, pairs)
+    optimizer = method.optimizer(ground, model, pairs)
+    prepared = time.perf_counter()
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner = model.get_base_model()
+    meter.reset()
+    for number, batch in zip(range(steps), shuffled(ground, seed), strict=False):
+        targets = batch.labels[:, 1:]
+        counted = targets != IGNORED
+        hidden = hidden_states(inner, batch.input_ids, batch.attention_mask)[:, :-1][counted]
+        step = Step(
+            number, batch.input_ids, batch.attention_mask, counted, targets[counted], head_logits(inner, hidden)
+        )
+        loss = cross_entropy(step.logits, step.wanted)
+        penalty = method.penalty(ground, model, step)
+        if penalty is not None:
+            loss = loss + penalty
+        if not torch.isfinite(loss):
+            raise RunFailed(f"the loss of {method} is not finite at step {number}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        method.after_step(pairs)
+    return model, Cost(prepared - began, time.perf_counter() - prepared, meter.peak())
+
+
+def shuffled(ground: Ground, seed: int) -> Iterator[Batch]:
+    """Batches of the training rows without end, in an order that depends on the seed alone."""
+    ids, labels = ground.rows()
+    size, chance = ground.recipe.training.per_device_train_batch_size, random.Random(seed)
+    while True:
+        order = chance.sample(range(len(ids)), len(ids))
+        for start in range(0, len(order) - size + 1, size):
+            rows = order[start : start + size]
+            yield next(batches([ids[i] for i in rows], size, ground.base.device, [labels[i] for i in rows]))

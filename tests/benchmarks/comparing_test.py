@@ -1,0 +1,92 @@
+"""Curves at equal task loss, on runs whose trade-off is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
+from benchmarks.frontier.results import Key, Result, read_all, write
+from benchmarks.frontier.tables import COLUMNS, markdown, rows
+
+
+def run(
+    loss: float, kl: float, *, series: str = "LoRA", norm: float = 1.0, seed: int = 0, accuracy: float = 0.4
+) -> Result:
+    texts = {"task": loss, "own text": 1.0, "own text, cut": 1.0, "prose": 3.0 + kl}
+    before = {"task": 4.0, "own text": 1.0, "own text, cut": 1.0, "prose": 3.0}
+    return Result(
+        series=series,
+        learning_rate=1e-3,
+        task="style",
+        seed=seed,
+        steps=100,
+        base={"loss": before, "accuracy": 0.4},
+        tuned={"loss": texts, "kl": {"own text": kl, "own text, cut": kl}, "accuracy": accuracy, "update_norm": norm},
+        preparing=0.0,
+        seconds=2.0 if series == "LoRA" else 3.0,
+        peak_bytes=100,
+    )
+
+
+def power(series: str, factor: float, seed: int = 0) -> list[Result]:
+    """KL = factor / loss²: a straight line in logarithms, which is interpolated exactly."""
+    return [run(loss, factor / loss**2, series=series, seed=seed, norm=1 / loss) for loss in (1.0, 2.0, 3.5)]
+
+
+def test_between_runs_a_power_law_is_found_exactly() -> None:
+    curve = Curve.of(power("LoRA", 0.5))
+    assert curve.at_task_loss(1.5, lambda r: r.kl, log=True) == pytest.approx(0.5 / 1.5**2)
+    assert math.isnan(curve.at_task_loss(0.9, lambda r: r.kl, log=True))
+    assert math.isnan(curve.at_task_loss(3.6, lambda r: r.kl, log=True))
+    assert at_update_norm(power("LoRA", 0.5), 0.5, lambda r: r.task_loss, log=True) == pytest.approx(2.0)
+
+
+def test_runs_that_another_beats_are_no_part_of_a_curve() -> None:
+    beaten, unstable = run(2.0, 9.0), run(math.nan, 0.0)
+    assert Curve.of([*power("LoRA", 0.5), beaten, unstable]) == Curve.of(power("LoRA", 0.5))
+
+
+@given(st.floats(0.05, 20))
+def test_the_area_between_two_curves_is_the_logarithm_of_their_ratio(ratio: float) -> None:
+    one, other = Curve.of(power("a", 0.5 * ratio)), Curve.of(power("LoRA", 0.5))
+    assert one.mean_log_ratio(other, lambda r: r.kl) == pytest.approx(math.log(ratio), abs=1e-9)
+    far = Curve.of([run(0.1, 1.0), run(0.2, 0.5)])
+    assert math.isnan(far.mean_log_ratio(other, lambda r: r.kl))
+
+
+def test_a_row_compares_with_plain_lora_seed_by_seed() -> None:
+    results = [r for seed in (0, 1) for r in (*power("LoRA", 0.5, seed), *power("half", 0.25 + 0.05 * seed, seed))]
+    weak = [run(3.9, 0.01, series="weak")]
+    found = {row.series: row for row in rows([*results, *weak], share=0.8)}
+    loss = wanted_loss(power("LoRA", 0.5), 0.8)
+    assert loss == pytest.approx(4.0 - 0.8 * 3.0)
+    half = found["half"]
+    assert half.kl_ratio == Spread(pytest.approx(0.55), pytest.approx(0.5), pytest.approx(0.6), 2)
+    assert half.values["KL"].low == pytest.approx(0.25 / loss**2)
+    assert half.seconds == pytest.approx(1.5) and half.memory == 1
+    assert half.loss_at_norm.mean == pytest.approx(loss)
+    assert math.isnan(found["weak"].kl_ratio.mean) and list(found)[-1] == "weak"
+    lines = markdown(list(found.values())).splitlines()
+    assert len(lines) == 2 + 3 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)
+    assert "–" in lines[-1]
+
+
+def test_what_rises_above_the_base_counts_as_kept() -> None:
+    assert kept_accuracy(run(1.0, 0.1, accuracy=0.5)) == 1.0
+    assert kept_accuracy(run(1.0, 0.1, accuracy=0.3)) == pytest.approx(0.75)
+    better = run(1.0, -0.2)  # its prose got better
+    assert better.mean_rise == 0.0
+
+
+def test_a_run_is_found_again_by_its_settings_alone(tmp_path: Path) -> None:
+    key = Key("model", "style", {"method": "LoRA", "learning_rate": 1e-3}, 0, 100)
+    write(key.path(tmp_path), key, run(1.0, 0.1))
+    assert Key("model", "style", {"learning_rate": 1e-3, "method": "LoRA"}, 0, 100).path(tmp_path).exists()
+    for other in ("other", "style", key.method, 0, 100), ("model", "style", key.method, 1, 100):
+        assert not Key(*other).path(tmp_path).exists()
+    assert list(read_all(tmp_path)) == [run(1.0, 0.1)]

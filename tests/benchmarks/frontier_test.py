@@ -1,0 +1,306 @@
+"""Each method of the frontier has the property that its paper defines it by; the measures are the product's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from torch.nn.functional import cross_entropy, log_softmax
+
+from benchmarks.frontier.ground import Ground, decode
+from benchmarks.frontier.measuring import Yardstick, update_norm
+from benchmarks.frontier.methods.base import Method
+from benchmarks.frontier.methods.gated import FoLoRA, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
+from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
+from benchmarks.frontier.methods.losses import TMKL, Replay, non_target_kl
+from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
+from benchmarks.frontier.methods.oplora import OPLoRA
+from benchmarks.frontier.methods.starts import DAMPING, CorDA, FoLoRAStart, SCLoRA
+from benchmarks.frontier.training import train
+from folora_q.evaluation.compare import compare
+from folora_q.evaluation.contrast import Contrast
+from folora_q.models.adapters import adapter_pairs
+from folora_q.models.hardware import choose_hardware
+from folora_q.models.load import load_model
+from folora_q.progress import Clock
+from folora_q.recipe import load_recipe
+from tests.conftest import Silent, write_recipe
+
+EVERY = [
+    LoRA(1e-2),
+    DecayedLoRA(1e-2),
+    RankStabilizedLoRA(1e-2),
+    DoRA(1e-2),
+    MLPOnlyLoRA(1e-2),
+    LoRANull(1e-2),
+    ContrastiveLoRA(1e-2),
+    OPLoRA(1e-2, k=8),
+    CorDA(1e-2),
+    SCLoRA(1e-2),
+    TMKL(1e-2),
+    Replay(1e-2),
+    FoLoRA(1e-2),
+    Gated(1e-2),
+    ShuffledGated(1e-2),
+    PenaltyOnly(1e-2),
+    UtilityOnly(1e-2),
+    Gated(1e-2, gate={"rule": "spectral", "places": ["a_start", "a_step"]}),
+    Gated(1e-2, proxy="prose"),
+    Gated(1e-2, proxy="random", num_samples=4),
+]
+
+
+@pytest.fixture(scope="module")
+def ground(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    folder = tmp_path_factory.mktemp("frontier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOLORA_Q_CACHE", str(folder / "cache"))
+        recipe = load_recipe(
+            write_recipe(folder, tiny_folder),
+            [
+                "proxy.num_samples=24",
+                "proxy.num_heldout_samples=4",
+                "training.max_length=64",
+                "evaluation.num_answers=2",
+            ],
+        )
+        return Ground(recipe, folder, Clock(Silent()))
+
+
+def tuned(ground: Ground, method: Method, steps: int = 3):
+    """After a few steps, and the method that holds what it computed."""
+    method = dataclasses.replace(method)
+    model, _ = train(ground, method, seed=1, steps=steps)
+    return method, model
+
+
+def release(method: Method, model) -> None:
+    if not method.sixteen_bit:
+        model.unload()
+
+
+@pytest.mark.parametrize("method", EVERY, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'proxy', '')}")
+def test_every_method_learns_and_leaves_the_base_as_it_was(ground: Ground, method: Method) -> None:
+    before = {name: weight.clone() for name, weight in ground.base.state_dict().items()}
+    text = next(text for text in ground.on.texts if text.kind == "task")
+    fresh = Yardstick(ground)
+    start = fresh.base.loss[text.name]
+    method, model = tuned(ground, method, steps=12)
+    measured = fresh.measure(model)
+    assert measured.loss[text.name] < start - 0.01
+    assert measured.update_norm > 0 and measured.kl["own text"] > 0
+    release(method, model)
+    after = ground.base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_numbers_are_those_of_the_product(ground: Ground) -> None:
+    yardstick = Yardstick(ground)
+    method, model = tuned(ground, LoRA(1e-2))
+    measured = yardstick.measure(model)
+    for text in ground.on.texts:
+        expected = compare(Contrast(model), text)
+        assert measured.loss[text.name] == pytest.approx(expected.loss.tuned.value, rel=1e-5)
+        assert yardstick.base.loss[text.name] == pytest.approx(expected.loss.base.value, rel=1e-5)
+        if text.kind == "own":
+            assert measured.kl[text.name] == pytest.approx(expected.kl.value, rel=1e-3, abs=1e-6)
+    assert all(kl == pytest.approx(0, abs=1e-6) for kl in yardstick.base.kl.values())
+    release(method, model)
+
+
+@pytest.mark.parametrize("method", [LoRA(1e-2), DoRA(1e-2), CorDA(1e-2)], ids=lambda m: type(m).__name__)
+def test_the_norm_of_an_update_is_that_of_the_merged_weights(ground: Ground, method: Method) -> None:
+    method, model = tuned(ground, method)
+    found = update_norm(ground, model)
+    names = [pair.name for pair in adapter_pairs(model)]
+    before = {name: getattr(m := ground.base.get_submodule(name), "base_layer", m).weight.clone() for name in names}
+    merged = model.merge_and_unload()
+    total = sum(float((merged.get_submodule(name).weight - before[name]).square().sum()) for name in names)
+    assert found == pytest.approx(math.sqrt(total), rel=1e-3)
+    if not method.sixteen_bit:  # the shared base was merged into: put it back
+        for name in names:
+            merged.get_submodule(name).weight.data.copy_(before[name])
+
+
+def test_decoded_weights_compute_what_four_bits_do(ground: Ground, tiny_folder: Path) -> None:
+    base = load_model(ground.recipe.model, choose_hardware("float32")).model
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        packed = base(input_ids=ids).logits
+        decode(base)
+        assert torch.equal(base(input_ids=ids).logits, packed)
+
+
+def test_null_space_rows_do_nothing_on_the_bases_own_text(ground: Ground) -> None:
+    method, model = tuned(ground, LoRANull(1e-2))
+    covariances = ground.covariances(model)
+    for pair in adapter_pairs(model):
+        penalty, _ = covariances[pair.name]
+        least = torch.linalg.eigvalsh(penalty)[: len(pair.a)].sum()
+        a = pair.a.detach().double()
+        passed = torch.trace(a @ penalty @ a.T) / a.square().sum() * len(a)  # of unit rows
+        assert passed == pytest.approx(float(least), rel=1e-3, abs=1e-6)
+        assert passed < 0.3 * len(a)  # of random unit rows each has 1; the tiny model has 64 directions in all
+    release(method, model)
+
+
+def test_contrastive_rows_have_the_largest_quotients_and_stay(ground: Ground) -> None:
+    method, model = tuned(ground, ContrastiveLoRA(1e-2))
+    covariances = ground.covariances(model)
+    for pair in adapter_pairs(model):
+        penalty, utility = covariances[pair.name]
+        metric = penalty + method.ridge * torch.eye(len(penalty), dtype=torch.float64)
+        a = pair.a.detach().double()
+        assert torch.allclose(a @ a.T * 3, torch.eye(len(a), dtype=torch.float64), atol=1e-5)
+        inside = torch.linalg.eigvals(torch.linalg.solve(a @ metric @ a.T, a @ utility @ a.T)).real
+        best = torch.linalg.eigvals(torch.linalg.solve(metric, utility)).real.sort(descending=True).values[: len(a)]
+        assert torch.allclose(inside.sort(descending=True).values, best, rtol=1e-3)
+    release(method, model)
+
+
+def test_oplora_stays_out_of_the_leading_singular_subspaces(ground: Ground) -> None:
+    method, model = tuned(ground, OPLoRA(1e-2, k=8))
+    for pair in adapter_pairs(model):
+        u, _, vt = torch.linalg.svd(pair.module.get_base_layer().weight.float(), full_matrices=False)
+        delta = pair.b.detach() @ pair.a.detach()
+        assert delta.norm() > 0
+        assert (u[:, :8].T @ delta).norm() < 1e-5 * delta.norm()
+        assert (delta @ vt[:8].T).norm() < 1e-5 * delta.norm()
+    release(method, model)
+
+
+@pytest.mark.parametrize("method", [CorDA(1e-2), SCLoRA(1e-2), FoLoRAStart(1e-2)], ids=lambda m: type(m).__name__)
+def test_a_moved_start_is_the_base(ground: Ground, method: Method) -> None:
+    model = ground.tuned(seed=0, sixteen_bit=True)
+    method = dataclasses.replace(method)
+    method.start(ground, model, adapter_pairs(model))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        moved, base = (m(input_ids=ids).logits for m in (model, ground.base))
+        with model.disable_adapter():
+            residual = model(input_ids=ids).logits
+    assert torch.allclose(moved, base, atol=1e-3)
+    assert not torch.allclose(residual, base, atol=1e-2)
+
+
+def test_corda_is_pefts(ground: Ground) -> None:
+    """PEFT's covariance is a sum over samples that it scales itself; here its hook is given the same covariance."""
+    model = ground.tuned(seed=0, sixteen_bit=True)
+    covariances = ground.covariances(model)
+    pairs = adapter_pairs(model)
+    rank = len(pairs[0].a)
+    expected = {}
+    for pair in pairs[:3]:
+        weight = pair.module.get_base_layer().weight
+        a, b = CorDA(1e-2).factors(weight.double(), *covariances[pair.name], rank)
+        expected[pair.name] = b @ a
+    copy = ground.tuned(seed=0, sixteen_bit=True).unload()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(expected),
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="kpm", prune_temporary_fields=False),
+    )
+    for name in expected:
+        # A linear layer fed with the rows of a root of C has just the covariance C.
+        penalty = covariances[name][0]
+        copy.get_submodule(name).covariance_matrix_for_test = penalty
+
+    def feed() -> None:
+        for name in expected:
+            layer = copy.get_submodule(name)
+            values, vectors = torch.linalg.eigh(layer.covariance_matrix_for_test)
+            layer((vectors * values.clamp_min(0).sqrt()).T.float()[None])
+
+    preprocess_corda(copy, config, run_model=feed)
+    theirs = get_peft_model(copy, config)
+    for pair in adapter_pairs(theirs):
+        found = pair.scale * (pair.b @ pair.a).double()
+        assert torch.allclose(found, expected[pair.name], rtol=0.05, atol=0.05 * float(expected[pair.name].abs().max()))
+    assert DAMPING == 0.01
+
+
+def test_sc_lora_takes_the_leading_directions_of_the_contrast(ground: Ground) -> None:
+    weight = torch.randn(24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    penalty, utility = (torch.cov(torch.randn(16, 64, dtype=torch.float64)) for _ in range(2))
+    method = SCLoRA(1e-2, beta=0.5)
+    a, b = method.factors(weight, penalty, utility, 4)
+    contrast = weight @ (0.5 * utility - 0.5 * penalty) @ weight.T
+    assert torch.allclose(b.T @ b, torch.eye(4, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(a, b.T @ weight)
+    assert torch.trace(b.T @ contrast @ b) == pytest.approx(float(torch.linalg.eigvalsh(contrast)[-4:].sum()))
+
+
+def test_non_target_kl_ignores_the_right_token(ground: Ground) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(5, 11, generator=generator) for _ in range(2))
+    wanted = torch.tensor([0, 3, 10, 7, 7])
+    expected = 0.0
+    for row, right in enumerate(wanted):
+        others = [i for i in range(11) if i != right]
+        log_p, log_q = log_softmax(p[row, others], -1), log_softmax(q[row, others], -1)
+        expected += float((log_p.exp() * (log_p - log_q)).sum()) / 5
+    assert float(non_target_kl(p, q, wanted)) == pytest.approx(expected, rel=1e-5)
+    q.requires_grad_()
+    non_target_kl(p, q, wanted).backward()
+    assert torch.equal(q.grad[torch.arange(5), wanted], torch.zeros(5))
+    raised = p.clone()
+    raised[torch.arange(5), wanted] += 3  # another loss on the right token, the same on the others
+    assert float(non_target_kl(p, raised, wanted)) == pytest.approx(0, abs=1e-6)
+    sure = p.clone()
+    sure[0, 0] = 40
+    assert float(non_target_kl(sure, q.detach(), wanted)) < float(non_target_kl(p, q.detach(), wanted))
+
+
+def test_replay_adds_the_loss_on_the_bases_own_text(ground: Ground) -> None:
+    model = ground.tuned(seed=0)
+    method = Replay(1e-2, weight=2.0)
+    method.start(ground, model, adapter_pairs(model))
+    text = method.own[1]
+    logits = model(input_ids=text.input_ids, attention_mask=text.attention_mask).logits[:, :-1]
+    expected = 2 * cross_entropy(logits.flatten(0, 1), text.labels[:, 1:].flatten(), ignore_index=-100)
+    step = dataclasses.replace(_empty_step(), number=1 + len(method.own))
+    assert float(method.penalty(ground, model, step)) == pytest.approx(float(expected), rel=1e-5)
+    assert sum(len(text.input_ids) for text in method.own) == len(ground.own)
+    model.unload()
+
+
+def _empty_step():
+    from benchmarks.frontier.methods.base import Step
+
+    nothing = torch.zeros(0)
+    return Step(0, nothing, nothing, nothing, nothing, nothing)
+
+
+def test_shuffling_deals_the_same_values_to_other_directions(ground: Ground) -> None:
+    model = ground.tuned(seed=0)
+    shuffled, straight = (
+        ground.gates(model, ShuffledGated(1e-2).section, kind=kind) for kind in (ShuffledGated.kind, Gated.kind)
+    )
+    for name in straight:
+        mine, its = straight[name], shuffled[name]
+        assert torch.equal(mine.values.sort().values, its.values.sort().values)
+        assert not torch.equal(mine.values, its.values)
+        assert torch.allclose(
+            torch.linalg.eigvals(its.dense()).real.sort().values, mine.values.sort().values, atol=1e-4
+        )
+    model.unload()
+
+
+def test_one_sided_gates_depend_on_one_covariance(ground: Ground) -> None:
+    model = ground.tuned(seed=0)
+    both = ground.gates(model, Gated(1e-2).section)
+    for method, gram in ((PenaltyOnly, "penalty_gram"), (UtilityOnly, "utility_gram")):
+        for name, gate in ground.gates(model, Gated(1e-2).section, kind=method.kind).items():
+            kept, other = (gram, {"penalty_gram": "utility_gram", "utility_gram": "penalty_gram"}[gram])
+            assert torch.equal(getattr(gate, kept), getattr(both[name], kept))
+            assert torch.equal(getattr(gate, other), torch.eye(len(getattr(gate, other)), dtype=torch.float64))
+    model.unload()
