@@ -33,6 +33,11 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end by SIGTERM, as Ctrl-C asks by SIGINT."""
 
 
+# Other libraries quote what they were given, however much that is.
+LONGEST_QUOTE = 400
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, fit for one sentence; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"

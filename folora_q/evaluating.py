@@ -154,8 +154,10 @@ def _own_text(
 ) -> tuple[list[list[int]], int]:
     """What the base wrote: the run's held-out samples, or new ones; and the seed that cuts them."""
     run = loaded.subject.run
-    if run is not None and recipe is not None and request.against is None and (kept := read_samples(run.proxy)):
-        return [sample.ids for sample in kept[recipe.proxy.num_samples :]], recipe.proxy.seed
+    if run is not None and recipe is not None and request.against is None:
+        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+        if kept := (read_samples(run.proxy, vocabulary) or [])[recipe.proxy.num_samples :]:
+            return [sample.ids for sample in kept], recipe.proxy.seed
     section = ProxySection(
         source="bos" if loaded.tokenizer.chat_template is None else "mixed",
         num_samples=request.samples,

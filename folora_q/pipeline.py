@@ -213,7 +213,7 @@ def _proxy_text(
     section = recipe.proxy
     samples = None
     if resumed is not None and resumed.keeps(folder.proxy):
-        samples = read_samples(folder.proxy)
+        samples = read_samples(folder.proxy, base.model.get_input_embeddings().weight.shape[0])
     if samples is None:
         samples = kept_or_sampled(base.model, base.tokenizer, base.fingerprint, str(hardware.dtype), section, clock)
         write_samples(folder.proxy, samples, base.tokenizer)

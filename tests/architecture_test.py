@@ -16,7 +16,7 @@ HOUSE = Path(folora_q.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 # A room may import rooms of earlier tiers and itself, never a sibling.
 TIERS = [
-    {"errors", "files", "private", "progress", "folora_q"},
+    {"errors", "files", "private", "progress", "reading", "folora_q"},
     {"core", "recipe"},
     {"models", "data", "runs", "memory"},
     {"proxy", "statistics", "evaluation"},

@@ -11,9 +11,10 @@ from folora_q.data.rows import Row
 from folora_q.data.sources import read_source
 from folora_q.errors import UserError
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.reading import read_text
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.paths import is_hub_dataset
-from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_answers
 from folora_q.subject.find import find_subject
@@ -67,7 +68,7 @@ def _asked(run: RunFolder) -> list[list[Message]]:
 
 def _trained(run: RunFolder) -> list[list[Message]]:
     try:
-        recipe = parse_yaml(run.recipe.read_text(encoding="utf-8"))[0]
+        recipe = parse_yaml(read_text(run.recipe, 4 * LONGEST))[0]
         source = DataSection.model_validate(recipe["data"]).train_dataset[0]
         if is_hub_dataset(source):
             return []

@@ -37,7 +37,7 @@ def check_texts(adapter: Path, tokenizer: Tokenizer) -> CheckTexts:
     if not run.manifest.exists() or adapter != run.adapter:
         return CheckTexts(general, "general text")
     recipe = run.read_recipe()
-    samples = read_samples(run.proxy) or []
+    samples = read_samples(run.proxy, len(tokenizer)) or []
     proxy = [sample.ids[:LENGTH] for sample in samples[recipe.proxy.num_samples :]][:SEQUENCES]
     task = _held_out_rows(recipe, tokenizer)
     parts = {"held-out rows of the task": task, "held-out text of the base's own": proxy, "general text": general}

@@ -5,7 +5,6 @@ Where it is allowed, pickled shards too, which torch maps into memory and takes 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from folora_q.errors import UserError, first_line
 from folora_q.models.tokenizer import local_or_hub
 from folora_q.models.trust import NOTHING, PICKLE_ENDING, PICKLES, SAFE, SAFE_INDEX, Trust, check_weights, shards_of
+from folora_q.reading import read_object
 
 INDEX, SINGLE = SAFE_INDEX, SAFE
 PICKLE, PICKLE_INDEX = PICKLES
@@ -76,7 +76,7 @@ class Checkpoint:
             with safe_open(self.folder / stored.shard, "pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read {name} in {self.folder / stored.shard}: {error}") from None
+            raise UserError(f"cannot read {name} in {self.folder / stored.shard}: {first_line(error)}") from None
 
 
 def model_folder(name: str, revision: str | None, trust: Trust = NOTHING) -> Path:
@@ -107,9 +107,9 @@ def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
             or a tensor of the index is in none.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no model's folder: config.json cannot be read ({error})") from None
+        raise UserError(f"{folder} is no model's folder: config.json cannot be read ({first_line(error)})") from None
     check_weights(folder, trust)
     index, expected = INDEX, {}
     if (folder / INDEX).exists():
@@ -141,7 +141,7 @@ def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
             raise UserError(f"the shard {folder / shard} is missing") from None
         except (SafetensorError, OSError) as error:
             wanted = next((name for name, place in expected.items() if place == shard), "its first tensor")
-            raise UserError(f"the shard {folder / shard} is damaged, from {wanted} on: {error}") from None
+            raise UserError(f"the shard {folder / shard} is damaged, from {wanted} on: {first_line(error)}") from None
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise UserError(f"{folder / index} places {missing[0]} in {expected[missing[0]]}, which does not hold it")

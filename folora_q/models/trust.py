@@ -6,13 +6,14 @@ outside of their folder. Needs neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from folora_q.errors import UserError, first_line
+from folora_q.reading import MIB, MOST_JSON, read_object
 
 CODE_FLAG, PICKLE_FLAG = "--trust-remote-code", "--allow-pickle"
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,12 +21,16 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ENDING, INDEX_ENDING, PICKLE_ENDING = ".safetensors", ".safetensors.index.json", ".bin"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 SAFE_ADAPTER, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
+# Halves of pairs, which JSON can hold as escapes and no file's name can.
+SURROGATES = re.compile("[\ud800-\udfff]")
 # The files of a model that name others.
 HEADS = (CONFIG, ADAPTER_CONFIG, SAFE_INDEX, PICKLES[1])
 # Where config.json may name compiled code on a hub, as owner/name, for transformers to run.
 KERNELS = ("attn_implementation", "experts_implementation")
 # Settings of PEFT's that name a module to import, or a model, adapter or file to load besides the adapter.
 ELSEWHERE = ("megatron_config", "shadow_model", "adapters", "prompt_tuning_init_state_dict_path")
+# Of an index: that of a model with a hundred thousand weights takes ten.
+MOST_INDEX = 32 * MIB
 CONVERT = f"convert them to safetensors, or, if you trust who made them, add {PICKLE_FLAG}"
 
 
@@ -119,7 +124,7 @@ def shards_of(index: Path, ending: str = ENDING) -> dict[str, str]:
     Raises:
         UserError: it cannot be read, or names anything else.
     """
-    found = _read(index).get("weight_map")
+    found = _read(index, MOST_INDEX).get("weight_map")
     if not isinstance(found, dict):
         raise UserError(f"{index} cannot be read: it holds no weight_map")
     for shard in dict.fromkeys(map(str, found.values())):
@@ -136,7 +141,7 @@ def is_inside(name: str) -> bool:
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
             return False
-    return bool(name) and "\0" not in name
+    return bool(name) and "\0" not in name and not SURROGATES.search(name)
 
 
 def pickled_weights(path: Path | str) -> UserError:
@@ -174,11 +179,8 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(inner)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path, most)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
-    return value

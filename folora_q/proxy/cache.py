@@ -13,6 +13,7 @@ from folora_q.data.halving import Halving
 from folora_q.files import atomic_write, cache_folder
 from folora_q.progress import Clock
 from folora_q.proxy.sample import ProxySample, sample_proxy
+from folora_q.reading import parse_json, read_lines
 from folora_q.recipe.schema import ProxySection
 
 # Raised when the same settings come to mean other text.
@@ -29,7 +30,7 @@ def kept_or_sampled(
     """
     template = tokenizer.chat_template if section.source != "bos" else None
     path = cache_path(fingerprint, dtype, template, section)
-    samples = read_samples(path)
+    samples = read_samples(path, model.get_input_embeddings().weight.shape[0])
     if samples is not None:
         clock.note(f"sampled text taken from {path}")
         return samples
@@ -59,10 +60,22 @@ def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) 
     atomic_write(path, "".join(line + "\n" for line in lines))
 
 
-def read_samples(path: Path) -> list[ProxySample] | None:
-    """The samples of a file, or None where there is none or it cannot be read."""
+def read_samples(path: Path, vocabulary: int) -> list[ProxySample] | None:
+    """The samples of a file, or None where there is none, or it holds anything else.
+
+    Args:
+        vocabulary: so many tokens are there; a model that is given another one fails.
+    """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [ProxySample([int(token) for token in row["ids"]], row["source"]) for row in rows] or None
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = [parse_json(line) for line in read_lines(path)]
+    except (OSError, ValueError):
         return None
+    samples = [_sample(row, vocabulary) for row in rows]
+    return None if None in samples else samples or None
+
+
+def _sample(row: object, vocabulary: int) -> ProxySample | None:
+    ids, source = (row.get("ids"), row.get("source")) if isinstance(row, dict) else (None, None)
+    if not isinstance(source, str) or not isinstance(ids, list) or not ids:
+        return None
+    return ProxySample(ids, source) if all(type(token) is int and 0 <= token < vocabulary for token in ids) else None

@@ -5,7 +5,6 @@ The files are other people's text as much as ours: every key of run.json may be 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from folora_q.errors import UserError
-from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.errors import UserError, first_line
+from folora_q.reading import finite, read_object, read_text
+from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.report.trajectory import Point, train_losses, trajectory
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import (
@@ -154,7 +154,8 @@ class Run:
         if isinstance(listed, list):
             return [stage for entry in listed if (stage := _stage(entry)) is not None]
         entries = older.items() if isinstance(older, dict) else ()
-        return [Stage(title, float(seconds)) for title, seconds in entries if _is_number(seconds)]
+        known = ((title, finite(seconds)) for title, seconds in entries)
+        return [Stage(title, seconds) for title, seconds in known if seconds is not None]
 
 
 def load_run(path: Path) -> Run:
@@ -176,7 +177,7 @@ def load_run(path: Path) -> Run:
         manifest=_manifest(folder.manifest),
         recipe_text=text,
         recipe=recipe,
-        metrics=[line for line in read_metrics(folder.metrics) if isinstance(line, dict)],
+        metrics=read_metrics(folder.metrics),
         evaluation=read_evaluation(folder.evaluation),
         gates=read_gate_results(folder.gate_results),
         answers=read_answers(folder.answers),
@@ -218,24 +219,21 @@ def _no_run(path: Path) -> UserError:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
-    return value
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
     """The text for people; what it says only as far as it can be read."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, 4 * LONGEST, errors="replace")
     except FileNotFoundError:
         return "", {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     try:
         value = parse_yaml(text)[0]
     except ValueError:
@@ -244,16 +242,13 @@ def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _stage(entry: Any) -> Stage | None:
-    if not isinstance(entry, dict) or not _is_number(entry.get("seconds")):
+    seconds = finite(entry.get("seconds")) if isinstance(entry, dict) else None
+    if seconds is None:
         return None
-    peak = entry.get("peak_bytes")
+    peak = finite(entry.get("peak_bytes")) or 0.0
     return Stage(
         title=str(entry.get("title")),
-        seconds=float(entry["seconds"]),
-        peak_bytes=int(peak) if _is_number(peak) and peak > 0 else None,
+        seconds=seconds,
+        peak_bytes=int(peak) if peak > 0 else None,
         memory=str(entry.get("memory") or ""),
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

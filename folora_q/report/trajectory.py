@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from folora_q.reading import finite
+
 
 @dataclass(frozen=True)
 class Point:
@@ -46,9 +48,9 @@ def trajectory(metrics: Iterable[dict[str, Any]]) -> list[Point]:
     """The measurements of a run, by step; a step that was measured again after a resume counts as measured last."""
     found: dict[int, Point] = {}
     for line in metrics:
-        step, loss = line.get("step"), _number(line.get("eval_loss"))
+        step, loss = line.get("step"), finite(line.get("eval_loss"))
         if isinstance(step, int) and loss is not None:
-            found[step] = Point(step, loss, _number(line.get("eval_kl")), _number(line.get("eval_top1_agreement")))
+            found[step] = Point(step, loss, finite(line.get("eval_kl")), finite(line.get("eval_top1_agreement")))
     return [found[step] for step in sorted(found)]
 
 
@@ -56,7 +58,7 @@ def train_losses(metrics: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
     """(step, training loss), by step."""
     found: dict[int, float] = {}
     for line in metrics:
-        step, loss = line.get("step"), _number(line.get("loss"))
+        step, loss = line.get("step"), finite(line.get("loss"))
         if isinstance(step, int) and loss is not None:
             found[step] = loss
     return sorted(found.items())
@@ -96,10 +98,3 @@ def _between(first: float | None, last: float | None, share: float, geometric: b
     if geometric and first > 0 and last > 0:
         return math.exp(math.log(first) * (1 - share) + math.log(last) * share)
     return first * (1 - share) + last * share
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

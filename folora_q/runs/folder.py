@@ -11,8 +11,9 @@ from typing import Any
 
 from folora_q.errors import UserError
 from folora_q.files import atomic_write, sha256
+from folora_q.reading import finite, read_text
 from folora_q.recipe.schema import Recipe
-from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.runs.results import read_metrics
 
 
@@ -94,7 +95,7 @@ class RunFolder:
             OSError: it cannot be read.
             ValueError: it is no YAML, or no recipe.
         """
-        return Recipe.model_validate(parse_yaml(self.recipe.read_text(encoding="utf-8"))[0])
+        return Recipe.model_validate(parse_yaml(read_text(self.recipe, 4 * LONGEST))[0])
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace run.json."""
@@ -113,7 +114,8 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Leave the lines of metrics.jsonl until a step, from which training goes on."""
         # The summary at the end of training is of its last step, too.
-        kept = [line for line in read_metrics(self.metrics) if line["step"] <= step and "train_runtime" not in line]
+        lines = [(finite(line.get("step")), line) for line in read_metrics(self.metrics) if "train_runtime" not in line]
+        kept = [line for reached, line in lines if reached is not None and reached <= step]
         self.write_lines(self.metrics, kept if step else [])
 
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:

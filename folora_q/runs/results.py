@@ -10,12 +10,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FailFast, TypeAdapter, ValidationError
 
-from folora_q.errors import UserError
+from folora_q.errors import UserError, first_line
+from folora_q.reading import MIB, parse_json, read_lines, read_text
 
+# Of evaluation.json and gates.json. A hundred layers with hundreds of directions each take one.
+MOST_RESULTS = 16 * MIB
+AGAIN = "run it again, or `folora-q eval`"
+Item = TypeVar("Item")
+# A list whose first wrong item ends its reading: a file of nothing else has millions, each with an error of its own.
+Checked = Annotated[list[Item], FailFast()]
 TextKind = Literal["task", "own", "general"]
 
 
@@ -111,11 +118,11 @@ class GateResult:
         quotients: γ, descending. values: the gate's s(γ).
     """
 
-    modules: list[str]
+    modules: Checked[str]
     dim: int
     gate_lambda: float
-    quotients: list[float]
-    values: list[float]
+    quotients: Checked[float]
+    values: Checked[float]
     complement_quotient: float
     complement_value: float
 
@@ -162,10 +169,10 @@ class Evaluation:
     tuned: str
     base: str
     held: str
-    texts: list[TextResult]
+    texts: Checked[TextResult]
     score: ScoreResult | None = None
-    layers: list[LayerResult] = field(default_factory=list)
-    harness: list[HarnessResult] = field(default_factory=list)
+    layers: Checked[LayerResult] = field(default_factory=list)
+    harness: Checked[HarnessResult] = field(default_factory=list)
 
     def text(self, name: str) -> TextResult | None:
         """The result on one kind of text, if there was any of it."""
@@ -196,7 +203,7 @@ def read_gate_results(path: Path) -> list[GateResult]:
     Raises:
         UserError: it is damaged.
     """
-    return _read(path, list[GateResult]) or []
+    return _read(path, GateResult, several=True) or []
 
 
 def read_answers(path: Path) -> list[AnswerResult]:
@@ -209,13 +216,19 @@ def read_answers(path: Path) -> list[AnswerResult]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, line by line; a last line that a crash cut off is left out."""
+    """The objects of metrics.jsonl, line by line, until one that a crash cut off.
+
+    Raises:
+        UserError: it is no text.
+    """
     found: list[dict[str, Any]] = []
     for line in _lines(path):
         try:
-            found.append(json.loads(line))
+            value = parse_json(line)
         except ValueError:
             break
+        if isinstance(value, dict):
+            found.append(value)
     return found
 
 
@@ -224,37 +237,37 @@ def answer_lines(answers: Iterable[AnswerResult]) -> Iterator[dict[str, Any]]:
     return (asdict(answer) for answer in answers)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        yield from read_lines(path)
     except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}", AGAIN) from None
 
 
-def _read(path: Path, kind: Any) -> Any:
+def _read(path: Path, kind: Any, several: bool = False) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST_RESULTS)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return _parsed(path, kind, text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}", AGAIN) from None
+    return _parsed(path, kind, text, several)
 
 
-def _parsed(path: Path, kind: Any, text: str) -> Any:
+def _parsed(path: Path, kind: Any, text: str, several: bool = False) -> Any:
     try:
-        return _adapter(kind).validate_json(_whole(text))
+        return _adapter(kind, several).validate_json(_whole(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its beginning"
-        raise UserError(f"{path} is damaged: {where}: {first['msg']}", "run it again, or `folora-q eval`") from None
+        raise UserError(f"{path} is damaged: {where}: {first['msg']}", AGAIN) from None
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(kind: Any, several: bool) -> TypeAdapter[Any]:
+    return TypeAdapter(Checked[kind] if several else kind)
 
 
 def _whole(text: str) -> str:
@@ -262,6 +275,6 @@ def _whole(text: str) -> str:
     if "\\ud" not in text.lower():
         return text
     try:
-        return json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+        return json.dumps(parse_json(text), ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
     except ValueError:
         return text

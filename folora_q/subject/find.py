@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -16,9 +15,10 @@ from folora_q.errors import UserError, first_line
 from folora_q.export.adapter import CONFIG as ADAPTER_CONFIG
 from folora_q.export.merge import REPORT as MERGE_REPORT
 from folora_q.models.demo import DEMO_MODEL
+from folora_q.reading import read_object, read_text
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
-from folora_q.recipe.strict_yaml import parse_yaml
+from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.training.checkpoints import checkpoints
 
@@ -93,9 +93,13 @@ def _find_run(name: str, run: RunFolder) -> Subject:
     if not run.recipe.is_file():
         return replace(_find_adapter(name, run.adapter), run=run)
     try:
-        recipe = parse_yaml(run.recipe.read_text(encoding="utf-8"))[0]
-        section = ModelSection.model_validate(recipe["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        recipe = parse_yaml(read_text(run.recipe, 4 * LONGEST))[0]
+        section = ModelSection.model_validate(recipe.get("model") if isinstance(recipe, dict) else None)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, ('model', *first['loc'])))}: {first['msg']}"
+        raise UserError(f"{run.recipe} cannot be read: {reason}", f"name the adapter itself: {run.adapter}") from None
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{run.recipe} cannot be read: {first_line(error)}", f"name the adapter itself: {run.adapter}"
         ) from None
@@ -141,12 +145,9 @@ def _section_of(name: object, revision: object) -> ModelSection | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
-    return value
 
 
 def _hint_inside(path: Path) -> str:

@@ -121,9 +121,10 @@ def test_the_cache_is_readable_keyed_by_everything_and_forgiving(tiny, tmp_path:
     samples = [ProxySample([1, 70, 80], "bos"), ProxySample([1, 90], "chat")]
     section = ProxySection(**SMALL)
     path = cache_path("f", "float32", None, section)
-    assert read_samples(path) is None
+    assert read_samples(path, 100) is None
     write_samples(path, samples, tokenizer)
-    assert read_samples(path) == samples
+    assert read_samples(path, 100) == samples
+    assert read_samples(path, 90) is None, "of a larger vocabulary: no text of this model's"
     assert json.loads(path.read_text("utf-8").splitlines()[0])["text"] == tokenizer.decode([1, 70, 80])
     others = {
         cache_path("g", "float32", None, section),
@@ -135,7 +136,7 @@ def test_the_cache_is_readable_keyed_by_everything_and_forgiving(tiny, tmp_path:
     assert len(others | {path}) == 6
     assert path == cache_path("f", "float32", None, ProxySection(**SMALL, statistics_memory=1))
     path.write_text(path.read_text("utf-8")[:-20], encoding="utf-8")
-    assert read_samples(path) is None, "a cut file is sampled again"
+    assert read_samples(path, 100) is None, "a cut file is sampled again"
 
 
 def test_crops_begin_in_the_first_half() -> None:

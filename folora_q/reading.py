@@ -1,0 +1,135 @@
+"""Files that may be anybody's, read with a limit on their size, and with one kind of error for all that can be wrong.
+
+Standard library only. A file that is damaged, or made to do harm, costs a sentence: Python's own readers raise a
+RecursionError for deep nesting, and take the memory of the machine for a large file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+# A value takes up to twenty times the bytes of its text.
+MOST_JSON = 2 * MIB
+# Python itself follows about a thousand, which is more than a function of its own can.
+DEEPEST = 100
+
+
+def read_text(path: Path, most: int, errors: str = "strict") -> str:
+    """A text file.
+
+    Args:
+        most: so many bytes may it have.
+        errors: what is done with bytes that are no UTF-8, as `bytes.decode` has it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has more bytes, or is no UTF-8; the message is the end of a sentence.
+    """
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most / MIB:g} MiB")
+    try:
+        return content.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}") from None
+
+
+def read_lines(path: Path, longest: int = MOST_JSON) -> Iterator[str]:
+    """The lines of a text file that hold more than white space, one at a time.
+
+    Args:
+        longest: so many bytes may a line have.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line has more bytes, or is no UTF-8; the message is the end of a sentence.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while content := file.readline(longest + 1):
+            number += 1
+            if len(content) > longest:
+                raise ValueError(f"line {number} has more than {longest / MIB:g} MiB")
+            try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"line {number} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}"
+                ) from None
+            if line.strip():
+                yield line
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, or none that Python can hold; the message is the end of a sentence.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"it is not JSON: {what} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError:  # the only other one: Python reads no whole number of more than 4,300 digits
+        raise ValueError("it holds a number of thousands of digits") from None
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether more is nested in it than whoever walks through it can be asked to follow."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return False
+    return True
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError, ValueError: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, most))
+
+
+def read_object(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        OSError, ValueError: as `read_json`, or it holds something else.
+    """
+    value = read_json(path, most)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds no JSON object but {_KINDS.get(type(value), 'a number')}")
+    return value
+
+
+def finite(value: object) -> float | None:
+    """A finite number of a JSON file, or None for anything else; whole numbers may be larger than any float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+_KINDS = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}
