@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from folora_q.core import SpectralGate
+from folora_q.errors import UserError, first_line
 from folora_q.files import atomic_write
+from folora_q.reading import finite, parse_json
 from folora_q.runs.results import GateResult
+
+# What a gate is made of (`SpectralGate.state_dict`).
+TENSORS = {"basis", "penalty_gram", "utility_gram"}
+SETTINGS = {"penalty_tail", "utility_tail", "ridge", "utility_ridge", "gate_lambda", "floor", "sharpness"}
 
 
 def save_gates(path: Path, gates: Mapping[str, SpectralGate]) -> None:
@@ -33,16 +40,52 @@ def save_gates(path: Path, gates: Mapping[str, SpectralGate]) -> None:
 
 
 def load_gates(path: Path, device: torch.device | str = "cpu") -> dict[str, SpectralGate]:
-    """The gates of a file by layer, on a device, sharing objects as they were saved."""
+    """The gates of a file by layer, on a device, sharing objects as they were saved.
+
+    Raises:
+        UserError: it cannot be read, or holds what no gate can be made of.
+    """
     gates: dict[str, SpectralGate] = {}
-    with safe_open(path, framework="pt") as file:
-        for number, entry in enumerate(json.loads(file.metadata()["gates"])):
-            prefix = f"{number}."
-            tensors = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
-            gates |= dict.fromkeys(
-                entry["modules"], SpectralGate.from_state_dict(tensors | entry["settings"]).to(device)
-            )
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = parse_json((file.metadata() or {}).get("gates", "null"))
+            if not isinstance(entries, list):
+                raise ValueError("its header lists no gates")
+            names = list(file.keys())
+            for number, entry in enumerate(entries):
+                prefix = f"{number}."
+                tensors = {k.removeprefix(prefix): file.get_tensor(k) for k in names if k.startswith(prefix)}
+                modules, gate = _gate(number, entry, tensors)
+                gates |= dict.fromkeys(modules, gate.to(device))
+    except (OSError, ValueError, SafetensorError, torch.linalg.LinAlgError) as error:
+        raise UserError(
+            f"cannot read the gates in {path}: {first_line(error)}", "train again, or remove the file to do without it"
+        ) from None
     return gates
+
+
+def _gate(number: int, entry: Any, tensors: dict[str, Tensor]) -> tuple[list[str], SpectralGate]:
+    """The layers of one gate, and the gate.
+
+    Raises:
+        ValueError: they are not what `save_gates` writes.
+    """
+    modules, settings = (entry.get(key) for key in ("modules", "settings")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise ValueError(f"gate {number} names no layers")
+    if not isinstance(settings, dict) or settings.keys() != SETTINGS or None in map(finite, settings.values()):
+        raise ValueError(f"gate {number} needs the numbers {', '.join(sorted(SETTINGS))}")
+    if tensors.keys() != TENSORS:
+        raise ValueError(f"gate {number} needs the tensors {', '.join(sorted(TENSORS))}")
+    width, rank = tensors["basis"].shape if tensors["basis"].ndim == 2 else (0, 0)
+    if not 0 < rank <= width or any(tensors[name].shape != (rank, rank) for name in TENSORS - {"basis"}):
+        raise ValueError(f"the tensors of gate {number} do not fit each other")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueError(f"{name} of gate {number} holds what are no finite numbers")
+    if settings["penalty_tail"] < 0 or settings["utility_tail"] < 0:
+        raise ValueError(f"gate {number} has a negative variance")
+    return modules, SpectralGate.from_state_dict(tensors | settings)
 
 
 def gate_results(gates: Mapping[str, SpectralGate]) -> list[GateResult]:
