@@ -221,8 +221,7 @@ def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) 
 
 
 def _quantization(adapters: Sequence[AdapterFile]) -> Quantization:
-    known = next((adapter.quantization for adapter in adapters if adapter.quantization), None)
-    return Quantization.from_dict(known) if known else Quantization()
+    return next((adapter.quantization for adapter in adapters if adapter.quantization), Quantization())
 
 
 def _dtype_of(base: Checkpoint) -> tuple[torch.dtype, str]:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from folora_q.errors import UserError
+from folora_q.errors import UserError, first_line
+from folora_q.export.adapter_config import AdapterConfig, read_adapter_config
 from folora_q.models.checkpoint import unpickled
+from folora_q.models.quantization import Quantization
 from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
+from folora_q.recipe.paths import short
 
 CONFIG = ADAPTER_CONFIG
 WEIGHTS = SAFE_ADAPTER
 PREFIX = "base_model.model."
-# Settings of LoraConfig under which ΔW is not s B A, or the base is not what it was.
-UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-# Starts that change the base's weights: PEFT's adapter then fits a base that is nowhere on the disk.
-REBASING_STARTS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+# A merge adds in float32.
+MOST_DIMENSIONS = 8
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,7 @@ class AdapterFile:
     revision: str | None
     deltas: dict[str, Delta]
     replaced: dict[str, Tensor]
-    quantization: dict[str, Any] | None
+    quantization: Quantization | None
 
 
 def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
@@ -83,52 +69,35 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
         UserError: it is no LoRA adapter, uses something that s B A cannot represent, misses a half of a pair, has a
             rank, a number or a file that cannot be, or something that `trust` does not allow; the tensor is named.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        peft_type = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder} is no adapter: {CONFIG} cannot be read ({error})") from None
-    _refuse_unsupported(folder, config, peft_type)
+    config = read_adapter_config(folder)
     check_adapter(folder, trust)
     tensors = _read_tensors(folder)
     deltas: dict[str, Delta] = {}
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES or tensor.ndim > MOST_DIMENSIONS:
+            held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
+            raise UserError(f"{folder / WEIGHTS}: {short(name)} holds {held}, which is no weight")
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{folder / WEIGHTS}: {name} holds numbers that are not finite")
+            raise UserError(f"{folder / WEIGHTS}: {short(name)} holds numbers that are not finite")
         module, kind, _ = name.removeprefix(PREFIX).partition(".lora_")
         if not kind:
             replaced[name.removeprefix(PREFIX)] = tensor
         elif name.endswith(".lora_A.weight"):
             b = tensors.get(name.replace(".lora_A.", ".lora_B."))
             if b is None:
-                raise UserError(f"{folder / WEIGHTS}: {name} has no lora_B beside it")
-            deltas[f"{module}.weight"] = _delta(folder, config, module, tensor, b)
+                raise UserError(f"{folder / WEIGHTS}: {short(name)} has no lora_B beside it")
+            deltas[f"{module}.weight"] = _delta(config, module, tensor, b)
         elif not (name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in tensors):
-            raise UserError(f"{folder / WEIGHTS}: {name} is no half of a pair of lora_A.weight and lora_B.weight")
+            raise UserError(f"{folder / WEIGHTS}: {short(name)} is no half of a pair, lora_A.weight and lora_B.weight")
     return AdapterFile(
         folder=folder,
-        base=config.get("base_model_name_or_path") or "",
-        revision=config.get("revision"),
+        base=config.base,
+        revision=config.revision,
         deltas=deltas,
         replaced=replaced,
-        quantization=(config.get("auto_mapping") or {}).get("quantization_config"),
+        quantization=config.quantization,
     )
-
-
-def _refuse_unsupported(folder: Path, config: dict[str, Any], peft_type: object) -> None:
-    if peft_type != "LORA":
-        raise UserError(f"{folder} is a {peft_type} adapter; only LoRA can be merged")
-    if used := next((name for name in UNSUPPORTED if config.get(name)), None):
-        raise UserError(f"{folder} was trained with {used}, which cannot be merged here", "merge it with PEFT itself")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{folder} trained biases too, which cannot be merged here", "merge it with PEFT itself")
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(REBASING_STARTS):
-        raise UserError(
-            f"{folder} started with init_lora_weights={start}, which changes the base's own weights",
-            "convert it with PEFT's path_initial_model_for_weight_conversion first",
-        )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -141,18 +110,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
 
 
-def _delta(folder: Path, config: dict[str, Any], module: str, a: Tensor, b: Tensor) -> Delta:
-    def setting(pattern: str, default: str) -> float:
-        patterns = config.get(pattern) or {}
-        return patterns.get(get_pattern_key(list(patterns), module), config[default])
-
-    rank, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
+def _delta(config: AdapterConfig, module: str, a: Tensor, b: Tensor) -> Delta:
+    rank = config.rank(module)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise UserError(
-            f"{folder}: A {tuple(a.shape)} and B {tuple(b.shape)} of {module} are not a pair of rank {rank}"
+            f"{config.path.parent}: A {short(tuple(a.shape))} and B {short(tuple(b.shape))} of {short(module)} "
+            f"are not a pair of rank {rank}"
         )
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Delta(a.float(), b.float(), scale, bool(config.get("fan_in_fan_out")))
+    return Delta(a.float(), b.float(), config.scale(module), config.transposed)

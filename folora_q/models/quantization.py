@@ -15,6 +15,12 @@ from transformers.quantizers import AutoHfQuantizer
 
 from folora_q.models.trust import NOTHING, Trust
 
+CHOICES: dict[str, tuple[object, ...]] = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+    "dtype": ("bfloat16", "float16", "float32"),
+}
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -34,8 +40,16 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Quantization:
-        """From what `to_dict` wrote; what is not there has its default."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+        """From what `to_dict` wrote; what is not there has its default.
+
+        Raises:
+            ValueError: a value is none that it could have written; the message is the end of a sentence.
+        """
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name, choices in CHOICES.items():
+            if known.get(name, choices[0]) not in choices:
+                raise ValueError(f"sets {name} to something else than {', '.join(map(str, choices))}")
+        return cls(**known)
 
     def round_trip(self, weight: Tensor) -> Tensor:
         """The weight as the 4-bit layer computes with it: quantized and decoded by bitsandbytes itself.
