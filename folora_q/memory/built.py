@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 
-from folora_q.memory.shapes import Config, Layer, Linear, ModelShape, first, sizes, text_config
+from folora_q.memory.shapes import Config, Layer, Linear, ModelShape, activation_of, size, sizes, text_config
 
 # Which number a decoder layer has; what comes before is the stack's name.
 IN_A_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|blocks|layer|block))\.(?P<number>\d+)\.(?P<name>.+)$")
@@ -72,7 +72,7 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
         rms=not any(re.search(NORM.pattern.replace("weight", "bias"), name) for name, _, _ in parameters),
         gated=any(_is_gated(layer, numbers["intermediate"]) for layer in counts),
         outside=tuple(outside),
-        activation=first(text, "activation") or "silu",
+        activation=activation_of(text),
     )
 
 
@@ -100,8 +100,8 @@ def _routing(text: Config, numbers: Mapping[str, int], experts: list[int]) -> tu
     """Experts that a token goes to, and their intermediate features."""
     if not experts:
         return 0, 0
-    routed = int(text.get("num_experts_per_tok") or 1)
-    return routed, routed * (text.get("moe_intermediate_size") or numbers["intermediate"])
+    routed = size(text.get("num_experts_per_tok") or 1, "num_experts_per_tok")
+    return routed, routed * size(text.get("moe_intermediate_size") or numbers["intermediate"], "moe_intermediate_size")
 
 
 def _middle(linears: list[Linear]) -> int:

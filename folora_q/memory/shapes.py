@@ -12,8 +12,11 @@ from typing import Any
 
 from folora_q.errors import UserError
 from folora_q.memory.families import FAMILIES, Family, Flag
+from folora_q.recipe.paths import short
 
 Config = Mapping[str, Any]
+# No model is near to these; a file may say anything.
+MOST_LAYERS, LARGEST = 2_000, 10**9
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ NAMES = {
     "experts": ("num_local_experts", "num_experts"),
     "activation": ("hidden_act", "hidden_activation", "activation_function"),
 }
+NEEDED = ("hidden", "layers", "heads", "vocabulary")
 
 
 def text_config(config: Config) -> Config:
@@ -212,8 +216,13 @@ def shape_of(config: Config) -> ModelShape:
         eager=family.eager,
         fused=len(readers) == 1,
         rotary=not family.positions,
-        activation=first(given, "activation") or "silu",
+        activation=activation_of(given),
     )
+
+
+def activation_of(given: Config) -> str:
+    """What the MLP's is called."""
+    return str(first(given, "activation") or "silu")
 
 
 def first(given: Config, key: str) -> Any:
@@ -221,15 +230,33 @@ def first(given: Config, key: str) -> Any:
 
 
 def sizes(given: Config) -> dict[str, int]:
-    """Sizes by our names, from whatever names a configuration has for them."""
+    """Sizes by our names, from whatever names a configuration has for them.
+
+    Raises:
+        UserError: one that is needed is not there, or one that is there is none.
+    """
     found = {key: first(given, key) for key in NAMES if key != "activation"}
-    missing = [NAMES[key][0] for key in ("hidden", "layers", "heads", "vocabulary") if not isinstance(found[key], int)]
+    missing = [NAMES[key][0] for key in NEEDED if found[key] is None]
     if missing:
         raise UserError(f"config.json has no {', '.join(missing)}, so the model's size cannot be told from it")
-    found["kv_heads"] = found["kv_heads"] or found["heads"]
-    found["head_dim"] = given.get("head_dim") or found["hidden"] // found["heads"]
-    found["intermediate"] = found["intermediate"] or 4 * found["hidden"]  # GPT-2 leaves it out
-    return {key: value for key, value in found.items() if value is not None}
+    found = {key: size(value, NAMES[key][0]) for key, value in found.items() if key in NEEDED or value not in (None, 0)}
+    if found["layers"] > MOST_LAYERS:
+        raise UserError(f"config.json says that the model has {found['layers']:,} layers, which none has")
+    found.setdefault("kv_heads", found["heads"])
+    found["head_dim"] = size(given.get("head_dim") or found["hidden"] // found["heads"], "head_dim")
+    found.setdefault("intermediate", 4 * found["hidden"])  # GPT-2 leaves it out
+    return found
+
+
+def size(value: Any, name: str) -> int:
+    """A number of features, heads or the like.
+
+    Raises:
+        UserError: it is none.
+    """
+    if type(value) is not int or not 0 < value <= LARGEST:
+        raise UserError(f"config.json: {name} must be a whole number from 1 to {LARGEST:,}, not {short(value)}")
+    return value
 
 
 def _mlp(family: Family, hidden: int, width: int, bias: bool, reads: str, prefix: str = "mlp.") -> list[Linear]:
@@ -247,13 +274,18 @@ def _with_experts(
     transformers holds experts as (experts, 2 width, hidden) and (experts, hidden, width), and the router as
     (experts, hidden): parameters of no linear layer.
     """
-    hidden, experts, width = numbers["hidden"], numbers.get("experts", 0), given[family.expert_width]
-    step, left_out = given.get("decoder_sparse_step", 1), given.get("mlp_only_layers") or []
+    hidden, experts = numbers["hidden"], numbers.get("experts", 0)
+    width = size(given.get(family.expert_width), family.expert_width)
+    step = size(given.get("decoder_sparse_step", 1), "decoder_sparse_step")
+    left_out = given.get("mlp_only_layers") or []
+    if not isinstance(left_out, list):
+        raise UserError(f"config.json: mlp_only_layers must be a list of layers, not {short(left_out)}")
     every = range(numbers["layers"])
     sparse = sum(1 for index in every if experts and index not in left_out and (index + 1) % step == 0)
-    shared: list[Linear] = []
+    shared, middle = [], 0
     if family.shared_expert:
-        shared = _mlp(family, hidden, given[family.shared_expert], False, "mlp", "mlp.shared_expert.")
+        middle = size(given.get(family.shared_expert), family.shared_expert)
+        shared = _mlp(family, hidden, middle, False, "mlp", "mlp.shared_expert.")
         shared.append(Linear("mlp.shared_expert_gate", hidden, 1, "mlp"))
     weights = experts * 3 * hidden * width
     with_experts = Layer(
@@ -261,8 +293,8 @@ def _with_experts(
         norms=dense.norms,
         others=dense.others + weights + experts * hidden,
         experts=weights,
-        routed=(routed := given.get("num_experts_per_tok", 1)),
+        routed=(routed := size(given.get("num_experts_per_tok", 1), "num_experts_per_tok")),
         active=routed * width,
-        middle=given[family.shared_expert] if family.shared_expert else 0,
+        middle=middle,
     )
     return [(with_experts, sparse), (dense, numbers["layers"] - sparse)]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.errors import UserError, first_line
+from folora_q.reading import finite
+from folora_q.recipe.paths import short
+
+# What transformers raises for a configuration that makes no sense, by where it meets that.
+UNBUILDABLE = (
+    *(ValueError, TypeError, AttributeError, ImportError, RuntimeError, LookupError, ArithmeticError, AssertionError),
+    StrictDataclassError,
+)
+COUNTING, MOST = re.compile("layer|block|depth|expert|stage"), 2_000
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], bool]]]:
@@ -26,14 +37,18 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
         UserError: transformers has no such causal language model; code that comes with one is never run for this.
     """
     kind = config.get("model_type", "")
+    for name, number in _counts(config):
+        if number > MOST:
+            raise UserError(f"config.json: {short(name)} is {number:,}, which no model has")
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"transformers knows no model of the type {kind!r}")
+        raise UserError(f"config.json: transformers knows no model of the type {short(repr(kind))}")
     try:
         full = CONFIG_MAPPING[kind].from_dict(dict(config))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(full, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise UserError(f"transformers cannot build this model from its config.json: {first_line(error)}") from error
+    except UNBUILDABLE as error:
+        reason = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
+        raise UserError(f"transformers cannot build this model from its config.json: {reason}") from error
     head = model.get_output_embeddings()
     owners = {
         id(parameter): module
@@ -45,6 +60,15 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
         (name, _as_linear(parameter, owners.get(id(parameter))), id(parameter) in owners)
         for name, parameter in model.named_parameters()
     ]
+
+
+def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers of layers and the like, of all parts of a model: as many modules are made."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+        elif COUNTING.search(str(name)):
+            yield from ((name, number) for number in (value if isinstance(value, list) else [value]) if finite(number))
 
 
 def _as_linear(parameter: torch.nn.Parameter, owner: torch.nn.Module | None) -> tuple[int, ...]:
