@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from folora_q.data.rows import Row, RowError
-from folora_q.errors import UserError
+from folora_q.errors import UserError, first_line
 
 Rows = Iterator[Row | RowError]
 
@@ -101,8 +102,8 @@ def _csv(path: Path, delimiter: str = ",") -> Rows:
         if not cells:
             continue
         if header is None:
-            if repeated := {name for name in cells if cells.count(name) > 1}:
-                raise UserError(f"{where}: the column {sorted(repeated)[0]!r} stands in the header twice")
+            if repeated := [name for name, times in Counter(cells).items() if times > 1]:
+                raise UserError(f"{where}: the column {min(repeated)[:40]!r} stands in the header twice")
             header = cells
         elif len(cells) != len(header):
             yield RowError(
@@ -124,15 +125,16 @@ def _parquet(path: Path) -> Rows:
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if repeated := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"{path}: the column {min(repeated)!r} stands in it twice")
+        if repeated := [name for name, times in Counter(names).items() if times > 1]:
+            raise UserError(f"{path}: the column {min(repeated)[:40]!r} stands in it twice")
         for batch in file.iter_batches(batch_size=1024):
             for index in range(len(batch)):
                 number += 1
                 yield _parquet_row(f"{path} row {number}", names, [column[index] for column in batch.columns])
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a parquet file that can be read: a column's name is not UTF-8 text") from None
     except (pyarrow.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a parquet file that can be read: {reason}") from None
+        raise UserError(f"{path} is not a parquet file that can be read: {first_line(error)}") from None
 
 
 def _parquet_row(where: str, names: list[str], cells: list[Any]) -> Row | RowError:
