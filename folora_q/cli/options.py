@@ -29,10 +29,26 @@ def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
     return with_recipe
 
 
+CODE_OPTION = click.option(
+    CODE_FLAG, "remote_code", is_flag=True, help="Run the Python that comes with a model. Read it first."
+)
+
+
+def code_option(command: Callable[..., None]) -> Callable[..., None]:
+    """--trust-remote-code, for a command that loads no weights; it gets `trust`."""
+
+    @CODE_OPTION
+    @wraps(command)
+    def with_trust(*args: Any, remote_code: bool, **kwargs: Any) -> None:
+        command(*args, trust=Trust(remote_code), **kwargs)
+
+    return with_trust
+
+
 def trust_options(command: Callable[..., None]) -> Callable[..., None]:
     """--trust-remote-code and --allow-pickle; the command gets `trust`."""
 
-    @click.option(CODE_FLAG, "remote_code", is_flag=True, help="Run the Python that comes with a model. Read it first.")
+    @CODE_OPTION
     @click.option(
         PICKLE_FLAG, "pickle", is_flag=True, help="Load weights that are pickles (.bin); their tensors alone are read."
     )

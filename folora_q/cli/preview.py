@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from folora_q.cli.console import out, print_table, starting, visible
-from folora_q.cli.options import recipe_arguments, trust_options
+from folora_q.cli.options import code_option, recipe_arguments
 from folora_q.models.trust import Trust
 from folora_q.progress import Clock
 from folora_q.recipe import Recipe
@@ -37,7 +37,7 @@ MOST_REASONS = 5
 )
 @click.option("--heldout", is_flag=True, help="Show the held-out examples in place of the training ones.")
 @click.option("--full", is_flag=True, help="Show long examples whole.")
-@trust_options
+@code_option
 @click.pass_obj
 def command(
     settings: dict[str, bool],

@@ -43,6 +43,14 @@ def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
         share = recipe.data.eval_size
         yield "held out", f"{share:.0%} of these rows" if share < 1 else f"{share:g} of these rows"
     yield from (("held out", _source(source, recipe, rows)) for source in recipe.data.eval_dataset or [])
+    evaluation = recipe.evaluation
+    others = {
+        "template": [recipe.data.chat_template],
+        "texts": evaluation.general_text or [],
+        "prompts": [evaluation.general_prompts],
+        "metric": [evaluation.metric_function if evaluation.metric == "function" else None],
+    }
+    yield from ((name, file) for name, files in others.items() for file in files if file is not None)
     length = f"{training.max_steps:,} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
     sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps
     packed = ", packed" if training.packing else ""
