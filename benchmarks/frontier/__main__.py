@@ -24,7 +24,7 @@ quiet_libraries()  # before they are imported
 
 HERE = Path(__file__).parent
 TASKS = ("style", "skill")
-STEPS, QUICK_STEPS = 100, 30
+STEPS, QUICK_STEPS = 80, 30
 OUTPUT = Path("runs/frontier")
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from benchmarks.frontier.questions import read_questions
+from benchmarks.frontier.questions import Questions
 from benchmarks.gate_vs_lora import real_texts
 from folora_q.core import SpectralGate
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
@@ -74,7 +74,7 @@ class Ground:
         for number, text in enumerate(self.on.texts):
             if text.kind == "general":
                 self.on.texts[number] = type(text)(text.name, text.kind, text.batches[:GENERAL_BATCHES])
-        self.questions = read_questions(self.tokenizer, self.base.device, recipe.evaluation.batch_size)
+        self.questions = Questions(self.tokenizer, recipe.evaluation.batch_size)
         if self.base.device.type == "cpu":
             decode(self.base)
         self._gates: dict[str, dict[str, SpectralGate]] = {}

@@ -12,9 +12,9 @@ from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
 from benchmarks.frontier.methods.oplora import OPLoRA
 from benchmarks.frontier.methods.starts import CorDA, SCLoRA
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 # λ and the learning rate rise together (docs/method.md).
-STRENGTHS = {4.0: (1e-3, 2e-3, 4e-3), 16.0: (1e-3, 3e-3, 6e-3), 64.0: (3e-3, 6e-3, 1.2e-2)}
+STRENGTHS = {4.0: (1e-3, 3e-3), 16.0: (1e-3, 3e-3, 6e-3), 64.0: (3e-3, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -30,33 +30,33 @@ class Series:
 
 
 def methods() -> list[Series]:
-    """The table."""
+    """The table, with what matters most first."""
     ours = [
         Series(f"gated, λ {strength:g}", [Gated(rate, strength) for rate in rates])
         for strength, rates in STRENGTHS.items()
     ]
     return [
-        Series("LoRA", [LoRA(rate) for rate in (3e-5, *RATES)]),
+        Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
         Series("control: γ shuffled, λ 16", [ShuffledGated(rate) for rate in STRENGTHS[16.0]]),
-        Series("LoRA, decay 0.1", [DecayedLoRA(rate) for rate in RATES]),
-        Series("LoRA, decay 0.3", [DecayedLoRA(rate, 0.3) for rate in RATES]),
-        Series("rsLoRA", [RankStabilizedLoRA(rate) for rate in RATES]),
-        Series("DoRA", [DoRA(rate) for rate in RATES]),
-        Series("LoRA, MLP only", [MLPOnlyLoRA(rate) for rate in RATES]),
-        Series("LoRA-Null, A frozen", [LoRANull(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)]),
-        Series("frozen top-γ A", [ContrastiveLoRA(rate) for rate in (3e-4, 1e-3, 3e-3, 1e-2)]),
-        Series("CorDA", [CorDA(rate) for rate in RATES]),
-        Series("SC-LoRA", [SCLoRA(rate) for rate in RATES]),
-        Series("OPLoRA", [OPLoRA(rate) for rate in RATES]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
         Series("replay (CFS)", [Replay(rate) for rate in RATES]),
         Series("FoLoRA, as published", [FoLoRA(rate) for rate in RATES]),
+        Series("LoRA-Null, A frozen", [LoRANull(rate) for rate in (3e-3, 1e-2, 3e-2)]),
+        Series("frozen top-γ A", [ContrastiveLoRA(rate) for rate in (1e-3, 3e-3, 1e-2)]),
+        Series("LoRA, decay 0.1", [DecayedLoRA(rate) for rate in RATES]),
+        Series("LoRA, decay 0.3", [DecayedLoRA(rate, 0.3) for rate in RATES]),
+        Series("LoRA, MLP only", [MLPOnlyLoRA(rate) for rate in RATES]),
+        Series("OPLoRA", [OPLoRA(rate) for rate in RATES]),
+        Series("CorDA", [CorDA(rate) for rate in RATES]),
+        Series("SC-LoRA", [SCLoRA(rate) for rate in RATES]),
+        Series("rsLoRA", [RankStabilizedLoRA(rate) for rate in (1e-4, *RATES[:2])]),
+        Series("DoRA", [DoRA(rate) for rate in RATES]),
     ]
 
 
 def ablations() -> list[Series]:
-    """Ours at λ 16 with one thing changed, at two learning rates so that equal task losses can be compared."""
+    """Ours at λ 16 with one thing changed, at three learning rates so that equal task losses can be compared."""
     rates = (1.5e-3, 3e-3, 6e-3)
 
     def changed(name: str, **changes: object) -> Series:

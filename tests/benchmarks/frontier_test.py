@@ -22,6 +22,7 @@ from benchmarks.frontier.methods.losses import TMKL, Replay, non_target_kl
 from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
 from benchmarks.frontier.methods.oplora import OPLoRA
 from benchmarks.frontier.methods.starts import DAMPING, CorDA, FoLoRAStart, SCLoRA
+from benchmarks.frontier.questions import log_likelihoods
 from benchmarks.frontier.training import train
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
@@ -304,3 +305,20 @@ def test_one_sided_gates_depend_on_one_covariance(ground: Ground) -> None:
             assert torch.equal(getattr(gate, kept), getattr(both[name], kept))
             assert torch.equal(getattr(gate, other), torch.eye(len(getattr(gate, other)), dtype=torch.float64))
     model.unload()
+
+
+def test_choices_side_by_side_are_as_likely_as_each_alone(ground: Ground) -> None:
+    batch = ground.questions.batches[-1][:3]
+    found = log_likelihoods(ground.base, batch)
+    for question, likelihoods in zip(batch, found, strict=True):
+        prompt = [token for token, owner in zip(question.ids, question.owners, strict=True) if owner == 0]
+        for number, likelihood in enumerate(likelihoods, 1):
+            choice = [token for token, owner in zip(question.ids, question.owners, strict=True) if owner == number]
+            ids = torch.tensor([prompt + choice])
+            with torch.no_grad():
+                log = log_softmax(ground.base(input_ids=ids).logits[0, :-1], -1)
+            alone = log.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+            assert likelihood == pytest.approx(float(alone), abs=1e-3)
+    accuracy = ground.questions.accuracy(ground.base)
+    answers = [question.answer for rows in ground.questions.batches for question in rows]
+    assert 0 < accuracy < 1 and len(answers) == 170

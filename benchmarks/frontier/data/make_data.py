@@ -57,9 +57,9 @@ def main(shakespeare: Path, bigbench: Path) -> None:
 
         style = [passage for name in TRAIN_PLAYS for passage in passages(play(name))]
         chance.shuffle(style)
-        write("style-train.jsonl", [{"text": passage} for passage in style[:600]])
+        write("style-train.jsonl", [{"text": passage} for passage in style[:400]])
         held = passages(play(HELDOUT_PLAY))
-        write("style-heldout.jsonl", [{"text": passage} for passage in chance.sample(held, 48)])
+        write("style-heldout.jsonl", [{"text": passage} for passage in chance.sample(held, 36)])
     with tarfile.open(bigbench) as archive:
         tasks = {}
         for member in archive:
@@ -68,10 +68,10 @@ def main(shakespeare: Path, bigbench: Path) -> None:
                 tasks[parts[-2]] = json.load(archive.extractfile(member))["examples"]
     rows = [(SKILLS[task] + e["input"], e["target"]) for task in SKILLS for e in tasks[task]]
     chance.shuffle(rows)
-    heldout, train = rows[:128], rows[128:]
+    heldout, train = rows[:96], rows[96:]
     known = {prompt for prompt, _ in heldout}
     write("skill-heldout.jsonl", [chat(*row) for row in heldout])
-    write("skill-train.jsonl", [chat(*row) for row in train if row[0] not in known][:1200])
+    write("skill-train.jsonl", [chat(*row) for row in train if row[0] not in known][:800])
     questions = []
     for task, number in QUESTIONS.items():
         for e in chance.sample(tasks[task], number):
