@@ -201,7 +201,7 @@ FOREIGN_WORDS: dict[str, str] = {
     "metric_for_best_model": "training.load_best_model_at_end takes the held-out loss",
     "early_stopping": "training.early_stopping_patience",
     "early_stopping_steps": "training.early_stopping_patience",
-    "loss_watchdog_threshold": "training.max_skipped_steps: steps whose loss is not finite are skipped",
+    "loss_watchdog_threshold": "training.max_loss_factor, times the largest loss of the last steps",
     "loss_watchdog_patience": "training.max_skipped_steps",
     "save_only_model": "leave it out: training.save_steps keeps whole checkpoints",
     "dataloader_num_workers": "leave it out: rows are tokenized before training",

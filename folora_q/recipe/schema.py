@@ -188,7 +188,9 @@ class TrainingSection(Section):
     auto_batch_size: bool = True
     """Where memory runs out, compute on half the sequences at a time: steps, data order and results stay."""
     max_skipped_steps: PositiveInt = 3
-    """A step whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
+    """A step whose loss or gradient is not finite, or blows up, is skipped; after so many in a row the run stops."""
+    max_loss_factor: Annotated[float, Field(gt=1)] | None = 2.0
+    """A loss blows up at so many times the largest of the last 32 steps, if over ln(vocabulary) / 2; null: never."""
     save_steps: PositiveInt | None = None
     """Steps between two checkpoints, from which --resume goes on; unset: one at the end, until it is evaluated."""
     save_total_limit: PositiveInt = 2

@@ -38,7 +38,7 @@ class DurableTrainer(SFTTrainer):
         own_text: text of the base's own that it takes the KL on; None takes none.
         exceeded: the step and the KL at which training stopped for its limit.
         micro_batches, measuring: halve what does not fit into memory.
-        skipped: the steps whose loss or gradient was not finite.
+        skipped: the steps that were left out.
         kept: how many checkpoints remain.
     """
 
@@ -133,17 +133,19 @@ class DurableTrainer(SFTTrainer):
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The Trainer asks once per optimizer step, right before it: here a step that is not finite is skipped.
+        """The Trainer asks once per optimizer step, right before it: here a step that would do harm is skipped.
 
         Raises:
             RunFailed: it was one too many in a row.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None
+        seen = torch.stack([torch.as_tensor(each, device=self.args.device).float() for each in (self.step_loss, norm)])
+        loss, size = seen.tolist()  # the one synchronization with the device in a step
         # In float16 the loss scaler finds its scale by gradients that overflow, and skips those steps itself.
-        seen = self.step_loss if scaled else self.step_loss + norm
-        if bool(torch.isfinite(torch.as_tensor(seen))):  # the one synchronization with the device in a step
-            self.skipped.in_a_row = 0
+        reason = self.skipped.reason(loss, 0.0 if scaled else size)
+        if reason is None:
+            self.skipped.taken(loss)
             return norm
         if not scaled:
             model.zero_grad(set_to_none=True)
@@ -152,7 +154,7 @@ class DurableTrainer(SFTTrainer):
         # Out of the running mean too: what is not finite would never leave it (`tr_loss -= tr_loss`).
         self._tr_loss.copy_(self.loss_before)
         self._globalstep_last_logged += 1
-        self.skipped.add(self.state.global_step + 1, float(self.step_loss), float(norm), self.last_good)
+        self.skipped.add(self.state.global_step + 1, loss, size, reason, self.last_good)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -224,6 +226,7 @@ class DurableTrainer(SFTTrainer):
             "ended": bool(self.control.should_training_stop and self.state.global_step < self.state.max_steps),
             "exceeded": self.exceeded,
             "skipped": [self.skipped.in_a_row, self.skipped.total],
+            "losses": [self.skipped.first, self.skipped.last],
             "rows_that_fit": [self.micro_batches.halving.rows, self.measuring.rows],
             "tokens": self._total_train_tokens,
             "metrics": {kind: dict(values) for kind, values in self._metrics.items()},
@@ -236,6 +239,7 @@ class DurableTrainer(SFTTrainer):
         self.ended = saved["ended"]
         self.exceeded = tuple(saved["exceeded"]) if saved["exceeded"] else None
         self.skipped.in_a_row, self.skipped.total = saved["skipped"]
+        self.skipped.first, self.skipped.last = saved["losses"]
         self.micro_batches.halving.rows, self.measuring.rows = saved["rows_that_fit"]
         self._total_train_tokens = saved["tokens"]
         self._metrics = {kind: defaultdict(list, values) for kind, values in saved["metrics"].items()}

@@ -1,7 +1,8 @@
-"""What keeps a run from dying in hour three: halved micro-batches, skipped non-finite steps, and a rehearsal."""
+"""What keeps a run from dying in hour three: halved micro-batches, skipped steps, and a rehearsal."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from folora_q.files import free_bytes
 Inputs = dict[str, Any]
 # A checkpoint holds the adapter and, with Adam, two moments of its size.
 CHECKPOINT_COPIES = 3
+# The measure of a blow-up: so many losses, the first and the last ones; there are none before the least of them.
+MEASURE, LEAST_MEASURE = 32, 10
 
 
 class MicroBatches:
@@ -73,20 +76,50 @@ class MicroBatches:
 
 
 class SkippedSteps:
-    """Counts the optimizer steps that were left out because their loss or gradient was not finite.
+    """Finds and counts optimizer steps to leave out: their loss or gradient is not finite, or the loss has blown up.
+
+    A loss has blown up if it is over `factor` times the largest of the last ones, or of the first if those were less, and
+    over half of what guessing every token alike costs, which one hard example in an easy task is not.
 
     Args:
         most: so many in a row end the run.
+        factor: of a blow-up; None looks for none.
+        vocabulary: how many tokens there are; guessing costs its logarithm.
         tell: takes one line for each.
     """
 
-    def __init__(self, most: int, tell: Callable[[str], None] = lambda line: None) -> None:
-        self.most, self.tell = most, tell
+    def __init__(
+        self,
+        most: int,
+        factor: float | None = None,
+        vocabulary: int = 1,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.most, self.factor, self.tell = most, factor, tell
+        self.least = math.log(vocabulary) / 2
         self.record: Callable[[dict[str, Any]], None] = lambda line: None
         self.in_a_row = self.total = 0
+        self.first: list[float] = []
+        self.last: list[float] = []
 
-    def add(self, step: int, loss: float, norm: float, last_good: Path | None) -> None:
-        """One more; `record` gets its line of metrics.
+    def reason(self, loss: float, norm: float) -> str | None:
+        """Why to leave a step out, as the end of a sentence that begins with its loss; None to take it."""
+        if not math.isfinite(loss + norm):
+            return "not finite"
+        if self.factor is None or len(self.first) < LEAST_MEASURE:
+            return None
+        bound = max(self.factor * min(max(self.first), max(self.last)), self.least)
+        return f"over {bound:.4g}, training.max_loss_factor" if loss > bound else None
+
+    def taken(self, loss: float) -> None:
+        """A step was not left out."""
+        self.in_a_row = 0
+        if len(self.first) < MEASURE:
+            self.first.append(loss)
+        self.last = [*self.last, loss][-MEASURE:]
+
+    def add(self, step: int, loss: float, norm: float, reason: str, last_good: Path | None) -> None:
+        """One more was left out; `record` gets its line of metrics.
 
         Args:
             last_good: the checkpoint to go back to, for the error.
@@ -96,14 +129,13 @@ class SkippedSteps:
         """
         self.in_a_row += 1
         self.total += 1
-        what = f"loss {loss}, gradient norm {norm}"
+        what = f"loss {loss:.4g}, gradient norm {norm:.4g}: {reason}"
         self.record({"step": step, "skipped": what})
         self.tell(f"step {step} skipped: {what} ({self.in_a_row} in a row, the run ends at {self.most})")
         if self.in_a_row >= self.most:
             kept = f"; {last_good.name} is the last good checkpoint" if last_good is not None else ""
             raise RunFailed(
-                f"the loss or its gradient was not finite in {self.most} steps in a row, the last time at step {step} "
-                f"({what}){kept}",
+                f"{self.most} steps in a row could not be taken, the last of them step {step} ({what}){kept}",
                 "lower training.learning_rate",
             )
 

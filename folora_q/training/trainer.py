@@ -222,7 +222,9 @@ def build_trainer(
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
     trainer.micro_batches = MicroBatches(Halving("training on", tell, training.auto_batch_size))
     trainer.measuring = Halving("measuring", tell, training.auto_batch_size)
-    trainer.skipped = SkippedSteps(training.max_skipped_steps, tell)
+    factor = None if config.fp16 else training.max_loss_factor  # where the loss scaler says which steps are taken
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    trainer.skipped = SkippedSteps(training.max_skipped_steps, factor, vocabulary, tell)
     trainer.kept = training.save_total_limit
     trainer.add_callback(BeforeTraining(trainer.before_first_step))
     trainer.gate_section = recipe.gate
