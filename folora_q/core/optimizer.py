@@ -22,6 +22,16 @@ from folora_q.core.stack import stacks
 Adapter = tuple[Tensor, Tensor, SpectralGate]  # A (r, d), B (o, r), the gate of the input space d
 
 
+# A step is taken with the last good gates of B, so often in a row, where new ones cannot be solved for.
+TOLERATED_FAILURES = 2
+
+
+def raise_when_too_many(failures: int, error: Exception) -> None:
+    """What a GatedOptimizer does by default where B's gates cannot be solved for."""
+    if failures > TOLERATED_FAILURES:
+        raise error
+
+
 class GatedOptimizer(Optimizer):
     """Lets any optimizer take its step, then passes each adapter's step through its gate.
 
@@ -34,8 +44,10 @@ class GatedOptimizer(Optimizer):
         adapters: (A, B, gate) triples; the gate must lie on A's device.
         gate_a, gate_b: which factor's steps are gated.
         refresh_every: steps between two solutions of the r x r problem, which ages as A moves.
+        on_failure: called with how often in a row they could not be solved for, and why; if it returns, those in force
+            stay. Of the first ones there are none before, and the error is raised.
 
-    Source: docs/method.md, section 4.
+    Source: docs/method.md, section 4; tolerated failures: Shampoo's, arXiv 2309.06497.
     """
 
     def __init__(
@@ -45,6 +57,7 @@ class GatedOptimizer(Optimizer):
         gate_a: bool = True,
         gate_b: bool = True,
         refresh_every: int = 10,
+        on_failure: Callable[[int, Exception], None] = raise_when_too_many,
     ) -> None:
         # Optimizer.__init__ is not called: it would make a second list of parameter groups (accelerate does the same).
         if refresh_every < 1:
@@ -52,7 +65,8 @@ class GatedOptimizer(Optimizer):
         self.inner = inner
         self.adapters = list(adapters)
         self.gate_a, self.gate_b, self.refresh_every = gate_a, gate_b, refresh_every
-        self.steps_taken = 0
+        self.on_failure = on_failure
+        self.steps_taken = self.failures = 0
         self.stacks = stacks([gate for _, _, gate in self.adapters], [a.shape[0] for a, _, _ in self.adapters])
         alike: dict[tuple, list[int]] = {}  # B's of one shape
         for index, (_, b, _) in enumerate(self.adapters):
@@ -122,9 +136,17 @@ class GatedOptimizer(Optimizer):
 
     def _solve_rank_gates(self, first: list[Tensor]) -> None:
         solved: dict[int, Tensor] = {}
-        for stack in self.stacks:
-            found = stack.rank_gates(torch.stack([first[index] for index in stack.indices]))
-            solved.update(zip(stack.indices, found, strict=True))
+        try:
+            for stack in self.stacks:
+                found = stack.rank_gates(torch.stack([first[index] for index in stack.indices]))
+                solved.update(zip(stack.indices, found, strict=True))
+        except (torch.linalg.LinAlgError, ValueError) as error:
+            if not self.rank_gates:
+                raise
+            self.failures += 1
+            self.on_failure(self.failures, error)
+            return
+        self.failures = 0
         self.rank_gates = [solved[index] for index in range(len(first))]
 
     def _correct(
@@ -150,6 +172,7 @@ class GatedOptimizer(Optimizer):
             **self.inner.state_dict(),
             "gated": {
                 "steps_taken": self.steps_taken,
+                "failures": self.failures,
                 "rank_gates": list(self.rank_gates),
                 "energy": self.energy,
             },
@@ -159,7 +182,7 @@ class GatedOptimizer(Optimizer):
         state_dict = dict(state_dict)
         gated = state_dict.pop("gated")
         self.inner.load_state_dict(state_dict)
-        self.steps_taken = gated["steps_taken"]
+        self.steps_taken, self.failures = gated["steps_taken"], gated.get("failures", 0)
         self.energy = gated["energy"].to(self.energy)
         self.rank_gates = [
             k.to(a) for k, (a, _, _) in zip(gated["rank_gates"], self.adapters, strict=bool(gated["rank_gates"]))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Directions of Σt's basis that Σp's basis already spans up to this fraction are not added a second time.
 SPANNED_TOLERANCE = 1e-6
+# Added to the diagonal, relative to its mean, where the solver did not converge; float64 resolves 1e-16.
+NUDGE = 1e-13
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def generalized_eigenproblem(utility: Tensor, penalty: Tensor) -> tuple[Tensor, 
 
     Raises:
         ValueError: H is not positive definite; a larger ridge makes it so.
+        LinAlgError: the solver did not converge, a second time neither.
 
     Source: FoLoRA section 3, V = H^(-1/2) R. Cholesky's factor is used in place of the symmetric root: V is the same up
     to the signs of its columns, and nothing is inverted.
@@ -90,6 +93,15 @@ def generalized_eigenproblem(utility: Tensor, penalty: Tensor) -> tuple[Tensor, 
         raise ValueError("the penalty covariance is not positive definite; use a larger ridge")
     half = torch.linalg.solve_triangular(factor, (utility + utility.mT) / 2, upper=False)
     whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)  # L⁻¹ S_t L⁻ᵀ
-    quotients, rotation = torch.linalg.eigh((whitened + whitened.mT) / 2)
+    quotients, rotation = _eigh((whitened + whitened.mT) / 2)
     vectors = torch.linalg.solve_triangular(factor.mT, rotation, upper=True)
     return quotients.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh; LAPACK's divide and conquer fails for a few matrices, and not for their neighbours."""
+    try:
+        return torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:
+        mean = symmetric.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
+        return torch.linalg.eigh(symmetric + NUDGE * mean * torch.eye(symmetric.shape[-1], dtype=symmetric.dtype))

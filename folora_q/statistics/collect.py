@@ -12,7 +12,7 @@ from torch import nn
 from folora_q.core import CovarianceSketch, ProjectedCovariance, SpectralGate, joint_basis
 from folora_q.data.halving import Halving, ran_out, rows_of
 from folora_q.data.tokens import Batch
-from folora_q.errors import RunFailed
+from folora_q.errors import RunFailed, first_line
 from folora_q.models.adapters import AdapterPair
 from folora_q.progress import Clock
 from folora_q.recipe.schema import GateSection
@@ -136,19 +136,25 @@ def _gates_of(readers: dict[str, nn.Module], reading: _Reading) -> dict[str, Spe
             {name: projection.mean() for name, projection in reading.stream(text, readers, new_projections).items()}
             for text in (reading.proxy, reading.task)
         ]
-    return {
-        name: SpectralGate.from_covariances(
-            penalty[name],
-            utility[name],
-            ridge=section.ridge,
-            utility_ridge=section.utility_ridge,
-            gate_lambda=section.gate_lambda,
-            floor=section.floor,
-            sharpness=section.sharpness,
-            grams=tuple(gram[name] for gram in grams) or None,
-        ).to(device, dtype)
-        for name in readers
-    }
+    found: dict[str, SpectralGate] = {}
+    for name in readers:
+        try:
+            gate = SpectralGate.from_covariances(
+                penalty[name],
+                utility[name],
+                ridge=section.ridge,
+                utility_ridge=section.utility_ridge,
+                gate_lambda=section.gate_lambda,
+                floor=section.floor,
+                sharpness=section.sharpness,
+                grams=tuple(gram[name] for gram in grams) or None,
+            )
+        except (torch.linalg.LinAlgError, ValueError) as error:
+            raise RunFailed(
+                f"the gate of {name} could not be solved for: {first_line(error)}", "raise gate.ridge, e.g. tenfold"
+            ) from error
+        found[name] = gate.to(device, dtype)
+    return found
 
 
 def _shares(

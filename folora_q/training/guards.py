@@ -78,7 +78,7 @@ class MicroBatches:
 class SkippedSteps:
     """Finds and counts optimizer steps to leave out: their loss or gradient is not finite, or the loss has blown up.
 
-    A loss has blown up if it is over `factor` times the largest of the last ones, or of the first if those were less, and
+    A loss has blown up if it is over `factor` times the largest of the last ones (of the first, if those were less) and
     over half of what guessing every token alike costs, which one hard example in an easy task is not.
 
     Args:

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
+from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.data.halving import Halving
 from folora_q.data.tokens import batches
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
@@ -62,6 +63,7 @@ class GatedTrainer(DurableTrainer):
                 gate_a="a_step" in section.places,
                 gate_b="b_step" in section.places,
                 refresh_every=section.refresh_every,
+                on_failure=self._rank_gates_failed,
             )
             return self.optimizer
         gated = {id(p) for pair in pairs for p in (pair.a, pair.b)}
@@ -122,6 +124,17 @@ class GatedTrainer(DurableTrainer):
             tell(f"stopped at step {state.global_step} of {steps}: the held-out loss no longer fell")
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             tell(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
+
+    def _rank_gates_failed(self, failures: int, error: Exception) -> None:
+        self.skipped.tell(
+            f"step {self.state.global_step + 1}: the gates of B could not be solved for, and the last ones stay "
+            f"({failures} in a row, the run ends at {TOLERATED_FAILURES + 1}): {first_line(error)}"
+        )
+        if failures > TOLERATED_FAILURES:
+            raise RunFailed(
+                f"the gates of B could not be solved for {failures} times in a row: {first_line(error)}",
+                "raise gate.ridge, e.g. tenfold, or lower training.learning_rate",
+            ) from error
 
     def energy_kept(self) -> dict[str, dict[str, float]]:
         """By layer, the share of its steps' energy that the gate let pass, of "a" and "b"; empty if none was."""

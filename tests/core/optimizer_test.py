@@ -171,6 +171,52 @@ def test_the_rank_gate_is_solved_every_so_many_steps(monkeypatch) -> None:
         GatedOptimizer(adamw(Adapter()), [], refresh_every=0)
 
 
+def unsolvable(monkeypatch, calls_that_fail: set[int]) -> None:
+    original, calls = GateStack.rank_gates, [0]
+
+    def rank_gates(self: GateStack, a: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] in calls_that_fail:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return original(self, a)
+
+    monkeypatch.setattr(GateStack, "rank_gates", rank_gates)
+
+
+def test_where_the_rank_gate_cannot_be_solved_for_the_last_one_stays_and_failures_in_a_row_are_counted(
+    monkeypatch, tmp_path
+) -> None:
+    unsolvable(monkeypatch, {2, 3, 5, 6, 7})
+    model, told = Adapter(), []
+    optimizer = GatedOptimizer(adamw(model), model.adapters(gate()), refresh_every=1)
+    default = optimizer.on_failure
+    optimizer.on_failure = lambda count, error: (told.append(count), default(count, error))
+    gates = []
+    for step in range(6):
+        backward(model, step)
+        optimizer.step()
+        gates.append([k.clone() for k in optimizer.rank_gates])
+    assert told == [1, 2, 1, 2] and optimizer.failures == 2
+    assert all(torch.equal(one, other) for one, other in zip(gates[0], gates[2], strict=True))
+    assert not torch.equal(gates[2][0], gates[3][0])
+    again = GatedOptimizer(adamw(model), model.adapters(gate()), refresh_every=1)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.failures == 2
+    backward(model, 6)
+    with pytest.raises(torch.linalg.LinAlgError, match="failed to converge"):
+        again.step()
+
+
+def test_without_a_first_rank_gate_there_is_no_step(monkeypatch) -> None:
+    unsolvable(monkeypatch, {1})
+    model = Adapter()
+    before = copy.deepcopy(model)
+    backward(model)
+    with pytest.raises(torch.linalg.LinAlgError):
+        GatedOptimizer(adamw(model), model.adapters(gate())).step()
+    assert same(model, before)
+
+
 OURS = {
     "gated": lambda m: GatedOptimizer(adamw(m), m.adapters(gate()), refresh_every=4),
     "spectral": lambda m: SpectralAdamW(m.adapters(gate()), lr=0.02, weight_decay=0.01, others=[m.bias]),

@@ -71,3 +71,31 @@ def test_the_eigenproblem_is_solved(seed: int, m: int) -> None:
 def test_a_penalty_that_is_singular_asks_for_a_ridge() -> None:
     with pytest.raises(ValueError, match="larger ridge"):
         generalized_eigenproblem(torch.eye(2), torch.tensor([[1.0, 1.0], [1.0, 1.0]]) - 1e-9 * torch.eye(2))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_solver_that_does_not_converge_is_given_a_neighbour(monkeypatch, batched: bool) -> None:
+    utility, penalty = torch.tensor(spd(8, 1)), torch.tensor(spd(8, 2))
+    if batched:
+        utility, penalty = (torch.stack([each, 2 * each]) for each in (utility, penalty))
+    expected, _ = generalized_eigenproblem(utility, penalty)
+    solve, calls = torch.linalg.eigh, []
+
+    def fails_once(matrix: torch.Tensor) -> object:
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_once)
+    found, vectors = generalized_eigenproblem(utility, penalty)
+    assert len(calls) == 2 and torch.allclose(found, expected, rtol=1e-10)
+    metric = vectors.mT @ penalty @ vectors
+    assert torch.allclose(metric, torch.eye(8, dtype=torch.float64).expand_as(metric), atol=1e-9)
+
+    def fails(matrix: torch.Tensor) -> object:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(torch.linalg.LinAlgError):
+        generalized_eigenproblem(utility, penalty)
