@@ -23,7 +23,7 @@ from folora_q.cli.console import ConsoleProgress, err, quiet_libraries, quiet_pr
 quiet_libraries()  # before they are imported
 
 HERE = Path(__file__).parent
-TASKS = ("style", "skill")
+TASKS = ("skill", "style")
 STEPS, QUICK_STEPS = 80, 30
 OUTPUT = Path("runs/frontier")
 
@@ -67,7 +67,7 @@ def run(
 
     chosen = series.quick() if quick else series.ablations() if ablations else series.methods()
     chosen = [s for s in chosen if not wanted or any(part in s.name for part in wanted)]
-    for task in tasks or (TASKS[1:] if quick else TASKS):
+    for task in tasks or TASKS[: 1 if quick else 2]:
         plan = Plan(
             recipe=HERE / f"{task}.yaml",
             overrides=overrides,

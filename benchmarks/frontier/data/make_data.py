@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TRAIN_PLAYS = ("hamlet", "lear", "othello", "richard_iii", "tempest")
 HELDOUT_PLAY = "macbeth"
-PASSAGE = 480  # characters, about 160 tokens
+PASSAGE = 200  # characters, about 90 tokens
 SKILLS = {
     "question_formation_json": "Turn the statement into a question: ",
     "sentence_negation_json": "Negate the statement: ",
