@@ -95,6 +95,7 @@ def commit_directory(target: Path) -> Iterator[Path]:
         os.chmod(staging, 0o755)
         for path in staging.rglob("*"):
             if path.is_file():  # what the rename shows must be on the disk, also after a power cut
+                os.chmod(path, 0o644)  # safetensors writes for its user alone
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         _sync_folder(staging)

@@ -158,7 +158,6 @@ def write_merged(
                 merged[tensor] = _merged(merge, tensor)
                 on_progress(1)
             save_file(merged, staging / name, metadata={"format": "pt"})
-            (staging / name).chmod(0o644)
             del merged
         if len(shards) > 1:
             places = {tensor: shards[stored.shard] for tensor, stored in merge.base.tensors.items()}

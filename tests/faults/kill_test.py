@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -131,3 +132,21 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(
         assert_the_same_run(finished, folder)
     finally:
         subprocess.run(["umount", disk], check=False)
+
+
+def test_a_file_that_may_not_grow_ends_the_save_and_not_what_was_saved(
+    saving: list[object], finished: Path, tmp_path: Path, capfd
+) -> None:
+    """A quota, which a limit on the size of files stands for: it takes no root."""
+    folder, limits = tmp_path / "stopped" / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    half = (finished / "checkpoint-2" / "optimizer.pt").stat().st_size // 2
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, limits[1])))
+            assert run(*saving) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot save " in (talk := capfd.readouterr().err) and "checkpoint-4" in talk
+    assert steps_saved(folder) == [2] and not list(folder.glob(".checkpoint-*"))
+    assert run(*saving, "--resume") == 0
+    assert_the_same_run(finished, folder)
