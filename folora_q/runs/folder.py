@@ -99,7 +99,8 @@ class RunFolder:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace run.json."""
-        atomic_write(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        atomic_write(self.manifest, text.encode("utf-8", "backslashreplace"))  # as in `write_lines`
 
     def remember(self, manifest: dict[str, Any], path: Path) -> None:
         """Put the checksum of a finished part into run.json, so that it is known to be whole should the run go on."""
@@ -134,7 +135,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def discard_unfinished(self) -> None:
-        """Remove what a killed process had not finished, which is hidden, and an adapter, which training makes again."""
+        """Remove what a killed process had not finished, which is hidden, and the adapter, which is made again."""
         hidden = (*self.path.glob(".checkpoint-*"), *self.path.glob(".adapter.*"), self.path / ".rehearsal")
         for folder in (self.adapter, *hidden):
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,14 +11,15 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from folora_q.errors import first_line
 from folora_q.files import atomic_write, remove_directory, sha256
 from folora_q.models.trust import is_inside
+from folora_q.reading import read_object
+from folora_q.training.saved import MOST_STATE, PROGRESS, TRAINER_STATE
 
 MANIFEST = "manifest.json"
-# What the Trainer does not save and an exact continuation needs: see `folora_q.training.durable`.
-PROGRESS = "progress.json"
-TRAINER_STATE = "trainer_state.json"
 # Without one of these, training would begin anew in part, and silently.
 REQUIRED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE, PROGRESS}
 # Weights of a whole model, which the Trainer would load in place of the adapter's.
@@ -68,14 +69,13 @@ def damage(checkpoint: Path) -> str | None:
     there: the Trainer would load a whole model's weights, or an adapter in a folder below, if it found them.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        step, files = (
-            int(manifest["step"]),
-            {name: (e["sha256"], int(e["size"])) for name, e in manifest["files"].items()},
-        )
+        manifest = read_object(checkpoint / MANIFEST)
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError):
+        return f"its {MANIFEST} cannot be read"
+    step, files = manifest.get("step"), _files_of(manifest)
+    if type(step) is not int or files is None:
         return f"its {MANIFEST} cannot be read"
     if step != step_of(checkpoint):
         return f"its {MANIFEST} is of step {step}"
@@ -98,6 +98,18 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def _files_of(manifest: dict[str, Any]) -> dict[str, tuple[str, int]] | None:
+    """SHA-256 and size by name; None where it says anything else."""
+    files = manifest.get("files")
+    entries = files.values() if isinstance(files, dict) else [None]
+    if not all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
+        for entry in entries
+    ):
+        return None
+    return {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}
+
+
 def newest_whole(run: Path, needs_best: bool, tell: Callable[[str], None]) -> Path | None:
     """The latest checkpoint that training can go on from.
 
@@ -106,19 +118,25 @@ def newest_whole(run: Path, needs_best: bool, tell: Callable[[str], None]) -> Pa
         tell: takes a line for each later one that is not.
     """
     for checkpoint in checkpoints(run):
-        problem = damage(checkpoint)
-        if problem is None and needs_best and (best := best_step(checkpoint)) is not None:
-            of_best = damage(checkpoint_path(run, best))
-            problem = of_best and f"the best step before it, checkpoint-{best}, is not whole: {of_best}"
+        problem = damage(checkpoint) or (damage_of_best(checkpoint) if needs_best else None)
         if problem is None:
             return checkpoint
         tell(f"{checkpoint.name} is not used: {problem}")
     return None
 
 
-def best_step(checkpoint: Path) -> int | None:
-    """The step with the least held-out loss until a checkpoint was saved, if any had been measured."""
-    return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8")).get("best_global_step") or None
+def damage_of_best(checkpoint: Path) -> str | None:
+    """What is wrong with the step that had the least held-out loss until a checkpoint was saved; None if nothing is."""
+    try:
+        best = read_object(checkpoint / TRAINER_STATE, MOST_STATE).get("best_global_step") or None
+    except (OSError, ValueError) as error:
+        return f"{TRAINER_STATE} cannot be read: {first_line(error)}"
+    if best is None:  # nothing had been measured
+        return None
+    if type(best) is not int or not 0 < best <= step_of(checkpoint):
+        return f"its {TRAINER_STATE} names no step as the best one"
+    problem = damage(checkpoint_path(checkpoint.parent, best))
+    return problem and f"the best step before it, checkpoint-{best}, is not whole: {problem}"
 
 
 def rotate(run: Path, kept: int, needed: Iterable[Path]) -> None:

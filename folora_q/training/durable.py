@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
@@ -26,8 +27,15 @@ from folora_q.evaluation.compare import HeldOutText, compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
 from folora_q.files import atomic_write, commit_directory
-from folora_q.training.checkpoints import PROGRESS, TRAINER_STATE, checkpoint_path, damage, rotate, seal, step_of
+from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
 from folora_q.training.guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
+from folora_q.training.saved import PROGRESS, TRAINER_STATE, Progress, State, read_saved
+
+# What torch, safetensors and transformers raise for something else than what was saved, until the first step is taken.
+UNFIT = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, EOFError),
+    SafetensorError,
+)
 
 
 class DurableTrainer(SFTTrainer):
@@ -64,14 +72,22 @@ class DurableTrainer(SFTTrainer):
         """
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
-        self.continued = Path(resume_from_checkpoint)
+        self.continued = checkpoint = Path(resume_from_checkpoint)
         self.args.eval_on_start = False  # it was measured at the real start
         try:
+            read_saved(checkpoint / TRAINER_STATE, State), read_saved(checkpoint / PROGRESS, Progress)
             return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
         except UnpicklingError as error:  # torch builds nothing but tensors and numbers
             raise RunFailed(
                 f"{resume_from_checkpoint} holds more than tensors and numbers, which can be code; it was not loaded",
                 "training saves nothing of the kind; without this checkpoint, --resume goes on from the one before",
+            ) from error
+        except UNFIT as error:
+            if self.state.global_step > step_of(checkpoint):  # then it is not what was saved
+                raise
+            raise RunFailed(
+                f"cannot go on from {checkpoint}: {first_line(error)}",
+                "is it of another version? Without this checkpoint, --resume goes on from the one before",
             ) from error
 
     @property
@@ -233,16 +249,15 @@ class DurableTrainer(SFTTrainer):
         }
 
     def _bring_back(self, checkpoint: Path) -> None:
-        saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        self._tr_loss.fill_(saved["loss_sum"])
-        self._total_loss_scalar, self._globalstep_last_logged = saved["loss_total"], saved["last_logged"]
-        self.ended = saved["ended"]
-        self.exceeded = tuple(saved["exceeded"]) if saved["exceeded"] else None
-        self.skipped.in_a_row, self.skipped.total = saved["skipped"]
-        self.skipped.first, self.skipped.last = saved["losses"]
-        self.micro_batches.halving.rows, self.measuring.rows = saved["rows_that_fit"]
-        self._total_train_tokens = saved["tokens"]
-        self._metrics = {kind: defaultdict(list, values) for kind, values in saved["metrics"].items()}
+        saved = read_saved(checkpoint / PROGRESS, Progress)
+        self._tr_loss.fill_(saved.loss_sum)
+        self._total_loss_scalar, self._globalstep_last_logged = saved.loss_total, saved.last_logged
+        self.ended, self.exceeded = saved.ended, saved.exceeded
+        self.skipped.in_a_row, self.skipped.total = saved.skipped
+        self.skipped.first, self.skipped.last = saved.losses
+        self.micro_batches.halving.rows, self.measuring.rows = saved.rows_that_fit
+        self._total_train_tokens = saved.tokens
+        self._metrics = {kind: defaultdict(list, saved.metrics.get(kind, {})) for kind in ("train", "eval")}
         self.last_good = checkpoint if self.skipped.in_a_row == 0 else None
         # The folder may have been moved since, or named from elsewhere.
         run, best = checkpoint.parent, self.state.best_global_step

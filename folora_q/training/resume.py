@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.files import sha256
+from folora_q.reading import read_object
+from folora_q.recipe.paths import short
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder
 from folora_q.training.checkpoints import discard_after, newest_whole, step_of
@@ -25,6 +26,8 @@ MADE_FROM = {"proxy.jsonl": OF_TEXT, "gates.safetensors": OF_TEXT | {"gate", "da
 MAKE_SHAPES = ("adapter.r:", "adapter.target_modules:", "gate.rule:", "gate.enabled:", "training.optim:")
 # Of the hardware: what makes other numbers, and what only rounds sums in another order.
 COMPUTED_BY, ADDED_BY = ("device", "dtype"), ("name", "threads")
+# What is read of run.json: objects, of which each value is one of these.
+OBJECTS, SCALARS = ("model", "data_sha256", "versions", "computing", "files_sha256"), (str, int, float, type(None))
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = 60
 
@@ -60,7 +63,7 @@ class Resumption:
         """
         before = self.earlier.get("model", {}).get("fingerprint")
         if before is not None and before != fingerprint:
-            self.changes.append(f"model fingerprint: {before[:12]}… → {fingerprint[:12]}…")
+            self.changes.append(f"model fingerprint: {str(before)[:12]}… → {fingerprint[:12]}…")
             _refuse(self)
         return self._right_parts()
 
@@ -103,18 +106,36 @@ def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
         UserError: the run is complete, or its run.json cannot be read.
     """
     try:
-        earlier = json.loads(folder.manifest.read_text(encoding="utf-8"))
-        status = earlier["status"]
+        earlier = read_object(folder.manifest)
+        _check(earlier)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.manifest} cannot be read: {error}", "begin again with --overwrite") from None
-    if status == "complete":
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder.manifest} cannot be read: {first_line(error)}", "begin again with --overwrite"
+        ) from None
+    if earlier["status"] == "complete":
         raise UserError(
             f"the run in {folder.path} is complete: there is nothing to go on with",
             "`folora-q report` shows it; --overwrite in place of --resume begins it anew",
         )
     return earlier
+
+
+def _check(earlier: dict[str, Any]) -> None:
+    """See that what is read of run.json here is of the kind that is written there.
+
+    Raises:
+        ValueError: it is not; the message is the end of a sentence.
+    """
+    if not isinstance(earlier.get("status"), str):
+        raise ValueError("it says no status")
+    for key in OBJECTS:
+        found = earlier.get(key, {})
+        if not isinstance(found, dict) or not all(isinstance(value, SCALARS) for value in found.values()):
+            raise ValueError(f"its {key} is no object of texts and numbers")
+    if not isinstance(earlier.get("resumed", []), list):
+        raise ValueError("its resumed is no list")
 
 
 def go_on(
@@ -190,12 +211,12 @@ def _other_changes(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
     before, now = earlier.get("data_sha256", {}), new["data_sha256"]
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            was, is_now = ((found.get(name) or "none")[:12] for found in (before, now))
-            yield f"data file {name}: SHA-256 {was} → {is_now}"
+            was, is_now = (str(found.get(name) or "none")[:12] for found in (before, now))
+            yield f"data file {short(name)}: SHA-256 {was} → {is_now}"
     before, now = earlier.get("versions", {}), new["versions"]
     for name in COMPARED_VERSIONS:
         if name in before and before[name] != now.get(name):
-            yield f"version of {name}: {before[name]} → {now.get(name)}"
+            yield f"version of {name}: {short(before[name])} → {now.get(name)}"
     yield from _hardware_changes(earlier, new, COMPUTED_BY)
 
 
@@ -203,4 +224,4 @@ def _hardware_changes(earlier: Mapping[str, Any], new: Mapping[str, Any], names:
     before, now = earlier.get("computing", {}), new["computing"]
     for name in names:
         if name in before and before[name] != now[name]:
-            yield f"hardware {name}: {before[name]} → {now[name]}"
+            yield f"hardware {name}: {short(before[name])} → {now[name]}"
