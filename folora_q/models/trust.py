@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from folora_q.errors import UserError, first_line
+from folora_q.models.patterns import check_patterns
 from folora_q.reading import MIB, MOST_JSON, read_object
 
 CODE_FLAG, PICKLE_FLAG = "--trust-remote-code", "--allow-pickle"
@@ -104,9 +105,11 @@ def check_adapter(folder: Path, trust: Trust) -> None:
     """Look through an adapter's folder.
 
     Raises:
-        UserError: loading it would import or load something from elsewhere, or a pickle that `trust` does not allow.
+        UserError: loading it would import or load something from elsewhere, or a pickle that `trust` does not allow, or
+            could go on for ever.
     """
     config = _read(folder / ADAPTER_CONFIG)
+    check_patterns(folder / ADAPTER_CONFIG, config)
     for key in ELSEWHERE:
         if config.get(key):
             raise UserError(

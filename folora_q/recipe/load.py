@@ -15,7 +15,7 @@ from folora_q.errors import UserError
 from folora_q.private import conceal, holds_secret
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.hints import FOREIGN_WORDS
-from folora_q.recipe.paths import exists, short, with_absolute_paths
+from folora_q.recipe.paths import exists, listed, short, with_absolute_paths
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import LONGEST, KeyPath, parse_yaml
 
@@ -70,9 +70,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         found = [(detail, _place(detail["loc"], places, path)) for detail in error.errors(include_url=False)]
         found.sort(key=lambda item: order.get(item[1], -1))
         findings = dict.fromkeys(_finding(detail, where) for detail, where in found)
-        raise UserError(
-            "\n       ".join(findings), "docs/recipe.md explains every key, and so does `folora-q schema`"
-        ) from None
+        raise UserError(listed(findings), "docs/recipe.md explains every key, and so does `folora-q schema`") from None
 
     def folder_for(value: str, key: KeyPath) -> Path:
         """A recipe's paths are relative to it; those of an override to where the command is given."""
@@ -92,7 +90,7 @@ def _refuse_secrets(values: dict[str, Any], places: Mapping[KeyPath, str], path:
     ]
     if found:
         raise UserError(
-            "\n       ".join(found),
+            listed(found),
             "a recipe is copied into the run folder: log in with `hf auth login`, or set HF_TOKEN or the variable of "
             "your tracker",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ Key = tuple[str | int, ...]
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
 LONGEST_QUOTE = 400
+MOST_FINDINGS = 30
 HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What must be importable for a setting that names it.
@@ -111,7 +112,7 @@ def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], 
     ]
     if findings:
         raise UserError(
-            "\n       ".join(findings),
+            listed(findings),
             "paths in a recipe are relative to it; those on the command line to where you are",
         )
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model})
@@ -176,6 +177,13 @@ def _model(folder: Path, value: str) -> str:
     if not HUB_MODEL.fullmatch(value):
         raise LookupError(f"{short(value)} is no file or folder here, and no hub id")
     return value
+
+
+def listed(findings: Iterable[str]) -> str:
+    """One finding a line, as many as somebody will read at a time."""
+    lines = list(findings)
+    more = [f"and {len(lines) - MOST_FINDINGS:,} more"] if len(lines) > MOST_FINDINGS else []
+    return "\n       ".join([*lines[:MOST_FINDINGS], *more])
 
 
 def short(text: object) -> str:

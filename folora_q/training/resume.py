@@ -12,7 +12,7 @@ from typing import Any
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.files import sha256
 from folora_q.reading import read_object
-from folora_q.recipe.paths import short
+from folora_q.recipe.paths import listed, short
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder
 from folora_q.training.checkpoints import discard_after, newest_whole, step_of
@@ -185,9 +185,8 @@ def _making_shapes(recipe: Recipe) -> tuple[str, ...]:
 
 def _refuse(resumption: Resumption) -> None:
     if resumption.changes and not resumption.force:
-        listed = "\n       ".join(resumption.changes)
         raise UserError(
-            f"this is not what was begun:\n       {listed}",
+            f"this is not what was begun:\n       {listed(resumption.changes)}",
             "put it back, or go on all the same with --force, which run.json then says",
         )
 

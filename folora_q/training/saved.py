@@ -73,11 +73,12 @@ def read_saved(path: Path, kind: type[Kind]) -> Kind:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds something else than what is saved there; the message is the end of a sentence.
+        ValueError: it holds something else than what is saved there; the message begins with its name.
     """
     try:
         return kind.model_validate_json(read_text(path, MOST_STATE))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        raise ValueError(": ".join([path.name, ".".join(map(str, first["loc"])), first["msg"]])) from None
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
