@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -18,6 +20,11 @@ from folora_q.models.gguf import convert_gguf
 from folora_q.models.trust import CONFIG, HEADS, NOTHING, Trust, check_model, code_needed, pickled_weights
 from folora_q.recipe.schema import ModelSection
 
+# What transformers raises, besides, for a model whose files say what makes no sense.
+MALFORMED = (
+    *(TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    StrictDataclassError,
+)
 # For files that a model need not have.
 IF_THERE = {
     f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")
@@ -69,6 +76,22 @@ def loading(section: ModelSection) -> Iterator[None]:
             f"cannot load the model {name}: {first_line(error)}",
             "give a hub id, a local folder with config.json, or a .gguf file",
         ) from error
+    except MALFORMED as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _malformed(name, error) from error
+    except Exception as error:
+        if type(error) is not Exception:  # which is how tokenizers says that tokenizer.json is none
+            raise
+        raise _malformed(name, error) from error
+
+
+def _malformed(name: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {first_line(error)}".removeprefix("Exception: ")
+    return UserError(
+        f"cannot load the model {name}: its files say what transformers can make no model of ({reason})",
+        "is it damaged, or for another version of transformers? --debug shows where it was met",
+    )
 
 
 def safe_source(section: ModelSection, trust: Trust) -> tuple[str, str | None]:
