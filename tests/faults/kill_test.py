@@ -90,7 +90,7 @@ def test_a_killed_merge_leaves_nothing_or_the_whole_and_can_be_made_again(tmp_pa
     seen = recorded(arguments, trace)
     assert same_files(target, wholes[1])
     placed = range(len(seen) - 30, len(seen))
-    for number in (*chance.sample(range(placed[0]), 2), *chance.sample(placed, 2)):
+    for number in (*chance.sample(range(placed[0]), 2), *chance.sample(placed, 4)):
         shutil.rmtree(target)
         shutil.copytree(wholes[0], target)
         if number in placed:
