@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
+import struct
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from folora_q.errors import UserError
+from folora_q.errors import UserError, first_line
 from folora_q.files import cache_folder, commit_directory, sha256
+
+# What transformers raises, besides, for a model whose files say what makes no sense.
+MALFORMED = (
+    *(TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    StrictDataclassError,
+)
 
 
 def convert_gguf(path: Path, target: Path | None = None) -> Path:
@@ -38,8 +46,10 @@ def convert_gguf(path: Path, target: Path | None = None) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise UserError(f"transformers cannot read {path}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, struct.error, *MALFORMED) as error:
+        raise UserError(f"transformers cannot read {path}: {first_line(error)}", "is it damaged?") from error
     with commit_directory(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

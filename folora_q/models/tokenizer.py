@@ -8,7 +8,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -16,15 +15,10 @@ from transformers.utils import cached_file
 
 from folora_q.errors import UserError, first_line
 from folora_q.models.demo import DEMO_MODEL, demo_model_folder
-from folora_q.models.gguf import convert_gguf
+from folora_q.models.gguf import MALFORMED, convert_gguf
 from folora_q.models.trust import CONFIG, HEADS, NOTHING, Trust, check_model, code_needed, pickled_weights
 from folora_q.recipe.schema import ModelSection
 
-# What transformers raises, besides, for a model whose files say what makes no sense.
-MALFORMED = (
-    *(TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
-    StrictDataclassError,
-)
 # For files that a model need not have.
 IF_THERE = {
     f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")
