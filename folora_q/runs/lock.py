@@ -14,6 +14,7 @@ import psutil
 
 from folora_q.errors import UserError
 from folora_q.files import free_bytes
+from folora_q.reading import parse_json
 
 try:
     import fcntl
@@ -130,7 +131,7 @@ def _see_through(path: Path, content: bytes, tell: Callable[[str], None]) -> Non
         UserError: it is not, as far as can be seen from here.
     """
     try:
-        holder = Holder(**json.loads(content))
+        holder = Holder(**parse_json(content.decode("utf-8")))
         reason = holder.gone()
     except (ValueError, TypeError):
         tell(f"the lock {path} is damaged; it was taken over")
