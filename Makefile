@@ -24,8 +24,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/folora-q train recipes/demo.yaml --overwrite
 
+# Two processes, whatever the machine: each holds a torch, and files of tests share their models.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def test_a_run_is_measured_again_as_it_measured_itself(recipe_file: Path, tmp_pa
         assert after.predicted == pytest.approx(before.predicted, rel=1e-6)
     assert read_answers(folder / "answers.jsonl") == read_answers(tmp_path / "again" / "answers.jsonl")
     text = capfd.readouterr().out
-    assert f"{folder} against" in text.replace("\n", "") and "own text, cut: KL" in text
+    assert f"{folder}against" in "".join(text.split()) and "own text, cut: KL" in text
     assert run("eval", folder, "--output", tmp_path / "again") == 2
     assert "is there already" in capfd.readouterr().err
 
