@@ -1,0 +1,281 @@
+"""What reading any file must come to: a value, or an error of ours that says what is wrong and where.
+
+Everything else is a finding: another exception, a crash of the process, more than 2 s of computing, more than 200 MB of
+memory, a file written outside of the folder, a process started, a connection, a pickle's global looked up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from folora_q.cli.console import print_error
+from folora_q.errors import FoloraError
+
+# Of the processor's time, which is not the wall's: the machine may be shared.
+MOST_SECONDS = 2.0
+STOPPED_AFTER = 10.0
+MOST_BYTES = 200_000_000
+LONGEST_MESSAGE = 20_000
+# Of files that are meant to be large, by their size.
+SECONDS_A_BYTE, BYTES_A_BYTE, LARGE = 1e-6, 30, 10**7
+# At this rate, a target's own files are read once, not each in its turn.
+DEAR = 20
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# Python's audit events that change files, with how many of their arguments are paths.
+CHANGING = {
+    "os.mkdir": 1,
+    "os.remove": 1,
+    "os.rmdir": 1,
+    "os.truncate": 1,
+    "os.chmod": 1,
+    "os.rename": 2,
+    "os.link": 2,
+    "os.symlink": 2,
+}
+# Those that no file may bring about.
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "pickle.find_class",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that reads files.
+
+    Attributes:
+        build: writes a valid folder.
+        files: those that are changed, by path in the folder: their kind, which says how.
+        read: reads the folder, one file of which was changed, as a command does. It must accept the valid folder.
+        rate: how dear one input is; a campaign divides its number of examples by it.
+        large: its files are meant to be large, so that time and memory may grow with them.
+        writes: reading changes the folder, so that each input gets it anew.
+    """
+
+    name: str
+    build: Callable[[Path], None]
+    files: Mapping[str, str]
+    read: Callable[[Path, str], object]
+    rate: int = 1
+    large: bool = False
+    writes: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one input came to.
+
+    Attributes:
+        told: the error's message, or what is wrong.
+        alike: of a finding, equal for those with one cause.
+        seconds: of the processor.
+        grown: bytes by which the process grew at its peak.
+    """
+
+    kind: Literal["accepted", "refused", "finding"]
+    told: str = ""
+    alike: str = ""
+    seconds: float = 0.0
+    grown: int = 0
+
+
+class Bench:
+    """A target with its folder, which is valid again before each input.
+
+    Args:
+        place: an empty folder; nothing may be written outside of it.
+    """
+
+    def __init__(self, target: Target, place: Path) -> None:
+        self.target, self.place = target, place.resolve()
+        self.folder, self.valid = self.place / "input", self.place / "valid"
+        self.valid.mkdir()
+        target.build(self.valid)
+        shutil.copytree(self.valid, self.folder)
+        self.usual = float("inf")
+        self.seeds = {name: (self.valid / name).read_bytes() for name in target.files}
+        usual = 0.0
+        for number, name in enumerate(target.files):
+            if number and target.rate >= DEAR:
+                break
+            for _ in range(1 if number else 2):  # the libraries are imported first, and write what they write once
+                verdict = self.judge(name, self.seeds[name])
+            usual = max(usual, verdict.seconds)
+            if verdict.kind != "accepted":
+                raise AssertionError(f"{target.name} does not take its own {name}: {verdict}")
+        self.usual = usual
+
+    def judge(self, file: str, content: bytes) -> Verdict:
+        """Read the folder with other content in one of its files."""
+        if self.target.writes:
+            shutil.rmtree(self.folder)
+            shutil.copytree(self.valid, self.folder)
+        path = self.folder / file
+        path.write_bytes(content)
+        try:
+            return self._judge(file)
+        finally:
+            if not self.target.writes:
+                path.write_bytes(self.seeds[file])
+
+    def _judge(self, file: str) -> Verdict:
+        before = _reset_peak()
+        began = time.process_time()
+        kind, told, alike = "accepted", "", ""
+        with _watched(self.place) as events:
+            try:
+                with _stopped_after(STOPPED_AFTER), _silent():
+                    self.target.read(self.folder, file)
+            except FoloraError as error:
+                kind, told = "refused", error.message
+                alike = self._unclear(error, file)
+            except (Exception, SystemExit, _Stopped) as error:
+                kind, told = "finding", f"{type(error).__name__}: {error}"[:500]
+                alike = f"{type(error).__name__} in {_place_of(error)}"
+        seconds = time.process_time() - began
+        grown = max(_peak() - before, 0) if before < sys.maxsize else 0
+        size = (self.folder / file).stat().st_size if self.target.large else 0
+        if events:
+            alike = alike or events[0].split(":")[0]
+            kind, told = "finding", events[0]
+        elif kind == "refused" and alike:
+            kind, told = "finding", f"{alike}: {told[:300]}"
+        elif seconds > MOST_SECONDS + self.usual + size * SECONDS_A_BYTE and "_Stopped" not in alike:
+            kind, told, alike = "finding", f"{seconds:.1f} s; {told[:200]}", f"too slow in {file}"
+        elif grown > MOST_BYTES + size * BYTES_A_BYTE:
+            kind, told, alike = "finding", f"{grown / 1e6:,.0f} MB; {told[:200]}", f"too much memory in {file}"
+        return Verdict(kind, told, alike, seconds, grown)
+
+    def _unclear(self, error: FoloraError, file: str) -> str:
+        """What a refusal lacks to be clear; nothing where it is."""
+        message = error.message
+        if not message.strip() or len(message) > LONGEST_MESSAGE or "Traceback (most" in message:
+            return "its message is empty, endless or a traceback"
+        if not any(name in message for name in (Path(file).name, str(self.folder))):
+            return "its message does not say where"
+        try:
+            with _silent():
+                print_error(message, error.hint)
+        except (UnicodeError, ValueError) as failure:
+            return f"its message cannot be shown ({type(failure).__name__})"
+        return ""
+
+
+class _Stopped(BaseException):
+    """It takes too long. No `except Exception` of anybody's may catch it."""
+
+
+@contextlib.contextmanager
+def _stopped_after(seconds: float) -> Iterator[None]:
+    """Raise once the process has computed so long; pytest's own timeout has another clock and signal."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped(f"stopped after {seconds:.0f} s of computing")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What is printed must be text that a terminal takes, and is not shown."""
+    with (
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
+        yield
+
+
+def _place_of(error: BaseException) -> str:
+    """The innermost line of ours that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}folora_q{os.sep}" in frame.filename] or frames[-1:]
+    return f"{ours[-1].filename.rpartition(f'{os.sep}folora_q{os.sep}')[2]}, {ours[-1].name}, line {ours[-1].lineno}"
+
+
+# An audit hook stays until the process ends, so there is one, which looks only while something is watched.
+_events: list[str] | None = None
+_allowed = ""
+
+
+@cache
+def _begin_to_audit() -> None:
+    sys.addaudithook(_audit)
+
+
+def _audit(event: str, arguments: Sequence[Any]) -> None:
+    if _events is None:
+        return
+    if event == "open":
+        path, _, flags = arguments
+        if isinstance(flags, int) and flags & WRITING:
+            _note("writes", path)
+    elif event in CHANGING:
+        paths, folders = arguments[: CHANGING[event]], arguments[CHANGING[event] :]
+        folder = next((number for number in folders[-1:] if isinstance(number, int) and number >= 0), None)
+        for path in paths:
+            _note(f"{event} of", path, folder)
+    elif event in FORBIDDEN:
+        _events.append(f"{event}: {arguments}"[:300])
+
+
+def _note(what: str, path: object, folder: int | None = None) -> None:
+    """Keep what is done outside; a path may be relative to an open folder, whose number is given."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        return  # an open file's number
+    around = os.getcwd() if folder is None else os.readlink(f"/proc/self/fd/{folder}")
+    name = os.path.abspath(os.path.join(around, os.fsdecode(path)))
+    if not name.startswith(_allowed) and name != os.devnull:
+        _events.append(f"{what} a file outside of the folder: {name}")
+
+
+@contextlib.contextmanager
+def _watched(place: Path) -> Iterator[list[str]]:
+    global _events, _allowed
+    _begin_to_audit()
+    _events, _allowed = [], str(place) + os.sep
+    kept, tempfile.tempdir = tempfile.tempdir, str(place)  # libraries may have temporary files, in there
+    try:
+        yield _events
+    finally:
+        _events, tempfile.tempdir = None, kept
+
+
+def _reset_peak() -> int:
+    """Begin to measure the most memory that is in use, where the system can; what is in use now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return sys.maxsize
+    return _peak()
+
+
+def _peak() -> int:
+    """The most bytes that were in use since then."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
