@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/fuzz.py --examples 20000           every target; about an hour and a half on two cores
     .venv/bin/python benchmarks/fuzz.py gates adapter --seconds 60
     .venv/bin/python benchmarks/fuzz.py --replay FINDINGS/gates/0a1b2c3d
-    .venv/bin/python benchmarks/fuzz.py --atheris gates --seconds 600      by coverage: pip install atheris
+    .venv/bin/python benchmarks/fuzz.py --atheris gates --seconds 600      by coverage; folora-q[fuzz]
 
 What must hold is in tests/fuzz/contract.py, and what is read, by which function, in tests/fuzz/*_targets.py; the tests
 there run the same with fewer inputs. Each target has a process of its own, so that one that dies of an input is found
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,20 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from folora_q.cli.console import err, out, quiet_libraries, visible
-from tests.fuzz.campaign import Finding, Tally, run_hostile, run_random
-from tests.fuzz.contract import Bench, Verdict
+
+def _instrumented() -> AbstractContextManager[Any]:
+    """Where atheris is to follow what runs: it sees the lines of modules that are imported in here."""
+    if "--atheris" not in sys.argv:
+        return nullcontext()
+    import atheris
+
+    return atheris.instrument_imports(include=["folora_q", "yaml", "peft.config"], enable_loader_override=False)
+
+
+with _instrumented():
+    from folora_q.cli.console import err, out, quiet_libraries, visible
+    from tests.fuzz.campaign import Finding, Tally, run_hostile, run_random
+    from tests.fuzz.contract import Bench, Verdict
 
 # What a process may map: a file that makes it ask for more has its MemoryError here, and not the machine.
 MOST_MAPPED = 16 * 2**30
@@ -222,7 +233,7 @@ def _explore_by_coverage(name: str, seconds: float, findings: Path) -> None:
     """atheris makes inputs that reach new lines of ours and of what is written in Python below; it ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["folora_q", "yaml", "peft.config", "gguf"], enable_loader_override=False):
+    with _instrumented():
         from tests.fuzz.targets import TARGETS
 
         place = Path(tempfile.mkdtemp(prefix="fuzz-"))
