@@ -75,7 +75,8 @@ class DurableTrainer(SFTTrainer):
         self.continued = checkpoint = Path(resume_from_checkpoint)
         self.args.eval_on_start = False  # it was measured at the real start
         try:
-            read_saved(checkpoint / TRAINER_STATE, State), read_saved(checkpoint / PROGRESS, Progress)
+            for name, kind in ((TRAINER_STATE, State), (PROGRESS, Progress)):
+                read_saved(checkpoint / name, kind)
             return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
         except UnpicklingError as error:  # torch builds nothing but tensors and numbers
             raise RunFailed(

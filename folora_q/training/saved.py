@@ -34,8 +34,8 @@ class Progress(Saved):
     skipped: tuple[Count, Count]
     losses: tuple[list[float], list[float]]
     rows_that_fit: tuple[Count | None, Count | None]
-    tokens: float
-    metrics: dict[Literal["train", "eval"], dict[str, list[float]]]
+    tokens: int | float
+    metrics: dict[Literal["train", "eval"], dict[str, list[int | float]]]
 
 
 class Callback(Saved):
