@@ -17,8 +17,10 @@ from folora_q.cli.console import out
 from folora_q.files import atomic_write
 
 PLAIN = "LoRA"
+# What is between these lines of docs/frontier.md is replaced.
+BEGIN, END = "<!-- made by `benchmarks.frontier table`: -->", "<!-- until here -->"
 # Shares of plain LoRA's best gain at which methods are compared.
-SHARES = (0.8, 0.95)
+SHARES = (0.9, 0.97)
 MEASURES = {
     "KL": (lambda run: run.kl, True),
     "rise": (lambda run: run.mean_rise, False),
@@ -99,7 +101,7 @@ COLUMNS = {
 
 
 def show(output: Path, steps: int, docs: Path | None) -> None:
-    """Print the tables; with `docs` write them there as Markdown too, with a plot for each task."""
+    """Print the tables; with `docs` put them into its frontier.md too, with a plot for each task."""
     results = [result for result in read_all(output) if result.steps == steps]
     text: list[str] = []
     for task in dict.fromkeys(result.task for result in results):
@@ -117,8 +119,12 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
             text += [f"### {title}\n", markdown(found)]
         if docs is not None:
             draw(of_task, docs / f"frontier-{task}.png")
+            text.append(f"![{task}](frontier-{task}.png)\n")
     if docs is not None:
-        atomic_write(docs / "frontier-tables.md", "\n".join(text) + "\n")
+        page = docs / "frontier.md"
+        before, _, rest = page.read_text("utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        atomic_write(page, before + BEGIN + "\n\n" + "\n".join(text) + "\n" + END + after)
 
 
 def markdown(found: Sequence[Row]) -> str:

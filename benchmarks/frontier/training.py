@@ -28,7 +28,8 @@ MAX_GRAD_NORM = 1.0
 class Cost:
     """What training took; `preparing` is what a method does before the first step.
 
-    Statistics are taken once for all methods that need them and are not in it.
+    Seconds are of the processor on a CPU, where other processes may run, else of the wall. Statistics are not in them:
+    they are taken once for all methods.
     """
 
     preparing: float
@@ -45,10 +46,11 @@ def train(ground: Ground, method: Method, seed: int, steps: int) -> tuple[PeftMo
     model = ground.tuned(seed, method.sixteen_bit, **method.lora(ground))
     pairs = adapter_pairs(model)
     meter = PeakMemory(ground.base.device)
-    began = time.perf_counter()
+    clock = time.process_time if ground.base.device.type == "cpu" else time.perf_counter
+    began = clock()
     method.start(ground, model, pairs)
     optimizer = method.optimizer(ground, model, pairs)
-    prepared = time.perf_counter()
+    prepared = clock()
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = model.get_base_model()
@@ -72,7 +74,7 @@ def train(ground: Ground, method: Method, seed: int, steps: int) -> tuple[PeftMo
         schedule.step()
         optimizer.zero_grad()
         method.after_step(pairs)
-    return model, Cost(prepared - began, time.perf_counter() - prepared, meter.peak())
+    return model, Cost(prepared - began, clock() - prepared, meter.peak())
 
 
 def shuffled(ground: Ground, seed: int) -> Iterator[Batch]:
