@@ -79,7 +79,9 @@ def run(
         )
         run_plan(plan, ConsoleProgress(), lambda line: err.print(line))
     if quick and number in (None, 0):
-        err.print("now: .venv/bin/python -m benchmarks.frontier table")
+        err.print(
+            f"now: .venv/bin/python -m benchmarks.frontier table --steps {steps or QUICK_STEPS} --output {output}"
+        )
 
 
 @main.command()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.results import Key, Result, read_all, write
-from benchmarks.frontier.tables import COLUMNS, markdown, rows
+from benchmarks.frontier.tables import BEGIN, COLUMNS, END, markdown, rows, show
 
 
 def run(
@@ -90,3 +90,20 @@ def test_a_run_is_found_again_by_its_settings_alone(tmp_path: Path) -> None:
     for other in ("other", "style", key.method, 0, 100), ("model", "style", key.method, 1, 100):
         assert not Key(*other).path(tmp_path).exists()
     assert list(read_all(tmp_path)) == [run(1.0, 0.1)]
+
+
+def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
+    runs, docs = tmp_path / "runs", tmp_path / "docs"
+    docs.mkdir()
+    page = docs / "frontier.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    for number, result in enumerate([*power("LoRA", 0.5), *power("gated, λ 16", 0.1)]):
+        key = Key("model", "style", {"number": number}, 0, 100)
+        write(key.path(runs), key, result)
+    show(runs, 100, docs)
+    text = page.read_text("utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("| gated, λ 16 | ") == 2 and "(frontier-style.png)" in text
+    assert (docs / "frontier-style.png").read_bytes().startswith(b"\x89PNG")
+    show(runs, 100, docs)
+    assert page.read_text("utf-8") == text
