@@ -42,9 +42,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
             )
     axes[0].set_ylabel("KL(base ‖ tuned) on text of the base's own, nats per token")
     axes[0].set_yscale("log")
+    axes[1].set_yscale("symlog", linthresh=0.01)
     axes[1].set_ylabel("rise of the loss on general text, nats per token")
     for axis in axes:
         axis.set_xlabel("task loss, nats per token (lower is better)")
+        axis.set_xscale("log")
         axis.grid(alpha=0.25)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)

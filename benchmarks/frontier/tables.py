@@ -41,7 +41,6 @@ class Row:
     kl_at_norm: Spread
     loss_at_norm: Spread
     seconds: float
-    memory: float
 
 
 def rows(results: Sequence[Result], share: float) -> list[Row]:
@@ -75,13 +74,7 @@ def _row(name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result
         {measure: Spread.of(found) for measure, found in values.items()},
         *map(Spread.of, (kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm)),
         mean(run.seconds for run in runs) / mean(run.seconds for run in others),
-        _ratio([run.peak_bytes for run in runs], [run.peak_bytes for run in others]),
     )
-
-
-def _ratio(one: Sequence[int | None], other: Sequence[int | None]) -> float:
-    known, others = ([value for value in values if value] for values in (one, other))
-    return mean(known) / mean(others) if known and others else math.nan
 
 
 COLUMNS = {
@@ -96,12 +89,11 @@ COLUMNS = {
     "KL at LoRA's ‖ΔW‖": lambda row: f"{row.kl_at_norm:.3f}",
     "task loss there": lambda row: f"{row.loss_at_norm:.3f}",
     "time": lambda row: f"{row.seconds:.2f}",
-    "memory": lambda row: f"{row.memory:.2f}",
 }
 
 
 def show(output: Path, steps: int, docs: Path | None) -> None:
-    """Print the tables; with `docs` put them into its frontier.md too, with a plot for each task."""
+    """Print the tables; with `docs` put them into its frontier.md too, with a plot for each task, and the runs."""
     results = [result for result in read_all(output) if result.steps == steps]
     text: list[str] = []
     for task in dict.fromkeys(result.task for result in results):
@@ -121,6 +113,8 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
             draw(of_task, docs / f"frontier-{task}.png")
             text.append(f"![{task}](frontier-{task}.png)\n")
     if docs is not None:
+        lines = [path.read_text("utf-8") for path in sorted(output.glob("*.json"))]
+        atomic_write(docs / "frontier-runs.jsonl", "".join(lines))
         page = docs / "frontier.md"
         before, _, rest = page.read_text("utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
