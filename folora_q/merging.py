@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from folora_q import __version__
 from folora_q.errors import RunFailed, UserError
-from folora_q.export.adapter import CONFIG, AdapterFile, read_adapter
+from folora_q.export.adapter import AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
 from folora_q.export.gguf import find_converter, write_gguf
 from folora_q.export.gguf_check import GgufFacts
@@ -25,7 +25,7 @@ from folora_q.export.verify import Verification, check_outputs, check_weights
 from folora_q.models.checkpoint import Checkpoint, model_folder, open_checkpoint
 from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
-from folora_q.models.trust import CODE_FLAG, NOTHING, Trust, names_code
+from folora_q.models.trust import ADAPTER_CONFIG, CODE_FLAG, NOTHING, Trust, names_code
 from folora_q.progress import Clock, Progress
 from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
@@ -170,10 +170,10 @@ def adapter_folder(source: Path) -> Path:
     """
     run = RunFolder(source)
     if run.manifest.exists():
-        if not (run.adapter / CONFIG).exists():
+        if not (run.adapter / ADAPTER_CONFIG).exists():
             raise UserError(f"the run in {source} has no adapter yet: see its run.json")
         return run.adapter
-    if (source / CONFIG).exists():
+    if (source / ADAPTER_CONFIG).exists():
         return source
     raise UserError(
         f"{source} is neither a run folder nor an adapter", "name a folder with run.json or adapter_config.json"

@@ -13,11 +13,9 @@ from folora_q.errors import UserError, first_line
 from folora_q.export.adapter_config import AdapterConfig, read_adapter_config
 from folora_q.models.checkpoint import unpickled
 from folora_q.models.quantization import Quantization
-from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
+from folora_q.models.trust import NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
 from folora_q.recipe.paths import short
 
-CONFIG = ADAPTER_CONFIG
-WEIGHTS = SAFE_ADAPTER
 PREFIX = "base_model.model."
 # A merge adds in float32.
 MOST_DIMENSIONS = 8
@@ -77,19 +75,21 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES or tensor.ndim > MOST_DIMENSIONS:
             held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
-            raise UserError(f"{folder / WEIGHTS}: {short(name)} holds {held}, which is no weight")
+            raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is no weight")
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{folder / WEIGHTS}: {short(name)} holds numbers that are not finite")
+            raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds numbers that are not finite")
         module, kind, _ = name.removeprefix(PREFIX).partition(".lora_")
         if not kind:
             replaced[name.removeprefix(PREFIX)] = tensor
         elif name.endswith(".lora_A.weight"):
             b = tensors.get(name.replace(".lora_A.", ".lora_B."))
             if b is None:
-                raise UserError(f"{folder / WEIGHTS}: {short(name)} has no lora_B beside it")
+                raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} has no lora_B beside it")
             deltas[f"{module}.weight"] = _delta(config, module, tensor, b)
         elif not (name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in tensors):
-            raise UserError(f"{folder / WEIGHTS}: {short(name)} is no half of a pair, lora_A.weight and lora_B.weight")
+            raise UserError(
+                f"{folder / SAFE_ADAPTER}: {short(name)} is no half of a pair, lora_A.weight and lora_B.weight"
+            )
     return AdapterFile(
         folder=folder,
         base=config.base,
@@ -101,7 +101,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+    path = folder / SAFE_ADAPTER
     if not path.exists() and (folder / PICKLED_ADAPTER).exists():  # it is allowed, or it had been refused
         return unpickled(folder / PICKLED_ADAPTER)
     try:

@@ -10,7 +10,6 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 
 from folora_q.errors import UserError, first_line
-from folora_q.models.patterns import check_patterns
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import ADAPTER_CONFIG
 from folora_q.reading import finite, read_object
@@ -81,7 +80,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read it.
 
     Raises:
-        UserError: it cannot be read, or is of no LoRA adapter that s B A can represent.
+        UserError: it cannot be read, or is of no LoRA adapter that s B A can represent. Whether its patterns can be
+            matched is for `check_adapter` to say.
     """
     path = folder / ADAPTER_CONFIG
     try:
@@ -97,7 +97,6 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     for pattern in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values.get(pattern) or {}, dict):
             raise UserError(f"{path}: {pattern} must map names of modules to numbers")
-    check_patterns(path, values)
     mapping = values.get("auto_mapping")
     held = mapping.get("quantization_config") if isinstance(mapping, dict) else None
     try:

@@ -13,8 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from folora_q import __version__
 from folora_q.errors import FoloraError, RunFailed, UserError
-from folora_q.export.adapter import CONFIG
 from folora_q.export.merge import REPORT
+from folora_q.models.trust import ADAPTER_CONFIG
 
 LOG_IN = (
     "log in with `hf auth login`, or set HF_TOKEN to a token that may write: https://huggingface.co/settings/tokens"
@@ -136,10 +136,10 @@ def _kind(folder: Path) -> str:
         UserError: it is neither a merged model that was verified nor an adapter.
     """
     if not (folder / REPORT).exists():
-        if (folder / CONFIG).exists():
+        if (folder / ADAPTER_CONFIG).exists():
             return "Adapter"
         raise UserError(
-            f"{folder} is neither an adapter nor a finished merged model: it has no {CONFIG} and no {REPORT}",
+            f"{folder} is neither an adapter nor a finished merged model: it has no {ADAPTER_CONFIG} and no {REPORT}",
             "merge it with `folora-q merge`, which writes the latter when the merged model is verified",
         )
     try:

@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from folora_q.errors import UserError, first_line
-from folora_q.export.adapter import CONFIG as ADAPTER_CONFIG
 from folora_q.export.merge import REPORT as MERGE_REPORT
 from folora_q.models.demo import DEMO_MODEL
+from folora_q.models.trust import ADAPTER_CONFIG
 from folora_q.reading import read_object, read_text
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
