@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -35,6 +36,8 @@ RANK, ALPHA = 16, 16
 GENERAL_BATCHES = 1
 # Shared by all runs: the calibration's choice of task rows, the crops of sampled text.
 SEED = 0
+# A rank that no layer reaches: the sketch is exact.
+DENSE = 1_000_000
 
 
 class Ground:
@@ -47,10 +50,9 @@ class Ground:
     """
 
     def __init__(self, recipe: Recipe, folder: Path, clock: Clock) -> None:
-        texts = ",".join(map(str, real_texts(folder / "texts")))
         self.recipe, self.clock = recipe, clock
         self.scorer = make_scorer(recipe.evaluation, allow_code=False)
-        evaluation = recipe.evaluation.model_copy(update={"general_text": texts.split(",")})
+        evaluation = recipe.evaluation.model_copy(update={"general_text": list(map(str, real_texts(folder / "texts")))})
         task = read_task(recipe, clock)
         self.tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
         self.data: TaskTokens = tokenize_task(recipe, task, self.tokenizer, clock)
@@ -71,9 +73,10 @@ class Ground:
             data=self.data,
             max_length=recipe.training.max_length,
         )
-        for number, text in enumerate(self.on.texts):
-            if text.kind == "general":
-                self.on.texts[number] = type(text)(text.name, text.kind, text.batches[:GENERAL_BATCHES])
+        self.on.texts[:] = [
+            replace(text, batches=text.batches[:GENERAL_BATCHES]) if text.kind == "general" else text
+            for text in self.on.texts
+        ]
         self.questions = Questions(self.tokenizer, recipe.evaluation.batch_size)
         if self.base.device.type == "cpu":
             decode(self.base)
@@ -117,18 +120,17 @@ class Ground:
         measured = self._measured(model, section, proxy, key)
         shaped = {
             id(gate): kind.from_state_dict(gate.state_dict() | shape).to(self.base.device)
-            for gate in {id(gate): gate for gate in measured.values()}.values()
+            for gate in set(measured.values())
         }
         return {layer: shaped[id(gate)] for layer, gate in measured.items()}
 
     def covariances(self, model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
         """Σp and Σt of every layer's input, dense (d, d) in float64, each divided by its own mean variance."""
-        measured = self._measured(model, GateSection(rank=1_000_000, second_pass=False))
+        measured = self._measured(model, GateSection(rank=DENSE, second_pass=False))
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for gate in measured.values():
-            if id(gate) not in found:
-                p0 = gate.basis.double().cpu()
-                found[id(gate)] = p0 @ gate.penalty_gram @ p0.T, p0 @ gate.utility_gram @ p0.T
+        for gate in set(measured.values()):
+            p0 = gate.basis.double().cpu()
+            found[id(gate)] = p0 @ gate.penalty_gram @ p0.T, p0 @ gate.utility_gram @ p0.T
         return {layer: found[id(gate)] for layer, gate in measured.items()}
 
     def _measured(

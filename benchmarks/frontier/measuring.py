@@ -46,7 +46,8 @@ class Yardstick:
         model.eval()
         losses, kls = {}, {}
         for text in ground.on.texts:
-            losses[text.name], kl = self._compared(inner, text)
+            states = _states(inner, text)[1] if model is not ground.base else self.of_base[text.name][1]
+            losses[text.name], kl = self._compared(inner, text, states)
             if text.kind == "own":
                 kls[text.name] = kl
         exact = None
@@ -61,10 +62,9 @@ class Yardstick:
         return Measured(losses, kls, exact, ground.questions.accuracy(inner), norm)
 
     @torch.no_grad()
-    def _compared(self, model: PreTrainedModel, text: HeldOutText) -> tuple[float, float]:
+    def _compared(self, model: PreTrainedModel, text: HeldOutText, tuned: Tensor) -> tuple[float, float]:
         """The loss, and on text of the base's own the KL from it: elsewhere it would cost as much and mean less."""
         wanted, base = self.of_base[text.name]
-        _, tuned = _states(model, text)
         loss = kl = 0.0
         for part in chunks(len(wanted)):
             log_q = log_softmax(head_logits(model, tuned[part]), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.frontier.ground import DENSE
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.methods.gated import FoLoRA, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
 from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
@@ -23,10 +24,6 @@ class Series:
 
     name: str
     points: list[Method]
-
-    @property
-    def sixteen_bit(self) -> bool:
-        return self.points[0].sixteen_bit
 
 
 def methods() -> list[Series]:
@@ -79,7 +76,7 @@ def ablations() -> list[Series]:
         changed("rank 8", rank=8),
         changed("rank 16", rank=16),
         changed("rank 128", rank=128),
-        changed("rank full", rank=1_000_000, second_pass=False),
+        changed("rank full", rank=DENSE, second_pass=False),
         changed("one pass", second_pass=False),
         changed("ridge 0.1", ridge=0.1, utility_ridge=0.1),
         changed("ridge 0.001", ridge=0.001, utility_ridge=0.001),

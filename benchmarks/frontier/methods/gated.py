@@ -12,15 +12,13 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.frontier.ground import pairs_with
+from benchmarks.frontier.ground import DENSE, pairs_with
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
 from folora_q.models.adapters import start_gated
 from folora_q.recipe.schema import GateSection
-
-DENSE = 1_000_000  # a rank that no layer reaches: the sketch is exact
 
 
 @dataclass
@@ -52,7 +50,8 @@ class Gated(Method):
         if self.proxy == "own":
             return ground.shown(own)
         if self.proxy in ("whole", "cut"):
-            return ground.shown(own)[: len(own)] if self.proxy == "whole" else ground.shown(own)[len(own) :]
+            half = slice(len(own)) if self.proxy == "whole" else slice(len(own), None)
+            return ground.shown(own)[half]
         if self.proxy == "prose":
             # From its end: its beginning is measured on.
             return text_windows(GENERAL_TEXT, ground.tokenizer, max(lengths))[::-1][: len(own)]

@@ -27,11 +27,6 @@ class LoRANull(Method):
     freeze_a: bool = True
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
-        self.point(ground, model, pairs)
-        if self.freeze_a:
-            freeze([pair.a for pair in pairs])
-
-    def point(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         covariances, found = ground.covariances(model), {}
         for pair in pairs:
             penalty, utility = covariances[pair.name]
@@ -39,6 +34,8 @@ class LoRANull(Method):
                 found[id(penalty)] = self.rows(penalty, utility, len(pair.a))
             with torch.no_grad():
                 pair.a.copy_(ROW_NORM * found[id(penalty)])
+        if self.freeze_a:
+            freeze([pair.a for pair in pairs])
 
     def rows(self, penalty: Tensor, utility: Tensor, rank: int) -> Tensor:
         """Orthonormal rows (r, d)."""

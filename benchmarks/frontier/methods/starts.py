@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +18,7 @@ DAMPING = 0.01
 
 
 @dataclass
-class MovedStart(Method):
+class MovedStart(Method, ABC):
     """B₀A₀ is taken out of W, so that the model is the base at step 0 but for rounding."""
 
     sixteen_bit: ClassVar[bool] = True
@@ -33,9 +34,9 @@ class MovedStart(Method):
                 pair.b.copy_(b / pair.scale)
                 layer.weight.copy_(weight - b @ a)
 
+    @abstractmethod
     def factors(self, weight: Tensor, penalty: Tensor, utility: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """A₀ (r, d) and B₀ (o, r) of a weight (o, d)."""
-        raise NotImplementedError
 
 
 @dataclass
