@@ -195,6 +195,8 @@ class TrainingSection(Section):
     """Steps between two checkpoints, from which --resume goes on; unset: one at the end, until it is evaluated."""
     save_total_limit: PositiveInt = 2
     """How many checkpoints are kept."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written, as on a full disk, ends the run, or leaves it without that checkpoint."""
     load_best_model_at_end: bool = False
     """End with the checkpoint that has the least held-out loss, in place of the last step's; needs evaluation.steps."""
     early_stopping_patience: PositiveInt | None = None

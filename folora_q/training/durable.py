@@ -48,6 +48,7 @@ class DurableTrainer(SFTTrainer):
         micro_batches, measuring: halve what does not fit into memory.
         skipped: the steps that were left out.
         kept: how many checkpoints remain.
+        needs_saves: a checkpoint that cannot be written ends the run.
     """
 
     heldout: Sequence[Batch]
@@ -57,6 +58,7 @@ class DurableTrainer(SFTTrainer):
     measuring: Halving
     skipped: SkippedSteps
     kept: int = 2
+    needs_saves: bool = True
     last_good: Path | None = None
     continued: Path | None = None
     ended: bool = False
@@ -192,12 +194,12 @@ class DurableTrainer(SFTTrainer):
         """As the Trainer does it, but whole or not at all, and older ones are removed only afterwards.
 
         Raises:
-            RunFailed: it cannot be written; those before it are still there.
+            RunFailed: it cannot be written, and the run needs it; those before it are still there.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
         target = checkpoint_path(run, step)
         self.store_flos()
-        best = self.state.best_global_step
+        best, best_before = self.state.best_global_step, self.state.best_model_checkpoint
         if best and (best == step or checkpoint_path(run, best).is_dir()):
             self.state.best_model_checkpoint = str(checkpoint_path(run, best))
         try:
@@ -215,9 +217,12 @@ class DurableTrainer(SFTTrainer):
         except FoloraError:
             raise
         except Exception as error:  # a full disk is an OSError, a RuntimeError or safetensors' own, by who meets it
-            raise RunFailed(
-                f"cannot save {target}: {first_line(error)}", "is the disk full? `--resume` goes on from the one before"
-            ) from error
+            what = f"cannot save {target}: {first_line(error)}"
+            if self.needs_saves or (self.args.load_best_model_at_end and best == step):
+                raise RunFailed(what, "is the disk full? `--resume` goes on from the one before") from error
+            self.state.best_model_checkpoint = best_before
+            self.skipped.tell(f"{what}; training goes on without it, as training.on_save_error says")
+            return
         if self.skipped.in_a_row == 0:
             self.last_good = target
         needed = [self.last_good] if self.last_good is not None else []

@@ -239,6 +239,7 @@ def build_trainer(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     trainer.skipped = SkippedSteps(training.max_skipped_steps, factor, vocabulary, tell)
     trainer.kept = training.save_total_limit
+    trainer.needs_saves = training.on_save_error == "stop"
     trainer.add_callback(BeforeTraining(trainer.before_first_step))
     trainer.gate_section = recipe.gate
     trainer.max_kl = recipe.evaluation.max_kl

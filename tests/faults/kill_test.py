@@ -150,3 +150,22 @@ def test_a_file_that_may_not_grow_ends_the_save_and_not_what_was_saved(
     assert steps_saved(folder) == [2] and not list(folder.glob(".checkpoint-*"))
     assert run(*saving, "--resume") == 0
     assert_the_same_run(finished, folder)
+
+
+def test_where_the_recipe_says_so_training_goes_on_without_the_checkpoint(
+    saving: list[object], finished: Path, tmp_path: Path, capfd
+) -> None:
+    folder, limits = tmp_path / "stopped" / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    half = (finished / "checkpoint-2" / "optimizer.pt").stat().st_size // 2
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, limits[1])))
+            at_step(patch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+            assert run(*saving, "training.on_save_error=continue") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    talk = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint-4: " in talk and "training goes on without it, as training.on_save_error says" in talk
+    assert steps_saved(folder) == [2, 6] and damage(folder / "checkpoint-6") is None
+    assert not list(folder.glob(".checkpoint-*"))
+    assert_the_same_run(finished, folder)
