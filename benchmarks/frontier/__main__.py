@@ -1,7 +1,7 @@
 """Who forgets least, at equal gain on the task? Methods over their learning rates, on one 4-bit base and the same data.
 
-    .venv/bin/python -m benchmarks.frontier run --quick      a quarter of an hour on two CPU cores
-    .venv/bin/python -m benchmarks.frontier run              all methods, three seeds, both tasks: a day on two cores
+    .venv/bin/python -m benchmarks.frontier run --quick      a few points: eleven minutes on two CPU cores
+    .venv/bin/python -m benchmarks.frontier run              everything: two hours of a core for each seed of a task
     .venv/bin/python -m benchmarks.frontier run --ablations  ours with its parts changed one by one
     .venv/bin/python -m benchmarks.frontier table            docs/frontier.md and its plots, from what has been run
 
