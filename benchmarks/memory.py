@@ -29,7 +29,7 @@ quiet_libraries()  # before they are imported
 
 import torch
 from datasets import Dataset
-from live_tensors import counted_step
+from live_tensors import GIVE_BACK, counted_step
 from shapes import SHAPES, random_4bit, random_gates
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -54,8 +54,6 @@ from folora_q.training.trainer import build_trainer
 
 STAGES = ("loading", "sampling", "statistics", "training", "evaluation")
 RANK = 16
-# mallopt(3): allocations of this size and more are mappings, which end when they are freed.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SMALL = {
     "small": LlamaConfig(vocab_size=8_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
                          num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=16_384),

@@ -3,6 +3,7 @@
     .venv/bin/python -m benchmarks.frontier run --quick      a few points: eleven minutes on two CPU cores
     .venv/bin/python -m benchmarks.frontier run              everything: two hours of a core for each seed of a task
     .venv/bin/python -m benchmarks.frontier run --ablations  ours with its parts changed one by one
+    .venv/bin/python -m benchmarks.frontier memory           peak memory of each method's training
     .venv/bin/python -m benchmarks.frontier table            docs/frontier.md and its plots, from what has been run
 
 What has been run is kept in --output, a file a run; the command goes on where it was stopped. Overrides go to the
@@ -82,6 +83,23 @@ def run(
         err.print(
             f"now: .venv/bin/python -m benchmarks.frontier table --steps {steps or QUICK_STEPS} --output {output}"
         )
+
+
+@main.command()
+@click.argument("overrides", nargs=-1)
+@click.option("--task", default=TASKS[0], type=click.Choice(TASKS), show_default=True)
+@click.option("--one", help="This series alone, in this process; prints bytes.")
+@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
+def memory(overrides: tuple[str, ...], task: str, one: str | None, output: Path) -> None:
+    """Measure the peak memory of each method's training, each in a process of its own."""
+    from benchmarks.frontier.memory import measure, measure_all
+    from benchmarks.frontier.series import methods
+
+    recipe = HERE / f"{task}.yaml"
+    if one is not None:
+        click.echo(measure(one, recipe, overrides, output))
+        return
+    measure_all([series.name for series in methods()], recipe, overrides, output, err.print)
 
 
 @main.command()

@@ -7,12 +7,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from benchmarks.frontier.covariances import TREATMENTS, Moments, moments
 from benchmarks.frontier.questions import Questions
 from benchmarks.gate_vs_lora import real_texts
 from folora_q.core import SpectralGate
@@ -36,7 +39,11 @@ RANK, ALPHA = 16, 16
 GENERAL_BATCHES = 1
 # Shared by all runs: the calibration's choice of task rows, the crops of sampled text.
 SEED = 0
-# A rank that no layer reaches: the sketch is exact.
+# Sequences that statistics are taken of at a time.
+BATCH_SIZE = 16
+# What a gate's statistics depend on.
+STATISTICS = {"rank", "oversampling", "ridge", "utility_ridge", "second_pass"}
+# As a rank: exact covariances in place of sketches.
 DENSE = 1_000_000
 
 
@@ -80,7 +87,9 @@ class Ground:
         self.questions = Questions(self.tokenizer, recipe.evaluation.batch_size)
         if self.base.device.type == "cpu":
             decode(self.base)
+        self._sketches: dict[str, dict[str, SpectralGate]] = {}
         self._gates: dict[str, dict[str, SpectralGate]] = {}
+        self._moments: dict[str, dict[str, Moments]] = {}
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """The training rows: tokens, and labels."""
@@ -109,43 +118,83 @@ class Ground:
         proxy: Sequence[Sequence[int]] | None = None,
         key: str = "own",
         kind: type[SpectralGate] = SpectralGate,
+        treatment: str = "plain",
     ) -> dict[str, SpectralGate]:
         """The gates of a model's layers. Statistics are taken once for settings that share them.
 
         Args:
+            section: its rank DENSE takes exact covariances in place of sketches.
             proxy, key: other proxy text than the usual, and a name for it.
             kind: the class of the gates.
+            treatment: of exact covariances (benchmarks/frontier/covariances.py).
         """
-        shape = section.model_dump(include={"gate_lambda", "floor", "sharpness"})
-        measured = self._measured(model, section, proxy, key)
-        shaped = {
-            id(gate): kind.from_state_dict(gate.state_dict() | shape).to(self.base.device)
-            for gate in set(measured.values())
-        }
-        return {layer: shaped[id(gate)] for layer, gate in measured.items()}
-
-    def covariances(self, model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
-        """Σp and Σt of every layer's input, dense (d, d) in float64, each divided by its own mean variance."""
-        measured = self._measured(model, GateSection(rank=DENSE, second_pass=False))
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for gate in set(measured.values()):
-            p0 = gate.basis.double().cpu()
-            found[id(gate)] = p0 @ gate.penalty_gram @ p0.T, p0 @ gate.utility_gram @ p0.T
-        return {layer: found[id(gate)] for layer, gate in measured.items()}
-
-    def _measured(
-        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None = None, key: str = "own"
-    ) -> dict[str, SpectralGate]:
-        statistics = section.model_dump(include={"rank", "oversampling", "ridge", "utility_ridge", "second_pass"})
-        name = f"{key} {sorted(statistics.items())}"
+        proxy = self.shown(self.own) if proxy is None else proxy
+        shape = section.model_dump(include={"floor", "sharpness", *STATISTICS})
+        name = f"{key} {kind.__name__} {treatment} {sorted(shape.items())}"
         if name not in self._gates:
-            size, device = section.batch_size, self.base.device
-            ids, _ = self.rows()
-            chosen = random.Random(SEED).sample(ids, min(self.recipe.gate.num_task_samples, len(ids)))
-            proxy = self.shown(self.own) if proxy is None else proxy
-            texts = (list(batches(each, size, device)) for each in (proxy, chosen))
-            self._gates[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
-        return self._gates[name]
+            if section.rank < DENSE:
+                found = self._sketched(model, section, proxy, key)
+                states = {id(gate): gate.state_dict() for gate in found.values()}
+            else:
+                found = self.covariances(model, proxy, key, treatment)
+                states = {id(both): _exact(*both, section) for both in found.values()}
+            # The problem of an exact covariance takes seconds to solve, a strength nothing.
+            solved = {
+                of: kind.from_state_dict(
+                    state | {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
+                )
+                for of, state in states.items()
+            }
+            self._gates[name] = {layer: solved[id(of)].to(self.base.device) for layer, of in found.items()}
+        strong = {id(gate): gate.with_lambda(section.gate_lambda) for gate in self._gates[name].values()}
+        return {layer: strong[id(gate)] for layer, gate in self._gates[name].items()}
+
+    def covariances(
+        self,
+        model: PeftModel,
+        proxy: Sequence[Sequence[int]] | None = None,
+        key: str = "own",
+        treatment: str = "plain",
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Σp and Σt of every layer's input, exact (d, d) in float64, each divided by its own mean variance."""
+        for name, texts in ((key, self.shown(self.own) if proxy is None else proxy), ("task", self.task_texts())):
+            if name not in self._moments:
+                self._moments[name] = moments(model, list(batches(texts, BATCH_SIZE, self.base.device)))
+        penalty, utility = self._moments[key], self._moments["task"]
+        treated = {id(found): TREATMENTS[treatment](found, utility[layer]) for layer, found in penalty.items()}
+        return {layer: treated[id(found)] for layer, found in penalty.items()}
+
+    def forget(self) -> None:
+        """Let go of all statistics."""
+        for kept in (self._sketches, self._gates, self._moments):
+            kept.clear()
+
+    def task_texts(self) -> list[list[int]]:
+        """The training rows that statistics are taken of."""
+        ids, _ = self.rows()
+        return random.Random(SEED).sample(ids, min(self.recipe.gate.num_task_samples, len(ids)))
+
+    def _sketched(
+        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]], key: str
+    ) -> dict[str, SpectralGate]:
+        name = f"{key} {sorted(section.model_dump(include=STATISTICS).items())}"
+        if name not in self._sketches:
+            texts = (list(batches(each, BATCH_SIZE, self.base.device)) for each in (proxy, self.task_texts()))
+            self._sketches[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
+        return self._sketches[name]
+
+
+def _exact(penalty: Tensor, utility: Tensor, section: GateSection) -> dict[str, Any]:
+    """The state of a gate whose basis is the whole space; nothing lies outside, so its tails are not used."""
+    return {
+        "basis": torch.eye(len(penalty)),
+        "penalty_gram": penalty,
+        "utility_gram": utility,
+        "penalty_tail": 1.0,
+        "utility_tail": 1.0,
+        "ridge": section.ridge,
+        "utility_ridge": section.utility_ridge,
+    }
 
 
 def decode(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,13 @@ class Cost:
     peak_bytes: int | None
 
 
-def train(ground: Ground, method: Method, seed: int, steps: int) -> tuple[PeftModel, Cost]:
+def train(
+    ground: Ground, method: Method, seed: int, steps: int, prepared: Callable[[], None] = lambda: None
+) -> tuple[PeftModel, Cost]:
     """A tuned model.
+
+    Args:
+        prepared: called before the first step.
 
     Raises:
         RunFailed: the loss is not finite.
@@ -50,7 +55,9 @@ def train(ground: Ground, method: Method, seed: int, steps: int) -> tuple[PeftMo
     began = clock()
     method.start(ground, model, pairs)
     optimizer = method.optimizer(ground, model, pairs)
-    prepared = clock()
+    done = clock()
+    prepared()
+    start = clock()
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = model.get_base_model()
@@ -74,7 +81,7 @@ def train(ground: Ground, method: Method, seed: int, steps: int) -> tuple[PeftMo
         schedule.step()
         optimizer.zero_grad()
         method.after_step(pairs)
-    return model, Cost(prepared - began, clock() - prepared, meter.peak())
+    return model, Cost(done - began, clock() - start, meter.peak())
 
 
 def shuffled(ground: Ground, seed: int) -> Iterator[Batch]:

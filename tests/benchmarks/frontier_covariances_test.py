@@ -1,0 +1,63 @@
+"""Exact covariances are those of the very activations, and a treatment changes what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.frontier.covariances import TREATMENTS, Moments, moments
+from folora_q.data.tokens import batches
+from folora_q.models.adapters import adapter_pairs
+
+TEXTS = [[5, 9, 11, 3, 8, 2, 40], [7, 1, 30], [12, 12, 60, 4]]
+
+
+def test_moments_are_of_the_tokens_that_count(tiny_folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    name = next(pair.name for pair in adapter_pairs(model) if pair.name.endswith("down_proj"))
+    seen: list[torch.Tensor] = []
+    (pair,) = [pair for pair in adapter_pairs(model) if pair.name == name]
+    hook = pair.module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad(), model.disable_adapter():
+        for ids in TEXTS:
+            model(input_ids=torch.tensor([ids]))
+    hook.remove()
+    rows = [x[0].double() for x in seen]
+    found = moments(model, list(batches(TEXTS, 2, torch.device("cpu"))))[name]
+    every, later, first = torch.cat(rows), torch.cat([x[1:] for x in rows]), torch.cat([x[:1] for x in rows])
+    for covariance, tokens in ((found.mean, every), (found.without_first, later), (found.first, first)):
+        expected = tokens.T @ tokens / len(tokens)
+        assert torch.allclose(covariance, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.fixture
+def two() -> tuple[Moments, Moments]:
+    chance = torch.Generator().manual_seed(0)
+
+    def moment() -> Moments:
+        x, first = (torch.randn(50, 12, generator=chance, dtype=torch.float64) for _ in range(2))
+        first[:, 3] *= 1000  # a massive activation
+        return Moments((0.9 * x.T @ x + 0.1 * first.T @ first) / 50, first.T @ first / 50, 0.1)
+
+    return moment(), moment()
+
+
+def test_treatments(two: tuple[Moments, Moments]) -> None:
+    treated = {name: treatment(*two) for name, treatment in TREATMENTS.items()}
+    mean = {name: [float(c.diagonal().mean()) for c in both] for name, both in treated.items()}
+    assert mean["plain"] == mean["first_dropped"] == pytest.approx([1, 1])
+    assert mean["shrunk"] == pytest.approx([1, 1])
+    # The massive channel is all of the plain trace, and nothing of the others'.
+    for name, expected in (("plain", 12), ("first_dropped", 1), ("first_protected", 13)):
+        assert float(treated[name][0][3, 3]) == pytest.approx(expected, rel=0.5)
+    others = [i for i in range(12) if i != 3]
+    for covariance in treated["robust"]:
+        assert float(covariance.diagonal()[others].mean()) == pytest.approx(1)
+    for covariance, shrunk in zip(treated["plain"], treated["shrunk"], strict=True):
+        assert torch.linalg.eigvalsh(shrunk)[0] >= 0.1
+        assert torch.allclose((shrunk - 0.1 * torch.eye(12)) / 0.9, covariance)
