@@ -266,7 +266,8 @@ def _measured_gates(
     size, device = recipe.gate.batch_size, base.model.device
     rows = len(task.sequences)
     chosen = random.Random(recipe.training.seed).sample(range(rows), min(recipe.gate.num_task_samples, rows))
-    task_text = list(batches(task.sequences[chosen]["input_ids"], size, device))
+    sampled = task.sequences[chosen]
+    task_text = list(batches(sampled["input_ids"], size, device, sampled["labels"]))
     # Another seed than the held-out crops': the same offsets would be no error, but need not be.
     whole = [sample.ids for sample in proxy]
     proxy_text = list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device))

@@ -20,7 +20,7 @@ MASSIVE = 100.0
 
 @dataclass(frozen=True)
 class Moments:
-    """E[x xᵀ] over a text's tokens, (d, d) float64, and over its texts' first tokens, which are `share` of all."""
+    """E[x xᵀ] over a text's tokens that count, (d, d) float64, and over first tokens among them, `share` of all."""
 
     mean: Tensor
     first: Tensor
@@ -39,20 +39,21 @@ def moments(model: PeftModel, text: Sequence[Batch]) -> dict[str, Moments]:
         groups = shared_inputs(model, modules, text[0].input_ids[:1, :8])
         readers = {group[0]: modules[group[0]] for group in groups}
         # A first token sees itself alone, so texts of one token have the activations of first positions.
-        everywhere, first = (_means(model, readers, text, length) for length in (None, 1))
-    share = sum(len(batch.input_ids) for batch in text) / sum(int(batch.attention_mask.sum()) for batch in text)
-    found = {name: Moments(everywhere[name], first[name], share) for name in readers}
+        everywhere, first = (_sums(model, readers, text, length) for length in (None, 1))
+    counts = [sum(int(batch.predicting[:, :length].sum()) for batch in text) for length in (None, 1)]
+    share = counts[1] / counts[0]
+    found = {name: Moments(everywhere[name] / counts[0], first[name] / max(counts[1], 1), share) for name in readers}
     return {name: found[group[0]] for group in groups for name in group}
 
 
-def _means(model: PeftModel, readers: dict, text: Sequence[Batch], length: int | None) -> dict[str, Tensor]:
+def _sums(model: PeftModel, readers: dict, text: Sequence[Batch], length: int | None) -> dict[str, Tensor]:
     device = model.device
     sinks = {name: ProjectedCovariance(torch.eye(m.in_features), device=device) for name, m in readers.items()}
     with feeding(readers, sinks) as mask:
         for batch in text:
-            ids, mask[0] = batch.input_ids[:, :length], batch.attention_mask[:, :length]
-            model(input_ids=ids, attention_mask=mask[0], use_cache=False, logits_to_keep=1)
-    return {name: sink.mean() for name, sink in sinks.items()}
+            ids, seen, mask[0] = (x[:, :length] for x in (batch.input_ids, batch.attention_mask, batch.predicting))
+            model(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=1)
+    return {name: sink.gram.double().cpu() for name, sink in sinks.items()}
 
 
 def plain(penalty: Moments, utility: Moments) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,7 @@ class Ground:
         key: str = "own",
         kind: type[SpectralGate] = SpectralGate,
         treatment: str = "plain",
+        task: str = "answers",
     ) -> dict[str, SpectralGate]:
         """The gates of a model's layers. Statistics are taken once for settings that share them.
 
@@ -127,16 +128,18 @@ class Ground:
             proxy, key: other proxy text than the usual, and a name for it.
             kind: the class of the gates.
             treatment: of exact covariances (benchmarks/frontier/covariances.py).
+            task: what Σt is taken of: "answers", tokens from which a trained one is predicted, or whole "rows".
         """
         proxy = self.shown(self.own) if proxy is None else proxy
         shape = section.model_dump(include={"floor", "sharpness", *STATISTICS})
-        name = f"{key} {kind.__name__} {treatment} {sorted(shape.items())}"
+        name = f"{key} {task} {kind.__name__} {treatment} {sorted(shape.items())}"
         if name not in self._gates:
             if section.rank < DENSE:
-                found = self._sketched(model, section, proxy, key)
+                found = self._sketched(model, section, proxy, key, task)
                 states = {id(gate): gate.state_dict() for gate in found.values()}
             else:
-                found = self.covariances(model, proxy, key, treatment)
+                self._gates.clear()  # exact ones take gigabytes
+                found = self.covariances(model, proxy, key, treatment, task)
                 states = {id(both): _exact(*both, section) for both in found.values()}
             # The problem of an exact covariance takes seconds to solve, a strength nothing.
             solved = {
@@ -155,12 +158,17 @@ class Ground:
         proxy: Sequence[Sequence[int]] | None = None,
         key: str = "own",
         treatment: str = "plain",
+        task: str = "rows",
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Σp and Σt of every layer's input, exact (d, d) in float64, each divided by its own mean variance."""
-        for name, texts in ((key, self.shown(self.own) if proxy is None else proxy), ("task", self.task_texts())):
+        """Σp and Σt of every layer's input, exact (d, d) in float64, each divided by its own mean variance.
+
+        Arguments as of `gates`, except that Σt is of whole rows, as every paper's is.
+        """
+        proxy = self.shown(self.own) if proxy is None else proxy
+        for name, (ids, labels) in ((key, (proxy, None)), (task, self.task_rows(task))):
             if name not in self._moments:
-                self._moments[name] = moments(model, list(batches(texts, BATCH_SIZE, self.base.device)))
-        penalty, utility = self._moments[key], self._moments["task"]
+                self._moments[name] = moments(model, list(batches(ids, BATCH_SIZE, self.base.device, labels)))
+        penalty, utility = self._moments[key], self._moments[task]
         treated = {id(found): TREATMENTS[treatment](found, utility[layer]) for layer, found in penalty.items()}
         return {layer: treated[id(found)] for layer, found in penalty.items()}
 
@@ -169,17 +177,20 @@ class Ground:
         for kept in (self._sketches, self._gates, self._moments):
             kept.clear()
 
-    def task_texts(self) -> list[list[int]]:
-        """The training rows that statistics are taken of."""
-        ids, _ = self.rows()
-        return random.Random(SEED).sample(ids, min(self.recipe.gate.num_task_samples, len(ids)))
+    def task_rows(self, task: str) -> tuple[list[list[int]], list[list[int]] | None]:
+        """The training rows that statistics are taken of: tokens, and labels where only answers count."""
+        ids, labels = self.rows()
+        chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
+        return [ids[i] for i in chosen], [labels[i] for i in chosen] if task == "answers" else None
 
     def _sketched(
-        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]], key: str
+        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]], key: str, task: str
     ) -> dict[str, SpectralGate]:
-        name = f"{key} {sorted(section.model_dump(include=STATISTICS).items())}"
+        name = f"{key} {task} {sorted(section.model_dump(include=STATISTICS).items())}"
         if name not in self._sketches:
-            texts = (list(batches(each, BATCH_SIZE, self.base.device)) for each in (proxy, self.task_texts()))
+            size, device = BATCH_SIZE, self.base.device
+            ids, labels = self.task_rows(task)
+            texts = list(batches(proxy, size, device)), list(batches(ids, size, device, labels))
             self._sketches[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
         return self._sketches[name]
 

@@ -32,11 +32,9 @@ def measure_all(
     Raises:
         RunFailed: a process failed.
     """
-    path = output / "memory.json"
-    found: dict[str, dict[str, int]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    of_task = found.setdefault(recipe.stem, {})
+    found = read_memory(output, recipe.stem)
     for name in names:
-        if name in of_task:
+        if name in found:
             continue
         command = [sys.executable, "-m", "benchmarks.frontier", "memory", "--task", recipe.stem, "--one", name]
         child = subprocess.run(
@@ -48,9 +46,20 @@ def measure_all(
         )
         if child.returncode:
             raise RunFailed(f"the memory of {name} could not be measured")
-        of_task[name] = int(child.stdout)
-        atomic_write(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        tell(f"{recipe.stem}: {name}: {of_task[name] / 2**20:,.0f} MiB")
+        found[name] = int(child.stdout)
+        _path(output, recipe.stem).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(_path(output, recipe.stem), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        tell(f"{recipe.stem}: {name}: {found[name] / 2**20:,.0f} MiB")
+
+
+def read_memory(output: Path, task: str) -> dict[str, int]:
+    """Bytes at the peak by series, of those that have been measured."""
+    path = _path(output, task)
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _path(output: Path, task: str) -> Path:
+    return output / "memory" / f"{task}.json"
 
 
 def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path) -> int:

@@ -17,6 +17,9 @@ RATES = (3e-4, 1e-3, 3e-3)
 # λ and the learning rate rise together (docs/method.md).
 STRENGTHS = {4.0: (3e-4, 1e-3, 3e-3), 16.0: (1e-3, 3e-3, 6e-3), 64.0: (3e-3, 1e-2)}
 
+# Settings of `Gated` itself; others are the recipe's.
+OWN = ("proxy", "num_samples", "gate_lambda", "task", "treatment")
+
 
 @dataclass(frozen=True)
 class Series:
@@ -57,7 +60,7 @@ def ablations() -> list[Series]:
     rates = (1.5e-3, 3e-3, 6e-3)
 
     def changed(name: str, **changes: object) -> Series:
-        own = {key: changes.pop(key) for key in ("proxy", "num_samples", "gate_lambda") if key in changes}
+        own = {key: changes.pop(key) for key in OWN if key in changes}
         return Series(name, [Gated(rate, gate=dict(changes), **own) for rate in rates])
 
     return [

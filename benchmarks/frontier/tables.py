@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -11,14 +11,18 @@ from statistics import mean
 from rich.table import Table
 
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
+from benchmarks.frontier.memory import read_memory
 from benchmarks.frontier.plot import draw
 from benchmarks.frontier.results import Result, read_all
+from benchmarks.frontier.series import methods
 from folora_q.cli.console import out
 from folora_q.files import atomic_write
 
 PLAIN = "LoRA"
 # What is between these lines of docs/frontier.md is replaced.
 BEGIN, END = "<!-- made by `benchmarks.frontier table`: -->", "<!-- until here -->"
+# They take a part of the weights away, which 4 bits cannot hold.
+SIXTEEN_BIT = {series.name for series in methods() if series.points[0].sixteen_bit}
 # Shares of plain LoRA's best gain at which methods are compared.
 SHARES = (0.9, 0.97)
 MEASURES = {
@@ -41,19 +45,22 @@ class Row:
     kl_at_norm: Spread
     loss_at_norm: Spread
     seconds: float
+    memory: float  # at the peak, as a share of plain LoRA's; NaN where it was not measured
 
 
-def rows(results: Sequence[Result], share: float) -> list[Row]:
+def rows(results: Sequence[Result], share: float, memory: Mapping[str, int]) -> list[Row]:
     """Of one task; by KL, those that do not reach the loss last."""
     by_series: dict[str, dict[int, list[Result]]] = {}
     for result in results:
         by_series.setdefault(result.series, {}).setdefault(result.seed, []).append(result)
     plain = by_series[PLAIN]
-    found = [_row(name, seeds, plain, share) for name, seeds in by_series.items()]
+    found = [_row(name, seeds, plain, share, memory) for name, seeds in by_series.items()]
     return sorted(found, key=lambda row: (math.isnan(row.kl_ratio.mean), row.kl_ratio.mean))
 
 
-def _row(name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result]], share: float) -> Row:
+def _row(
+    name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result]], share: float, memory: Mapping[str, int]
+) -> Row:
     values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm = [], [], [], [], []
     for seed in sorted(seeds.keys() & plain.keys()):
@@ -74,11 +81,13 @@ def _row(name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result
         {measure: Spread.of(found) for measure, found in values.items()},
         *map(Spread.of, (kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm)),
         mean(run.seconds for run in runs) / mean(run.seconds for run in others),
+        memory.get(name, math.nan) / memory.get(PLAIN, math.nan),
     )
 
 
 COLUMNS = {
-    "method": lambda row: row.series,
+    "method": lambda row: f"{row.series} ¹" if row.series in SIXTEEN_BIT else row.series,
+    "seeds": lambda row: str(row.area.seeds),
     "KL": lambda row: f"{row.values['KL']:.3f}",
     "/ LoRA's": lambda row: f"{row.kl_ratio:.2f}",
     "rise": lambda row: f"{row.values['rise']:.3f}",
@@ -89,6 +98,7 @@ COLUMNS = {
     "KL at LoRA's ‖ΔW‖": lambda row: f"{row.kl_at_norm:.3f}",
     "task loss there": lambda row: f"{row.loss_at_norm:.3f}",
     "time": lambda row: f"{row.seconds:.2f}",
+    "memory": lambda row: "–" if math.isnan(row.memory) else f"{row.memory:.2f}",
 }
 
 
@@ -98,9 +108,10 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
     text: list[str] = []
     for task in dict.fromkeys(result.task for result in results):
         of_task = [result for result in results if result.task == task]
+        memory = read_memory(output, task)
         for share in SHARES:
             title = f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate"
-            found = rows(of_task, share)
+            found = rows(of_task, share, memory)
             table = Table(title=title, title_justify="left")
             for name in COLUMNS:
                 table.add_column(name, justify="left" if name == "method" else "right")

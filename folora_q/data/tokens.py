@@ -28,6 +28,12 @@ class Batch(NamedTuple):
     attention_mask: Tensor
     labels: Tensor
 
+    @property
+    def predicting(self) -> Tensor:
+        """Where the token that follows counts, (b, t) bool: what is learned or measured is what is made of these."""
+        counted = self.labels != IGNORED
+        return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
+
 
 def batches(
     sequences: Sequence[Sequence[int]],

@@ -35,11 +35,12 @@ def build_gates(
 ) -> dict[str, SpectralGate]:
     """The gate of every adapted layer, by the layer's name; layers that read the same tensor share one object.
 
-    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out. Where
+    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off, of the tokens from which a
+    token that counts is predicted: no padding, and of the task not the prompts, which it shares from row to row. Where
     memory runs out, the text is read again in smaller batches.
 
     Args:
-        proxy, task: batches that no evaluation uses.
+        proxy, task: batches that no evaluation uses; their labels say what counts.
         memory: GiB for the sketches of layers at a time; None takes all at once.
 
     Raises:
@@ -101,7 +102,7 @@ class _Reading:
                 rows = len(batch.input_ids)
                 for start in range(0, rows, size := self.halving.fitting(rows)):
                     part = rows_of(batch, start, start + size)
-                    mask[0] = part.attention_mask
+                    mask[0] = part.predicting
                     self.model(
                         input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False, logits_to_keep=1
                     )

@@ -49,7 +49,7 @@ def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) ->
     """While this lasts, every forward pass feeds each module's input to its sink.
 
     Yields:
-        A list of one: set its item to the batch's attention mask (b, t) before each forward pass; None masks nothing.
+        A list of one: set its item to the tokens that count, (b, t), before each forward pass; None counts all.
 
     Raises:
         RunFailed: an input is not finite; the module is named.

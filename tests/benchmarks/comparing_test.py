@@ -62,13 +62,14 @@ def test_the_area_between_two_curves_is_the_logarithm_of_their_ratio(ratio: floa
 def test_a_row_compares_with_plain_lora_seed_by_seed() -> None:
     results = [r for seed in (0, 1) for r in (*power("LoRA", 0.5, seed), *power("half", 0.25 + 0.05 * seed, seed))]
     weak = [run(3.9, 0.01, series="weak")]
-    found = {row.series: row for row in rows([*results, *weak], share=0.8)}
+    found = {row.series: row for row in rows([*results, *weak], share=0.8, memory={"LoRA": 100, "half": 104})}
     loss = wanted_loss(power("LoRA", 0.5), 0.8)
     assert loss == pytest.approx(4.0 - 0.8 * 3.0)
     half = found["half"]
     assert half.kl_ratio == Spread(pytest.approx(0.55), pytest.approx(0.5), pytest.approx(0.6), 2)
     assert half.values["KL"].low == pytest.approx(0.25 / loss**2)
     assert half.seconds == pytest.approx(1.5)
+    assert half.memory == pytest.approx(1.04) and math.isnan(found["weak"].memory)
     assert half.loss_at_norm.mean == pytest.approx(loss)
     assert math.isnan(found["weak"].kl_ratio.mean) and list(found)[-1] == "weak"
     lines = markdown(list(found.values())).splitlines()

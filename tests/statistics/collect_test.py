@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import eigh
 
 from folora_q.core import CovarianceSketch
-from folora_q.data.tokens import batches
+from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
@@ -39,11 +39,16 @@ def model(tiny_folder: Path):
     return model
 
 
-def dense_covariance(model, name: str, texts: list[list[int]]) -> torch.Tensor:
-    """E[x xᵀ] of one layer's inputs, one unpadded sequence at a time, divided by its mean variance."""
+def dense_covariance(model, name: str, texts: list[list[int]], learned: int = 0) -> torch.Tensor:
+    """E[x xᵀ] of one layer's inputs, one unpadded sequence at a time, divided by its mean variance.
+
+    Of the tokens from which one is predicted, or only those that predict the last `learned` of each sequence.
+    """
     seen: list[torch.Tensor] = []
     layer = model.get_base_model().get_submodule(name)
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, layer.in_features)))
+    handle = layer.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][0, -learned - 1 if learned else 0 : -1])
+    )
     with torch.no_grad(), model.disable_adapter():
         for ids in texts:
             model(input_ids=torch.tensor([ids]))
@@ -88,6 +93,18 @@ def test_gates_solve_the_dense_problem_of_the_text_without_its_padding(model) ->
         values = torch.tensor(quotients / (quotients + 2.0))
         expected = v @ torch.diag(values) @ torch.linalg.inv(v)
         assert torch.allclose(gates[name].dense(), expected, atol=2e-3)
+
+
+def test_of_the_task_only_what_is_learned_counts(model) -> None:
+    proxy, task = sequences(1), sequences(2)
+    labels = [[IGNORED] * (len(ids) - 2) + ids[-2:] for ids in task]
+    texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU, labels))
+    gates = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(Silent()))
+    name = "model.layers.1.mlp.down_proj"
+    basis, utility = gates[name].basis.double(), dense_covariance(model, name, task, learned=2)
+    assert torch.allclose(basis @ gates[name].utility_gram @ basis.T, utility, atol=1e-3 * float(utility.abs().max()))
+    whole = dense_covariance(model, name, task)
+    assert not torch.allclose(utility, whole, atol=1e-2 * float(whole.abs().max()))
 
 
 def test_layers_with_one_input_share_one_gate(model) -> None:

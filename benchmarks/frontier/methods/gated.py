@@ -31,12 +31,16 @@ class Gated(Method):
         proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), public-domain
             prose ("prose"), or random tokens ("random").
         num_samples: so many texts, in place of all.
+        task: what Σt is taken of: "answers", tokens from which a trained one is predicted, or whole "rows".
+        treatment: of exact covariances (benchmarks/frontier/covariances.py).
     """
 
     gate_lambda: float = 16.0
     gate: dict[str, object] = field(default_factory=dict)
     proxy: str = "own"
     num_samples: int | None = None
+    task: str = "answers"
+    treatment: str = "plain"
     kind: ClassVar[type[SpectralGate]] = SpectralGate
 
     @property
@@ -60,7 +64,7 @@ class Gated(Method):
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         key = f"{self.proxy}{self.num_samples or ''}"
-        self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind)
+        self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind, self.treatment, self.task)
         if "a_start" in self.section.places:
             start_gated(pairs, self.of_layers)
 
@@ -136,5 +140,5 @@ class FoLoRA(FoLoRAStart):
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
         section = GateSection(rank=DENSE, second_pass=False, gate_lambda=self.gate_lambda, floor=self.floor)
-        adapters = pairs_with(ground.gates(model, section), pairs)
+        adapters = pairs_with(ground.gates(model, section, task="rows"), pairs)
         return SpectralAdamW(adapters, lr=self.learning_rate)
