@@ -17,6 +17,8 @@ import numpy as np
 from benchmarks.frontier.results import Result
 
 Value = Callable[[Result], float]
+# The series that every other is compared with.
+PLAIN = "LoRA"
 # Where a logarithm is taken of a KL that may be zero.
 LEAST = 1e-6
 

@@ -8,45 +8,46 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 
+from benchmarks.frontier.comparing import PLAIN
 from benchmarks.frontier.results import Result
 
-# Ours and what it is most to be compared with stand out; the others are grey, named at their ends.
-STRONG = {"LoRA": "#444444", "gated": "#1f6feb", "control": "#d4572a", "TMKL": "#2a8c5a", "FoLoRA": "#8250df"}
-GREY, NAMED = "#b8b8b8", "#777777"
-VARIANTS_OF_LORA = "LoRA, "
+# Ours and what it is most to be compared with stand out; the others are thin, in the colours of this map.
+STRONG = {"LoRA": "#000000", "gated": "#1f6feb", "control": "#d4572a"}
+OTHERS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
+DASHES = {"4": ":", "16": "--"}  # by strength
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A PNG of two panels: KL from the base, and the mean rise on general text."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), sharex=True)
+    """A PNG of two panels: KL from the base, and the mean rise on general text; one legend for both."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5.8), sharex=True)
+    others = 0
     for name in dict.fromkeys(result.series for result in results):
         runs = [result for result in results if result.series == name]
         by_rate = [
             [run for run in runs if run.learning_rate == rate] for rate in sorted({run.learning_rate for run in runs})
         ]
         losses = [mean(run.task_loss for run in same) for same in by_rate]
-        family = name.replace(":", ",").split(",")[0]
-        colour = GREY if name.startswith(VARIANTS_OF_LORA) else STRONG.get(family, GREY)
-        style = {"lw": 1, "ms": 3, "zorder": 2} if colour == GREY else {"lw": 1.8, "ms": 4, "zorder": 3}
-        end = losses.index(min(losses))
+        family = next((key for key in STRONG if name == key or (key != PLAIN and name.startswith(key))), None)
+        if family is None:
+            colour, marker, width = OTHERS(others % 10), MARKERS[others % 9], 1.0
+            others += 1
+        else:
+            colour, marker, width = STRONG[family], "o", 2.2
+        dashes = DASHES.get(name.rpartition("λ ")[2], "-") if family == "gated" else "-"
         for axis, value in zip(axes, (lambda run: run.kl, lambda run: run.mean_rise), strict=True):
             heights = [mean(value(run) for run in same) for same in by_rate]
-            axis.plot(losses, heights, "o-", color=colour, **style)
-            axis.annotate(
-                name,
-                (losses[end], heights[end]),
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color=NAMED if colour == GREY else colour,
-            )
+            axis.plot(losses, heights, dashes, marker=marker, color=colour, lw=width, ms=4 if family else 5, label=name)
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     axes[0].set_ylabel("KL(base ‖ tuned) on text of the base's own, nats per token")
     axes[0].set_yscale("log")
     axes[1].set_yscale("symlog", linthresh=0.01)
+    axes[1].set_ylim(bottom=-0.001)
     axes[1].set_ylabel("rise of the loss on general text, nats per token")
     for axis in axes:
         axis.set_xlabel("task loss, nats per token (lower is better)")
         axis.set_xscale("log")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks("{x:.2g}")
         axis.grid(alpha=0.25)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)

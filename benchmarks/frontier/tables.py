@@ -10,7 +10,7 @@ from statistics import mean
 
 from rich.table import Table
 
-from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
+from benchmarks.frontier.comparing import PLAIN, Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.memory import read_memory
 from benchmarks.frontier.plot import draw
 from benchmarks.frontier.results import Result, read_all
@@ -18,7 +18,6 @@ from benchmarks.frontier.series import methods
 from folora_q.cli.console import out
 from folora_q.files import atomic_write
 
-PLAIN = "LoRA"
 # What is between these lines of docs/frontier.md is replaced.
 BEGIN, END = "<!-- made by `benchmarks.frontier table`: -->", "<!-- until here -->"
 # They take a part of the weights away, which 4 bits cannot hold.
