@@ -263,7 +263,7 @@ def _measured_gates(
     proxy: Sequence[ProxySample],
     clock: Clock,
 ) -> dict[str, SpectralGate]:
-    size, device = recipe.gate.batch_size, base.model.device
+    size, device = recipe.statistics_batch_size, base.model.device
     rows = len(task.sequences)
     chosen = random.Random(recipe.training.seed).sample(range(rows), min(recipe.gate.num_task_samples, rows))
     sampled = task.sequences[chosen]
@@ -271,7 +271,10 @@ def _measured_gates(
     # Another seed than the held-out crops': the same offsets would be no error, but need not be.
     whole = [sample.ids for sample in proxy]
     proxy_text = list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device))
-    return build_gates(model, pairs, proxy_text, task_text, recipe.gate, clock, recipe.proxy.statistics_memory)
+    recompute = recipe.training.recomputes_on(device.type == "cuda")
+    return build_gates(
+        model, pairs, proxy_text, task_text, recipe.gate, clock, recipe.proxy.statistics_memory, recompute
+    )
 
 
 def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: Path | None) -> None:

@@ -12,87 +12,112 @@ from torch import Tensor
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import Batch
 from folora_q.models.adapters import adapter_pairs
-from folora_q.statistics.hooks import feeding, shared_inputs
+from folora_q.statistics.collect import Reading
+from folora_q.statistics.hooks import shared_inputs
 
 # A channel whose variance is so many times the median is massive: it alone would say how large a variance is.
 MASSIVE = 100.0
 
 
 @dataclass(frozen=True)
-class Moments:
-    """E[x xᵀ] over a text's tokens that count, (d, d) float64, and over first tokens among them, `share` of all."""
+class Covariance:
+    """Σ (d, d) float64, and the mean variance by which it is to be divided."""
 
-    mean: Tensor
-    first: Tensor
-    share: float
+    matrix: Tensor
+    unit: float
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Covariance:
+        return cls(matrix, float(matrix.diagonal().mean()))
 
     @property
-    def without_first(self) -> Tensor:
-        return (self.mean - self.share * self.first) / (1 - self.share)
+    def normalized(self) -> Tensor:
+        return self.matrix / self.unit
 
 
-def moments(model: PeftModel, text: Sequence[Batch]) -> dict[str, Moments]:
-    """Of every adapted layer's input, with the adapter off; layers that read one tensor share an object."""
+@dataclass(frozen=True)
+class Positions:
+    """One layer's Σ over all tokens of a text, over all but each sequence's first, and over the first."""
+
+    every: Tensor
+    later: Tensor
+    first: Tensor
+
+
+def measure(model: PeftModel, text: Sequence[Batch], weighted: bool) -> dict[str, Positions]:
+    """Of every adapted layer's input, with the adapter off; layers that read one tensor share an object.
+
+    Args:
+        weighted: tokens count by the loss's gradient, as for the recipe's `gate.covariance: fisher`.
+    """
     modules = {pair.name: pair.module for pair in adapter_pairs(model)}
     model.eval()
-    with torch.no_grad(), model.disable_adapter():
+    with model.disable_adapter():
         groups = shared_inputs(model, modules, text[0].input_ids[:1, :8])
-        readers = {group[0]: modules[group[0]] for group in groups}
-        # A first token sees itself alone, so texts of one token have the activations of first positions.
-        everywhere, first = (_sums(model, readers, text, length) for length in (None, 1))
-    counts = [sum(int(batch.predicting[:, :length].sum()) for batch in text) for length in (None, 1)]
-    share = counts[1] / counts[0]
-    found = {name: Moments(everywhere[name] / counts[0], first[name] / max(counts[1], 1), share) for name in readers}
-    return {name: found[group[0]] for group in groups for name in group}
+        reading = Reading(model, modules, groups, weighted)
+        sums, counts = [], []
+        for first in (False, True):
+            sinks = {g[0]: ProjectedCovariance(torch.eye(modules[g[0]].in_features)) for g in groups}
+            reading.feed(text, sinks, _first if first else _later)
+            sums.append({name: sink.gram.double() for name, sink in sinks.items()})
+            counts.append({name: sink.count for name, sink in sinks.items()})
+    found = {}
+    for group in groups:
+        (later, first), (n, m) = (sum_[group[0]] for sum_ in sums), (count[group[0]] for count in counts)
+        positions = Positions((later + first) / (n + m), later / n, first / max(m, 1))
+        found |= dict.fromkeys(group, positions)
+    return found
 
 
-def _sums(model: PeftModel, readers: dict, text: Sequence[Batch], length: int | None) -> dict[str, Tensor]:
-    device = model.device
-    sinks = {name: ProjectedCovariance(torch.eye(m.in_features), device=device) for name, m in readers.items()}
-    with feeding(readers, sinks) as mask:
-        for batch in text:
-            ids, seen, mask[0] = (x[:, :length] for x in (batch.input_ids, batch.attention_mask, batch.predicting))
-            model(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=1)
-    return {name: sink.gram.double().cpu() for name, sink in sinks.items()}
+def _later(counted: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(counted[:, :1]), counted[:, 1:]], 1)
 
 
-def plain(penalty: Moments, utility: Moments) -> tuple[Tensor, Tensor]:
-    """Each divided by its own mean variance, as the product does."""
-    return _even(penalty.mean), _even(utility.mean)
+def _first(counted: Tensor) -> Tensor:
+    return torch.cat([counted[:, :1], torch.zeros_like(counted[:, 1:])], 1)
 
 
-def first_dropped(penalty: Moments, utility: Moments) -> tuple[Tensor, Tensor]:
+Pair = tuple[Covariance, Covariance]
+
+
+def plain(penalty: Positions, utility: Positions) -> Pair:
+    """As the product has them."""
+    return Covariance.of(penalty.every), Covariance.of(utility.every)
+
+
+def first_dropped(penalty: Positions, utility: Positions) -> Pair:
     """No text's first position counts: a massive activation stands there."""
-    return _even(penalty.without_first), _even(utility.without_first)
+    return Covariance.of(penalty.later), Covariance.of(utility.later)
 
 
-def first_protected(penalty: Moments, utility: Moments) -> tuple[Tensor, Tensor]:
+def first_protected(penalty: Positions, utility: Positions) -> Pair:
     """As before, but the leading direction of first positions costs as much as a direction can."""
     dropped, useful = first_dropped(penalty, utility)
     leading = torch.linalg.eigh(penalty.first).eigenvectors[:, -1:]
-    return dropped + len(dropped) * leading @ leading.T, useful
+    return Covariance(dropped.matrix + len(leading) * dropped.unit * leading @ leading.T, dropped.unit), useful
 
 
-def robust(penalty: Moments, utility: Moments) -> tuple[Tensor, Tensor]:
+def robust(penalty: Positions, utility: Positions) -> Pair:
     """Each divided by the mean variance of the channels that are not massive."""
 
-    def even(covariance: Tensor) -> Tensor:
+    def even(covariance: Tensor) -> Covariance:
         variances = covariance.diagonal()
-        return covariance / variances[variances <= MASSIVE * variances.median()].mean()
+        return Covariance(covariance, float(variances[variances <= MASSIVE * variances.median()].mean()))
 
-    return even(penalty.mean), even(utility.mean)
+    return even(penalty.every), even(utility.every)
 
 
-def shrunk(penalty: Moments, utility: Moments) -> tuple[Tensor, Tensor]:
+def shrunk(penalty: Positions, utility: Positions) -> Pair:
     """A tenth of each replaced by its mean variance, evenly in all directions."""
-    return tuple(0.9 * found + 0.1 * torch.eye(len(found), dtype=found.dtype) for found in plain(penalty, utility))
+
+    def even(covariance: Covariance) -> Covariance:
+        identity = torch.eye(len(covariance.matrix), dtype=torch.float64)
+        return Covariance(0.9 * covariance.matrix + 0.1 * covariance.unit * identity, covariance.unit)
+
+    first, second = plain(penalty, utility)
+    return even(first), even(second)
 
 
-def _even(covariance: Tensor) -> Tensor:
-    return covariance / covariance.diagonal().mean()
-
-
-Treatment = Callable[[Moments, Moments], tuple[Tensor, Tensor]]
-TREATMENTS: dict[str, Treatment] = {
+TREATMENTS: dict[str, Callable[[Positions, Positions], Pair]] = {
     treatment.__name__: treatment for treatment in (plain, first_dropped, first_protected, robust, shrunk)
 }

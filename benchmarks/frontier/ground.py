@@ -15,12 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from benchmarks.frontier.covariances import TREATMENTS, Moments, moments
+from benchmarks.frontier.covariances import TREATMENTS, Covariance, Positions, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.gate_vs_lora import real_texts
 from folora_q.core import SpectralGate
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
-from folora_q.data.tokens import batches
+from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.evaluation.evaluate import HeldOut, held_out
 from folora_q.evaluation.task import make_scorer
@@ -42,7 +42,7 @@ SEED = 0
 # Sequences that statistics are taken of at a time.
 BATCH_SIZE = 16
 # What a gate's statistics depend on.
-STATISTICS = {"rank", "oversampling", "ridge", "utility_ridge", "second_pass"}
+STATISTICS = {"covariance", "rank", "oversampling", "ridge", "utility_ridge", "second_pass", "refinements"}
 # As a rank: exact covariances in place of sketches.
 DENSE = 1_000_000
 
@@ -53,6 +53,7 @@ class Ground:
     Attributes:
         base: the model that is tuned. On a CPU its 4-bit weights are held decoded: the same numbers, and faster.
         own: texts that the base wrote, as tokens; none of them is measured on.
+        sources: where each began: "bos" or "chat".
         on: what is measured on.
     """
 
@@ -71,6 +72,7 @@ class Ground:
         )
         ids = [sample.ids for sample in samples]
         self.own, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]
+        self.sources = [sample.source for sample in samples]
         self.on: HeldOut = held_out(
             self.tokenizer,
             evaluation,
@@ -89,7 +91,7 @@ class Ground:
             decode(self.base)
         self._sketches: dict[str, dict[str, SpectralGate]] = {}
         self._gates: dict[str, dict[str, SpectralGate]] = {}
-        self._moments: dict[str, dict[str, Moments]] = {}
+        self._measured: dict[str, dict[str, Positions]] = {}
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """The training rows: tokens, and labels."""
@@ -119,7 +121,6 @@ class Ground:
         key: str = "own",
         kind: type[SpectralGate] = SpectralGate,
         treatment: str = "plain",
-        task: str = "answers",
     ) -> dict[str, SpectralGate]:
         """The gates of a model's layers. Statistics are taken once for settings that share them.
 
@@ -128,83 +129,86 @@ class Ground:
             proxy, key: other proxy text than the usual, and a name for it.
             kind: the class of the gates.
             treatment: of exact covariances (benchmarks/frontier/covariances.py).
-            task: what Σt is taken of: "answers", tokens from which a trained one is predicted, or whole "rows".
         """
-        proxy = self.shown(self.own) if proxy is None else proxy
         shape = section.model_dump(include={"floor", "sharpness", *STATISTICS})
-        name = f"{key} {task} {kind.__name__} {treatment} {sorted(shape.items())}"
+        name = f"{key} {kind.__name__} {treatment} {sorted(shape.items())}"
         if name not in self._gates:
             if section.rank < DENSE:
-                found = self._sketched(model, section, proxy, key, task)
+                found = self._sketched(model, section, proxy, key)
                 states = {id(gate): gate.state_dict() for gate in found.values()}
             else:
                 self._gates.clear()  # exact ones take gigabytes
-                found = self.covariances(model, proxy, key, treatment, task)
+                found = self._covariances(model, section.covariance, proxy, key, treatment)
                 states = {id(both): _exact(*both, section) for both in found.values()}
             # The problem of an exact covariance takes seconds to solve, a strength nothing.
-            solved = {
-                of: kind.from_state_dict(
-                    state | {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
-                )
-                for of, state in states.items()
-            }
+            shaped = {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
+            solved = {of: kind.from_state_dict(state | shaped) for of, state in states.items()}
             self._gates[name] = {layer: solved[id(of)].to(self.base.device) for layer, of in found.items()}
         strong = {id(gate): gate.with_lambda(section.gate_lambda) for gate in self._gates[name].values()}
         return {layer: strong[id(gate)] for layer, gate in self._gates[name].items()}
 
-    def covariances(
-        self,
-        model: PeftModel,
-        proxy: Sequence[Sequence[int]] | None = None,
-        key: str = "own",
-        treatment: str = "plain",
-        task: str = "rows",
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def covariances(self, model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
         """Σp and Σt of every layer's input, exact (d, d) in float64, each divided by its own mean variance.
 
-        Arguments as of `gates`, except that Σt is of whole rows, as every paper's is.
+        As the papers have them: all tokens of whole rows count alike.
         """
-        proxy = self.shown(self.own) if proxy is None else proxy
-        for name, (ids, labels) in ((key, (proxy, None)), (task, self.task_rows(task))):
-            if name not in self._moments:
-                self._moments[name] = moments(model, list(batches(ids, BATCH_SIZE, self.base.device, labels)))
-        penalty, utility = self._moments[key], self._moments[task]
-        treated = {id(found): TREATMENTS[treatment](found, utility[layer]) for layer, found in penalty.items()}
-        return {layer: treated[id(found)] for layer, found in penalty.items()}
+        found = self._covariances(model, "rows")
+        normalized = {id(both): tuple(each.normalized for each in both) for both in found.values()}
+        return {layer: normalized[id(both)] for layer, both in found.items()}
 
     def forget(self) -> None:
         """Let go of all statistics."""
-        for kept in (self._sketches, self._gates, self._moments):
+        for kept in (self._sketches, self._gates, self._measured):
             kept.clear()
 
-    def task_rows(self, task: str) -> tuple[list[list[int]], list[list[int]] | None]:
-        """The training rows that statistics are taken of: tokens, and labels where only answers count."""
-        ids, labels = self.rows()
-        chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
-        return [ids[i] for i in chosen], [labels[i] for i in chosen] if task == "answers" else None
+    def _covariances(
+        self,
+        model: PeftModel,
+        covariance: str,
+        proxy: Sequence[Sequence[int]] | None = None,
+        key: str = "own",
+        treatment: str = "plain",
+    ) -> dict[str, tuple[Covariance, Covariance]]:
+        """By the recipe's `gate.covariance`; or of whole "rows", in which prompts count too."""
+        sides = []
+        for name, text in zip((key, "task"), self._texts(proxy, rows=covariance == "rows"), strict=True):
+            name = f"{name} {covariance}"
+            if name not in self._measured:
+                self._measured[name] = measure(model, text, weighted=covariance == "fisher")
+            sides.append(self._measured[name])
+        treated = {id(found): TREATMENTS[treatment](found, sides[1][layer]) for layer, found in sides[0].items()}
+        return {layer: treated[id(found)] for layer, found in sides[0].items()}
 
     def _sketched(
-        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]], key: str, task: str
+        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None, key: str
     ) -> dict[str, SpectralGate]:
-        name = f"{key} {task} {sorted(section.model_dump(include=STATISTICS).items())}"
+        name = f"{key} {sorted(section.model_dump(include=STATISTICS).items())}"
         if name not in self._sketches:
-            size, device = BATCH_SIZE, self.base.device
-            ids, labels = self.task_rows(task)
-            texts = list(batches(proxy, size, device)), list(batches(ids, size, device, labels))
+            texts = self._texts(proxy, rows=False)
             self._sketches[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
         return self._sketches[name]
 
+    def _texts(self, proxy: Sequence[Sequence[int]] | None, rows: bool) -> tuple[list[Batch], list[Batch]]:
+        """Proxy text and the task's, as statistics are taken of them."""
+        ids, labels = self.rows()
+        chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
+        sequences, learned = [ids[i] for i in chosen], None if rows else [labels[i] for i in chosen]
+        proxy = self.shown(self.own) if proxy is None else proxy
+        device = self.base.device
+        return list(batches(proxy, BATCH_SIZE, device)), list(batches(sequences, BATCH_SIZE, device, learned))
 
-def _exact(penalty: Tensor, utility: Tensor, section: GateSection) -> dict[str, Any]:
+
+def _exact(penalty: Covariance, utility: Covariance, section: GateSection) -> dict[str, Any]:
     """The state of a gate whose basis is the whole space; nothing lies outside, so its tails are not used."""
+    unit = penalty.unit if section.covariance == "fisher" else utility.unit
     return {
-        "basis": torch.eye(len(penalty)),
-        "penalty_gram": penalty,
-        "utility_gram": utility,
+        "basis": torch.eye(len(penalty.matrix)),
+        "penalty_gram": penalty.normalized,
+        "utility_gram": utility.matrix / unit,
         "penalty_tail": 1.0,
         "utility_tail": 1.0,
         "ridge": section.ridge,
-        "utility_ridge": section.utility_ridge,
+        "utility_ridge": section.utility_ridge * utility.unit / unit,
     }
 
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from benchmarks.frontier.ground import Ground
 from folora_q.data.tokens import IGNORED
 from folora_q.evaluation.compare import HeldOutText
-from folora_q.evaluation.logits import chunks, head_logits, hidden_states
 from folora_q.evaluation.task import greedy_answers
 from folora_q.models.adapters import adapter_pairs
+from folora_q.models.logits import chunks, head_logits, hidden_states
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.evaluation.logits import head_logits
+from folora_q.models.logits import head_logits
 
 DATA = Path(__file__).parent / "data" / "questions.jsonl"
 NOBODY = -1  # owner of padding

@@ -16,9 +16,9 @@ from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.methods.base import Method, Step
 from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.errors import RunFailed
-from folora_q.evaluation.logits import head_logits, hidden_states
 from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import PeakMemory
+from folora_q.models.logits import head_logits, hidden_states
 
 WARMUP = 0.03
 MAX_GRAD_NORM = 1.0

@@ -3,8 +3,9 @@
 Imports torch and nothing else of the stack, so that it is usable in anyone's training loop.
 """
 
-from folora_q.core.gate import SpectralGate
+from folora_q.core.gate import SpectralGate, units
 from folora_q.core.optimizer import GatedOptimizer, SpectralAdamW
+from folora_q.core.refine import refined_basis
 from folora_q.core.sketch import CovarianceSketch, ProjectedCovariance
 from folora_q.core.spectrum import LowRankCovariance, joint_basis
 
@@ -16,4 +17,6 @@ __all__ = [
     "SpectralAdamW",
     "SpectralGate",
     "joint_basis",
+    "refined_basis",
+    "units",
 ]

@@ -83,7 +83,9 @@ class SpectralGate:
         gate_lambda: float = 1.0,
         floor: float = 0.0,
         sharpness: float = 1.0,
+        basis: Tensor | None = None,
         grams: tuple[Tensor, Tensor] | None = None,
+        one_unit: bool = False,
     ) -> SpectralGate:
         """Solve for the quotients of two covariances of one width.
 
@@ -94,26 +96,31 @@ class SpectralGate:
             gate_lambda: λ >= 0; at a quotient of λ half of the step passes. 0 lets every useful direction pass.
             floor: s_min in [0, 1].
             sharpness: p > 0.
-            grams: exact (P₀ᵀΣpP₀, P₀ᵀΣtP₀), each (m, m), of a second pass over the text in `joint_basis(penalty,
-                utility)`; without them the sketches' own are used.
+            basis: P₀ (d, m), orthonormal; by default `joint_basis(penalty, utility)`.
+            grams: exact (P₀ᵀΣpP₀, P₀ᵀΣtP₀), each (m, m), of a second pass over the text; without them the sketches' own
+                are used.
+            one_unit: both covariances are in one unit already (Fisher-weighted ones are, in all layers), so that both
+                are divided by the mean variance of Σp.
 
         Raises:
             ValueError: the widths differ, a parameter is out of range, or the grams are not (m, m).
         """
         if penalty.dim != utility.dim:
             raise ValueError(f"the covariances differ in width: {penalty.dim} and {utility.dim}")
-        basis = joint_basis(penalty, utility)
+        basis = joint_basis(penalty, utility) if basis is None else basis
         m = basis.shape[1]
         sp, st = grams if grams is not None else (penalty.project(basis), utility.project(basis))
         if sp.shape != (m, m) or st.shape != (m, m):
             raise ValueError(f"the grams must be ({m}, {m}), got {tuple(sp.shape)} and {tuple(st.shape)}")
+        of_penalty, of_utility = units(penalty, utility, one_unit)
         return cls(
             basis.float(),
-            *(_normalized(gram, cov) for gram, cov in ((sp, penalty), (st, utility))),
-            _tail(sp, penalty),
-            _tail(st, utility),
+            sp.double() / of_penalty,
+            st.double() / of_utility,
+            _tail(sp, penalty) / of_penalty,
+            _tail(st, utility) / of_utility,
             ridge=ridge,
-            utility_ridge=utility_ridge,
+            utility_ridge=utility_ridge * (utility.mean_variance or 1.0) / of_utility,
             gate_lambda=gate_lambda,
             floor=floor,
             sharpness=sharpness,
@@ -137,6 +144,24 @@ class SpectralGate:
             return torch.ones_like(quotients)
         odds = (quotients / self.gate_lambda).pow(self.sharpness)
         return (1 - 1 / (1 + odds)).clamp_min(self.floor)
+
+    def narrowed(self, rank: int) -> SpectralGate:
+        """The gate in the space of its `rank` largest quotients, (d, 2 rank): V and HV of these.
+
+        They stay solutions there, and P acts on them as before; what else the basis held joins the complement.
+        """
+        if 2 * rank >= self.basis.shape[1]:
+            return self
+        leading = self.vectors[:, :rank]
+        inside = torch.linalg.qr(torch.cat([leading, self.metric @ leading], 1)).Q
+        state = self.state_dict() | {"basis": (self.basis.double().cpu() @ inside).to(self.basis)}
+        for side in ("penalty", "utility"):
+            gram = state[f"{side}_gram"]
+            narrow = state[f"{side}_gram"] = inside.T @ gram @ inside
+            dropped = float(gram.diagonal().sum() - narrow.diagonal().sum())
+            outside = self.basis.shape[0] - narrow.shape[0]
+            state[f"{side}_tail"] = (state[f"{side}_tail"] * self.complement_size + dropped) / outside
+        return type(self)(**state)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SpectralGate:
         """The gate with its resident part (P₀ and M) on a device and in a dtype; bfloat16 halves it."""
@@ -254,14 +279,14 @@ def rank_gates(penalty: Tensor, utility: Tensor, gate_of: Callable[[Tensor], Ten
     return identity + change
 
 
-def _normalized(gram: Tensor, covariance: LowRankCovariance) -> Tensor:
-    return gram.double() / (covariance.mean_variance or 1.0)
+def units(penalty: LowRankCovariance, utility: LowRankCovariance, one_unit: bool = False) -> tuple[float, float]:
+    """What a gate divides Σp and Σt by; see `SpectralGate.from_covariances`."""
+    return penalty.mean_variance or 1.0, (penalty if one_unit else utility).mean_variance or 1.0
 
 
 def _tail(gram: Tensor, covariance: LowRankCovariance) -> float:
-    """The mean normalized variance outside the basis: what the gram leaves of the trace."""
+    """The mean variance outside the basis: what the gram leaves of the trace."""
     outside = covariance.dim - gram.shape[0]
     if outside == 0:
-        return 1.0
-    rest = max(covariance.trace - float(gram.diagonal().sum()), 0.0)
-    return rest / outside / (covariance.mean_variance or 1.0)
+        return covariance.mean_variance
+    return max(covariance.trace - float(gram.diagonal().sum()), 0.0) / outside

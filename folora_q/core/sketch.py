@@ -110,13 +110,21 @@ class CovarianceSketch:
 
 
 class ProjectedCovariance:
-    """The exact S = P₀ᵀΣP₀ (m, m) of streaming activations in a given orthonormal basis P₀ (d, m): the second pass.
+    """The exact S = P₀ᵀΣP₀ (m, m) of streaming activations in a given orthonormal basis P₀ (d, m), and ΣP₀ if wanted.
 
-    It makes every reported quotient the true quotient of its direction (Rayleigh-Ritz; docs/method.md, section 6).
+    S makes every reported quotient the true quotient of its direction (Rayleigh-Ritz; docs/method.md, section 6). ΣP₀
+    (d, m) says how far each is from a solution of the whole problem (`refined_basis`).
     """
 
-    def __init__(self, basis: Tensor, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        basis: Tensor,
+        with_image: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.basis = basis.to(device=device, dtype=dtype)
+        self.image = torch.zeros_like(self.basis) if with_image else None
         self.gram = torch.zeros(basis.shape[1], basis.shape[1], device=device, dtype=dtype)
         self.energy = 0.0
         self.count = 0
@@ -130,6 +138,8 @@ class ProjectedCovariance:
             for part in rows.split(ROWS):
                 coordinates = part.to(self.gram) @ self.basis
                 self.gram.addmm_(coordinates.T, coordinates)
+                if self.image is not None:
+                    self.image.addmm_(part.to(self.gram).T, coordinates)
         self.count += rows.shape[0]
 
     def mean(self) -> Tensor:
@@ -137,6 +147,12 @@ class ProjectedCovariance:
         if self.count == 0:
             raise ValueError("a covariance needs at least one token, the projection has seen none")
         return self.gram.double().cpu() / self.count
+
+    def mean_image(self) -> Tensor:
+        """E[x xᵀ] P₀ as (d, m) on the CPU."""
+        if self.count == 0 or self.image is None:
+            raise ValueError("no image was gathered")
+        return (self.image / self.count).cpu()
 
 
 def _unmasked(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:

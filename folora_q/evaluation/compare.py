@@ -13,7 +13,7 @@ from folora_q.data.halving import Halving
 from folora_q.data.tokens import IGNORED, Batch
 from folora_q.evaluation.bootstrap import Tally, change, estimate
 from folora_q.evaluation.contrast import Contrast
-from folora_q.evaluation.logits import check_head, chunks, head_logits, hidden_states
+from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
 from folora_q.runs.results import TextKind, TextResult
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.data.halving import Halving
 from folora_q.data.tokens import IGNORED, Batch
 from folora_q.errors import UserError
-from folora_q.evaluation.logits import check_head, chunks, head_logits, hidden_states
+from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
 
 GENERAL_TEXT = Path(__file__).with_name("general.txt")
 

@@ -100,7 +100,7 @@ class GateSection(Section):
     """step: any optimizer's step passed through the gate. spectral: Adam in the gate's coordinates, as in the paper."""
     places: list[Place] = ["a_start", "a_step", "b_step"]
     """Where it acts: on A's random start, on A's steps, on B's steps (rule step only)."""
-    gate_lambda: NonNegative = 16.0
+    gate_lambda: NonNegative = 64.0
     """λ, the strength: a direction whose quotient equals it passes half. Raise it together with the learning rate."""
     floor: Fraction = 0.0
     """s_min: the least share of a step that every direction passes."""
@@ -116,10 +116,14 @@ class GateSection(Section):
     """Sketch columns beyond the rank."""
     second_pass: bool = True
     """Read the text twice, so that every quotient is exact in its direction."""
+    refinements: Annotated[int, Field(ge=0)] = 1
+    """Further readings, each for a better basis of the largest quotients; after a second_pass alone."""
+    covariance: Literal["fisher", "activation"] = "fisher"
+    """fisher: a token counts by the loss's gradient at what is made of it. activation: all alike, as in the paper."""
     num_task_samples: PositiveInt = 256
     """Training rows for the task's statistics."""
     batch_size: PositiveInt = 16
-    """Sequences that statistics are taken of at a time."""
+    """Sequences that statistics are taken of at a time; for covariance fisher no more than in a step of training."""
     basis_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the gates' bases, which stay beside the model; auto: bfloat16 on a GPU, float32 on a CPU."""
     refresh_every: PositiveInt = 10
@@ -313,6 +317,13 @@ class Recipe(Section):
                 f"gate.rule spectral is an AdamW of its own: training.optim: adamw_torch, not {self.training.optim}"
             )
         return self
+
+    @property
+    def statistics_batch_size(self) -> int:
+        """Sequences that statistics are taken of at a time: a backward pass has no more room than in training."""
+        if self.gate.covariance == "activation":
+            return self.gate.batch_size
+        return min(self.gate.batch_size, self.training.per_device_train_batch_size)
 
     @property
     def keeps_best(self) -> bool:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from folora_q.core import CovarianceSketch, ProjectedCovariance, SpectralGate, joint_basis
+from folora_q.core import (
+    CovarianceSketch,
+    LowRankCovariance,
+    ProjectedCovariance,
+    SpectralGate,
+    joint_basis,
+    refined_basis,
+    units,
+)
 from folora_q.data.halving import Halving, ran_out, rows_of
 from folora_q.data.tokens import Batch
 from folora_q.errors import RunFailed, first_line
 from folora_q.models.adapters import AdapterPair
+from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.progress import Clock
 from folora_q.recipe.schema import GateSection
-from folora_q.statistics.hooks import feeding, shared_inputs
+from folora_q.statistics.hooks import feeding, shared_inputs, weighing
 
 Text = Sequence[Batch]
 Sink = CovarianceSketch | ProjectedCovariance
@@ -32,31 +45,34 @@ def build_gates(
     section: GateSection,
     clock: Clock,
     memory: float | None = None,
+    recompute: bool = False,
 ) -> dict[str, SpectralGate]:
     """The gate of every adapted layer, by the layer's name; layers that read the same tensor share one object.
 
-    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off, of the tokens from which a
-    token that counts is predicted: no padding, and of the task not the prompts, which it shares from row to row. Where
-    memory runs out, the text is read again in smaller batches.
+    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out. Tokens
+    count by the gradient that they have in the loss of what counts (`gate.covariance: fisher`), or all alike where a
+    token that counts is predicted from them. Where memory runs out, the text is read again in smaller batches.
 
     Args:
         proxy, task: batches that no evaluation uses; their labels say what counts.
         memory: GiB for the sketches of layers at a time; None takes all at once.
+        recompute: keep no activations for the backward pass but the layers' inputs.
 
     Raises:
-        RunFailed: an activation is not finite, or a layer is given no token; the layer is named.
+        RunFailed: an activation or a gradient is not finite, or a layer is given no token; the layer is named.
     """
     modules = {pair.name: pair.module for pair in pairs}
     model.eval()
-    with torch.no_grad(), model.disable_adapter():
+    with model.disable_adapter():
         groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
         shares = _shares([group[0] for group in groups], modules, section, memory)
-        passes = 2 if section.second_pass else 1
+        readings = 2 + section.refinements if section.second_pass else 1
         found: dict[str, SpectralGate] = {}
-        with clock.stage("statistics of both texts", len(shares) * passes * (len(proxy) + len(task))) as done:
-            reading = _Reading(model, proxy, task, section, done, Halving("taking statistics of", clock.note))
+        with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
+            halving = Halving("taking statistics of", clock.note)
+            reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, halving)
             for share in shares:
-                found |= _gates_of({name: modules[name] for name in share}, reading)
+                found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
     torch.cuda.empty_cache()  # blocks as large as a batch of text would split badly in training; nothing without CUDA
     if len(shares) > 1:
         clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
@@ -65,97 +81,183 @@ def build_gates(
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What is read, and how."""
+class Reading:
+    """How text is read: what is fed to the sinks of layers' inputs, each known by its first reader.
+
+    Attributes:
+        modules: adapted layers by name; `groups` of them read the same tensor.
+        weighted: tokens count by their gradient; the unit is then that of the loss, a token that counts.
+    """
 
     model: PeftModel
-    proxy: Text
-    task: Text
-    section: GateSection
-    on_progress: Callable[[int], None]
-    halving: Halving
+    modules: Mapping[str, nn.Module]
+    groups: Sequence[Sequence[str]]
+    weighted: bool
+    recompute: bool = False
+    on_progress: Callable[[int], None] = lambda _: None
+    halving: Halving = field(default_factory=lambda: Halving("taking statistics of"))
 
-    def stream(
-        self, text: Text, readers: dict[str, nn.Module], new_sinks: Callable[[], dict[str, Sink]]
-    ) -> dict[str, Sink]:
+    def stream(self, text: Text, new_sinks: Callable[[], dict[str, Sink]]) -> dict[str, Sink]:
         """Sinks that have seen a text. If memory runs out they have seen a part, and it begins again with new ones."""
         while True:
             sinks: dict[str, Sink] = {}
             try:
                 sinks = new_sinks()
-                self._feed(text, readers, sinks)
+                self.feed(text, sinks)
                 return sinks
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
             if not sinks:
                 raise RunFailed(
-                    f"memory ran out for the sketches of {len(readers)} layers' inputs",
+                    "memory ran out for the sketches of layers' inputs",
                     "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
                 )
             del sinks
             self.halving.halve(self.halving.fitting(len(text[0].input_ids)), text[0].input_ids.shape[1])
 
-    def _feed(self, text: Text, readers: dict[str, nn.Module], sinks: dict[str, Sink]) -> None:
-        with feeding(readers, sinks) as mask:
+    def feed(
+        self, text: Text, sinks: Mapping[str, Sink], of: Callable[[torch.Tensor], torch.Tensor] = lambda marks: marks
+    ) -> None:
+        """Show the sinks a text.
+
+        Args:
+            of: of the tokens that would count, (b, t), those that do.
+        """
+        by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
+        seen, learned = (
+            sum(int(x.sum()) for x in marks)
+            for marks in zip(*((b.attention_mask, b.predicting) for b in text), strict=True)
+        )
+        unit = (seen / max(learned, 1)) ** 0.5  # sinks take the mean over all tokens
+        watching = weighing(self.modules, by_module) if self.weighted else feeding(self.modules, sinks)
+        with watching as mask, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
             for batch in text:
                 rows = len(batch.input_ids)
                 for start in range(0, rows, size := self.halving.fitting(rows)):
                     part = rows_of(batch, start, start + size)
-                    mask[0] = part.predicting
-                    self.model(
-                        input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False, logits_to_keep=1
-                    )
+                    mask[0] = of(part.attention_mask if self.weighted else part.predicting)
+                    if self.weighted:
+                        _backward(self.model.get_base_model(), part, unit)
+                    else:
+                        ids, seen_by = part.input_ids, part.attention_mask
+                        self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
                 self.on_progress(1)
 
 
-def _gates_of(readers: dict[str, nn.Module], reading: _Reading) -> dict[str, SpectralGate]:
-    """The gates of some layers, from one or two readings of both texts."""
-    section, device = reading.section, reading.model.device
+def _backward(model: PreTrainedModel, part: Batch, unit: float) -> None:
+    """The gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time."""
+    hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.predicting]
+    wanted = part.labels[:, 1:][part.predicting[:, :-1]]
+    if len(wanted) == 0:
+        return
+    states = hidden.detach().requires_grad_()
+    for rows in chunks(len(wanted)):
+        (unit * cross_entropy(head_logits(model, states[rows]), wanted[rows], reduction="sum")).backward()
+    hidden.backward(states.grad)
+
+
+@contextmanager
+def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
+    """Gradients reach every layer's output, though no weight is trained; the mode stays evaluation, without dropout."""
+    inner = model.get_base_model()
+    embedding = inner.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    was_on = any(layer.gradient_checkpointing for layer in layers)
+    if recompute and not was_on:
+        _checkpointing(inner, "enable")({"use_reentrant": False})
+    for layer in layers if recompute else ():
+        layer.training = True  # what they look at; not what is in them
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for layer in layers:
+            layer.training = False
+        if recompute and not was_on:
+            _checkpointing(inner, "disable")()
+
+
+def _checkpointing(model: PreTrainedModel, what: str) -> Callable[..., None]:
+    """By its name since transformers 5.20 or so, or the one before."""
+    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
+
+
+def _gates_of(
+    widths: Mapping[str, int], reading: Reading, texts: tuple[Text, Text], section: GateSection
+) -> dict[str, SpectralGate]:
+    """The gates of some layers' inputs: a reading for sketches, one for exact quotients, one for each refinement."""
+    device = reading.model.device
     dtype = getattr(torch, section.basis_dtype_on(device.type == "cuda"))
 
     def new_sketches() -> dict[str, Sink]:
-        widths = {name: module.in_features for name, module in readers.items()}
         return {
             name: CovarianceSketch(width, section.rank, section.oversampling, device=device)
             for name, width in widths.items()
         }
 
-    penalty, utility = (
-        {name: sketch.covariance() for name, sketch in reading.stream(text, readers, new_sketches).items()}
-        for text in (reading.proxy, reading.task)
-    )
-    grams: list[dict[str, torch.Tensor]] = []
-    if section.second_pass:
-        bases = {name: joint_basis(penalty[name], utility[name]) for name in readers}
-
-        def new_projections() -> dict[str, Sink]:
-            return {name: ProjectedCovariance(basis, device=device) for name, basis in bases.items()}
-
+    covariances = [
+        {name: sketch.covariance() for name, sketch in reading.stream(text, new_sketches).items()} for text in texts
+    ]
+    gates: dict[str, SpectralGate] = {}
+    bases = {name: joint_basis(*(found[name] for found in covariances)) for name in widths}
+    for step in range(section.refinements + 1 if section.second_pass else 0):
+        last = step == section.refinements
         # One text's projections are gone before the other's are made.
-        grams = [
-            {name: projection.mean() for name, projection in reading.stream(text, readers, new_projections).items()}
-            for text in (reading.proxy, reading.task)
-        ]
-    found: dict[str, SpectralGate] = {}
-    for name in readers:
-        try:
-            gate = SpectralGate.from_covariances(
-                penalty[name],
-                utility[name],
-                ridge=section.ridge,
-                utility_ridge=section.utility_ridge,
-                gate_lambda=section.gate_lambda,
-                floor=section.floor,
-                sharpness=section.sharpness,
-                grams=tuple(gram[name] for gram in grams) or None,
-            )
-        except (torch.linalg.LinAlgError, ValueError) as error:
-            raise RunFailed(
-                f"the gate of {name} could not be solved for: {first_line(error)}", "raise gate.ridge, e.g. tenfold"
-            ) from error
-        found[name] = gate.to(device, dtype)
-    return found
+        projected = [_projected(text, reading, bases, device, with_image=not last) for text in texts]
+        for name in widths:
+            grams, images = zip(*(found.pop(name) for found in projected), strict=True)
+            gate = gates[name] = _solved(name, section, [found[name] for found in covariances], bases[name], grams)
+            if not last:
+                of = units(*(found[name] for found in covariances), section.covariance == "fisher")
+                bases[name] = refined_basis(
+                    gate, tuple(x / unit for x, unit in zip(images, of, strict=True)), section.rank
+                )
+    if not section.second_pass:
+        for name in widths:
+            gates[name] = _solved(name, section, [found[name] for found in covariances], bases[name], None)
+    return {name: gate.narrowed(section.rank).to(device, dtype) for name, gate in gates.items()}
+
+
+def _projected(
+    text: Text, reading: Reading, bases: Mapping[str, torch.Tensor], device: torch.device, with_image: bool
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """PᵀΣP, and ΣP if wanted, of a text in each basis."""
+
+    def new_projections() -> dict[str, Sink]:
+        return {name: ProjectedCovariance(basis, with_image, device=device) for name, basis in bases.items()}
+
+    return {
+        name: (sink.mean(), sink.mean_image() if with_image else None)
+        for name, sink in reading.stream(text, new_projections).items()
+    }
+
+
+def _solved(
+    name: str,
+    section: GateSection,
+    covariances: Sequence[LowRankCovariance],
+    basis: torch.Tensor,
+    grams: tuple[torch.Tensor, torch.Tensor] | None,
+) -> SpectralGate:
+    try:
+        return SpectralGate.from_covariances(
+            *covariances,
+            ridge=section.ridge,
+            utility_ridge=section.utility_ridge,
+            gate_lambda=section.gate_lambda,
+            floor=section.floor,
+            sharpness=section.sharpness,
+            basis=basis,
+            grams=grams,
+            one_unit=section.covariance == "fisher",
+        )
+    except (torch.linalg.LinAlgError, ValueError) as error:
+        raise RunFailed(
+            f"the gate of {name} could not be solved for: {first_line(error)}", "raise gate.ridge, e.g. tenfold"
+        ) from error
 
 
 def _shares(
@@ -177,5 +279,10 @@ def _shares(
 
 
 def columns_held(section: GateSection) -> int:
-    """Numbers held for each input feature: a sketch's columns, or in a second reading the joint basis."""
-    return max(section.rank + section.oversampling, 2 * section.rank if section.second_pass else 0)
+    """Numbers held for each input feature at most: a sketch's columns, or later a basis and what a text makes of it."""
+    held = section.rank + section.oversampling
+    if section.second_pass:
+        held = max(held, (2 + section.refinements) * section.rank)
+        if section.refinements:
+            held = max(held, 2 * (1 + section.refinements) * section.rank)
+    return held

@@ -69,6 +69,59 @@ def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) ->
 
 
 @contextmanager
+def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[list[Tensor | None]]:
+    """As `feeding`, in the backward pass: each token is fed times ‖g‖, g the gradient at the module's output.
+
+    The sum over tokens of ‖g‖² x xᵀ is what the loss's Fisher information has to say of the directions that a module
+    reads (K-FAC, arXiv 1503.05671, without its independence of x and g).
+
+    Args:
+        sinks: by module; several may share one.
+    """
+    current: list[Tensor | None] = [None]
+
+    def feed(name: str, x: Tensor, gradient: Tensor) -> None:
+        mask = current[0]
+        weights = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True, dtype=torch.float32)
+        try:
+            fits = mask is not None and mask.shape == x.shape[:-1]
+            sinks[name].update(x.float() * weights, mask.bool() if fits else None)
+        except ValueError as error:
+            raise RunFailed(f"{error}, or the loss's gradient does, at the input of {name}") from error
+
+    def watch(name: str, args: tuple, output: Tensor) -> Tensor:
+        return (
+            _Watched.apply(output, args[0].detach(), lambda x, g: feed(name, x, g)) if output.requires_grad else output
+        )
+
+    handles = [
+        modules[name].register_forward_hook(lambda _, args, output, name=name: watch(name, args, output))
+        for name in sinks
+    ]
+    try:
+        yield current
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watched(torch.autograd.Function):
+    """An output as it is, which shows its gradient beside the input; checkpointing recomputes what is saved for it."""
+
+    @staticmethod
+    def forward(ctx, output, x, feed):
+        ctx.save_for_backward(x)
+        ctx.feed = feed
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        ctx.feed(x, gradient)
+        return gradient, None, None
+
+
+@contextmanager
 def _inputs_of(modules, look) -> Iterator[None]:
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.frontier.covariances import TREATMENTS, Moments, moments
+from benchmarks.frontier.covariances import TREATMENTS, Positions, measure
 from folora_q.data.tokens import batches
 from folora_q.models.adapters import adapter_pairs
 
@@ -28,30 +28,31 @@ def test_moments_are_of_the_tokens_that_count(tiny_folder: Path) -> None:
             model(input_ids=torch.tensor([ids]))
     hook.remove()
     rows = [x[0, :-1].double() for x in seen]  # nothing is predicted from the last
-    found = moments(model, list(batches(TEXTS, 2, torch.device("cpu"))))[name]
+    found = measure(model, list(batches(TEXTS, 2, torch.device("cpu"))), weighted=False)[name]
     every, later, first = torch.cat(rows), torch.cat([x[1:] for x in rows]), torch.cat([x[:1] for x in rows])
-    for covariance, tokens in ((found.mean, every), (found.without_first, later), (found.first, first)):
+    for covariance, tokens in ((found.every, every), (found.later, later), (found.first, first)):
         expected = tokens.T @ tokens / len(tokens)
         assert torch.allclose(covariance, expected, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.fixture
-def two() -> tuple[Moments, Moments]:
+def two() -> tuple[Positions, Positions]:
     chance = torch.Generator().manual_seed(0)
 
-    def moment() -> Moments:
-        x, first = (torch.randn(50, 12, generator=chance, dtype=torch.float64) for _ in range(2))
+    def positions() -> Positions:
+        later, first = (torch.randn(50, 12, generator=chance, dtype=torch.float64) for _ in range(2))
         first[:, 3] *= 1000  # a massive activation
-        return Moments((0.9 * x.T @ x + 0.1 * first.T @ first) / 50, first.T @ first / 50, 0.1)
+        later, first = later.T @ later / 50, first.T @ first / 50
+        return Positions(0.9 * later + 0.1 * first, later, first)
 
-    return moment(), moment()
+    return positions(), positions()
 
 
-def test_treatments(two: tuple[Moments, Moments]) -> None:
-    treated = {name: treatment(*two) for name, treatment in TREATMENTS.items()}
+def test_treatments(two: tuple[Positions, Positions]) -> None:
+    treated = {name: [each.normalized for each in treatment(*two)] for name, treatment in TREATMENTS.items()}
     mean = {name: [float(c.diagonal().mean()) for c in both] for name, both in treated.items()}
-    assert mean["plain"] == mean["first_dropped"] == pytest.approx([1, 1])
-    assert mean["shrunk"] == pytest.approx([1, 1])
+    for name in ("plain", "first_dropped", "shrunk"):
+        assert mean[name] == pytest.approx([1, 1])
     # The massive channel is all of the plain trace, and nothing of the others'.
     for name, expected in (("plain", 12), ("first_dropped", 1), ("first_protected", 13)):
         assert float(treated[name][0][3, 3]) == pytest.approx(expected, rel=0.5)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.linalg import eigh
+from torch.nn.functional import cross_entropy
 
 from folora_q.core import CovarianceSketch
 from folora_q.data.tokens import IGNORED, batches
@@ -22,7 +23,8 @@ from folora_q.statistics.store import load_gates, save_gates
 from tests.conftest import Silent, random_gate
 
 CPU = torch.device("cpu")
-FULL = GateSection(rank=128, oversampling=0, ridge=0.1, utility_ridge=0.05, gate_lambda=2.0)
+ACTIVATION = {"covariance": "activation", "refinements": 0}
+FULL = GateSection(rank=128, oversampling=0, ridge=0.1, utility_ridge=0.05, gate_lambda=2.0, **ACTIVATION)
 
 
 def sequences(seed: int, count: int = 6) -> list[list[int]]:
@@ -107,6 +109,76 @@ def test_of_the_task_only_what_is_learned_counts(model) -> None:
     assert not torch.allclose(utility, whole, atol=1e-2 * float(whole.abs().max()))
 
 
+def fisher(model, name: str, texts: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
+    """Σ over tokens and over the readers of one input of ‖g‖² x xᵀ, for each label; autograd, a sequence at a time."""
+    base = model.get_base_model()
+    readers = [base.get_submodule(name)]
+    if name.endswith("q_proj"):
+        readers += [base.get_submodule(name.replace("q_proj", other)) for other in ("k_proj", "v_proj")]
+    total, learned = torch.zeros(readers[0].in_features, readers[0].in_features, dtype=torch.float64), 0
+    for ids, wanted in zip(texts, labels, strict=True):
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def keep(module, args, output, kept=kept):
+            output.retain_grad()
+            kept.append((args[0], output))
+
+        handles = [reader.register_forward_hook(keep) for reader in readers]
+        with torch.enable_grad(), model.disable_adapter():
+            embedded = base.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+            logits = base(inputs_embeds=embedded).logits[0, :-1]
+            loss = cross_entropy(logits, torch.tensor(wanted[1:]), ignore_index=IGNORED, reduction="sum")
+            loss.backward()
+        for handle in handles:
+            handle.remove()
+        learned += sum(label != IGNORED for label in wanted[1:])
+        for x, output in kept:
+            rows = (x[0].detach() * output.grad[0].norm(dim=-1, keepdim=True)).double()
+            total += rows.T @ rows
+    return total / learned
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"])
+def test_fisher_covariances_are_those_of_autograd_in_one_unit(model, name: str, recompute: bool) -> None:
+    proxy, task = sequences(1), sequences(2)
+    labels = [[IGNORED] * (len(ids) - 3) + ids[-3:] for ids in task]
+    texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU, labels))
+    section = FULL.model_copy(update={"covariance": "fisher"})
+    gate = build_gates(model, adapter_pairs(model), *texts, section, Clock(Silent()), recompute=recompute)[name]
+    penalty, utility = fisher(model, name, proxy, proxy), fisher(model, name, task, labels)
+    unit = penalty.diagonal().mean()
+    basis = gate.basis.double()
+    for gram, expected in ((gate.penalty_gram, penalty), (gate.utility_gram, utility)):
+        found = basis @ gram @ basis.T
+        assert torch.allclose(found, expected / unit, atol=2e-3 * float(expected.abs().max() / unit))
+    assert gate.utility_ridge == pytest.approx(0.05 * float(utility.diagonal().mean() / unit), rel=1e-3)
+    assert not any(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_refinements_find_larger_quotients_and_the_gate_stays_as_small(model) -> None:
+    proxy, task = sequences(1), sequences(2)
+    text = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU))
+    name = "model.layers.1.mlp.down_proj"
+    found = {}
+    for refinements in (0, 1, 2, 3):
+        section = GateSection(rank=6, oversampling=2, ridge=0.05, refinements=refinements)
+        found[refinements] = build_gates(model, adapter_pairs(model), *text, section, Clock(Silent()))[name]
+    whole = GateSection(rank=128, oversampling=0, ridge=0.05, refinements=0)
+    best = build_gates(model, adapter_pairs(model), *text, whole, Clock(Silent()))[name].quotients[:6]
+    reached = [gate.quotients[:6] / best for gate in found.values()]
+    assert all(bool((more >= less - 1e-3).all()) for less, more in zip(reached, reached[1:], strict=False))
+    assert 3 * reached[0].mean() < reached[3].mean() and float(max(map(torch.max, reached))) < 1.002
+    assert {gate.basis.shape[1] for gate in found.values()} == {12}
+    for gate in found.values():
+        identity = torch.eye(12)
+        assert torch.allclose(gate.basis.T @ gate.basis, identity, atol=1e-5)
+        assert gate.penalty_gram.trace() + gate.penalty_tail * (len(gate.basis) - 12) == pytest.approx(
+            len(gate.basis), rel=1e-3
+        )
+
+
 def test_layers_with_one_input_share_one_gate(model) -> None:
     text = list(batches(sequences(1), 4, CPU))
     gates = build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=4), Clock(Silent()))
@@ -125,7 +197,9 @@ def test_the_second_pass_makes_quotients_exact_in_their_directions(model) -> Non
     penalty, utility = dense_covariance(model, name, proxy), dense_covariance(model, name, task)
 
     def error(second_pass: bool) -> float:
-        section = GateSection(rank=6, oversampling=2, second_pass=second_pass, ridge=0.1, utility_ridge=0.0)
+        section = GateSection(
+            rank=6, oversampling=2, second_pass=second_pass, ridge=0.1, utility_ridge=0.0, **ACTIVATION
+        )
         gate = build_gates(model, adapter_pairs(model), *text, section, Clock(Silent()))[name]
         directions = gate.basis.double() @ gate.vectors
         true = torch.einsum("di,de,ei->i", directions, utility, directions) / (

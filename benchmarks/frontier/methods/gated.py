@@ -28,18 +28,16 @@ class Gated(Method):
     Attributes:
         gate_lambda: λ.
         gate: other settings of the recipe's section `gate`.
-        proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), public-domain
-            prose ("prose"), or random tokens ("random").
+        proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), what it wrote
+            from BOS or as a chat ("bos", "chat"), public-domain prose ("prose"), or random tokens ("random").
         num_samples: so many texts, in place of all.
-        task: what Σt is taken of: "answers", tokens from which a trained one is predicted, or whole "rows".
         treatment: of exact covariances (benchmarks/frontier/covariances.py).
     """
 
-    gate_lambda: float = 16.0
+    gate_lambda: float = 64.0
     gate: dict[str, object] = field(default_factory=dict)
     proxy: str = "own"
     num_samples: int | None = None
-    task: str = "answers"
     treatment: str = "plain"
     kind: ClassVar[type[SpectralGate]] = SpectralGate
 
@@ -53,6 +51,8 @@ class Gated(Method):
         lengths = [len(ids) for ids in own]
         if self.proxy == "own":
             return ground.shown(own)
+        if self.proxy in ("bos", "chat"):
+            return ground.shown([ids for ids, source in zip(own, ground.sources, strict=False) if source == self.proxy])
         if self.proxy in ("whole", "cut"):
             half = slice(len(own)) if self.proxy == "whole" else slice(len(own), None)
             return ground.shown(own)[half]
@@ -64,7 +64,7 @@ class Gated(Method):
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         key = f"{self.proxy}{self.num_samples or ''}"
-        self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind, self.treatment, self.task)
+        self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind, self.treatment)
         if "a_start" in self.section.places:
             start_gated(pairs, self.of_layers)
 
@@ -139,6 +139,17 @@ class FoLoRA(FoLoRAStart):
     floor: float = 0.3
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        section = GateSection(rank=DENSE, second_pass=False, gate_lambda=self.gate_lambda, floor=self.floor)
-        adapters = pairs_with(ground.gates(model, section, task="rows"), pairs)
-        return SpectralAdamW(adapters, lr=self.learning_rate)
+        covariances = ground.covariances(model)
+        ridge, made = GateSection().ridge, {}
+        for both in covariances.values():
+            if id(both) not in made:
+                made[id(both)] = SpectralGate(
+                    *(torch.eye(len(both[0])), *both, 1.0, 1.0),
+                    ridge=ridge,
+                    utility_ridge=ridge,
+                    gate_lambda=self.gate_lambda,
+                    floor=self.floor,
+                    sharpness=1.0,
+                ).to(ground.base.device)
+        of_layers = {layer: made[id(both)] for layer, both in covariances.items()}
+        return SpectralAdamW(pairs_with(of_layers, pairs), lr=self.learning_rate)

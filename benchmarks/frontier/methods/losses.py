@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method, Step
 from folora_q.data.tokens import batches
-from folora_q.evaluation.logits import head_logits, hidden_states
+from folora_q.models.logits import head_logits, hidden_states
 
 # Where the base gives the right token all but this, what is left of its distribution is noise.
 CERTAIN = 1e-4
