@@ -156,18 +156,31 @@ class _Run:
 
     def statistics(self) -> Stage:
         recipe, shape = self.recipe, self.shape
-        batch = Batch(recipe.gate.batch_size, max(recipe.training.max_length, self.sampled))
+        batch = Batch(recipe.statistics_batch_size, max(recipe.training.max_length, self.sampled))
         held = parts.sketches(recipe, shape, self.how)
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
         # Of the layer that is read also the rows without padding.
         read = batch.tokens * self.how.compute * (2 * widest + STREAMS * shape.hidden) + READ_ROWS * widest * READ_BYTES
-        device = self.weights | {
-            "adapter": FLOAT32 * self.trained,
-            "sketches": held,
-            "activations": max(read, self._forward(batch)) + shared(shape, batch, self.how),
-        }
+        if recipe.gate.covariance == "fisher":
+            activations = self._watched(batch, widest)
+        else:
+            activations = max(read, self._forward(batch)) + shared(shape, batch, self.how)
+        device = self.weights | {"adapter": FLOAT32 * self.trained, "sketches": held, "activations": activations}
         host = self.always | {"covariances": parts.covariances(recipe, shape, self.how), "gates": self.solved}
         return Stage("statistics", device | self.context, host)
+
+    def _watched(self, batch: Batch, widest: int) -> int:
+        """A backward pass without adapters, for which the inputs of adapted layers are kept; the loss goes in parts."""
+        shape, how = self.shape, self.plain
+        spaces = parts.input_spaces(shape, self.how)
+        depth = 1 if not self.checkpointing else shape.depth
+        inputs = sum(space.count * space.width for space in spaces) // depth * how.compute * batch.tokens
+        stored, passing = at_backward(shape, batch, how, self.checkpointing)
+        forward = (kept_with_checkpointing if self.checkpointing else kept)(shape, batch, how)
+        head = COMPARED * shape.vocabulary * (how.compute + 3 * FLOAT32) + 2 * batch.tokens * shape.hidden * how.compute
+        # A layer's input in float32, weighted and not, beside what a sketch takes of it.
+        fed = 2 * FLOAT32 * batch.tokens * widest + READ_ROWS * widest * READ_BYTES
+        return max(forward + head, stored + inputs + max(passing, fed)) + self.decoded
 
     def _forward(self, batch: Batch) -> int:
         """A pass without gradients and adapters: three tensors of the MLP, or the attention's, and a decoded weight."""

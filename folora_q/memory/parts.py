@@ -165,28 +165,44 @@ def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> t
 
 
 def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
-    """Bytes that one reading of the text holds at most: in the first, sketches (d, l); in the second, bases (d, m).
+    """Bytes that one reading of the text holds at most: in the first, sketches (d, l); later bases (d, m) and images.
 
     The first has a random test matrix (d, l) for every width besides. `proxy.statistics_memory` limits the rest.
     """
     section = recipe.gate
-    first = second = 0
+    first = later = 0
     for space in input_spaces(shape, how):
         first += space.count * space.width * min(section.rank + section.oversampling, space.width)
-        m = columns_of(section, space.width)
-        second += space.count * m * (space.width + m)
+        later += space.count * max((_reading(space.width, *each) for each in _readings(section)), default=0)
     widths = {space.width for space in input_spaces(shape, how)}
     tests = sum(width * min(section.rank + section.oversampling, width) for width in widths)
     limit = float("inf") if recipe.proxy.statistics_memory is None else recipe.proxy.statistics_memory * 2**30
-    first, second = (min(FLOAT32 * held, limit) for held in (first, second))
-    return int(max(first + FLOAT32 * tests, second if section.second_pass else 0))
+    first, later = (min(FLOAT32 * held, limit) for held in (first, later))
+    return int(max(first + FLOAT32 * tests, later))
+
+
+def _readings(section: GateSection) -> list[tuple[int, bool]]:
+    """Of each reading after the first: the basis's columns, and whether ΣP is gathered too."""
+    if not section.second_pass:
+        return []
+    return [((2 + step) * section.rank, step < section.refinements) for step in range(section.refinements + 1)]
+
+
+def _reading(width: int, columns: int, image: bool) -> int:
+    m = min(columns, width)
+    return m * (width * (1 + image) + m)
 
 
 def covariances(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
-    """Bytes on the host, in float64, that gates are solved from: both texts' bases (d, l), and the joint one (d, m)."""
+    """Bytes on the host that gates are solved from: in float64 both texts' bases (d, l) and the last joint one (d, m).
+
+    With refinements also ΣP of both, in float32.
+    """
     section, total = recipe.gate, 0
+    readings = _readings(section)
     for space in input_spaces(shape, how):
         columns = 2 * min(section.rank + section.oversampling, space.width)  # of which k are a view
-        columns += columns_of(section, space.width) if section.second_pass else 0
-        total += space.count * FLOAT64 * space.width * columns
+        columns += max((min(m, space.width) for m, _ in readings), default=0)
+        images = 2 * max((min(m, space.width) for m, image in readings if image), default=0)
+        total += space.count * space.width * (FLOAT64 * columns + FLOAT32 * images)
     return total

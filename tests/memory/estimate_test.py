@@ -174,7 +174,10 @@ def test_on_a_cpu_everything_is_the_hosts() -> None:
     [
         ("sampling", {"proxy": {"batch_size": 32}}, {"proxy": {"batch_size": 8}}),
         ("sampling", {"proxy": {"decoding": "paper"}}, {"proxy": {"decoding": "plain"}}),
-        ("statistics", {"gate": {"batch_size": 16}}, {"gate": {"batch_size": 4}}),
+        ("statistics", {"gate": {"batch_size": 4}}, {"gate": {"batch_size": 2}}),
+        ("statistics", {"training": {"per_device_train_batch_size": 4}},
+         {"training": {"per_device_train_batch_size": 1}}),
+        ("statistics", {"gate": {"refinements": 2}}, {"gate": {"refinements": 1}}),
         ("statistics", {"gate": {"rank": 128}}, {"gate": {"rank": 32}}),
         ("statistics", {"gate": {"second_pass": True}}, {"gate": {"second_pass": False}}),
         ("statistics", {"proxy": {}}, {"proxy": {"statistics_memory": 0.1}}),
@@ -252,9 +255,9 @@ def test_advice_makes_it_fit(card: int) -> None:
 
 
 def test_what_harms_least_comes_first_and_length_last() -> None:
-    recipe = a_recipe(training={"max_length": 65_536, "per_device_train_batch_size": 2})
+    recipe = a_recipe(training={"max_length": 65_536, "per_device_train_batch_size": 2}, gate={"batch_size": 2})
     kinds = [next(iter(change.overrides)) for change in advise(recipe, MISTRAL, 8).changes]
-    assert kinds[0] == "gate.batch_size"
+    assert "gate.batch_size" in kinds[:2]
     assert kinds[-1] == "training.max_length"
     assert all(change.saves > 0 for change in advise(recipe, MISTRAL, 8).changes)
 
