@@ -26,7 +26,7 @@ from tests.conftest import Silent
 
 CPU = torch.device("cpu")
 TRAIN = Path(__file__).parent.parent / "recipes" / "demo" / "train.jsonl"
-SECTION = GateSection(rank=32)
+SECTION = GateSection(rank=32, covariance="activation", refinements=0)
 ORDINARY = ("model.layers.10.self_attn.q_proj", "model.layers.10.mlp.down_proj")
 LOUDEST = "model.layers.11.mlp.down_proj"  # one channel of the first token carries nearly the whole trace
 
@@ -76,7 +76,7 @@ def inputs_of(model: PeftModel, batch: Batch) -> dict[str, list[torch.Tensor]]:
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
     for handle in handles:
         handle.remove()
-    lengths = batch.attention_mask.sum(1).tolist()
+    lengths = (batch.attention_mask.sum(1) - 1).tolist()  # nothing is predicted from the last token
     return {name: [row[:length] for row, length in zip(x, lengths, strict=True)] for name, x in seen.items()}
 
 

@@ -1,7 +1,8 @@
 """Where the model moved: how far each layer's output is from the base's, on text, E‖ΔW x‖² / E‖W x‖².
 
 Measured on the base's own activations x, so that a layer shows its own change and not that of the layers before it;
-and predicted from the gates' sketches, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), which needs no text.
+and by the gates' statistics, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), which needs no text: a prediction of it where Σ is of
+activations alike, and where tokens count by the loss's gradient (`gate.covariance: fisher`), what the loss feels of it.
 """
 
 from __future__ import annotations

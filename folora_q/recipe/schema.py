@@ -100,7 +100,7 @@ class GateSection(Section):
     """step: any optimizer's step passed through the gate. spectral: Adam in the gate's coordinates, as in the paper."""
     places: list[Place] = ["a_start", "a_step", "b_step"]
     """Where it acts: on A's random start, on A's steps, on B's steps (rule step only)."""
-    gate_lambda: NonNegative = 64.0
+    gate_lambda: NonNegative = 16.0
     """λ, the strength: a direction whose quotient equals it passes half. Raise it together with the learning rate."""
     floor: Fraction = 0.0
     """s_min: the least share of a step that every direction passes."""

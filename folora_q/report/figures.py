@@ -121,7 +121,7 @@ def costs(stages: Sequence[Stage]) -> Figure:
 def predicted_drift(layers: Sequence[LayerResult]) -> Figure:
     """Every layer's drift, as the gate's sketches predict it and as it was measured."""
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    titled(figure, "Drift, predicted and measured")
+    titled(figure, "Drift, by the statistics and measured")
     axes = figure.subplots()
     for number, (kind, name) in enumerate((("own", "the base’s own text"), ("task", "task text"))):
         pairs = [(layer.predicted.get(kind, 0.0), layer.drift.get(kind, 0.0)) for layer in layers]
@@ -135,7 +135,7 @@ def predicted_drift(layers: Sequence[LayerResult]) -> Figure:
     axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
-    axes.set_xlabel("predicted from the sketches")
+    axes.set_xlabel("by the gate's statistics")
     axes.set_ylabel("measured on held-out text")
     axes.legend(loc="upper left")
     for axis in (axes.xaxis, axes.yaxis):

@@ -50,11 +50,12 @@ def layer_pictures(run: Run) -> list[Picture]:
     found = list(_heat_maps(layer_quantities(layers)))
     if any(layer.predicted.get(kind, 0) > 0 < drift for layer in layers for kind, drift in layer.drift.items()):
         caption = (
-            "A point is a layer. Across: what the gate’s sketches of the statistics’ text say of the final update. "
-            "Up: what was measured on held-out text. On the dashed line both agree."
+            "A point is a layer. Across: the final update by the gate’s statistics, in which a token counts by the "
+            "loss’s gradient (unless gate.covariance is activation). Up: what was measured on held-out text, all "
+            "tokens alike. On the dashed line both agree; left of it a layer changed where the loss does not feel it."
         )
-        alt = f"Scatter of predicted and measured drift of {len(layers)} layers on logarithmic axes."
-        title = "Drift, predicted and measured"
+        alt = f"Scatter of drift by the statistics and as measured of {len(layers)} layers on logarithmic axes."
+        title = "Drift, by the statistics and measured"
         found.append(Picture("drift-predicted", title, caption, alt, predicted_drift(layers)))
     return found
 

@@ -96,7 +96,7 @@ class LayerResult:
 
     Attributes:
         drift: E‖ΔW x‖² / E‖W x‖², measured on held-out text, by kind of text (own, task).
-        predicted: the same from the gate's sketches of the statistics' text.
+        predicted: the same by the gate's statistics of their text (`predicted_drift`).
         energy_kept: ‖gated step‖² / ‖step‖², summed over training, of "a" and "b"; empty where nothing was gated.
         update_norm: ‖ΔW‖ (Frobenius), None where the change is no low-rank product.
     """

@@ -97,8 +97,8 @@ class Reading:
     on_progress: Callable[[int], None] = lambda _: None
     halving: Halving = field(default_factory=lambda: Halving("taking statistics of"))
 
-    def stream(self, text: Text, new_sinks: Callable[[], dict[str, Sink]]) -> dict[str, Sink]:
-        """Sinks that have seen a text. If memory runs out they have seen a part, and it begins again with new ones."""
+    def stream(self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]]) -> dict[str, Sink]:
+        """So many sinks that have seen a text; where memory runs out, new ones see it again in smaller batches."""
         while True:
             sinks: dict[str, Sink] = {}
             try:
@@ -110,7 +110,7 @@ class Reading:
                     raise
             if not sinks:
                 raise RunFailed(
-                    "memory ran out for the sketches of layers' inputs",
+                    f"memory ran out for the sketches of {count} layers' inputs",
                     "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
                 )
             del sinks
@@ -199,7 +199,8 @@ def _gates_of(
         }
 
     covariances = [
-        {name: sketch.covariance() for name, sketch in reading.stream(text, new_sketches).items()} for text in texts
+        {name: sketch.covariance() for name, sketch in reading.stream(text, len(widths), new_sketches).items()}
+        for text in texts
     ]
     gates: dict[str, SpectralGate] = {}
     bases = {name: joint_basis(*(found[name] for found in covariances)) for name in widths}
@@ -231,7 +232,7 @@ def _projected(
 
     return {
         name: (sink.mean(), sink.mean_image() if with_image else None)
-        for name, sink in reading.stream(text, new_projections).items()
+        for name, sink in reading.stream(text, len(bases), new_projections).items()
     }
 
 

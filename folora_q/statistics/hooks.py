@@ -87,12 +87,14 @@ def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -
             fits = mask is not None and mask.shape == x.shape[:-1]
             sinks[name].update(x.float() * weights, mask.bool() if fits else None)
         except ValueError as error:
-            raise RunFailed(f"{error}, or the loss's gradient does, at the input of {name}") from error
+            raise RunFailed(f"the gradient behind {name} holds a NaN or an infinity") from error
 
     def watch(name: str, args: tuple, output: Tensor) -> Tensor:
-        return (
-            _Watched.apply(output, args[0].detach(), lambda x, g: feed(name, x, g)) if output.requires_grad else output
-        )
+        x = args[0].detach()
+        # Found here, since it spoils every gradient: the backward pass would name the last layer.
+        if not bool(torch.isfinite(torch.linalg.vector_norm(x, float("inf")))):
+            raise RunFailed(f"the activations hold a NaN or an infinity, at the input of {name}")
+        return _Watched.apply(output, x, lambda x, g: feed(name, x, g)) if output.requires_grad else output
 
     handles = [
         modules[name].register_forward_hook(lambda _, args, output, name=name: watch(name, args, output))

@@ -13,7 +13,6 @@ from folora_q.data.formats import Completion
 from folora_q.data.halving import Halving
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed, UserError
-from folora_q.evaluation import logits
 from folora_q.evaluation.compare import HeldOutText, compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.drift import measured_drift
@@ -27,6 +26,7 @@ from folora_q.evaluation.task import (
     mean_score,
     task_questions,
 )
+from folora_q.models import logits
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, load_model
