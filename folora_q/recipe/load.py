@@ -62,6 +62,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key = _apply_override(values, override)
         places = {known: place for known, place in places.items() if known[: len(key)] != key}
         places[key] = OVERRIDE + _short(override)
+    places = _with_what_is_around(places)
     _refuse_secrets(values, places, path)
     try:
         recipe = Recipe.model_validate(values)
@@ -203,11 +204,17 @@ def _suggestion(location: KeyPath, siblings: Sequence[str]) -> str:
     return ""
 
 
+def _with_what_is_around(places: Mapping[KeyPath, str]) -> dict[KeyPath, str]:
+    """Also for every beginning of a key the first place that has it."""
+    found: dict[KeyPath, str] = {}
+    for key, place in places.items():
+        for end in range(1, len(key) + 1):
+            found.setdefault(key[:end], place)
+    return found
+
+
 def _place(location: Sequence[str | int], places: Mapping[KeyPath, str], path: Path) -> str:
     """Where a key stands, or the nearest thing around it; a list position that the file does not write is skipped."""
-    inside = next((place for key, place in places.items() if key[: len(location)] == tuple(location)), None)
-    if inside is not None:
-        return inside
     for end in range(len(location), 0, -1):
         around = tuple(location[:end])
         for candidate in (around, tuple(part for part in around if not isinstance(part, int))):
