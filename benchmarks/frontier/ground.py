@@ -121,6 +121,7 @@ class Ground:
         key: str = "own",
         kind: type[SpectralGate] = SpectralGate,
         treatment: str = "plain",
+        covariance: str | None = None,
     ) -> dict[str, SpectralGate]:
         """The gates of a model's layers. Statistics are taken once for settings that share them.
 
@@ -129,17 +130,19 @@ class Ground:
             proxy, key: other proxy text than the usual, and a name for it.
             kind: the class of the gates.
             treatment: of exact covariances (benchmarks/frontier/covariances.py).
+            covariance: of exact ones, in place of the section's; "rows" is the papers', prompts and all.
         """
+        covariance = covariance or section.covariance
         shape = section.model_dump(include={"floor", "sharpness", *STATISTICS})
-        name = f"{key} {kind.__name__} {treatment} {sorted(shape.items())}"
+        name = f"{key} {kind.__name__} {treatment} {covariance} {sorted(shape.items())}"
         if name not in self._gates:
             if section.rank < DENSE:
                 found = self._sketched(model, section, proxy, key)
                 states = {id(gate): gate.state_dict() for gate in found.values()}
             else:
                 self._gates.clear()  # exact ones take gigabytes
-                found = self._covariances(model, section.covariance, proxy, key, treatment)
-                states = {id(both): _exact(*both, section) for both in found.values()}
+                found = self._covariances(model, covariance, proxy, key, treatment)
+                states = {id(both): _exact(*both, section, covariance) for both in found.values()}
             # The problem of an exact covariance takes seconds to solve, a strength nothing.
             shaped = {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
             solved = {of: kind.from_state_dict(state | shaped) for of, state in states.items()}
@@ -198,9 +201,9 @@ class Ground:
         return list(batches(proxy, BATCH_SIZE, device)), list(batches(sequences, BATCH_SIZE, device, learned))
 
 
-def _exact(penalty: Covariance, utility: Covariance, section: GateSection) -> dict[str, Any]:
+def _exact(penalty: Covariance, utility: Covariance, section: GateSection, covariance: str) -> dict[str, Any]:
     """The state of a gate whose basis is the whole space; nothing lies outside, so its tails are not used."""
-    unit = penalty.unit if section.covariance == "fisher" else utility.unit
+    unit = penalty.unit if covariance == "fisher" else utility.unit
     return {
         "basis": torch.eye(len(penalty.matrix)),
         "penalty_gram": penalty.normalized,

@@ -13,7 +13,6 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from benchmarks.frontier.ground import Ground
-from folora_q.data.tokens import IGNORED
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.task import greedy_answers
 from folora_q.models.adapters import adapter_pairs
@@ -80,10 +79,8 @@ def _states(model: PreTrainedModel, text: HeldOutText) -> tuple[Tensor, Tensor]:
     """The labelled tokens of a text, (n,), and the hidden states that they are predicted from, (n, h)."""
     wanted, states = [], []
     for batch in text.batches:
-        targets = batch.labels[:, 1:]
-        counted = targets != IGNORED
-        wanted.append(targets[counted])
-        states.append(hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1][counted])
+        wanted.append(batch.targets)
+        states.append(hidden_states(model, batch.input_ids, batch.attention_mask)[batch.predicting])
     return torch.cat(wanted), torch.cat(states)
 
 

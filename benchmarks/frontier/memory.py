@@ -15,9 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.frontier.ground import Ground
+from benchmarks.frontier.series import methods
+from benchmarks.frontier.training import train
 from benchmarks.live_tensors import GIVE_BACK
+from folora_q.cli.console import ConsoleProgress
 from folora_q.errors import RunFailed
 from folora_q.files import atomic_write
+from folora_q.progress import Clock
+from folora_q.recipe import load_recipe
 
 STEPS = 3
 # The size of a covariance does not depend on how much text it is of.
@@ -64,13 +70,6 @@ def _path(output: Path, task: str) -> Path:
 
 def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path) -> int:
     """Bytes at the peak of a few training steps, in this process."""
-    from benchmarks.frontier.ground import Ground
-    from benchmarks.frontier.series import methods
-    from benchmarks.frontier.training import train
-    from folora_q.cli.console import ConsoleProgress
-    from folora_q.progress import Clock
-    from folora_q.recipe import load_recipe
-
     (series,) = [series for series in methods() if series.name == name]
     ground = Ground(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, Clock(ConsoleProgress()))
 

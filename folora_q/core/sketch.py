@@ -136,10 +136,11 @@ class ProjectedCovariance:
         self.energy += _energy(rows, self.gram.dtype)
         with _exact_float32(rows.device.type):
             for part in rows.split(ROWS):
-                coordinates = part.to(self.gram) @ self.basis
+                part = part.to(self.gram)
+                coordinates = part @ self.basis
                 self.gram.addmm_(coordinates.T, coordinates)
                 if self.image is not None:
-                    self.image.addmm_(part.to(self.gram).T, coordinates)
+                    self.image.addmm_(part.T, coordinates)
         self.count += rows.shape[0]
 
     def mean(self) -> Tensor:

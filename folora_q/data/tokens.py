@@ -34,6 +34,12 @@ class Batch(NamedTuple):
         counted = self.labels != IGNORED
         return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
 
+    @property
+    def targets(self) -> Tensor:
+        """The tokens that count, (n,), in the order of `predicting`."""
+        labels = self.labels[:, 1:]
+        return labels[labels != IGNORED]
+
 
 def batches(
     sequences: Sequence[Sequence[int]],

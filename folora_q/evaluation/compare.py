@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import IGNORED, Batch
+from folora_q.data.tokens import Batch
 from folora_q.evaluation.bootstrap import Tally, change, estimate
 from folora_q.evaluation.contrast import Contrast
 from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
@@ -71,15 +71,14 @@ def compare(
 
 def _tally(contrast: Contrast, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sums over each text's tokens, (4, b): loss of base and of tuned, KL, agreement; and the tokens' number, (b,)."""
-    targets = batch.labels[:, 1:]
-    counted = targets != IGNORED
+    counted = batch.predicting
     inputs = batch.input_ids, batch.attention_mask
     with contrast.base() as base:
-        of_base = hidden_states(base, *inputs)[:, :-1][counted]
+        of_base = hidden_states(base, *inputs)[counted]
     with contrast.tuned() as tuned:
-        of_tuned = hidden_states(tuned, *inputs)[:, :-1][counted]
-    wanted, owners = targets[counted], counted.nonzero()[:, 0].cpu()
-    sums = torch.zeros(4, len(targets), dtype=torch.float64)
+        of_tuned = hidden_states(tuned, *inputs)[counted]
+    wanted, owners = batch.targets, counted.nonzero()[:, 0].cpu()
+    sums = torch.zeros(4, len(counted), dtype=torch.float64)
     for part in chunks(len(wanted)):
         with contrast.base(head_only=True) as base:
             log_p = log_softmax(head_logits(base, of_base[part]), dim=-1)

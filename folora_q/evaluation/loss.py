@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import IGNORED, Batch
+from folora_q.data.tokens import Batch
 from folora_q.errors import UserError
 from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
 
@@ -44,10 +44,8 @@ def mean_loss(
 
 def _sum_of_losses(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
     """Over the labelled tokens of a batch, and how many they are."""
-    targets = batch.labels[:, 1:]
-    counted = targets != IGNORED
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[:, :-1][counted]
-    wanted = targets[counted]
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[batch.predicting]
+    wanted = batch.targets
     losses = (
         cross_entropy(head_logits(model, hidden[part]), wanted[part], reduction="sum") for part in chunks(len(wanted))
     )

@@ -173,19 +173,12 @@ def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
     first = later = 0
     for space in input_spaces(shape, how):
         first += space.count * space.width * min(section.rank + section.oversampling, space.width)
-        later += space.count * max((_reading(space.width, *each) for each in _readings(section)), default=0)
+        later += space.count * max((_reading(space.width, *each) for each in section.readings), default=0)
     widths = {space.width for space in input_spaces(shape, how)}
     tests = sum(width * min(section.rank + section.oversampling, width) for width in widths)
     limit = float("inf") if recipe.proxy.statistics_memory is None else recipe.proxy.statistics_memory * 2**30
     first, later = (min(FLOAT32 * held, limit) for held in (first, later))
     return int(max(first + FLOAT32 * tests, later))
-
-
-def _readings(section: GateSection) -> list[tuple[int, bool]]:
-    """Of each reading after the first: the basis's columns, and whether ΣP is gathered too."""
-    if not section.second_pass:
-        return []
-    return [((2 + step) * section.rank, step < section.refinements) for step in range(section.refinements + 1)]
 
 
 def _reading(width: int, columns: int, image: bool) -> int:
@@ -199,10 +192,9 @@ def covariances(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
     With refinements also ΣP of both, in float32.
     """
     section, total = recipe.gate, 0
-    readings = _readings(section)
     for space in input_spaces(shape, how):
         columns = 2 * min(section.rank + section.oversampling, space.width)  # of which k are a view
-        columns += max((min(m, space.width) for m, _ in readings), default=0)
-        images = 2 * max((min(m, space.width) for m, image in readings if image), default=0)
+        columns += max((min(m, space.width) for m, _ in section.readings), default=0)
+        images = 2 * max((min(m, space.width) for m, image in section.readings if image), default=0)
         total += space.count * space.width * (FLOAT64 * columns + FLOAT32 * images)
     return total

@@ -131,6 +131,13 @@ class GateSection(Section):
     complement: Literal["gated", "frozen"] = "gated"
     """Rule spectral: what happens outside the sketched directions."""
 
+    @property
+    def readings(self) -> list[tuple[int, bool]]:
+        """Of each reading after the sketches': a basis's columns, and whether its image is gathered to refine it."""
+        if not self.second_pass:
+            return []
+        return [((2 + step) * self.rank, step < self.refinements) for step in range(self.refinements + 1)]
+
     def basis_dtype_on(self, gpu: bool) -> str:
         """What `basis_dtype` stands for: on a GPU, where they stay beside the model, three digits do."""
         if self.basis_dtype != "auto":

@@ -66,7 +66,7 @@ def build_gates(
     with model.disable_adapter():
         groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
         shares = _shares([group[0] for group in groups], modules, section, memory)
-        readings = 2 + section.refinements if section.second_pass else 1
+        readings = 1 + len(section.readings)
         found: dict[str, SpectralGate] = {}
         with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
             halving = Halving("taking statistics of", clock.note)
@@ -148,7 +148,7 @@ class Reading:
 def _backward(model: PreTrainedModel, part: Batch, unit: float) -> None:
     """The gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time."""
     hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.predicting]
-    wanted = part.labels[:, 1:][part.predicting[:, :-1]]
+    wanted = part.targets
     if len(wanted) == 0:
         return
     states = hidden.detach().requires_grad_()
@@ -167,8 +167,8 @@ def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
     was_on = any(layer.gradient_checkpointing for layer in layers)
     if recompute and not was_on:
         _checkpointing(inner, "enable")({"use_reentrant": False})
-    for layer in layers if recompute else ():
-        layer.training = True  # what they look at; not what is in them
+    for layer in layers:
+        layer.training = recompute  # what they look at; not what is in them
     try:
         with torch.enable_grad():
             yield
@@ -181,7 +181,7 @@ def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
 
 
 def _checkpointing(model: PreTrainedModel, what: str) -> Callable[..., None]:
-    """By its name since transformers 5.20 or so, or the one before."""
+    """transformers renamed it; versions that we support have one name or both."""
     return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
 
 
@@ -202,23 +202,21 @@ def _gates_of(
         {name: sketch.covariance() for name, sketch in reading.stream(text, len(widths), new_sketches).items()}
         for text in texts
     ]
+    both = {name: tuple(found[name] for found in covariances) for name in widths}
+    bases = {name: joint_basis(*both[name]) for name in widths}
     gates: dict[str, SpectralGate] = {}
-    bases = {name: joint_basis(*(found[name] for found in covariances)) for name in widths}
-    for step in range(section.refinements + 1 if section.second_pass else 0):
-        last = step == section.refinements
+    for _, with_image in section.readings:
         # One text's projections are gone before the other's are made.
-        projected = [_projected(text, reading, bases, device, with_image=not last) for text in texts]
+        projected = [_projected(text, reading, bases, device, with_image) for text in texts]
         for name in widths:
             grams, images = zip(*(found.pop(name) for found in projected), strict=True)
-            gate = gates[name] = _solved(name, section, [found[name] for found in covariances], bases[name], grams)
-            if not last:
-                of = units(*(found[name] for found in covariances), section.covariance == "fisher")
-                bases[name] = refined_basis(
-                    gate, tuple(x / unit for x, unit in zip(images, of, strict=True)), section.rank
-                )
-    if not section.second_pass:
-        for name in widths:
-            gates[name] = _solved(name, section, [found[name] for found in covariances], bases[name], None)
+            gates[name] = _solved(name, section, both[name], bases[name], grams)
+            if with_image:
+                of = units(*both[name], section.covariance == "fisher")
+                images = tuple(image / unit for image, unit in zip(images, of, strict=True))
+                bases[name] = refined_basis(gates[name], images, section.rank)
+    if not section.readings:
+        gates = {name: _solved(name, section, both[name], bases[name], None) for name in widths}
     return {name: gate.narrowed(section.rank).to(device, dtype) for name, gate in gates.items()}
 
 
@@ -281,9 +279,4 @@ def _shares(
 
 def columns_held(section: GateSection) -> int:
     """Numbers held for each input feature at most: a sketch's columns, or later a basis and what a text makes of it."""
-    held = section.rank + section.oversampling
-    if section.second_pass:
-        held = max(held, (2 + section.refinements) * section.rank)
-        if section.refinements:
-            held = max(held, 2 * (1 + section.refinements) * section.rank)
-    return held
+    return max([section.rank + section.oversampling, *(columns * (1 + image) for columns, image in section.readings)])

@@ -57,10 +57,8 @@ def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) ->
     current: list[Tensor | None] = [None]
 
     def feed(name: str, x: Tensor) -> None:
-        mask = current[0]
         try:
-            # Experts are given tokens picked out of the batch, which no mask fits; padding was dropped or is rare.
-            sinks[name].update(x, mask.bool() if mask is not None and mask.shape == x.shape[:-1] else None)
+            sinks[name].update(x, _fitting(current[0], x))
         except ValueError as error:
             raise RunFailed(f"{error}, at the input of {name}") from error
 
@@ -81,11 +79,9 @@ def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -
     current: list[Tensor | None] = [None]
 
     def feed(name: str, x: Tensor, gradient: Tensor) -> None:
-        mask = current[0]
         weights = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True, dtype=torch.float32)
         try:
-            fits = mask is not None and mask.shape == x.shape[:-1]
-            sinks[name].update(x.float() * weights, mask.bool() if fits else None)
+            sinks[name].update(x.float() * weights, _fitting(current[0], x))
         except ValueError as error:
             raise RunFailed(f"the gradient behind {name} holds a NaN or an infinity") from error
 
@@ -105,6 +101,11 @@ def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Experts are given tokens picked out of the batch, which no mask fits; padding was dropped or is rare."""
+    return mask.bool() if mask is not None and mask.shape == x.shape[:-1] else None
 
 
 class _Watched(torch.autograd.Function):

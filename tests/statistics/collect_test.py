@@ -180,18 +180,15 @@ def test_refinements_find_larger_quotients_and_the_gate_stays_as_small(model) ->
 
 
 def test_layers_with_one_input_share_one_gate(model) -> None:
+    section = GateSection(rank=4, oversampling=4, **ACTIVATION)
     text = list(batches(sequences(1), 4, CPU))
-    gates = build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=4), Clock(Silent()))
+    gates = build_gates(model, adapter_pairs(model), text, text, section, Clock(Silent()))
     layer = "model.layers.0.self_attn."
     assert gates[layer + "q_proj"] is gates[layer + "k_proj"] is gates[layer + "v_proj"]
     assert gates[layer + "q_proj"] is not gates[layer + "o_proj"]
     assert list(gates) == [pair.name for pair in adapter_pairs(model)]
     # The same text on both sides: with equal ridges no direction is worth more than another.
-    assert torch.allclose(
-        gates[layer + "q_proj"].quotients,
-        torch.ones(len(gates[layer + "q_proj"].quotients), dtype=torch.float64),
-        atol=1e-4,
-    )
+    assert torch.allclose(gates[layer + "q_proj"].quotients, torch.ones(4, dtype=torch.float64), atol=1e-4)
 
 
 def test_the_second_pass_makes_quotients_exact_in_their_directions(model) -> None:

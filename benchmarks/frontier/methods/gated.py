@@ -139,17 +139,5 @@ class FoLoRA(FoLoRAStart):
     floor: float = 0.3
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        covariances = ground.covariances(model)
-        ridge, made = GateSection().ridge, {}
-        for both in covariances.values():
-            if id(both) not in made:
-                made[id(both)] = SpectralGate(
-                    *(torch.eye(len(both[0])), *both, 1.0, 1.0),
-                    ridge=ridge,
-                    utility_ridge=ridge,
-                    gate_lambda=self.gate_lambda,
-                    floor=self.floor,
-                    sharpness=1.0,
-                ).to(ground.base.device)
-        of_layers = {layer: made[id(both)] for layer, both in covariances.items()}
-        return SpectralAdamW(pairs_with(of_layers, pairs), lr=self.learning_rate)
+        section = GateSection(rank=DENSE, gate_lambda=self.gate_lambda, floor=self.floor)
+        return SpectralAdamW(pairs_with(ground.gates(model, section, covariance="rows"), pairs), lr=self.learning_rate)

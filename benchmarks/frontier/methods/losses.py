@@ -59,6 +59,5 @@ class Replay(Method):
 
     def penalty(self, ground: Ground, model: PeftModel, step: Step) -> Tensor | None:
         inner, text = model.get_base_model(), self.own[step.number % len(self.own)]
-        counted = text.labels[:, 1:] != -100
-        hidden = hidden_states(inner, text.input_ids, text.attention_mask)[:, :-1][counted]
-        return self.weight * cross_entropy(head_logits(inner, hidden), text.labels[:, 1:][counted])
+        hidden = hidden_states(inner, text.input_ids, text.attention_mask)[text.predicting]
+        return self.weight * cross_entropy(head_logits(inner, hidden), text.targets)
