@@ -4,6 +4,7 @@
     .venv/bin/python -m benchmarks.frontier run              everything: two hours of a core for each seed of a task
     .venv/bin/python -m benchmarks.frontier run --ablations  ours with its parts changed one by one
     .venv/bin/python -m benchmarks.frontier memory           peak memory of each method's training
+    .venv/bin/python -m benchmarks.frontier drift            which drift on own text predicts the KL
     .venv/bin/python -m benchmarks.frontier table            docs/frontier.md and its plots, from what has been run
 
 What has been run is kept in --output, a file a run; the command goes on where it was stopped. Overrides go to the
@@ -39,7 +40,7 @@ def main() -> None:
 @click.option("--quick", is_flag=True, help="Few points, 30 steps, one seed, one task.")
 @click.option("--ablations", is_flag=True, help="Ours with its parts changed, in place of the methods.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="This task alone.")
-@click.option("--series", "wanted", multiple=True, help="These series alone, by a part of their names.")
+@click.option("--series", "wanted", multiple=True, help="These series alone, by name or a part of it.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", type=int, help="Optimizer steps of a run.")
 @click.option("--workers", default=1, show_default=True, help="Processes at once; on a CPU one a core.")
@@ -67,7 +68,8 @@ def run(
     from benchmarks.frontier.running import Plan, run_plan
 
     chosen = series.quick() if quick else series.ablations() if ablations else series.methods()
-    chosen = [s for s in chosen if not wanted or any(part in s.name for part in wanted)]
+    names = {s.name for s in chosen}
+    chosen = [s for s in chosen if not wanted or any(s.name == w or (w not in names and w in s.name) for w in wanted)]
     for task in tasks or TASKS[: 1 if quick else 2]:
         plan = Plan(
             recipe=HERE / f"{task}.yaml",
@@ -100,6 +102,26 @@ def memory(overrides: tuple[str, ...], task: str, one: str | None, output: Path)
         click.echo(measure(one, recipe, overrides, output))
         return
     measure_all([series.name for series in methods()], recipe, overrides, output, err.print)
+
+
+@main.command()
+@click.argument("overrides", nargs=-1)
+@click.option("--task", default=TASKS[0], type=click.Choice(TASKS), show_default=True)
+@click.option("--steps", default=STEPS, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
+def drift(overrides: tuple[str, ...], task: str, steps: int, output: Path) -> None:
+    """Compare the drift on the base's own text, plain and Fisher-weighted, with the KL that is measured."""
+    from benchmarks.frontier.drift import drifts
+    from benchmarks.frontier.ground import Ground
+    from folora_q.progress import Clock
+    from folora_q.recipe import load_recipe
+
+    ground = Ground(load_recipe(HERE / f"{task}.yaml", list(overrides)), output, Clock(ConsoleProgress()))
+    for found in drifts(ground, steps):
+        click.echo(
+            f"{found.method}: drift {found.plain:.1f}, weighted {found.weighted:.2f}, KL {found.kl:.4f}, "
+            f"task loss {found.task_loss:.4f}"
+        )
 
 
 @main.command()

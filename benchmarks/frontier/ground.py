@@ -141,7 +141,7 @@ class Ground:
                 states = {id(gate): gate.state_dict() for gate in found.values()}
             else:
                 self._gates.clear()  # exact ones take gigabytes
-                found = self._covariances(model, covariance, proxy, key, treatment)
+                found = self.exact_covariances(model, covariance, proxy, key, treatment)
                 states = {id(both): _exact(*both, section, covariance) for both in found.values()}
             # The problem of an exact covariance takes seconds to solve, a strength nothing.
             shaped = {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
@@ -155,7 +155,7 @@ class Ground:
 
         As the papers have them: all tokens of whole rows count alike.
         """
-        found = self._covariances(model, "rows")
+        found = self.exact_covariances(model, "rows")
         normalized = {id(both): tuple(each.normalized for each in both) for both in found.values()}
         return {layer: normalized[id(both)] for layer, both in found.items()}
 
@@ -164,7 +164,7 @@ class Ground:
         for kept in (self._sketches, self._gates, self._measured):
             kept.clear()
 
-    def _covariances(
+    def exact_covariances(
         self,
         model: PeftModel,
         covariance: str,

@@ -13,6 +13,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch.nn.functional import cross_entropy, log_softmax
 
+from benchmarks.frontier.drift import drift, drifts
 from benchmarks.frontier.ground import Ground, decode
 from benchmarks.frontier.measuring import Yardstick, update_norm
 from benchmarks.frontier.methods.base import Method
@@ -322,3 +323,12 @@ def test_choices_side_by_side_are_as_likely_as_each_alone(ground: Ground) -> Non
     accuracy = ground.questions.accuracy(ground.base)
     answers = [question.answer for rows in ground.questions.batches for question in rows]
     assert 0 < accuracy < 1 and len(answers) == 170
+
+
+def test_drift_is_that_of_the_dense_update(ground: Ground) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5), (3, 2), (9, 5)))
+    expected = (x @ (b @ a).T).square().sum()
+    assert drift({"layer": (a, b)}, {"layer": x.T @ x}) == pytest.approx(float(expected))
+    small, large = drifts(ground, steps=3, methods=[LoRA(1e-4), LoRA(1e-2)])
+    assert 0 < small.plain < large.plain and 0 < small.weighted < large.weighted and 0 < small.kl < large.kl
