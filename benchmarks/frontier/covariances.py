@@ -37,11 +37,16 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Positions:
-    """One layer's Σ over all tokens of a text, over all but each sequence's first, and over the first."""
+    """One layer's Σ over all tokens of a text but each sequence's first, over the first, and their share of all."""
 
-    every: Tensor
     later: Tensor
     first: Tensor
+    share: float
+
+    @property
+    def every(self) -> Tensor:
+        """Σ over all tokens; not kept, since a model's exact covariances take gigabytes."""
+        return torch.lerp(self.later, self.first, self.share)
 
 
 def measure(model: PeftModel, text: Sequence[Batch], weighted: bool) -> dict[str, Positions]:
@@ -64,7 +69,7 @@ def measure(model: PeftModel, text: Sequence[Batch], weighted: bool) -> dict[str
     found = {}
     for group in groups:
         (later, first), (n, m) = (sum_[group[0]] for sum_ in sums), (count[group[0]] for count in counts)
-        positions = Positions((later + first) / (n + m), later / n, first / max(m, 1))
+        positions = Positions(later / n, first / max(m, 1), m / (n + m))
         found |= dict.fromkeys(group, positions)
     return found
 

@@ -43,7 +43,7 @@ def two() -> tuple[Positions, Positions]:
         later, first = (torch.randn(50, 12, generator=chance, dtype=torch.float64) for _ in range(2))
         first[:, 3] *= 1000  # a massive activation
         later, first = later.T @ later / 50, first.T @ first / 50
-        return Positions(0.9 * later + 0.1 * first, later, first)
+        return Positions(later, first, 0.1)
 
     return positions(), positions()
 
