@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from benchmarks.frontier.covariances import TREATMENTS, Covariance, Positions, measure
 from benchmarks.frontier.questions import Questions
-from benchmarks.gate_vs_lora import real_texts
+from benchmarks.frontier.texts import real_texts
 from folora_q.core import SpectralGate
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
