@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from benchmarks.frontier.covariances import TREATMENTS, Covariance, Positions, measure
 from benchmarks.frontier.questions import Questions
+from benchmarks.frontier.results import digest
 from benchmarks.frontier.texts import real_texts
 from folora_q.core import SpectralGate
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
@@ -33,6 +34,7 @@ from folora_q.proxy.cache import kept_or_sampled
 from folora_q.recipe import Recipe
 from folora_q.recipe.schema import GateSection
 from folora_q.statistics.collect import build_gates
+from folora_q.statistics.store import load_gates, save_gates
 
 RANK, ALPHA = 16, 16
 # Of each general text, so many batches are measured.
@@ -48,7 +50,7 @@ DENSE = 1_000_000
 
 
 class Ground:
-    """Loaded once a task.
+    """Loaded once a task. Sketched statistics are kept in the folder, for the next process.
 
     Attributes:
         base: the model that is tuned. On a CPU its 4-bit weights are held decoded: the same numbers, and faster.
@@ -58,7 +60,7 @@ class Ground:
     """
 
     def __init__(self, recipe: Recipe, folder: Path, clock: Clock) -> None:
-        self.recipe, self.clock = recipe, clock
+        self.recipe, self.clock, self.kept = recipe, clock, folder / "gates"
         self.scorer = make_scorer(recipe.evaluation, allow_code=False)
         evaluation = recipe.evaluation.model_copy(update={"general_text": list(map(str, real_texts(folder / "texts")))})
         task = read_task(recipe, clock)
@@ -188,7 +190,14 @@ class Ground:
         name = f"{key} {sorted(section.model_dump(include=STATISTICS).items())}"
         if name not in self._sketches:
             texts = self._texts(proxy, rows=False)
-            self._sketches[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
+            tokens = [[batch.input_ids.tolist(), batch.labels.tolist()] for text in texts for batch in text]
+            path = self.kept / f"{digest([self.recipe.model.model_name_or_path, name, tokens])}.safetensors"
+            if path.exists():
+                self._sketches[name] = load_gates(path, self.base.device)
+            else:
+                self._sketches[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_gates(path, self._sketches[name])
         return self._sketches[name]
 
     def _texts(self, proxy: Sequence[Sequence[int]] | None, rows: bool) -> tuple[list[Batch], list[Batch]]:

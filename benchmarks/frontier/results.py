@@ -26,8 +26,7 @@ class Key:
     steps: int
 
     def path(self, folder: Path) -> Path:
-        text = json.dumps([FORMAT, asdict(self)], sort_keys=True, default=str)
-        return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return folder / f"{digest(asdict(self))}.json"
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,12 @@ class Result:
     def mean_rise(self) -> float:
         """Over the kinds of general text; a text that got better counts as one that stayed as it was."""
         return sum(max(self.rise(name), 0.0) for name in self.general) / len(self.general)
+
+
+def digest(settings: Any) -> str:
+    """A name for what makes a file what it is."""
+    text = json.dumps([FORMAT, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write(path: Path, key: Key, result: Result) -> None:

@@ -25,6 +25,7 @@ from benchmarks.frontier.methods.oplora import OPLoRA
 from benchmarks.frontier.methods.starts import DAMPING, CorDA, FoLoRAStart, SCLoRA
 from benchmarks.frontier.questions import log_likelihoods
 from benchmarks.frontier.training import train
+from folora_q.core import SpectralGate
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.models.adapters import adapter_pairs
@@ -32,6 +33,7 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.progress import Clock
 from folora_q.recipe import load_recipe
+from folora_q.recipe.schema import GateSection
 from tests.conftest import Silent, write_recipe
 
 EVERY = [
@@ -332,3 +334,23 @@ def test_drift_is_that_of_the_dense_update(ground: Ground) -> None:
     assert drift({"layer": (a, b)}, {"layer": x.T @ x}) == pytest.approx(float(expected))
     small, large = drifts(ground, steps=3, methods=[LoRA(1e-4), LoRA(1e-2)])
     assert 0 < small.plain < large.plain and 0 < small.weighted < large.weighted and 0 < small.kl < large.kl
+
+
+def test_sketched_statistics_are_kept_for_the_next_process(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gates(of: Ground, **settings: object) -> dict[str, SpectralGate]:
+        model = of.tuned(0)
+        found = of.gates(model, GateSection(rank=4, **settings))
+        model.unload()
+        return found
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("taken again")
+
+    first = gates(ground)
+    again = Ground(ground.recipe, ground.kept.parent, ground.clock)
+    monkeypatch.setattr("benchmarks.frontier.ground.build_gates", refuse)
+    second = gates(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[layer].quotients, second[layer].quotients) for layer in first)
+    with pytest.raises(AssertionError, match="taken again"):
+        gates(again, ridge=0.5)
