@@ -250,7 +250,7 @@ def _gate(
     clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
     atomic_write(folder.gate_results, to_json(gate_results(gates)))
     if "a_start" in recipe.gate.places:  # a checkpoint then brings its own A
-        start_gated(pairs, gates)
+        start_gated(pairs, gates, leading=recipe.gate.start == "leading")
     trainer.gates = gates
 
 

@@ -74,6 +74,7 @@ def ablations() -> list[Series]:
         changed("exact covariances", **exact),
         Series("penalty only", [PenaltyOnly(rate) for rate in rates]),
         Series("utility only", [UtilityOnly(rate) for rate in rates]),
+        changed("A's start random, gated", start="random"),
         changed("A's start not gated", places=["a_step", "b_step"]),
         changed("A's step not gated", places=["a_start", "b_step"]),
         changed("B's step not gated", places=["a_start", "a_step"]),

@@ -194,6 +194,17 @@ class SpectralGate:
         identity = torch.eye(basis.shape[0], dtype=torch.float64)
         return self.complement_value * identity + basis @ core @ basis.T
 
+    def leading_rows(self, count: int) -> Tensor:
+        """Orthonormal rows, (at most count, d) float32, that span the directions which pass most.
+
+        None of them passes less than what lies outside the basis, so there may be fewer than asked for.
+        """
+        order = self.values.sort(descending=True, stable=True).indices
+        if self.complement_size:
+            order = order[self.quotients[order] > self.complement_quotient]
+        vectors = self.basis.double().cpu() @ self.vectors[:, order[:count]]
+        return torch.linalg.qr(vectors).Q.T.to(self.basis.device, torch.float32)
+
     def penalty(self, rows: Tensor) -> Tensor:
         """tr(rows Σp rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
         return self._trace(rows, self.penalty_gram, self.penalty_tail)

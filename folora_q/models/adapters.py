@@ -82,15 +82,24 @@ def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
     ]
 
 
-def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate]) -> None:
-    """Pass each A's random start through its gate, and give it back its norm.
+def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], leading: bool = True) -> None:
+    """Put each A where its gate lets most pass, with the norm that it has.
 
     B is zero, so the model stays as it is; but until A moves, all that B learns acts on A's rows.
+
+    Args:
+        leading: its rows become the leading directions, orthonormal but for their length. Rows that find none left, or
+            all if False, are A's own passed through the gate.
     """
     with torch.no_grad():
         for pair in pairs:
-            gated = gates[pair.name].apply(pair.a)
-            pair.a.copy_(gated * (pair.a.norm() / gated.norm()))
+            gate = gates[pair.name]
+            rows = gate.apply(pair.a)
+            rows *= len(rows) ** 0.5 / rows.norm()
+            if leading:
+                found = gate.leading_rows(len(rows))
+                rows[: len(found)] = found
+            pair.a.copy_(rows * (pair.a.norm() / rows.norm()))
 
 
 def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, folder: Path) -> None:

@@ -99,7 +99,9 @@ class GateSection(Section):
     rule: Literal["step", "spectral"] = "step"
     """step: any optimizer's step passed through the gate. spectral: Adam in the gate's coordinates, as in the paper."""
     places: list[Place] = ["a_start", "a_step", "b_step"]
-    """Where it acts: on A's random start, on A's steps, on B's steps (rule step only)."""
+    """Where it acts: on A's start, on A's steps, on B's steps (rule step only)."""
+    start: Literal["leading", "random"] = "leading"
+    """Of A: in the r directions of largest quotient; or where PEFT puts it at random, passed through the gate."""
     gate_lambda: NonNegative = 16.0
     """λ, the strength: a direction whose quotient equals it passes half. Raise it together with the learning rate."""
     floor: Fraction = 0.0

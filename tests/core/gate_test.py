@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folora_q.core import CovarianceSketch, LowRankCovariance, SpectralGate, joint_basis
+from folora_q.core.spectrum import generalized_eigenproblem
 from tests.core import dense
 
 D = 24
@@ -239,3 +240,20 @@ def test_covariances_of_two_widths_and_negative_strengths_are_refused() -> None:
         SpectralGate.from_covariances(covariance(0), covariance(0, d=25))
     with pytest.raises(ValueError, match="gate_lambda >= 0"):
         gate_of().with_lambda(-1)
+
+
+@given(seed=st.integers(0, 99), rank=st.sampled_from([2, 6, 12, 24]), count=st.integers(1, 8))
+@quick
+def test_leading_rows_span_the_largest_quotients_of_the_dense_problem(seed, rank, count) -> None:
+    gate = gate_of(seed, rank)
+    found = gate.leading_rows(count).double()
+    wanted, _, _ = dense_gate(seed, rank)
+    better = int((gate.quotients > gate.complement_quotient).sum()) if gate.complement_size else D
+    assert len(found) == min(count, better)
+    torch.testing.assert_close(found @ found.T, torch.eye(len(found), dtype=torch.float64), rtol=0, atol=1e-5)
+    penalty, utility = gate.forms(found)
+    identity = torch.eye(len(found), dtype=torch.float64)
+    inside, _ = generalized_eigenproblem(
+        utility + SETTINGS["utility_ridge"] * identity, penalty + SETTINGS["ridge"] * identity
+    )
+    np.testing.assert_allclose(inside, wanted[: len(found)], rtol=1e-3)

@@ -122,7 +122,8 @@ def test_unknown_target_modules_are_the_users_mistake(tiny_folder: Path) -> None
     assert "target_modules" in caught.value.hint
 
 
-def test_a_gated_start_keeps_the_norm_and_the_model_as_it_is(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("leading", [False, True])
+def test_a_gated_start_keeps_the_norm_and_the_model_as_it_is(tiny_folder: Path, leading: bool) -> None:
     base = load(tiny_folder, Hardware(torch.device("cpu"), torch.float32, "a test"))
     with torch.no_grad():
         expected = base.model(input_ids=IDS).logits
@@ -130,11 +131,17 @@ def test_a_gated_start_keeps_the_norm_and_the_model_as_it_is(tiny_folder: Path) 
     pairs = adapter_pairs(model)
     gates = {pair.name: random_gate(pair.module.in_features) for pair in pairs}
     before = {pair.name: pair.a.detach().clone() for pair in pairs}
-    start_gated(pairs, gates)
+    start_gated(pairs, gates, leading)
     for pair in pairs:
-        assert torch.isclose(pair.a.norm(), before[pair.name].norm())
-        cosine = torch.nn.functional.cosine_similarity(pair.a, gates[pair.name].apply(before[pair.name]), dim=1)
-        assert not torch.allclose(pair.a, before[pair.name], rtol=1e-2)
+        gate, old = gates[pair.name], before[pair.name]
+        assert torch.isclose(pair.a.norm(), old.norm())
+        rows = gate.apply(old)
+        if leading:
+            found = gate.leading_rows(4)
+            assert len(found) > 0
+            rows = torch.cat([found, rows[len(found) :]])
+        cosine = torch.nn.functional.cosine_similarity(pair.a, rows, dim=1)
+        assert not torch.allclose(pair.a, old, rtol=1e-2)
         assert torch.allclose(cosine, torch.ones_like(cosine), atol=1e-5)
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, expected)

@@ -45,6 +45,10 @@ class Gated(Method):
     def section(self) -> GateSection:
         return GateSection(gate_lambda=self.gate_lambda, **self.gate)
 
+    def settings(self) -> dict[str, Any]:
+        # The recipe's defaults too: when they change, these are other runs.
+        return super().settings() | {"gate": self.section.model_dump()}
+
     def text(self, ground: Ground) -> list[Sequence[int]]:
         """The proxy text, as sequences."""
         own = ground.own[: self.num_samples]
@@ -66,7 +70,7 @@ class Gated(Method):
         key = f"{self.proxy}{self.num_samples or ''}"
         self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind, self.treatment)
         if "a_start" in self.section.places:
-            start_gated(pairs, self.of_layers)
+            start_gated(pairs, self.of_layers, leading=self.section.start == "leading")
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
         places = self.section.places
