@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.frontier run --quick      a few points: a quarter of an hour on two CPU cores
     .venv/bin/python -m benchmarks.frontier run              everything: two hours of a core for each seed of a task
     .venv/bin/python -m benchmarks.frontier run --ablations  ours with its parts changed one by one
-    .venv/bin/python -m benchmarks.frontier memory           peak memory of each method's training
+    .venv/bin/python -m benchmarks.frontier costs            time and peak memory of each method's steps
     .venv/bin/python -m benchmarks.frontier drift            which drift on own text predicts the KL
     .venv/bin/python -m benchmarks.frontier table            docs/frontier.md and its plots, from what has been run
 
@@ -13,9 +13,11 @@ task's recipe: `model.model_name_or_path=...` takes another model.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -90,16 +92,16 @@ def run(
 @main.command()
 @click.argument("overrides", nargs=-1)
 @click.option("--task", default=TASKS[0], type=click.Choice(TASKS), show_default=True)
-@click.option("--one", help="This series alone, in this process; prints bytes.")
+@click.option("--one", help="This series alone, in this process; prints JSON.")
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-def memory(overrides: tuple[str, ...], task: str, one: str | None, output: Path) -> None:
-    """Measure the peak memory of each method's training, each in a process of its own."""
-    from benchmarks.frontier.memory import measure, measure_all
+def costs(overrides: tuple[str, ...], task: str, one: str | None, output: Path) -> None:
+    """Measure time and peak memory of each method's steps, each in a process of its own; leave the machine alone."""
+    from benchmarks.frontier.costs import measure, measure_all
     from benchmarks.frontier.series import methods
 
     recipe = HERE / f"{task}.yaml"
     if one is not None:
-        click.echo(measure(one, recipe, overrides, output))
+        click.echo(json.dumps(asdict(measure(one, recipe, overrides, output))))
         return
     measure_all([series.name for series in methods()], recipe, overrides, output, err.print)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 
 from rich.table import Table
 
 from benchmarks.frontier.comparing import PLAIN, Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
-from benchmarks.frontier.memory import read_memory
+from benchmarks.frontier.costs import read_costs
 from benchmarks.frontier.plot import draw
 from benchmarks.frontier.results import Result, read_all
 from benchmarks.frontier.series import methods
+from benchmarks.frontier.training import Cost
 from folora_q.cli.console import out
 from folora_q.files import atomic_write
 
@@ -43,22 +44,23 @@ class Row:
     area: Spread  # mean log KL ratio over the shared range
     kl_at_norm: Spread
     loss_at_norm: Spread
-    seconds: float
-    memory: float  # at the peak, as a share of plain LoRA's; NaN where it was not measured
+    # Of a few steps, beside plain LoRA's; NaN where they were not measured.
+    time: float
+    memory: float
 
 
-def rows(results: Sequence[Result], share: float, memory: Mapping[str, int]) -> list[Row]:
+def rows(results: Sequence[Result], share: float, costs: Mapping[str, Cost]) -> list[Row]:
     """Of one task; by KL, those that do not reach the loss last."""
     by_series: dict[str, dict[int, list[Result]]] = {}
     for result in results:
         by_series.setdefault(result.series, {}).setdefault(result.seed, []).append(result)
     plain = by_series[PLAIN]
-    found = [_row(name, seeds, plain, share, memory) for name, seeds in by_series.items()]
+    found = [_row(name, seeds, plain, share, costs) for name, seeds in by_series.items()]
     return sorted(found, key=lambda row: (math.isnan(row.kl_ratio.mean), row.kl_ratio.mean))
 
 
 def _row(
-    name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result]], share: float, memory: Mapping[str, int]
+    name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result]], share: float, costs: Mapping[str, Cost]
 ) -> Row:
     values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm = [], [], [], [], []
@@ -73,15 +75,23 @@ def _row(
         norm = reference.at_task_loss(loss, *MEASURES["‖ΔW‖"])
         kl_at_norm.append(at_update_norm(seeds[seed], norm, *MEASURES["KL"]))
         loss_at_norm.append(at_update_norm(seeds[seed], norm, lambda run: run.task_loss, True))
-    runs = [run for found in seeds.values() for run in found]
-    others = [run for found in plain.values() for run in found]
+    time = memory = math.nan
+    if name in costs and PLAIN in costs:
+        own, plain_cost = costs[name], costs[PLAIN]
+        time = own.seconds / plain_cost.seconds
+        if own.peak_bytes and plain_cost.peak_bytes:
+            memory = own.peak_bytes / plain_cost.peak_bytes
     return Row(
         name,
         {measure: Spread.of(found) for measure, found in values.items()},
         *map(Spread.of, (kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm)),
-        mean(run.seconds for run in runs) / mean(run.seconds for run in others),
-        memory.get(name, math.nan) / memory.get(PLAIN, math.nan),
+        time,
+        memory,
     )
+
+
+def measured(ratio: float) -> str:
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
 COLUMNS = {
@@ -96,8 +106,8 @@ COLUMNS = {
     "area": lambda row: f"{row.area:+.2f}",
     "KL at LoRA's ‖ΔW‖": lambda row: f"{row.kl_at_norm:.3f}",
     "task loss there": lambda row: f"{row.loss_at_norm:.3f}",
-    "time": lambda row: f"{row.seconds:.2f}",
-    "memory": lambda row: "–" if math.isnan(row.memory) else f"{row.memory:.2f}",
+    "time": lambda row: measured(row.time),
+    "memory": lambda row: measured(row.memory),
 }
 
 
@@ -107,10 +117,10 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
     text: list[str] = []
     for task in dict.fromkeys(result.task for result in results):
         of_task = [result for result in results if result.task == task]
-        memory = read_memory(output, task)
+        costs = read_costs(output, task)
         for share in SHARES:
             title = f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate"
-            found = rows(of_task, share, memory)
+            found = rows(of_task, share, costs)
             table = Table(title=title, title_justify="left")
             for name in COLUMNS:
                 table.add_column(name, justify="left" if name == "method" else "right")
@@ -125,6 +135,9 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
     if docs is not None:
         lines = [path.read_text("utf-8") for path in sorted(output.glob("*.json"))]
         atomic_write(docs / "frontier-runs.jsonl", "".join(lines))
+        of_tasks = {task: read_costs(output, task) for task in dict.fromkeys(result.task for result in results)}
+        costs_text = json.dumps(of_tasks, indent=1, ensure_ascii=False, default=asdict)
+        atomic_write(docs / "frontier-costs.json", costs_text + "\n")
         page = docs / "frontier.md"
         before, _, rest = page.read_text("utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.results import Key, Result, read_all, write
 from benchmarks.frontier.tables import BEGIN, COLUMNS, END, markdown, rows, show
+from benchmarks.frontier.training import Cost
 
 
 def run(
@@ -28,7 +30,7 @@ def run(
         base={"loss": before, "accuracy": 0.4},
         tuned={"loss": texts, "kl": {"own text": kl, "own text, cut": kl}, "accuracy": accuracy, "update_norm": norm},
         preparing=0.0,
-        seconds=2.0 if series == "LoRA" else 3.0,
+        seconds=2.0,
         peak_bytes=100,
     )
 
@@ -62,14 +64,15 @@ def test_the_area_between_two_curves_is_the_logarithm_of_their_ratio(ratio: floa
 def test_a_row_compares_with_plain_lora_seed_by_seed() -> None:
     results = [r for seed in (0, 1) for r in (*power("LoRA", 0.5, seed), *power("half", 0.25 + 0.05 * seed, seed))]
     weak = [run(3.9, 0.01, series="weak")]
-    found = {row.series: row for row in rows([*results, *weak], share=0.8, memory={"LoRA": 100, "half": 104})}
+    costs = {"LoRA": Cost(0.0, 2.0, 100), "half": Cost(9.0, 3.0, 104)}
+    found = {row.series: row for row in rows([*results, *weak], 0.8, costs)}
     loss = wanted_loss(power("LoRA", 0.5), 0.8)
     assert loss == pytest.approx(4.0 - 0.8 * 3.0)
     half = found["half"]
     assert half.kl_ratio == Spread(pytest.approx(0.55), pytest.approx(0.5), pytest.approx(0.6), 2)
     assert half.values["KL"].low == pytest.approx(0.25 / loss**2)
-    assert half.seconds == pytest.approx(1.5)
-    assert half.memory == pytest.approx(1.04) and math.isnan(found["weak"].memory)
+    assert half.time == pytest.approx(1.5) and half.memory == pytest.approx(1.04)
+    assert math.isnan(found["weak"].time) and math.isnan(found["weak"].memory)
     assert half.loss_at_norm.mean == pytest.approx(loss)
     assert math.isnan(found["weak"].kl_ratio.mean) and list(found)[-1] == "weak"
     lines = markdown(list(found.values())).splitlines()
@@ -101,7 +104,12 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     for number, result in enumerate([*power("LoRA", 0.5), *power("gated, λ 16", 0.1)]):
         key = Key("model", "style", {"number": number}, 0, 100)
         write(key.path(runs), key, result)
+    (runs / "costs").mkdir()
+    costs = {"LoRA": {"preparing": 0.0, "seconds": 2.0, "peak_bytes": 100}}
+    (runs / "costs" / "style.json").write_text(json.dumps(costs), "utf-8")
     show(runs, 100, docs)
+    assert json.loads((docs / "frontier-costs.json").read_text("utf-8")) == {"style": costs}
+    assert page.read_text("utf-8").count("| 1.00 | 1.00 |") == 2
     text = page.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| gated, λ 16 | ") == 2 and "(frontier-style.png)" in text

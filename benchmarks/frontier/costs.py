@@ -1,7 +1,8 @@
-"""Peak memory of each method's training, in a process of its own: statistics that stay in a process would blur it.
+"""What a few steps of each method cost, in a process of its own, one after another.
 
-What a method computes before its first step is let go of first, as the product does; only what it keeps for its steps
-counts. On a CPU it is the kernel's high-water mark, libraries and all.
+Runs are made on several days and beside each other, so their times do not compare, and statistics that stay in a
+process blur its memory. What a method computes before its first step is let go of first, as the product does; only what
+it keeps for its steps counts. On a CPU the peak is the kernel's high-water mark, libraries and all.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.series import methods
-from benchmarks.frontier.training import train
+from benchmarks.frontier.training import Cost, train
 from benchmarks.live_tensors import GIVE_BACK
 from folora_q.cli.console import ConsoleProgress
 from folora_q.errors import RunFailed
@@ -25,7 +27,8 @@ from folora_q.files import atomic_write
 from folora_q.progress import Clock
 from folora_q.recipe import load_recipe
 
-STEPS = 3
+# B's gates are solved for in every tenth step.
+STEPS = 10
 # The size of a covariance does not depend on how much text it is of.
 LITTLE_TEXT = ("proxy.num_samples=8", "gate.num_task_samples=8")
 
@@ -33,16 +36,16 @@ LITTLE_TEXT = ("proxy.num_samples=8", "gate.num_task_samples=8")
 def measure_all(
     names: Sequence[str], recipe: Path, overrides: Sequence[str], output: Path, tell: Callable[[str], None]
 ) -> None:
-    """Measure series, by name, and keep what was found beside the runs.
+    """Measure series, by name, and keep what was found beside the runs; what is there is not measured again.
 
     Raises:
         RunFailed: a process failed.
     """
-    found = read_memory(output, recipe.stem)
+    found = read_costs(output, recipe.stem)
     for name in names:
         if name in found:
             continue
-        command = [sys.executable, "-m", "benchmarks.frontier", "memory", "--task", recipe.stem, "--one", name]
+        command = [sys.executable, "-m", "benchmarks.frontier", "costs", "--task", recipe.stem, "--one", name]
         child = subprocess.run(
             [*command, "--output", str(output), *overrides],
             stdout=subprocess.PIPE,
@@ -51,25 +54,27 @@ def measure_all(
             check=False,
         )
         if child.returncode:
-            raise RunFailed(f"the memory of {name} could not be measured")
-        found[name] = int(child.stdout)
+            raise RunFailed(f"what {name} costs could not be measured")
+        found[name] = Cost(**json.loads(child.stdout))
         _path(output, recipe.stem).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(_path(output, recipe.stem), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        tell(f"{recipe.stem}: {name}: {found[name] / 2**20:,.0f} MiB")
+        text = json.dumps({name: asdict(cost) for name, cost in found.items()}, indent=1, ensure_ascii=False)
+        atomic_write(_path(output, recipe.stem), text + "\n")
+        tell(f"{recipe.stem}: {name}: {found[name].seconds:.1f} s, {(found[name].peak_bytes or 0) / 2**20:,.0f} MiB")
 
 
-def read_memory(output: Path, task: str) -> dict[str, int]:
-    """Bytes at the peak by series, of those that have been measured."""
+def read_costs(output: Path, task: str) -> dict[str, Cost]:
+    """Of the series that have been measured."""
     path = _path(output, task)
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return {name: Cost(**cost) for name, cost in found.items()}
 
 
 def _path(output: Path, task: str) -> Path:
-    return output / "memory" / f"{task}.json"
+    return output / "costs" / f"{task}.json"
 
 
-def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path) -> int:
-    """Bytes at the peak of a few training steps, in this process."""
+def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path) -> Cost:
+    """Of a few training steps, in this process."""
     (series,) = [series for series in methods() if series.name == name]
     ground = Ground(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, Clock(ConsoleProgress()))
 
@@ -78,6 +83,4 @@ def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path) -> 
         gc.collect()
 
     _, cost = train(ground, dataclasses.replace(series.points[0]), seed=0, steps=STEPS, prepared=let_go)
-    if cost.peak_bytes is None:
-        raise RunFailed("this system does not say what a process's memory was at its peak")
-    return cost.peak_bytes
+    return cost
