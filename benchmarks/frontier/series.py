@@ -18,8 +18,10 @@ RATES = (3e-4, 1e-3, 3e-3)
 STRENGTHS = {16.0: (1e-3, 3e-3), 64.0: (1e-3, 3e-3, 6e-3), 256.0: (3e-3, 6e-3, 12e-3)}
 OURS = 64.0  # of the control, as of `Gated`
 
+# No step is gated: A does not move, and B is AdamW's.
+START_ALONE = {"places": ["a_start"]}
 # Settings of `Gated` itself; others are the recipe's.
-OWN = ("proxy", "num_samples", "gate_lambda", "treatment")
+OWN = ("proxy", "num_samples", "gate_lambda", "treatment", "freeze_a")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def methods() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
+        Series("gated start, A frozen", [Gated(rate, gate=START_ALONE, freeze_a=True) for rate in RATES[1:] + (1e-2,)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(rate) for rate in STRENGTHS[OURS]]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
         Series("replay (CFS)", [Replay(rate) for rate in RATES]),
@@ -76,6 +79,7 @@ def ablations() -> list[Series]:
         Series("utility only", [UtilityOnly(rate) for rate in rates]),
         changed("A's start random, gated", start="random"),
         changed("A's start not gated", places=["a_step", "b_step"]),
+        changed("A frozen", freeze_a=True, places=["a_start", "b_step"]),
         changed("A's step not gated", places=["a_start", "b_step"]),
         changed("B's step not gated", places=["a_start", "a_step"]),
         changed("proxy: general prose", proxy="prose"),
@@ -107,6 +111,7 @@ def quick() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, 3e-4, 1e-3)]),
         Series("gated, λ 64", [Gated(rate) for rate in (1e-3, 3e-3)]),
+        Series("gated start, A frozen", [Gated(rate, gate=START_ALONE, freeze_a=True) for rate in RATES[1:] + (1e-2,)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(3e-3)]),
         Series("TMKL", [TMKL(1e-3)]),
     ]

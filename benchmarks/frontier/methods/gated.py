@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.frontier.ground import DENSE, pairs_with
-from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
+from benchmarks.frontier.methods.base import AdapterPair, Ground, Method, freeze
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
@@ -32,6 +32,7 @@ class Gated(Method):
             from BOS or as a chat ("bos", "chat"), public-domain prose ("prose"), or random tokens ("random").
         num_samples: so many texts, in place of all.
         treatment: of exact covariances (benchmarks/frontier/covariances.py).
+        freeze_a: A stays where it starts.
     """
 
     gate_lambda: float = 64.0
@@ -39,6 +40,7 @@ class Gated(Method):
     proxy: str = "own"
     num_samples: int | None = None
     treatment: str = "plain"
+    freeze_a: bool = False
     kind: ClassVar[type[SpectralGate]] = SpectralGate
 
     @property
@@ -71,6 +73,8 @@ class Gated(Method):
         self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind, self.treatment)
         if "a_start" in self.section.places:
             start_gated(pairs, self.of_layers, leading=self.section.start == "leading")
+        if self.freeze_a:
+            freeze([pair.a for pair in pairs])
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
         places = self.section.places
