@@ -18,10 +18,8 @@ RATES = (3e-4, 1e-3, 3e-3)
 STRENGTHS = {16.0: (1e-3, 3e-3), 64.0: (1e-3, 3e-3, 6e-3), 256.0: (3e-3, 6e-3, 12e-3)}
 OURS = 64.0  # of the control, as of `Gated`
 
-# No step is gated: A does not move, and B is AdamW's.
-START_ALONE = {"places": ["a_start"]}
 # Settings of `Gated` itself; others are the recipe's.
-OWN = ("proxy", "num_samples", "gate_lambda", "treatment", "freeze_a")
+OWN = ("proxy", "num_samples", "gate_lambda", "treatment")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def methods() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
-        Series("gated start, A frozen", [Gated(rate, gate=START_ALONE, freeze_a=True) for rate in RATES[1:] + (1e-2,)]),
+        Series("gated, A frozen", [Gated(rate, gate={"rule": "frozen"}) for rate in (1e-3, 3e-3, 1e-2)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(rate) for rate in STRENGTHS[OURS]]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
         Series("replay (CFS)", [Replay(rate) for rate in RATES]),
@@ -79,7 +77,6 @@ def ablations() -> list[Series]:
         Series("utility only", [UtilityOnly(rate) for rate in rates]),
         changed("A's start random, gated", start="random"),
         changed("A's start not gated", places=["a_step", "b_step"]),
-        changed("A frozen", freeze_a=True, places=["a_start", "b_step"]),
         changed("A's step not gated", places=["a_start", "b_step"]),
         changed("B's step not gated", places=["a_start", "a_step"]),
         changed("proxy: general prose", proxy="prose"),

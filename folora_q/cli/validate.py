@@ -62,7 +62,7 @@ def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
     )
     yield (
         "gate",
-        f"{gate.rule} at {', '.join(gate.places)}; λ = {gate.gate_lambda:g}" if gate.enabled else "off: plain QLoRA",
+        gate.words if gate.enabled else "off: plain QLoRA",
     )
     taken = " (holds a run already: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
     yield "run", training.output_dir + taken

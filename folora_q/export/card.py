@@ -37,8 +37,7 @@ def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evalua
 def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation) -> str:
     gate = recipe.gate
     method = (
-        f"gated ({gate.rule} rule at {', '.join(gate.places)}; λ = {gate.gate_lambda:g}, floor {gate.floor:g},"
-        f" sketches of rank {gate.rank})"
+        f"gated ({gate.words}, floor {gate.floor:g}, sketches of rank {gate.rank})"
         if gate.enabled
         else "not gated (plain QLoRA)"
     )

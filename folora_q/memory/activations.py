@@ -52,6 +52,7 @@ class Arithmetic:
         adapted: names of the adapted linear layers; None for all.
         dropout: the adapter's dropout is on, which keeps its mask and its result.
         eager: attention scores are materialized.
+        frozen: of the adapter B alone is trained.
     """
 
     compute: int
@@ -60,6 +61,7 @@ class Arithmetic:
     adapted: Collection[str] | None = None
     dropout: bool = False
     eager: bool = False
+    frozen: bool = False
 
     @property
     def adapter(self) -> int:
@@ -100,7 +102,7 @@ def _kept_by_norms(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
 
 
 def _kept_by_adapters(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
-    """A keeps its input, B its own of r numbers; the frozen weight needs neither.
+    """A keeps its input unless it is frozen, B its own of r numbers; the frozen weight needs neither.
 
     Adapted layers that read one tensor keep it once, unless each makes a float32 copy of it, or, under autocast after a
     layer norm, which gives float32 there, a 16-bit one. The attention's output is kept by the attention already.
@@ -112,8 +114,12 @@ def _kept_by_adapters(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
             continue
         width = readers[0].inputs
         copies = how.casts or (how.autocast and not shape.rms and "output" not in tensor)
-        if copies or how.dropout:
-            kept += how.adapter * width * len(readers) + (width * len(readers) if how.dropout else 0)
+        if how.dropout:
+            kept += width * len(readers)  # its mask
+        if how.frozen:
+            pass
+        elif copies or how.dropout:
+            kept += how.adapter * width * len(readers)
         elif tensor != "attention output" or how.eager:
             kept += how.compute * width
         kept += how.adapter * how.rank * len(readers)

@@ -86,7 +86,7 @@ class Estimate:
     Attributes:
         stages: in their order. On a CPU the device is the host, and `host` is empty.
         disk: bytes written, by what they are.
-        trained: parameters of the adapter.
+        trained: parameters that are trained.
     """
 
     device: Device
@@ -126,7 +126,8 @@ class _Run:
         self.recipe, self.shape, self.on_gpu = recipe, shape, device == "gpu"
         self.how = parts.arithmetic(recipe, shape, self.on_gpu)
         self.plain = Arithmetic(self.how.compute, autocast=False, rank=0, adapted=(), eager=self.how.eager)
-        self.trained = parts.adapter_parameters(shape, self.how)
+        self.adapter = parts.adapter_parameters(shape, self.how)
+        self.trained = parts.trained_parameters(shape, self.how)
         self.weights = parts.weights(shape, recipe.model.bnb_4bit_use_double_quant, self.how.compute)
         self.gates, self.solved = parts.gates(recipe, shape, self.how, self.on_gpu)
         self.state, self.pages = parts.optimizer_state(recipe, shape, self.how, self.on_gpu)
@@ -165,7 +166,7 @@ class _Run:
             activations = self._watched(batch, widest)
         else:
             activations = max(read, self._forward(batch)) + shared(shape, batch, self.how)
-        device = self.weights | {"adapter": FLOAT32 * self.trained, "sketches": held, "activations": activations}
+        device = self.weights | {"adapter": FLOAT32 * self.adapter, "sketches": held, "activations": activations}
         host = self.always | {"covariances": parts.covariances(recipe, shape, self.how), "gates": self.solved}
         return Stage("statistics", device | self.context, host)
 
@@ -200,7 +201,7 @@ class _Run:
         if training.packing:  # TRL makes one row of them
             batch = Batch(1, rows * training.max_length)
         head = passing_head(shape, batch, how, fused=self.on_gpu)
-        casts = how.compute * self.trained if how.autocast else 0
+        casts = how.compute * self.adapter if how.autocast else 0
         forward = kept_with_checkpointing if self.checkpointing else kept
         stored, passing = at_backward(shape, batch, how, self.checkpointing)
         moments: list[Parts] = [
@@ -211,7 +212,7 @@ class _Run:
         moments.append({"a layer at work": self._optimizer_step()})
         device = (
             self.weights
-            | {"adapter": FLOAT32 * self.trained, "gradients": FLOAT32 * self.trained}
+            | {"adapter": FLOAT32 * self.adapter, "gradients": FLOAT32 * self.trained}
             | {"optimizer": self.state, "gates": self.gates}
             | max(moments, key=lambda moment: sum(moment.values()))
         )
@@ -220,7 +221,7 @@ class _Run:
 
     def _optimizer_step(self) -> int:
         """The adapter as it was, and of the largest stack of steps about six tensors: what P makes of them."""
-        if not self.recipe.gate.enabled or self.recipe.gate.rule == "spectral":
+        if not self.recipe.gate.enabled or self.recipe.gate.rule != "step":
             return 0
         stacks: dict[tuple[int, int], int] = {}
         for space in parts.input_spaces(self.shape, self.how):
@@ -252,7 +253,7 @@ class _Run:
         ]
         device = (
             self.weights
-            | {"adapter": FLOAT32 * self.trained, "optimizer": self.state, "gates": self.gates}
+            | {"adapter": FLOAT32 * self.adapter, "optimizer": self.state, "gates": self.gates}
             | max(moments, key=lambda moment: sum(moment.values()))
         )
         host = self.always | {"optimizer": self.pages, "gates": self.solved}
@@ -261,7 +262,7 @@ class _Run:
     def disk(self) -> Parts:
         """What is written; the model is counted as it is downloaded, in 16 bits."""
         training = self.recipe.training
-        adapter = self.trained * parts.BYTES[self.recipe.export.adapter_dtype]
+        adapter = self.adapter * parts.BYTES[self.recipe.export.adapter_dtype]
         saves = training.save_steps is not None or self.recipe.keeps_best
         # One more than are kept while the newest is written; where none is kept, the one at the end of training.
         copies = training.save_total_limit + 1 if saves else 1
@@ -269,6 +270,6 @@ class _Run:
             "the model": 2 * self.shape.parameters,
             "adapter": adapter,
             "gates": self.gates + self.solved,
-            "checkpoints": copies * (FLOAT32 * self.trained + self.state + self.pages),
+            "checkpoints": copies * (FLOAT32 * self.adapter + self.state + self.pages),
         }
         return {name: size for name, size in found.items() if size}

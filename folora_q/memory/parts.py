@@ -71,6 +71,7 @@ def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
         rank=recipe.adapter.r,
         adapted=adapted,
         dropout=recipe.adapter.lora_dropout > 0,
+        frozen=recipe.gate.enabled and recipe.gate.rule == "frozen",
         eager=shape.eager or recipe.model.attn_implementation == "eager",
     )
 
@@ -95,9 +96,20 @@ def _expert_adapter(shape: ModelShape, layer: Layer, rank: int) -> tuple[int, ..
     return into * shape.hidden, into * 2 * width, out * width, out * shape.hidden, *router
 
 
+def trained_tensors(shape: ModelShape, how: Arithmetic) -> list[tuple[int, int]]:
+    """Of those the ones that are trained: all, or B's alone."""
+    tensors = list(adapter_tensors(shape, how))
+    return tensors[1::2] if how.frozen else tensors
+
+
 def adapter_parameters(shape: ModelShape, how: Arithmetic) -> int:
-    """Trained parameters."""
+    """Parameters of the adapter."""
     return sum(size * count for size, count in adapter_tensors(shape, how))
+
+
+def trained_parameters(shape: ModelShape, how: Arithmetic) -> int:
+    """Those that are trained."""
+    return sum(size * count for size, count in trained_tensors(shape, how))
 
 
 def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> tuple[int, int]:
@@ -110,7 +122,7 @@ def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: 
     name = recipe.training.optimizer_on(on_gpu)
     width, states, paged = STATES[name]
     resident = pages = 0
-    for size, count in adapter_tensors(shape, how):
+    for size, count in trained_tensors(shape, how):
         if name == "adafactor":
             resident += count * FLOAT32 * (how.rank + size // how.rank)
             continue
@@ -161,7 +173,7 @@ def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> t
         m = columns_of(recipe.gate, space.width)
         device += space.count * width * m * (space.width + m)
         host += space.count * FLOAT64 * 3 * m * m
-    return device, host
+    return 0 if how.frozen else device, host
 
 
 def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:

@@ -102,6 +102,12 @@ def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate],
             pair.a.copy_(rows * (pair.a.norm() / rows.norm()))
 
 
+def freeze_first(pairs: Sequence[AdapterPair]) -> None:
+    """Train no A: then autograd keeps no layer's input for it either."""
+    for pair in pairs:
+        pair.a.requires_grad_(False)
+
+
 def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, folder: Path) -> None:
     """Save in PEFT's format, so that plain `PeftModel.from_pretrained` loads it.
 
@@ -109,7 +115,11 @@ def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, fo
     they name the base and its commit and are sorted, so that the file is the same for the same run.
     """
     dtype = getattr(torch, section.adapter_dtype)
-    weights = {name: weight.detach().to(dtype) for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = {
+        name: weight.detach().to(dtype)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad or ".lora_" in name  # a frozen A is the adapter's too
+    }
     model.save_pretrained(folder, state_dict=weights)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

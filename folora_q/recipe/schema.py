@@ -96,10 +96,11 @@ class GateSection(Section):
 
     enabled: bool = True
     """false is plain QLoRA with the same seeds and data order."""
-    rule: Literal["step", "spectral"] = "step"
-    """step: any optimizer's step passed through the gate. spectral: Adam in the gate's coordinates, as in the paper."""
+    rule: Literal["step", "spectral", "frozen"] = "step"
+    """step: any optimizer's step passed through the gate. spectral: Adam in the gate's coordinates, as in the paper.
+    frozen: A stays at its gated start and only B learns: least memory and time, less forgotten, less learned."""
     places: list[Place] = ["a_start", "a_step", "b_step"]
-    """Where it acts: on A's start, on A's steps, on B's steps (rule step only)."""
+    """Where it acts: on A's start, on A's steps, on B's steps (rule step only; rule frozen: A's start alone)."""
     start: Literal["leading", "random"] = "leading"
     """Of A: in the r directions of largest quotient; or where PEFT puts it at random, passed through the gate."""
     gate_lambda: NonNegative = 16.0
@@ -145,6 +146,24 @@ class GateSection(Section):
         if self.basis_dtype != "auto":
             return self.basis_dtype
         return "bfloat16" if gpu else "float32"
+
+    @property
+    def words(self) -> str:
+        """Rule, places and strength, for people; where only A's start is gated the strength says nothing."""
+        strength = "" if self.rule == "frozen" else f"; λ = {self.gate_lambda:g}"
+        return f"{self.rule} at {', '.join(self.places)}{strength}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen_gates_the_start(cls, given: Any) -> Any:
+        alone = isinstance(given, dict) and given.get("rule") == "frozen" and "places" not in given
+        return given | {"places": ["a_start"]} if alone else given
+
+    @model_validator(mode="after")
+    def _frozen_gates_no_step(self) -> GateSection:
+        if self.enabled and self.rule == "frozen" and self.places != ["a_start"]:
+            raise ValueError("rule frozen gates A's start and no step: set gate.places to [a_start], or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _spectral_gates_a_only(self) -> GateSection:

@@ -51,9 +51,9 @@ class GatedTrainer(DurableTrainer):
     gated: GatedOptimizer | None = None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
-        if self.optimizer is not None or self.gates is None:
-            return super().create_optimizer(model)
         section = self.gate_section
+        if self.optimizer is not None or self.gates is None or section.rule == "frozen":
+            return super().create_optimizer(model)
         pairs = adapter_pairs(self.model)
         adapters = [(pair.a, pair.b, self.gates[pair.name]) for pair in pairs]
         if section.rule == "step":

@@ -55,7 +55,7 @@ EVERY = [
     PenaltyOnly(1e-2),
     UtilityOnly(1e-2),
     Gated(1e-2, gate={"rule": "spectral", "places": ["a_start", "a_step"]}),
-    Gated(1e-2, gate={"places": ["a_start"]}, freeze_a=True),
+    Gated(1e-2, gate={"rule": "frozen"}),
     Gated(1e-2, proxy="prose"),
     Gated(1e-2, proxy="random", num_samples=4),
 ]

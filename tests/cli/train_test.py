@@ -94,7 +94,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert len(load_gates(folder / "gates.safetensors")) == 14
     card = (folder / "adapter" / "README.md").read_text("utf-8")
     assert f"{found.text('task').loss.tuned.value:.4f}" in card
-    assert "gated (step rule at a_start, a_step, b_step; λ = 16" in card
+    assert "gated (step at a_start, a_step, b_step; λ = 16" in card
 
     text, talk = capfd.readouterr()
     assert [Path(line).exists() for line in named_files(text)] == [True]
@@ -159,7 +159,7 @@ def test_gate_off_is_the_same_run_without_statistics(recipe_file: Path, tmp_path
 def test_the_papers_gate_runs_from_a_recipe(recipe_file: Path, tmp_path: Path) -> None:
     paper = ["gate.rule=spectral", "gate.gate_lambda=1", "gate.floor=0.3", "gate.places=[a_start,a_step]"]
     assert run("train", recipe_file, *paper, "evaluation.metric=none") == 0
-    assert "spectral rule" in (tmp_path / "run" / "adapter" / "README.md").read_text("utf-8")
+    assert "spectral at" in (tmp_path / "run" / "adapter" / "README.md").read_text("utf-8")
     gate = next(iter(load_gates(tmp_path / "run" / "gates.safetensors").values()))
     assert (gate.gate_lambda, gate.floor) == (1.0, 0.3)
     assert float(gate.values.min()) >= 0.3

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from folora_q import pipeline
 from folora_q.models.hardware import Hardware
 from folora_q.runs.folder import RunFolder
+from folora_q.statistics.store import load_gates
 from folora_q.training.durable import DurableTrainer
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
 
@@ -31,6 +33,29 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert f"going on from checkpoint-{step}\n" in capfd.readouterr().err
     assert [entry["step"] for entry in manifest(folder)["resumed"]] == [step]
     assert_the_same_run(straight, folder)
+
+
+def test_a_frozen_a_is_saved_kept_and_gone_on_from(recipe_file: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    frozen = [recipe_file, "gate.rule=frozen", "training.save_steps=2"]
+    straight, stopped = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
+    assert run(*frozen, f"training.output_dir={straight}") == 0
+    assert "frozen at a_start" in (straight / "adapter" / "README.md").read_text("utf-8")
+    gates = load_gates(straight / "gates.safetensors")
+    weights = load_file(straight / "adapter" / "adapter_model.safetensors")
+    for layer, gate in gates.items():
+        a = weights[f"base_model.model.{layer}.lora_A.weight"]
+        leading = gate.leading_rows(len(a))
+        cosine = torch.nn.functional.cosine_similarity(a[: len(leading)], leading)
+        assert len(leading) > 0 and torch.allclose(cosine, torch.ones_like(cosine), atol=1e-4)
+        assert weights[f"base_model.model.{layer}.lora_B.weight"].norm() > 0
+    newest = straight / f"checkpoint-{max(steps_saved(straight))}"
+    state = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
+    assert len(state) == len(gates), "Adam's moments are of the B's alone"
+    stop_at(monkeypatch, 3, [*frozen, f"training.output_dir={stopped}"])
+    assert run(*frozen, f"training.output_dir={stopped}", "--resume") == 0
+    assert_the_same_run(straight, stopped)
+    assert run(recipe_file, "gate.rule=frozen", "gate.places=[a_step]") == 2
+    assert "rule frozen gates A's start and no step" in capfd.readouterr().err
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, arguments: list[object]) -> None:

@@ -54,14 +54,24 @@ def family(name: str) -> dict[str, Any]:
     return {key: value for key, value in SMALL.items() if key not in without} | own
 
 
-def difference(config: dict[str, Any], batch: Batch, autocast: bool, checkpointing: bool = False, **lora: Any) -> float:
+def difference(
+    config: dict[str, Any],
+    batch: Batch,
+    autocast: bool,
+    checkpointing: bool = False,
+    frozen: bool = False,
+    **lora: Any,
+) -> float:
     """The formula's, relative to what is counted."""
+    from folora_q.models.adapters import adapter_pairs, freeze_first
     from tests.memory.models import adapted_4bit, kept_bytes
 
     shape = shape_of(config)
     model = adapted_4bit(config, RANK, checkpointing, **lora)
+    if frozen:
+        freeze_first(adapter_pairs(model))
     dropout = lora.get("lora_dropout", 0) > 0
-    how = Arithmetic(compute=2, autocast=autocast, rank=RANK, dropout=dropout, eager=shape.eager)
+    how = Arithmetic(compute=2, autocast=autocast, rank=RANK, dropout=dropout, eager=shape.eager, frozen=frozen)
     found = (kept_with_checkpointing if checkpointing else kept)(shape, batch, how)
     if checkpointing:
         found -= shared(shape, batch, how)  # held by the layers' arguments, which autograd does not see
@@ -75,6 +85,18 @@ def difference(config: dict[str, Any], batch: Batch, autocast: bool, checkpointi
 @pytest.mark.parametrize("batch", [Batch(1, 96, False), Batch(3, 64, True)], ids=["one", "three, padded"])
 def test_what_a_llama_keeps(batch: Batch, checkpointing: bool, autocast: bool) -> None:
     assert abs(difference(LLAMA, batch, autocast, checkpointing)) < EXACT
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_a_keeps_no_input(checkpointing: bool, autocast: bool) -> None:
+    batch = Batch(2, 96, True)
+    assert abs(difference(LLAMA, batch, autocast, checkpointing, frozen=True)) < EXACT
+    whole, frozen = (
+        kept(shape_of(LLAMA), batch, Arithmetic(compute=2, autocast=autocast, rank=RANK, frozen=frozen))
+        for frozen in (False, True)
+    )
+    assert frozen < 0.9 * whole
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["cpu", "gpu"])

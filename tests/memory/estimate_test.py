@@ -210,6 +210,15 @@ def test_adam_in_the_gates_coordinates_needs_less_where_the_rank_is_large() -> N
     assert stage(inside, "training")["optimizer"] < stage(all_of_a, "training")["optimizer"]
 
 
+def test_a_frozen_a_is_in_the_adapter_and_in_nothing_else() -> None:
+    plain = {"training": {"optim": "adamw_torch"}}
+    frozen, all_of_it = (
+        stage(estimate(a_recipe(gate=gate, **plain), MISTRAL), "training") for gate in ({"rule": "frozen"}, {})
+    )
+    assert frozen["adapter"] == all_of_it["adapter"]
+    assert frozen["gradients"] < all_of_it["gradients"] and frozen["optimizer"] == 2 * frozen["gradients"]
+
+
 PUBLISHED = {1024: 6, 2048: 7, 4096: 9, 8192: 12, 16_384: 19, 32_768: 32}
 
 

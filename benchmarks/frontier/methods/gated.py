@@ -32,7 +32,6 @@ class Gated(Method):
             from BOS or as a chat ("bos", "chat"), public-domain prose ("prose"), or random tokens ("random").
         num_samples: so many texts, in place of all.
         treatment: of exact covariances (benchmarks/frontier/covariances.py).
-        freeze_a: A stays where it starts.
     """
 
     gate_lambda: float = 64.0
@@ -40,7 +39,6 @@ class Gated(Method):
     proxy: str = "own"
     num_samples: int | None = None
     treatment: str = "plain"
-    freeze_a: bool = False
     kind: ClassVar[type[SpectralGate]] = SpectralGate
 
     @property
@@ -73,12 +71,14 @@ class Gated(Method):
         self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind, self.treatment)
         if "a_start" in self.section.places:
             start_gated(pairs, self.of_layers, leading=self.section.start == "leading")
-        if self.freeze_a:
+        if self.section.rule == "frozen":
             freeze([pair.a for pair in pairs])
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
         places = self.section.places
         adapters = pairs_with(self.of_layers, pairs)
+        if self.section.rule == "frozen":
+            return self.adamw(model)
         if self.section.rule == "spectral":
             return SpectralAdamW(adapters, lr=self.learning_rate, complement=self.section.complement)
         return GatedOptimizer(
