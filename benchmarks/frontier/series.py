@@ -108,7 +108,6 @@ def quick() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, 3e-4, 1e-3)]),
         Series("gated, λ 64", [Gated(rate) for rate in (1e-3, 3e-3)]),
-        Series("gated start, A frozen", [Gated(rate, gate=START_ALONE, freeze_a=True) for rate in RATES[1:] + (1e-2,)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(3e-3)]),
         Series("TMKL", [TMKL(1e-3)]),
     ]
