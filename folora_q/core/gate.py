@@ -197,11 +197,12 @@ class SpectralGate:
     def leading_rows(self, count: int) -> Tensor:
         """Orthonormal rows, (at most count, d) float32, that span the directions which pass most.
 
-        None of them passes less than what lies outside the basis, so there may be fewer than asked for.
+        Each passes more than what lies outside the basis, so there may be fewer than asked for; a gate that lets all pass
+        alike has none.
         """
         order = self.values.sort(descending=True, stable=True).indices
-        if self.complement_size:
-            order = order[self.quotients[order] > self.complement_quotient]
+        least = self.complement_value if self.complement_size else self.values.min()
+        order = order[self.values[order] > least]
         vectors = self.basis.double().cpu() @ self.vectors[:, order[:count]]
         return torch.linalg.qr(vectors).Q.T.to(self.basis.device, torch.float32)
 

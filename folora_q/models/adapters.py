@@ -93,13 +93,14 @@ def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate],
     """
     with torch.no_grad():
         for pair in pairs:
-            gate = gates[pair.name]
+            gate, norm = gates[pair.name], pair.a.norm()
             rows = gate.apply(pair.a)
-            rows *= len(rows) ** 0.5 / rows.norm()
-            if leading:
-                found = gate.leading_rows(len(rows))
-                rows[: len(found)] = found
-            pair.a.copy_(rows * (pair.a.norm() / rows.norm()))
+            rows = rows * (norm / rows.norm())  # by one exactly where all passes
+            found = gate.leading_rows(len(rows) if leading else 0)
+            if len(found):
+                rows[: len(found)] = found * (norm / len(rows) ** 0.5)
+                rows *= norm / rows.norm()
+            pair.a.copy_(rows)
 
 
 def freeze_first(pairs: Sequence[AdapterPair]) -> None:

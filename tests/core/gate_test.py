@@ -248,7 +248,7 @@ def test_leading_rows_span_the_largest_quotients_of_the_dense_problem(seed, rank
     gate = gate_of(seed, rank)
     found = gate.leading_rows(count).double()
     wanted, _, _ = dense_gate(seed, rank)
-    better = int((gate.quotients > gate.complement_quotient).sum()) if gate.complement_size else D
+    better = int((gate.quotients > gate.complement_quotient).sum()) if gate.complement_size else D - 1
     assert len(found) == min(count, better)
     torch.testing.assert_close(found @ found.T, torch.eye(len(found), dtype=torch.float64), rtol=0, atol=1e-5)
     penalty, utility = gate.forms(found)
@@ -257,3 +257,9 @@ def test_leading_rows_span_the_largest_quotients_of_the_dense_problem(seed, rank
         utility + SETTINGS["utility_ridge"] * identity, penalty + SETTINGS["ridge"] * identity
     )
     np.testing.assert_allclose(inside, wanted[: len(found)], rtol=1e-3)
+
+
+def test_a_gate_that_lets_all_pass_alike_has_no_leading_rows() -> None:
+    assert gate_of(gate_lambda=0.0).leading_rows(4).shape == (0, D)
+    assert gate_of(rank=24, gate_lambda=0.0).leading_rows(4).shape == (0, D)
+    assert gate_of(floor=1.0).leading_rows(4).shape == (0, D)
