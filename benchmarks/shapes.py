@@ -84,7 +84,7 @@ def _random_gate(dim: int, rank: int, device: torch.device, dtype: torch.dtype) 
         0.5,
         ridge=0.01,
         utility_ridge=0.01,
-        gate_lambda=16.0,
+        gate_lambda=64.0,
         floor=0.0,
         sharpness=1.0,
     )

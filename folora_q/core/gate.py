@@ -197,8 +197,8 @@ class SpectralGate:
     def leading_rows(self, count: int) -> Tensor:
         """Orthonormal rows, (at most count, d) float32, that span the directions which pass most.
 
-        Each passes more than what lies outside the basis, so there may be fewer than asked for; a gate that lets all pass
-        alike has none.
+        Each passes more than what lies outside the basis, so there may be fewer than asked for: none where all passes
+        alike.
         """
         order = self.values.sort(descending=True, stable=True).indices
         least = self.complement_value if self.complement_size else self.values.min()

@@ -75,7 +75,7 @@ proxy: ## text that the model writes itself: what it should not forget
 
 gate:
   enabled: true ## false is plain QLoRA; then set training.learning_rate to 2e-4
-  gate_lambda: 16 ## higher keeps more of the model; raise learning_rate with it
+  gate_lambda: 64 ## higher keeps more of the model; raise learning_rate with it
 
 training:
   output_dir: {dump_yaml(answers.output_dir, flow=True)}

@@ -103,7 +103,7 @@ class GateSection(Section):
     """Where it acts: on A's start, on A's steps, on B's steps (rule step only; rule frozen: A's start alone)."""
     start: Literal["leading", "random"] = "leading"
     """Of A: in the r directions of largest quotient; or where PEFT puts it at random, passed through the gate."""
-    gate_lambda: NonNegative = 16.0
+    gate_lambda: NonNegative = 64.0
     """λ, the strength: a direction whose quotient equals it passes half. Raise it together with the learning rate."""
     floor: Fraction = 0.0
     """s_min: the least share of a step that every direction passes."""
