@@ -56,7 +56,7 @@ def test_a_valid_recipe_is_told_in_short(recipe_file: Path, tmp_path: Path, capf
     assert f"✓ {recipe_file} is valid" in text
     assert f"{tmp_path / 'train.jsonl'}: 12 rows of `messages`" in text
     assert "5 steps of 4 sequences up to 1,024 tokens; learning rate 0.01, optimizer by hardware" in text
-    assert "step at a_start, a_step, b_step; λ = 16" in text
+    assert "step at a_start, a_step, b_step; λ = 64" in text
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
 

@@ -94,7 +94,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert len(load_gates(folder / "gates.safetensors")) == 14
     card = (folder / "adapter" / "README.md").read_text("utf-8")
     assert f"{found.text('task').loss.tuned.value:.4f}" in card
-    assert "gated (step at a_start, a_step, b_step; λ = 16" in card
+    assert "gated (step at a_start, a_step, b_step; λ = 64" in card
 
     text, talk = capfd.readouterr()
     assert [Path(line).exists() for line in named_files(text)] == [True]
