@@ -14,7 +14,7 @@ from benchmarks.frontier.results import Result
 # Ours and what it is most to be compared with stand out; the others are thin, in the colours of this map.
 STRONG = {"LoRA": "#000000", "gated": "#1f6feb", "control": "#d4572a"}
 OTHERS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
-DASHES = {"16": "--", "256": ":"}  # by strength
+DASHES = {"16": "--", "256": ":", "gated, A frozen": "-."}
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -14,15 +14,18 @@ from benchmarks.frontier.comparing import PLAIN, Curve, Spread, at_update_norm, 
 from benchmarks.frontier.costs import read_costs
 from benchmarks.frontier.plot import draw
 from benchmarks.frontier.results import Result, read_all
-from benchmarks.frontier.series import methods
+from benchmarks.frontier.series import OURS, methods
 from benchmarks.frontier.training import Cost
 from folora_q.cli.console import out
 from folora_q.files import atomic_write
 
 # What is between these lines of docs/frontier.md is replaced.
 BEGIN, END = "<!-- made by `benchmarks.frontier table`: -->", "<!-- until here -->"
+METHODS = {series.name: series.points for series in methods()}
 # They take a part of the weights away, which 4 bits cannot hold.
-SIXTEEN_BIT = {series.name for series in methods() if series.points[0].sixteen_bit}
+SIXTEEN_BIT = {name for name, points in METHODS.items() if points[0].sixteen_bit}
+# What ablations are set beside.
+UNCHANGED = (PLAIN, f"gated, λ {OURS:g}")
 # Shares of plain LoRA's best gain at which methods are compared.
 SHARES = (0.9, 0.97)
 MEASURES = {
@@ -117,20 +120,26 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
     text: list[str] = []
     for task in dict.fromkeys(result.task for result in results):
         of_task = [result for result in results if result.task == task]
+        compared = [result for result in of_task if result.series in METHODS]
+        changed = [result for result in of_task if result.series not in METHODS]
+        beside = [result for result in compared if result.series in UNCHANGED]
         costs = read_costs(output, task)
-        for share in SHARES:
-            title = f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate"
-            found = rows(of_task, share, costs)
+        sections = [(task, share, compared) for share in SHARES]
+        if changed:
+            sections += [(f"{task}, ours changed", share, beside + changed) for share in SHARES]
+        for name, share, shown in sections:
+            title = f"{name}: at {share:.0%} of the gain that plain LoRA makes at its best rate"
+            found = rows(shown, share, costs)
             table = Table(title=title, title_justify="left")
-            for name in COLUMNS:
-                table.add_column(name, justify="left" if name == "method" else "right")
+            for column in COLUMNS:
+                table.add_column(column, justify="left" if column == "method" else "right")
             for row in found:
                 table.add_row(*(cell(row) for cell in COLUMNS.values()))
             out.width = max(out.width, 200)
             out.print(table)
             text += [f"### {title}\n", markdown(found)]
         if docs is not None:
-            draw(of_task, docs / f"frontier-{task}.png")
+            draw(compared, docs / f"frontier-{task}.png")
             text.append(f"![{task}](frontier-{task}.png)\n")
     if docs is not None:
         lines = [path.read_text("utf-8") for path in sorted(output.glob("*.json"))]

@@ -101,7 +101,8 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     docs.mkdir()
     page = docs / "frontier.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    for number, result in enumerate([*power("LoRA", 0.5), *power("gated, λ 16", 0.1)]):
+    series = {"LoRA": 0.5, "gated, λ 16": 0.1, "rank 8": 0.2}
+    for number, result in enumerate(run for name, factor in series.items() for run in power(name, factor)):
         key = Key("model", "style", {"number": number}, 0, 100)
         write(key.path(runs), key, result)
     (runs / "costs").mkdir()
@@ -109,10 +110,12 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     (runs / "costs" / "style.json").write_text(json.dumps(costs), "utf-8")
     show(runs, 100, docs)
     assert json.loads((docs / "frontier-costs.json").read_text("utf-8")) == {"style": costs}
-    assert page.read_text("utf-8").count("| 1.00 | 1.00 |") == 2
+    assert page.read_text("utf-8").count("| 1.00 | 1.00 |") == 4
     text = page.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| gated, λ 16 | ") == 2 and "(frontier-style.png)" in text
+    methods, changed = text.split("### style, ours changed: at 90%")
+    assert "| rank 8 | " not in methods and changed.count("| rank 8 | ") == 2 and "| gated, λ 16 | " not in changed
     assert (docs / "frontier-style.png").read_bytes().startswith(b"\x89PNG")
     show(runs, 100, docs)
     assert page.read_text("utf-8") == text
