@@ -2,8 +2,8 @@
 
 A learning rate that is too small forgets nothing because it learns nothing, so no two runs are compared as they are. A
 method's curve goes through the runs that no other of its runs beats in both task loss and forgetting. Between them task
-loss and KL are interpolated in logarithms, everything else along the logarithm of the task loss. Outside of its curve
-a method has no value.
+loss and KL are interpolated in logarithms, everything else along the logarithm of the task loss. A method that did not
+learn so much has no value; of one that learnt more in each of its runs, the run that learnt least bounds what it forgets.
 """
 
 from __future__ import annotations
@@ -40,8 +40,15 @@ class Curve:
         return cls(tuple(kept))
 
     def at_task_loss(self, loss: float, value: Value, log: bool = False) -> float:
-        """A value where the curve has this task loss; NaN where it does not go."""
+        """A value where the curve has this task loss; NaN where it is not reached; beyond its end the last run's."""
+        if not self.runs:
+            return math.nan
+        loss = min(loss, self.runs[-1].task_loss)
         return _between([run.task_loss for run in self.runs], [value(run) for run in self.runs], loss, log)
+
+    def ends_before(self, loss: float) -> bool:
+        """Whether every run learnt more: values there are bounds."""
+        return bool(self.runs) and self.runs[-1].task_loss < loss
 
     def mean_log_ratio(self, other: Curve, value: Value, points: int = 64) -> float:
         """The area between two curves: the mean of log(value / other's) over the task losses that both reach.

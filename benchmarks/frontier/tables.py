@@ -42,6 +42,7 @@ class Row:
 
     series: str
     values: dict[str, Spread]
+    bound: bool  # with some seed every run learnt more
     kl_ratio: Spread
     rise_ratio: Spread
     area: Spread  # mean log KL ratio over the shared range
@@ -67,9 +68,11 @@ def _row(
 ) -> Row:
     values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm = [], [], [], [], []
+    bound = False
     for seed in sorted(seeds.keys() & plain.keys()):
         curve, reference = Curve.of(seeds[seed]), Curve.of(plain[seed])
         loss = wanted_loss(plain[seed], share)
+        bound |= curve.ends_before(loss)
         for measure, (value, log) in MEASURES.items():
             values[measure].append(curve.at_task_loss(loss, value, log))
         kl_ratio.append(values["KL"][-1] / reference.at_task_loss(loss, *MEASURES["KL"]))
@@ -87,10 +90,16 @@ def _row(
     return Row(
         name,
         {measure: Spread.of(found) for measure, found in values.items()},
+        bound,
         *map(Spread.of, (kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm)),
         time,
         memory,
     )
+
+
+def at_most(row: Row, spread: Spread, digits: int) -> str:
+    sign = "≤ " if row.bound and not math.isnan(spread.mean) else ""
+    return f"{sign}{spread:.{digits}f}"
 
 
 def measured(ratio: float) -> str:
@@ -100,10 +109,10 @@ def measured(ratio: float) -> str:
 COLUMNS = {
     "method": lambda row: f"{row.series} ¹" if row.series in SIXTEEN_BIT else row.series,
     "seeds": lambda row: str(row.area.seeds),
-    "KL": lambda row: f"{row.values['KL']:.3f}",
-    "/ LoRA's": lambda row: f"{row.kl_ratio:.2f}",
-    "rise": lambda row: f"{row.values['rise']:.3f}",
-    "/ LoRA's ": lambda row: f"{row.rise_ratio:.2f}",
+    "KL": lambda row: at_most(row, row.values["KL"], 3),
+    "/ LoRA's": lambda row: at_most(row, row.kl_ratio, 2),
+    "rise": lambda row: at_most(row, row.values["rise"], 3),
+    "/ LoRA's ": lambda row: at_most(row, row.rise_ratio, 2),
     "right kept": lambda row: f"{row.values['right answers kept']:.3f}",
     "‖ΔW‖": lambda row: f"{row.values['‖ΔW‖']:.2f}",
     "area": lambda row: f"{row.area:+.2f}",

@@ -44,7 +44,8 @@ def test_between_runs_a_power_law_is_found_exactly() -> None:
     curve = Curve.of(power("LoRA", 0.5))
     assert curve.at_task_loss(1.5, lambda r: r.kl, log=True) == pytest.approx(0.5 / 1.5**2)
     assert math.isnan(curve.at_task_loss(0.9, lambda r: r.kl, log=True))
-    assert math.isnan(curve.at_task_loss(3.6, lambda r: r.kl, log=True))
+    assert curve.at_task_loss(3.6, lambda r: r.kl, log=True) == pytest.approx(0.5 / 3.5**2)
+    assert curve.ends_before(3.6) and not curve.ends_before(3.4)
     assert at_update_norm(power("LoRA", 0.5), 0.5, lambda r: r.task_loss, log=True) == pytest.approx(2.0)
 
 
@@ -75,6 +76,9 @@ def test_a_row_compares_with_plain_lora_seed_by_seed() -> None:
     assert math.isnan(found["weak"].time) and math.isnan(found["weak"].memory)
     assert half.loss_at_norm.mean == pytest.approx(loss)
     assert math.isnan(found["weak"].kl_ratio.mean) and list(found)[-1] == "weak"
+    strong = rows([*power("LoRA", 0.5), run(1.0, 0.02, series="strong")], 0.8, {})[0]
+    assert strong.bound and strong.values["KL"].mean == pytest.approx(0.02) and not half.bound
+    assert "| ≤ 0.020 | " in markdown([strong])
     lines = markdown(list(found.values())).splitlines()
     assert len(lines) == 2 + 3 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)
     assert "–" in lines[-1]
