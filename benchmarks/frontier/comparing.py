@@ -3,7 +3,7 @@
 A learning rate that is too small forgets nothing because it learns nothing, so no two runs are compared as they are. A
 method's curve goes through the runs that no other of its runs beats in both task loss and forgetting. Between them task
 loss and KL are interpolated in logarithms, everything else along the logarithm of the task loss. A method that did not
-learn so much has no value; of one that learnt more in each of its runs, the one that learnt least bounds what it forgets.
+learn so much has no value; of one that learnt more in each of its runs, the least of them bounds what it forgets.
 """
 
 from __future__ import annotations
