@@ -82,7 +82,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
         assert layer.update_norm > 0 and 0 < layer.energy_kept["a"] < 1.5
     gates = read_gate_results(folder / "gates.json")
     assert sorted(name for gate in gates for name in gate.modules) == sorted(layer.name for layer in found.layers)
-    assert all(0 < gate.mean_value < 1 and gate.gate_lambda == 16 for gate in gates)
+    assert all(0 < gate.mean_value < 1 and gate.gate_lambda == 64 for gate in gates)
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["training"] * 4

@@ -266,6 +266,7 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
     if isinstance(recipe, UserError):
         known = (
             "rule spectral",
+            "rule frozen",
             "needs measurements",
             "can only be kept",
             "needs metric_function",
