@@ -1,4 +1,4 @@
-"""What a few steps of each method cost, in a process of its own, one after another.
+"""What a few steps of each method cost, in two processes of its own, one for the time and one for the memory.
 
 Runs are made on several days and beside each other, so their times do not compare, and statistics that stay in a
 process blur its memory. What a method computes before its first step is let go of first, as the product does; only what
@@ -46,20 +46,22 @@ def measure_all(
         if name in found:
             continue
         command = [sys.executable, "-m", "benchmarks.frontier", "costs", "--task", recipe.stem, "--one", name]
-        child = subprocess.run(
-            [*command, "--output", str(output), *overrides],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | GIVE_BACK,
-            check=False,
+        timed, weighed = (
+            _child([*command, "--output", str(output), *overrides], settings) for settings in ({}, GIVE_BACK)
         )
-        if child.returncode:
-            raise RunFailed(f"what {name} costs could not be measured")
-        found[name] = Cost(**json.loads(child.stdout))
+        found[name] = dataclasses.replace(timed, peak_bytes=weighed.peak_bytes)
         _path(output, recipe.stem).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({name: asdict(cost) for name, cost in found.items()}, indent=1, ensure_ascii=False)
         atomic_write(_path(output, recipe.stem), text + "\n")
         tell(f"{recipe.stem}: {name}: {found[name].seconds:.1f} s, {(found[name].peak_bytes or 0) / 2**20:,.0f} MiB")
+
+
+def _child(command: list[str], settings: dict[str, str]) -> Cost:
+    """What `measure` finds in a process with these settings; those that give memory back make it slower."""
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | settings, check=False)
+    if child.returncode:
+        raise RunFailed(f"it could not be measured: {' '.join(command)}")
+    return Cost(**json.loads(child.stdout))
 
 
 def read_costs(output: Path, task: str) -> dict[str, Cost]:
