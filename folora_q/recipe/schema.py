@@ -98,7 +98,7 @@ class GateSection(Section):
     """false is plain QLoRA with the same seeds and data order."""
     rule: Literal["step", "spectral", "frozen"] = "step"
     """step: any optimizer's step passed through the gate. spectral: Adam in the gate's coordinates, as in the paper.
-    frozen: A stays at its gated start and only B learns: least memory and time, less forgotten, less learned."""
+    frozen: A stays at its gated start and only B learns: the least memory and time, and less is learned."""
     places: list[Place] = ["a_start", "a_step", "b_step"]
     """Where it acts: on A's start, on A's steps, on B's steps (rule step only; rule frozen: A's start alone)."""
     start: Literal["leading", "random"] = "leading"
