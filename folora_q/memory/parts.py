@@ -164,7 +164,10 @@ def columns_of(section: GateSection, width: int) -> int:
 
 
 def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> tuple[int, int]:
-    """Bytes of the gates where the model is, P₀ (d, m) and M (m, m); and in float64 on the host: both grams and V."""
+    """Bytes of the gates where the model is, P₀ (d, m) and M (m, m); and in float64 on the host: both grams and V.
+
+    With rule frozen no step needs them, and all of them go to the host.
+    """
     if not recipe.gate.enabled:
         return 0, 0
     width = BYTES[recipe.gate.basis_dtype_on(on_gpu)]
@@ -173,7 +176,7 @@ def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> t
         m = columns_of(recipe.gate, space.width)
         device += space.count * width * m * (space.width + m)
         host += space.count * FLOAT64 * 3 * m * m
-    return 0 if how.frozen else device, host
+    return (0, device + host) if how.frozen and on_gpu else (device, host)
 
 
 def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:

@@ -212,9 +212,9 @@ def test_adam_in_the_gates_coordinates_needs_less_where_the_rank_is_large() -> N
 
 def test_a_frozen_a_is_in_the_adapter_and_in_nothing_else() -> None:
     plain = {"training": {"optim": "adamw_torch"}}
-    frozen, all_of_it = (
-        stage(estimate(a_recipe(gate=gate, **plain), MISTRAL), "training") for gate in ({"rule": "frozen"}, {})
-    )
+    both = [estimate(a_recipe(gate=gate, **plain), MISTRAL) for gate in ({"rule": "frozen"}, {})]
+    assert both[0].disk["gates"] == both[1].disk["gates"] > 0, "gates are written, wherever they stand"
+    frozen, all_of_it = (stage(found, "training") for found in both)
     assert frozen["adapter"] == all_of_it["adapter"]
     assert frozen["gradients"] < all_of_it["gradients"] and frozen["optimizer"] == 2 * frozen["gradients"]
 
