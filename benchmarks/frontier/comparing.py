@@ -41,9 +41,8 @@ class Curve:
 
     def at_task_loss(self, loss: float, value: Value, log: bool = False) -> float:
         """A value where the curve has this task loss; NaN where it is not reached; beyond its end the last run's."""
-        if not self.runs:
-            return math.nan
-        loss = min(loss, self.runs[-1].task_loss)
+        if self.ends_before(loss):
+            loss = self.runs[-1].task_loss
         return _between([run.task_loss for run in self.runs], [value(run) for run in self.runs], loss, log)
 
     def ends_before(self, loss: float) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from torch import Tensor
 
 from benchmarks.frontier.ground import Ground
-from benchmarks.frontier.measuring import Measured, Yardstick
+from benchmarks.frontier.measuring import Yardstick
 from benchmarks.frontier.methods.base import AdapterPair, Method
 from benchmarks.frontier.methods.gated import Gated
 from benchmarks.frontier.methods.lora import LoRA
@@ -54,14 +55,11 @@ def drifts(ground: Ground, steps: int, methods: list[Method] = COMPARED) -> list
         found[kind] = [drift(update, penalties) for update in updates]
     fresh.unload()
     return [
-        Drift(f"{type(method).__name__} {method.learning_rate:g}", plain, weighted, own_kl(m), m.loss["task"])
+        Drift(
+            f"{type(method).__name__} {method.learning_rate:g}", plain, weighted, fmean(m.kl.values()), m.loss["task"]
+        )
         for method, plain, weighted, m in zip(methods, found["activation"], found["fisher"], measured, strict=True)
     ]
-
-
-def own_kl(measured: Measured) -> float:
-    """The mean over the kinds of the base's own text."""
-    return sum(measured.kl.values()) / len(measured.kl)
 
 
 def _factors(pair: AdapterPair) -> Factors:

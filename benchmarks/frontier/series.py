@@ -104,7 +104,7 @@ def ablations() -> list[Series]:
 
 
 def quick() -> list[Series]:
-    """A quarter of an hour on two CPU cores."""
+    """Few points, on one task."""
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, 3e-4, 1e-3)]),
         Series("gated, λ 64", [Gated(rate) for rate in (1e-3, 3e-3)]),

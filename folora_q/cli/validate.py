@@ -60,10 +60,7 @@ def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
         f"{training.learning_rate:g}, "
         f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )
-    yield (
-        "gate",
-        gate.words if gate.enabled else "off: plain QLoRA",
-    )
+    yield "gate", gate.words if gate.enabled else "off: plain QLoRA"
     taken = " (holds a run already: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
     yield "run", training.output_dir + taken
 

@@ -114,15 +114,15 @@ def _kept_by_adapters(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
             continue
         width = readers[0].inputs
         copies = how.casts or (how.autocast and not shape.rms and "output" not in tensor)
+        kept += how.adapter * how.rank * len(readers)
         if how.dropout:
             kept += width * len(readers)  # its mask
         if how.frozen:
-            pass
-        elif copies or how.dropout:
+            continue
+        if copies or how.dropout:
             kept += how.adapter * width * len(readers)
         elif tensor != "attention output" or how.eager:
             kept += how.compute * width
-        kept += how.adapter * how.rank * len(readers)
     return kept
 
 

@@ -160,18 +160,16 @@ class GateSection(Section):
         return given | {"places": ["a_start"]} if alone else given
 
     @model_validator(mode="after")
-    def _frozen_gates_no_step(self) -> GateSection:
-        if self.enabled and self.rule == "frozen" and self.places != ["a_start"]:
+    def _places_suit_the_rule(self) -> GateSection:
+        if not self.enabled:
+            return self
+        if self.rule == "frozen" and self.places != ["a_start"]:
             raise ValueError("rule frozen gates A's start and no step: set gate.places to [a_start], or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _spectral_gates_a_only(self) -> GateSection:
-        if self.enabled and self.rule == "spectral" and "b_step" in self.places:
+        if self.rule == "spectral" and "b_step" in self.places:
             raise ValueError(
                 "rule spectral leaves B to AdamW, as in the paper: set gate.places to [a_start, a_step] or [a_step]"
             )
-        if self.enabled and self.rule == "spectral" and "a_step" not in self.places:
+        if self.rule == "spectral" and "a_step" not in self.places:
             raise ValueError("rule spectral needs a_step among gate.places")
         return self
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -63,9 +62,3 @@ class Step:
     counted: Tensor  # (b, t - 1) bool
     wanted: Tensor
     logits: Tensor
-
-
-def freeze(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Train none of them."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)

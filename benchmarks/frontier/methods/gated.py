@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.frontier.ground import DENSE, pairs_with
-from benchmarks.frontier.methods.base import AdapterPair, Ground, Method, freeze
+from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
-from folora_q.models.adapters import start_gated
+from folora_q.models.adapters import freeze_first, start_gated
 from folora_q.recipe.schema import GateSection
 
 
@@ -72,13 +72,13 @@ class Gated(Method):
         if "a_start" in self.section.places:
             start_gated(pairs, self.of_layers, leading=self.section.start == "leading")
         if self.section.rule == "frozen":
-            freeze([pair.a for pair in pairs])
+            freeze_first(pairs)
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        places = self.section.places
-        adapters = pairs_with(self.of_layers, pairs)
         if self.section.rule == "frozen":
             return self.adamw(model)
+        places = self.section.places
+        adapters = pairs_with(self.of_layers, pairs)
         if self.section.rule == "spectral":
             return SpectralAdamW(adapters, lr=self.learning_rate, complement=self.section.complement)
         return GatedOptimizer(

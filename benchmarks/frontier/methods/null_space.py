@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from benchmarks.frontier.methods.base import AdapterPair, Ground, Method, freeze
+from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from folora_q.core.spectrum import generalized_eigenproblem
+from folora_q.models.adapters import freeze_first
 
 # A's rows get the norm that PEFT's own start gives them, so that a learning rate means the same everywhere.
 ROW_NORM = 3**-0.5
@@ -35,7 +36,7 @@ class LoRANull(Method):
             with torch.no_grad():
                 pair.a.copy_(ROW_NORM * found[id(penalty)])
         if self.freeze_a:
-            freeze([pair.a for pair in pairs])
+            freeze_first(pairs)
 
     def rows(self, penalty: Tensor, utility: Tensor, rank: int) -> Tensor:
         """Orthonormal rows (r, d)."""
