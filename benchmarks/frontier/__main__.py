@@ -27,7 +27,7 @@ from folora_q.cli.console import ConsoleProgress, err, quiet_libraries, quiet_pr
 quiet_libraries()  # before they are imported
 
 HERE = Path(__file__).parent
-TASKS = ("skill", "style")
+TASKS = ("skill", "style", "bookings")
 STEPS, QUICK_STEPS = 80, 30
 OUTPUT = Path("runs/frontier")
 
@@ -72,7 +72,7 @@ def run(
     chosen = series.quick() if quick else series.ablations() if ablations else series.methods()
     names = {s.name for s in chosen}
     chosen = [s for s in chosen if not wanted or any(s.name == w or (w not in names and w in s.name) for w in wanted)]
-    for task in tasks or TASKS[: 1 if quick else 2]:
+    for task in tasks or TASKS[: 1 if quick else None]:
         plan = Plan(
             recipe=HERE / f"{task}.yaml",
             overrides=overrides,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from benchmarks.frontier import changes
 from benchmarks.frontier.comparing import PLAIN, Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.costs import read_costs
 from benchmarks.frontier.plot import draw
@@ -25,15 +27,18 @@ METHODS = {series.name: series.points for series in methods()}
 # They take a part of the weights away, which 4 bits cannot hold.
 SIXTEEN_BIT = {name for name, points in METHODS.items() if points[0].sixteen_bit}
 # What ablations are set beside.
-UNCHANGED = (PLAIN, f"gated, λ {OURS:g}")
+UNCHANGED = f"gated, λ {OURS:g}"
 # Shares of plain LoRA's best gain at which methods are compared.
 SHARES = (0.9, 0.97)
 MEASURES = {
     "KL": (lambda run: run.kl, True),
     "rise": (lambda run: run.mean_rise, False),
+    "exact": (lambda run: math.nan if run.tuned["exact"] is None else run.tuned["exact"], False),
     "right answers kept": (kept_accuracy, False),
     "‖ΔW‖": (lambda run: run.tuned["update_norm"], True),
 }
+# By name, what a row has there.
+Columns = Mapping[str, Callable[[Any], str]]
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ COLUMNS = {
     "/ LoRA's": lambda row: at_most(row, row.kl_ratio, 2),
     "rise": lambda row: at_most(row, row.values["rise"], 3),
     "/ LoRA's ": lambda row: at_most(row, row.rise_ratio, 2),
+    "exact": lambda row: f"{row.values['exact']:.2f}",
     "right kept": lambda row: f"{row.values['right answers kept']:.3f}",
     "‖ΔW‖": lambda row: f"{row.values['‖ΔW‖']:.2f}",
     "area": lambda row: f"{row.area:+.2f}",
@@ -130,23 +136,26 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
     for task in dict.fromkeys(result.task for result in results):
         of_task = [result for result in results if result.task == task]
         compared = [result for result in of_task if result.series in METHODS]
-        changed = [result for result in of_task if result.series not in METHODS]
-        beside = [result for result in compared if result.series in UNCHANGED]
         costs = read_costs(output, task)
-        sections = [(task, share, compared) for share in SHARES]
+        sections: list[tuple[str, Columns, Sequence[Any]]] = [
+            (f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate", COLUMNS, found)
+            for share in SHARES
+            if (found := rows(compared, share, costs))
+        ]
+        changed = [result for result in of_task if result.series not in METHODS]
         if changed:
-            sections += [(f"{task}, ours changed", share, beside + changed) for share in SHARES]
-        for name, share, shown in sections:
-            title = f"{name}: at {share:.0%} of the gain that plain LoRA makes at its best rate"
-            found = rows(shown, share, costs)
+            ours, plain = ([run for run in compared if run.series == name] for name in (UNCHANGED, PLAIN))
+            found = changes.changes(changed, ours, plain)
+            sections.append((f"{task}: ours with one thing changed", changes.COLUMNS, found))
+        for title, columns, found in sections:
             table = Table(title=title, title_justify="left")
-            for column in COLUMNS:
-                table.add_column(column, justify="left" if column == "method" else "right")
+            for number, column in enumerate(columns):
+                table.add_column(column, justify="right" if number else "left")
             for row in found:
-                table.add_row(*(cell(row) for cell in COLUMNS.values()))
+                table.add_row(*(cell(row) for cell in columns.values()))
             out.width = max(out.width, 200)
             out.print(table)
-            text += [f"### {title}\n", markdown(found)]
+            text += [f"### {title}\n", markdown(columns, found)]
         if docs is not None:
             draw(compared, docs / f"frontier-{task}.png")
             text.append(f"![{task}](frontier-{task}.png)\n")
@@ -162,8 +171,8 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
         atomic_write(page, before + BEGIN + "\n\n" + "\n".join(text) + "\n" + END + after)
 
 
-def markdown(found: Sequence[Row]) -> str:
+def markdown(columns: Columns, found: Sequence[Any]) -> str:
     """Rows as a Markdown table."""
-    lines = ["| " + " | ".join(name.strip() for name in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in found]
+    lines = ["| " + " | ".join(name.strip() for name in columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in found]
     return "\n".join(lines) + "\n"

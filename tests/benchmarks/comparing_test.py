@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.frontier.changes import changes
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.results import Key, Result, read_all, write
 from benchmarks.frontier.tables import BEGIN, COLUMNS, END, markdown, rows, show
@@ -17,18 +18,31 @@ from benchmarks.frontier.training import Cost
 
 
 def run(
-    loss: float, kl: float, *, series: str = "LoRA", norm: float = 1.0, seed: int = 0, accuracy: float = 0.4
+    loss: float,
+    kl: float,
+    *,
+    series: str = "LoRA",
+    norm: float = 1.0,
+    seed: int = 0,
+    accuracy: float = 0.4,
+    rate: float = 1e-3,
 ) -> Result:
     texts = {"task": loss, "own text": 1.0, "own text, cut": 1.0, "prose": 3.0 + kl}
     before = {"task": 4.0, "own text": 1.0, "own text, cut": 1.0, "prose": 3.0}
     return Result(
         series=series,
-        learning_rate=1e-3,
+        learning_rate=rate,
         task="style",
         seed=seed,
         steps=100,
         base={"loss": before, "accuracy": 0.4},
-        tuned={"loss": texts, "kl": {"own text": kl, "own text, cut": kl}, "accuracy": accuracy, "update_norm": norm},
+        tuned={
+            "loss": texts,
+            "kl": {"own text": kl, "own text, cut": kl},
+            "accuracy": accuracy,
+            "exact": None,
+            "update_norm": norm,
+        },
         preparing=0.0,
         seconds=2.0,
         peak_bytes=100,
@@ -37,7 +51,10 @@ def run(
 
 def power(series: str, factor: float, seed: int = 0) -> list[Result]:
     """KL = factor / loss²: a straight line in logarithms, which is interpolated exactly."""
-    return [run(loss, factor / loss**2, series=series, seed=seed, norm=1 / loss) for loss in (1.0, 2.0, 3.5)]
+    return [
+        run(loss, factor / loss**2, series=series, seed=seed, norm=1 / loss, rate=1e-3 / loss)
+        for loss in (1.0, 2.0, 3.5)
+    ]
 
 
 def test_between_runs_a_power_law_is_found_exactly() -> None:
@@ -78,10 +95,24 @@ def test_a_row_compares_with_plain_lora_seed_by_seed() -> None:
     assert math.isnan(found["weak"].kl_ratio.mean) and list(found)[-1] == "weak"
     strong = rows([*power("LoRA", 0.5), run(1.0, 0.02, series="strong")], 0.8, {})[0]
     assert strong.bound and strong.values["KL"].mean == pytest.approx(0.02) and not half.bound
-    assert "| ≤ 0.020 | " in markdown([strong])
-    lines = markdown(list(found.values())).splitlines()
+    assert "| ≤ 0.020 | " in markdown(COLUMNS, [strong])
+    lines = markdown(COLUMNS, list(found.values())).splitlines()
     assert len(lines) == 2 + 3 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)
     assert "–" in lines[-1]
+
+
+def test_a_change_is_compared_at_its_own_task_loss() -> None:
+    plain, ours = ([r for seed in (0, 1) for r in power(name, kl, seed)] for name, kl in (("LoRA", 0.5), ("ours", 0.1)))
+    changed = [run(loss, 0.05 / loss**2, series="rank 8", seed=seed) for seed, loss in ((0, 1.7), (1, 2.6), (2, 1.7))]
+    far = run(3.8, 0.001, series="penalty only")
+    found = {row.series: row for row in changes([*changed, far], ours, plain)}
+    assert found["rank 8"].beside_plain == Spread(*[pytest.approx(0.1)] * 3, 2)  # plain LoRA has no third seed
+    assert found["rank 8"].beside_ours == Spread(*[pytest.approx(0.5)] * 3, 2)
+    assert found["rank 8"].task_loss.mean == pytest.approx(2.15)
+    assert found["ours"].beside_ours.mean == pytest.approx(1.0)
+    assert math.isnan(found["penalty only"].beside_ours.mean) and list(found)[-1] == "penalty only"
+    other_rate = run(1.7, 0.1, series="rank 8", rate=0.5)
+    assert {row.series for row in changes([other_rate], ours, plain)} == {"rank 8"}
 
 
 def test_what_rises_above_the_base_counts_as_kept() -> None:
@@ -105,7 +136,7 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     docs.mkdir()
     page = docs / "frontier.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    series = {"LoRA": 0.5, "gated, λ 16": 0.1, "rank 8": 0.2}
+    series = {"LoRA": 0.5, "gated, λ 64": 0.1, "rank 8": 0.2}
     for number, result in enumerate(run for name, factor in series.items() for run in power(name, factor)):
         key = Key("model", "style", {"number": number}, 0, 100)
         write(key.path(runs), key, result)
@@ -114,12 +145,12 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     (runs / "costs" / "style.json").write_text(json.dumps(costs), "utf-8")
     show(runs, 100, docs)
     assert json.loads((docs / "frontier-costs.json").read_text("utf-8")) == {"style": costs}
-    assert page.read_text("utf-8").count("| 1.00 | 1.00 |") == 4
+    assert page.read_text("utf-8").count("| 1.00 | 1.00 |\n") == 2
     text = page.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("| gated, λ 16 | ") == 2 and "(frontier-style.png)" in text
-    methods, changed = text.split("### style, ours changed: at 90%")
-    assert "| rank 8 | " not in methods and changed.count("| rank 8 | ") == 2 and "| gated, λ 16 | " not in changed
+    methods, changed = text.split("### style: ours with one thing changed")
+    assert methods.count("| gated, λ 64 | ") == 2 and "| rank 8 | " not in methods and "(frontier-style.png)" in changed
+    assert changed.count("| rank 8 | 0.001 | 1 | ") == 1 and "| LoRA | " not in changed
     assert (docs / "frontier-style.png").read_bytes().startswith(b"\x89PNG")
     show(runs, 100, docs)
     assert page.read_text("utf-8") == text
