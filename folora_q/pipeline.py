@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -27,6 +28,7 @@ from folora_q.files import atomic_write, commit_directory
 from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, freeze_first, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
+from folora_q.models.logits import check_head
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.private import conceal
@@ -158,6 +160,8 @@ def _run(
         base = load_model(recipe.model, hardware, tokenizer, trust)
     if data.end_of_turn is not None:
         stop_at(base.model, data.end_of_turn)
+    first = torch.tensor([data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
+    check_head(base.model, first)  # statistics, KL and losses all rest on it
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
     if resumed is not None:
         manifest["files_sha256"] = resumed.require_model(base.fingerprint)

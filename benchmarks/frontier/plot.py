@@ -14,7 +14,7 @@ from benchmarks.frontier.results import Result
 # Ours and what it is most to be compared with stand out; the others are thin, in the colours of this map.
 STRONG = {"LoRA": "#000000", "gated": "#1f6feb", "control": "#d4572a"}
 OTHERS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
-DASHES = {"16": "--", "256": ":", "gated, A frozen": "-."}
+DASHES = {"4": (0, (6, 3)), "16": "--", "256": ":", "gated, A frozen": "-."}
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -36,7 +36,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
         dashes = DASHES.get(name.rpartition("λ ")[2], "-") if family == "gated" else "-"
         for axis, value in zip(axes, (lambda run: run.kl, lambda run: run.mean_rise), strict=True):
             heights = [mean(value(run) for run in same) for same in by_rate]
-            axis.plot(losses, heights, dashes, marker=marker, color=colour, lw=width, ms=4 if family else 5, label=name)
+            axis.plot(
+                losses, heights, ls=dashes, marker=marker, color=colour, lw=width, ms=4 if family else 5, label=name
+            )
     axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     axes[0].set_ylabel("KL(base ‖ tuned) on text of the base's own, nats per token")
     axes[0].set_yscale("log")

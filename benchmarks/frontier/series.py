@@ -15,7 +15,12 @@ from benchmarks.frontier.methods.starts import CorDA, SCLoRA
 
 RATES = (3e-4, 1e-3, 3e-3)
 # λ and the learning rate rise together (docs/method.md).
-STRENGTHS = {16.0: (1e-3, 3e-3, 6e-3), 64.0: (1e-3, 3e-3, 6e-3), 256.0: (3e-3, 6e-3, 12e-3)}
+STRENGTHS = {
+    4.0: (1e-3, 3e-3, 6e-3),
+    16.0: (1e-3, 3e-3, 6e-3),
+    64.0: (1e-3, 3e-3, 6e-3),
+    256.0: (3e-3, 6e-3, 12e-3),
+}
 OURS = 64.0  # of the control, as of `Gated`
 ABLATED_RATE = 3e-3
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from folora_q import pipeline
 from folora_q.cli.app import main
 from folora_q.data.templates import read_template
+from folora_q.models import logits
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
@@ -241,6 +242,16 @@ def test_a_failure_is_one_line_and_its_folder_says_so(recipe_file: Path, tmp_pat
     assert "error: 3 steps in a row could not be taken, the last of them step 5 (loss nan, " in talk
     assert "hint: lower training.learning_rate" in talk
     assert manifest(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_head_that_we_do_not_know_is_refused_before_anything_is_sampled(
+    recipe_file: Path, tmp_path: Path, capfd, monkeypatch
+) -> None:
+    known = logits.head_logits
+    monkeypatch.setattr(logits, "head_logits", lambda *args: known(*args) * 1.1)
+    assert run("train", recipe_file) == 1
+    assert "LlamaForCausalLM cannot be computed in chunks" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "proxy.jsonl").exists()
 
 
 def test_a_mistake_leaves_the_old_run_alone(recipe_file: Path, tmp_path: Path) -> None:
