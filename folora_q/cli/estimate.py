@@ -142,4 +142,7 @@ def _settings(overrides: Mapping[str, object]) -> str:
 
 
 def _written(value: object) -> str:
+    """As a shell takes it."""
+    if isinstance(value, list):
+        return shlex.quote(f"[{', '.join(map(str, value))}]")
     return str(value).lower() if isinstance(value, bool) else f"{value}"

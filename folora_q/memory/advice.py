@@ -17,7 +17,7 @@ WORTH = 0.005
 # Kinds of changes, least harm first.
 HARM = (
     "attention", "proxy", "gate", "evaluation", "checkpointing", "rows", "rounds", "optimizer", "constants", "dtype",
-    "bases", "rank of the gates", "rank of the adapter", "length",
+    "bases", "rule", "rank of the gates", "rank of the adapter", "length",
 )  # fmt: skip
 Overrides = dict[str, Any]
 
@@ -132,6 +132,9 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
 
 def _harmful(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
     training, gate = recipe.training, recipe.gate
+    if gate.enabled and gate.rule == "step" and "a_start" in gate.places:
+        frozen = {"gate.rule": "frozen", "gate.places": ["a_start"]}
+        yield "rule", frozen, "A stays at its start: it learns a little less"
     if gate.enabled and gate.rank > 16:
         yield "rank of the gates", {"gate.rank": gate.rank // 2}, "coarser gates"
     if recipe.adapter.r > 8:

@@ -117,8 +117,12 @@ def estimate(recipe: Recipe, shape: ModelShape, device: Device = "gpu") -> Estim
     if not recipe.gate.enabled:
         stages.pop(2)
     if device == "cpu":
-        stages = [Stage(stage.name, stage.host | stage.device, {}) for stage in stages]
+        stages = [Stage(stage.name, _together(stage.host, stage.device), {}) for stage in stages]
     return Estimate(device, tuple(stages), run.disk(), run.trained)
+
+
+def _together(one: Parts, other: Parts) -> Parts:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
 
 
 class _Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_a_card_that_is_too_small_gets_advice_that_can_be_pasted(model: str, cap
     given = text.splitlines()[-1].split()[3:]
     assert large[0] not in given and large[1] in given  # what is changed is not said twice
     assert run("estimate", RECIPE, *given, "--gpu", 8) == 0
+
+
+def test_a_list_in_the_advice_can_be_pasted_too(model: str, capfd) -> None:
+    assert run("estimate", RECIPE, model, "training.max_length=4096", "--gpu", 6) == 1
+    line = capfd.readouterr().out.splitlines()[-1]
+    assert "gate.places='[a_start]'" in line
+    assert run("estimate", RECIPE, *shlex.split(line)[3:], "--gpu", 6) == 0
 
 
 def test_a_card_that_nothing_helps(model: str, capfd) -> None:

@@ -265,6 +265,22 @@ def test_advice_makes_it_fit(card: int) -> None:
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 32  # the same step
 
 
+def test_what_a_card_cannot_hold_is_frozen() -> None:
+    recipe = a_recipe(training={"max_length": 4096})
+    found = advise(recipe, MISTRAL, 6)
+    assert found.fits and found.overrides["gate.rule"] == "frozen"
+    gate = recipe.gate.model_dump() | {
+        key.partition(".")[2]: found.overrides[key] for key in ("gate.rule", "gate.places")
+    }
+    assert type(recipe.gate).model_validate(gate).places == ["a_start"]
+
+
+def test_on_a_cpu_what_host_and_device_hold_is_added_up() -> None:
+    gpu, cpu = (estimate(a_recipe(gate={"basis_dtype": "float32"}), MISTRAL, device) for device in ("gpu", "cpu"))
+    (one, other) = (next(stage for stage in found.stages if stage.name == "training") for found in (gpu, cpu))
+    assert other.device["gates"] == one.device["gates"] + one.host["gates"]
+
+
 def test_what_harms_least_comes_first_and_length_last() -> None:
     gate = {"covariance": "activation"}  # whose batches are the largest
     recipe = a_recipe(training={"max_length": 65_536, "per_device_train_batch_size": 2}, gate=gate)
