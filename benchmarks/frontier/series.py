@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.frontier.ground import DENSE
 from benchmarks.frontier.methods.base import Method
-from benchmarks.frontier.methods.gated import FoLoRA, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
+from benchmarks.frontier.methods.gated import FoLoRA, FrozenGated, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
 from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
 from benchmarks.frontier.methods.losses import TMKL, Replay
 from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
@@ -46,6 +46,7 @@ def methods() -> list[Series]:
         Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
         Series("gated, A frozen", [Gated(rate, gate={"rule": "frozen"}) for rate in (1e-3, 3e-3, 1e-2)]),
+        Series("gated, A frozen, rank 32", [FrozenGated(rate) for rate in (1e-3, 3e-3, 6e-3)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(rate) for rate in STRENGTHS[OURS]]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
         Series("replay (CFS)", [Replay(rate) for rate in RATES]),
@@ -113,6 +114,7 @@ def quick() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, 3e-4, 1e-3)]),
         Series("gated, λ 64", [Gated(rate) for rate in (1e-3, 3e-3)]),
+        Series("gated, A frozen, rank 32", [FrozenGated(rate) for rate in (1e-3, 3e-3, 6e-3)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(3e-3)]),
         Series("TMKL", [TMKL(1e-3)]),
     ]

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.frontier.ground import DENSE, pairs_with
+from benchmarks.frontier.ground import ALPHA, DENSE, RANK, pairs_with
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
@@ -88,6 +88,21 @@ class Gated(Method):
             gate_b="b_step" in places,
             refresh_every=self.section.refresh_every,
         )
+
+
+@dataclass
+class FrozenGated(Gated):
+    """`gate.rule: frozen`, with an adapter of any rank: it trains half the parameters, so rank 32 costs what 16 did.
+
+    Attributes:
+        r: the adapter's rank; its scale stays as it is.
+    """
+
+    gate: dict[str, object] = field(default_factory=lambda: {"rule": "frozen"})
+    r: int = 2 * RANK
+
+    def lora(self, ground: Ground) -> dict[str, Any]:
+        return {"r": self.r, "lora_alpha": ALPHA * self.r // RANK}
 
 
 class ShuffledGate(SpectralGate):
