@@ -79,7 +79,7 @@ def ablations() -> list[Series]:
         changed("2 refinements", refinements=2),
         changed("one pass", second_pass=False),
         changed("exact covariances", **exact),
-        Series("penalty only", [PenaltyOnly(ABLATED_RATE)]),
+        Series("penalty only", [PenaltyOnly(rate) for rate in (ABLATED_RATE, 1e-2)]),
         Series("utility only", [UtilityOnly(ABLATED_RATE)]),
         changed("A's start random, gated", start="random"),
         changed("A's start not gated", places=["a_step", "b_step"]),
@@ -110,11 +110,10 @@ def ablations() -> list[Series]:
 
 
 def quick() -> list[Series]:
-    """Few points, on one task."""
+    """Few points, of what shares its statistics."""
     return [
-        Series("LoRA", [LoRA(rate) for rate in (1e-4, 3e-4, 1e-3)]),
+        Series("LoRA", [LoRA(rate) for rate in RATES]),
         Series("gated, λ 64", [Gated(rate) for rate in (1e-3, 3e-3)]),
-        Series("gated, A frozen, rank 32", [FrozenGated(rate) for rate in (1e-3, 3e-3, 6e-3)]),
-        Series("control: γ shuffled, λ 64", [ShuffledGated(3e-3)]),
-        Series("TMKL", [TMKL(1e-3)]),
+        Series("gated, A frozen", [Gated(3e-3, gate={"rule": "frozen"})]),
+        Series("LoRA, MLP only", [MLPOnlyLoRA(1e-3)]),
     ]
