@@ -145,11 +145,11 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     (runs / "costs" / "style.json").write_text(json.dumps(costs), "utf-8")
     show(runs, 100, docs)
     assert json.loads((docs / "frontier-costs.json").read_text("utf-8")) == {"style": costs}
-    assert page.read_text("utf-8").count("| 1.00 | 1.00 |\n") == 2
+    assert page.read_text("utf-8").count("| 1.00 | 1.00 |\n") == 3
     text = page.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     methods, changed = text.split("### style: ours with one thing changed")
-    assert methods.count("| gated, λ 64 | ") == 2 and "| rank 8 | " not in methods and "(frontier-style.png)" in changed
+    assert methods.count("| gated, λ 64 | ") == 3 and "| rank 8 | " not in methods and "(frontier-style.png)" in changed
     assert changed.count("| rank 8 | 0.001 | 1 | ") == 1 and "| LoRA | " not in changed
     assert (docs / "frontier-style.png").read_bytes().startswith(b"\x89PNG")
     show(runs, 100, docs)
