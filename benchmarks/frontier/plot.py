@@ -12,33 +12,42 @@ from benchmarks.frontier.comparing import PLAIN
 from benchmarks.frontier.results import Result
 
 # Ours and what it is most to be compared with stand out; the others are thin, in the colours of this map.
-STRONG = {"LoRA": "#000000", "gated": "#1f6feb", "control": "#d4572a"}
+STRONG = {
+    "LoRA": ("#000000", "-"),
+    "gated, λ 4": ("#9ecae1", "-"),
+    "gated, λ 16": ("#4a90d9", "-"),
+    "gated, λ 64": ("#1f4fbf", "-"),
+    "gated, λ 256": ("#0a1f5c", "-"),
+    "gated, A frozen": ("#0b8f5a", "-"),
+    "gated, A frozen, rank 32": ("#0b8f5a", "--"),
+    "control: γ shuffled, λ 64": ("#d4572a", "-"),
+}
 OTHERS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
-DASHES = {"4": (0, (6, 3)), "16": "--", "256": ":", "gated, A frozen": "-."}
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A PNG of two panels: KL from the base, and the mean rise on general text; one legend for both."""
+    """A PNG of two panels: KL from the base, and the mean rise on general text; one legend for both.
+
+    Runs that learnt less than plain LoRA at each of its rates lie beyond the right edge.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(14, 5.8), sharex=True)
     others = 0
-    for name in dict.fromkeys(result.series for result in results):
+    names = dict.fromkeys(result.series for result in results)
+    for name in sorted(names, key=lambda name: list(STRONG).index(name) if name in STRONG else len(STRONG)):
         runs = [result for result in results if result.series == name]
         by_rate = [
             [run for run in runs if run.learning_rate == rate] for rate in sorted({run.learning_rate for run in runs})
         ]
         losses = [mean(run.task_loss for run in same) for same in by_rate]
-        family = next((key for key in STRONG if name == key or (key != PLAIN and name.startswith(key))), None)
-        if family is None:
-            colour, marker, width = OTHERS(others % 10), MARKERS[others % 9], 1.0
-            others += 1
+        if name in STRONG:
+            colour, dashes = STRONG[name]
+            marker, width, size = "o", 2.2, 4
         else:
-            colour, marker, width = STRONG[family], "o", 2.2
-        dashes = DASHES.get(name.rpartition("λ ")[2], "-") if family == "gated" else "-"
+            colour, dashes, marker, width, size = OTHERS(others % 10), "-", MARKERS[others % 9], 1.0, 5
+            others += 1
         for axis, value in zip(axes, (lambda run: run.kl, lambda run: run.mean_rise), strict=True):
             heights = [mean(value(run) for run in same) for same in by_rate]
-            axis.plot(
-                losses, heights, ls=dashes, marker=marker, color=colour, lw=width, ms=4 if family else 5, label=name
-            )
+            axis.plot(losses, heights, ls=dashes, marker=marker, color=colour, lw=width, ms=size, label=name)
     axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     axes[0].set_ylabel("KL(base ‖ tuned) on text of the base's own, nats per token")
     axes[0].set_yscale("log")
@@ -48,6 +57,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     for axis in axes:
         axis.set_xlabel("task loss, nats per token (lower is better)")
         axis.set_xscale("log")
+        axis.set_xlim(right=1.02 * max(run.task_loss for run in results if run.series == PLAIN))
         for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
             ticks("{x:.2g}")
         axis.grid(alpha=0.25)
