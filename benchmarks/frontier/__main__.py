@@ -1,6 +1,6 @@
 """Who forgets least, at equal gain on the task? Methods over their learning rates, on one 4-bit base and the same data.
 
-    .venv/bin/python -m benchmarks.frontier run --quick      one task, seven runs of 30 steps: some ten minutes on two CPU cores
+    .venv/bin/python -m benchmarks.frontier run --quick      one task, seven runs of 30 steps: some ten minutes
     .venv/bin/python -m benchmarks.frontier run              everything: some 60 runs for each seed of a task
     .venv/bin/python -m benchmarks.frontier run --ablations  ours with its parts changed one by one
     .venv/bin/python -m benchmarks.frontier costs            time and peak memory of each method's steps
