@@ -35,25 +35,17 @@ def changes(runs: Sequence[Result], ours: Sequence[Result], plain: Sequence[Resu
         runs: those with something changed.
         ours: the unchanged curve; its runs at learning rates of `runs` get a row too.
     """
-    rates = {run.learning_rate for run in runs}
+    rates, seeds = {run.learning_rate for run in runs}, {run.seed for run in plain}
     unchanged = [run for run in ours if run.learning_rate in rates]
     groups: dict[tuple[str, float], list[Result]] = {}
-    for run in sorted([*unchanged, *runs], key=lambda run: run.seed):
-        groups.setdefault((run.series, run.learning_rate), []).append(run)
+    for run in [*unchanged, *runs]:
+        if run.seed in seeds:
+            groups.setdefault((run.series, run.learning_rate), []).append(run)
     found = [_change(name, rate, group, ours, plain) for (name, rate), group in groups.items()]
-    return sorted(
-        (c for c in found if c is not None), key=lambda c: (math.isnan(c.beside_plain.mean), c.beside_plain.mean)
-    )
+    return sorted(found, key=lambda change: (math.isnan(change.beside_plain.mean), change.beside_plain.mean))
 
 
-def _change(
-    name: str, rate: float, runs: Sequence[Result], ours: Sequence[Result], plain: Sequence[Result]
-) -> Change | None:
-    seeds = {run.seed for run in plain}
-    runs = [run for run in runs if run.seed in seeds]
-    if not runs:
-        return None
-
+def _change(name: str, rate: float, runs: Sequence[Result], ours: Sequence[Result], plain: Sequence[Result]) -> Change:
     def beside(others: Sequence[Result]) -> Spread:
         return Spread.of([_beside(run, Curve.of(other for other in others if other.seed == run.seed)) for run in runs])
 

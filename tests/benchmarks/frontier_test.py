@@ -17,7 +17,7 @@ from benchmarks.frontier.drift import drift, drifts
 from benchmarks.frontier.ground import Ground, decode
 from benchmarks.frontier.measuring import Yardstick, update_norm
 from benchmarks.frontier.methods.base import Method
-from benchmarks.frontier.methods.gated import FoLoRA, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
+from benchmarks.frontier.methods.gated import FoLoRA, FrozenGated, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
 from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
 from benchmarks.frontier.methods.losses import TMKL, Replay, non_target_kl
 from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
@@ -56,6 +56,7 @@ EVERY = [
     UtilityOnly(1e-2),
     Gated(1e-2, gate={"rule": "spectral", "places": ["a_start", "a_step"]}),
     Gated(1e-2, gate={"rule": "frozen"}),
+    FrozenGated(1e-2, r=8),
     Gated(1e-2, proxy="prose"),
     Gated(1e-2, proxy="random", num_samples=4),
 ]
@@ -104,6 +105,16 @@ def test_every_method_learns_and_leaves_the_base_as_it_was(ground: Ground, metho
     after = ground.base.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_frozen_a_of_another_rank_keeps_its_start_and_scale(ground: Ground) -> None:
+    method, model = tuned(ground, FrozenGated(1e-2, r=8))
+    for pair in adapter_pairs(model):
+        rows = method.of_layers[pair.name].leading_rows(8)
+        assert pair.a.shape[0] == 8 and pair.scale == 1.0 and not pair.a.requires_grad
+        # As `start_gated` made it, in the span of the leading directions.
+        assert torch.linalg.matrix_rank(torch.cat([rows, pair.a.detach()]), rtol=1e-4) == 8
+    release(method, model)
 
 
 def test_numbers_are_those_of_the_product(ground: Ground) -> None:
