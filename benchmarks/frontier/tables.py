@@ -138,9 +138,12 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
         compared = [result for result in of_task if result.series in METHODS]
         costs = read_costs(output, task)
         sections: list[tuple[str, Columns, Sequence[Any]]] = [
-            (f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate", COLUMNS, found)
+            (
+                f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate",
+                COLUMNS,
+                rows(compared, share, costs),
+            )
             for share in SHARES
-            if (found := rows(compared, share, costs))
         ]
         changed = [result for result in of_task if result.series not in METHODS]
         if changed:
