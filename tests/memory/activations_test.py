@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import Gemma2PreTrainedModel
 
 from folora_q.memory.activations import (
     Arithmetic,
@@ -104,6 +105,8 @@ def test_a_frozen_a_keeps_no_input(checkpointing: bool, autocast: bool) -> None:
 def test_what_other_families_keep(name: str, autocast: bool) -> None:
     if autocast and name in ROUGH:
         pytest.skip("a CPU's autocast is another there")
+    if name == "gemma2" and Gemma2PreTrainedModel._supports_sdpa:
+        pytest.skip("older versions of transformers give it sdpa, which leaves its softcap out")
     limit = NEAR if FAMILIES[name].expert_width else EXACT
     assert abs(difference(family(name), Batch(2, 96, True), autocast)) < limit
 
