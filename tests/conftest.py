@@ -139,7 +139,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
         "adapter": {"r": 4},
         "data": {"train_dataset": "train.jsonl", "eval_dataset": "heldout.jsonl"},
         "proxy": {"source": "mixed", "num_samples": 4, "num_heldout_samples": 2, "max_new_tokens": 24},
-        "gate": {"rank": 8, "oversampling": 4, "num_task_samples": 6, "refresh_every": 2},
+        "gate": {"rule": "step", "rank": 8, "oversampling": 4, "num_task_samples": 6, "refresh_every": 2},
         "training": {
             "output_dir": str(folder / "run"),
             "learning_rate": 1e-2,

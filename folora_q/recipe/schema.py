@@ -11,6 +11,12 @@ from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
 Place = Literal["a_start", "a_step", "b_step"]
+# Where each rule of the gate acts, unless a recipe says so.
+PLACES: dict[str, list[Place]] = {
+    "frozen": ["a_start"],
+    "step": ["a_start", "a_step", "b_step"],
+    "spectral": ["a_start", "a_step"],
+}
 # Names of transformers (a test holds that they are): those that need nothing besides what we install.
 Optimizer = Literal[
     "auto",
@@ -96,15 +102,17 @@ class GateSection(Section):
 
     enabled: bool = True
     """false is plain QLoRA with the same seeds and data order."""
-    rule: Literal["step", "spectral", "frozen"] = "step"
-    """step: any optimizer's step passed through the gate. spectral: Adam in the gate's coordinates, as in the paper.
-    frozen: A stays at its gated start and only B learns: the least memory and time, and less is learned."""
-    places: list[Place] = ["a_start", "a_step", "b_step"]
-    """Where it acts: on A's start, on A's steps, on B's steps (rule step only; rule frozen: A's start alone)."""
+    rule: Literal["frozen", "step", "spectral"] = "frozen"
+    """frozen: A stays at its gated start and only B learns: the least memory and time. step: both learn, and any
+    optimizer's step passes through the gate. spectral: Adam in the gate's coordinates, as in the paper."""
+    places: list[Place] = PLACES["frozen"]
+    """Where it acts: on A's start, on A's steps, on B's steps. Left out: the start for rule frozen, all for step, the
+    first two for spectral."""
     start: Literal["leading", "random"] = "leading"
     """Of A: in the r directions of largest quotient; or where PEFT puts it at random, passed through the gate."""
     gate_lambda: NonNegative = 64.0
-    """λ, the strength: a direction whose quotient equals it passes half. Raise it together with the learning rate."""
+    """λ, the strength of rules step and spectral: a direction whose quotient equals it passes half of a step. Raise it
+    together with the learning rate."""
     floor: Fraction = 0.0
     """s_min: the least share of a step that every direction passes."""
     sharpness: Positive = 1.0
@@ -155,16 +163,21 @@ class GateSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _frozen_gates_the_start(cls, given: Any) -> Any:
-        alone = isinstance(given, dict) and given.get("rule") == "frozen" and "places" not in given
-        return given | {"places": ["a_start"]} if alone else given
+    def _places_by_the_rule(cls, given: Any) -> Any:
+        rule = given.get("rule") if isinstance(given, dict) else None
+        by_rule = isinstance(rule, str) and rule in PLACES and "places" not in given
+        return given | {"places": PLACES[rule]} if by_rule else given
 
     @model_validator(mode="after")
-    def _places_suit_the_rule(self) -> GateSection:
+    def _settings_suit_the_rule(self) -> GateSection:
         if not self.enabled:
             return self
+        fields = type(self).model_fields
+        shape = [name for name in ("gate_lambda", "floor", "sharpness") if getattr(self, name) != fields[name].default]
+        if self.rule == "frozen" and self.start == "leading" and shape:
+            raise ValueError(f"rule frozen gates no step, so gate.{shape[0]} says nothing: set gate.rule to step")
         if self.rule == "frozen" and self.places != ["a_start"]:
-            raise ValueError("rule frozen gates A's start and no step: set gate.places to [a_start], or leave it out")
+            raise ValueError("rule frozen gates A's start and no step: set gate.rule to step, or leave gate.places out")
         if self.rule == "spectral" and "b_step" in self.places:
             raise ValueError(
                 "rule spectral leaves B to AdamW, as in the paper: set gate.places to [a_start, a_step] or [a_step]"

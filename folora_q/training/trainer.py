@@ -118,7 +118,7 @@ class GatedTrainer(DurableTrainer):
                 raise RunFailed(
                     f"KL from the base was {kl:.4f} at step {step}, over evaluation.max_kl ({self.max_kl}), before any "
                     "step within it was saved",
-                    "lower training.learning_rate, raise gate.gate_lambda, or measure more often (evaluation.steps)",
+                    "lower training.learning_rate, or measure more often (evaluation.steps)",
                 )
         elif state.global_step < steps:
             tell(f"stopped at step {state.global_step} of {steps}: the held-out loss no longer fell")

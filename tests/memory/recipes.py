@@ -41,7 +41,11 @@ SMALL_LLAMA = {
 
 def a_recipe(**sections: dict[str, Any]) -> Recipe:
     """A recipe with some sections' values set."""
-    given = {"model": {"model_name_or_path": "unused"}, "data": {"train_dataset": "unused"}}
+    given = {
+        "model": {"model_name_or_path": "unused"},
+        "data": {"train_dataset": "unused"},
+        "gate": {"rule": "step"},  # which takes the most
+    }
     training = {"output_dir": "unused"} | sections.pop("training", {})
     for name, values in sections.items():
         given[name] = given.get(name, {}) | values

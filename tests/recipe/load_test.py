@@ -95,8 +95,11 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
         (MINIMAL.replace("train.jsonl", "gone.jsonl"), "`data.train_dataset.path`: no file at"),
         (MINIMAL + "  learning_rate: .nan\n", "`training.learning_rate`"),
         (MINIMAL + "  learning_rate: 0\n", "`training.learning_rate`: input should be greater than 0"),
-        (MINIMAL + "gate:\n  rule: spectral\n", "rule spectral leaves B to AdamW"),
+        (MINIMAL + "gate: {rule: spectral, places: [a_step, b_step]}\n", "rule spectral leaves B to AdamW"),
         (MINIMAL + "gate: {rule: spectral, places: [a_start]}\n", "rule spectral needs a_step"),
+        (MINIMAL + "gate: {places: [a_start, a_step]}\n", "rule frozen gates A's start and no step"),
+        (MINIMAL + "gate: {gate_lambda: 16}\n", "so gate.gate_lambda says nothing: set gate.rule to step"),
+        (MINIMAL + "gate: {sharpness: 2}\n", "so gate.sharpness says nothing: set gate.rule to step"),
         (MINIMAL + "  optim: sgd\ngate: {rule: spectral, places: [a_step]}\n", "training.optim: adamw_torch, not"),
     ],
 )
@@ -111,6 +114,21 @@ def test_bad_overrides_are_refused(write, override: str) -> None:
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert f"no recipe at {tmp_path / 'gone.yaml'}" in refusal(tmp_path / "gone.yaml").message
+
+
+@pytest.mark.parametrize(
+    ("gate", "places"),
+    [
+        ("{}", ["a_start"]),
+        ("{rule: step}", ["a_start", "a_step", "b_step"]),
+        ("{rule: step, places: [b_step]}", ["b_step"]),
+        ("{rule: spectral}", ["a_start", "a_step"]),
+        ("{start: random, gate_lambda: 16}", ["a_start"]),
+        ("{enabled: false, gate_lambda: 16}", ["a_start"]),
+    ],
+)
+def test_places_are_the_rules_unless_they_are_given(write, gate: str, places: list[str]) -> None:
+    assert load_recipe(write(MINIMAL + f"gate: {gate}\n")).gate.places == places
 
 
 def test_the_papers_gate_is_a_recipe(write) -> None:

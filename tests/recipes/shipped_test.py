@@ -112,7 +112,7 @@ def test_the_size_in_the_name_is_the_models(path: Path) -> None:
 @each_by_card
 def test_the_gate_is_on_and_its_learning_rate_is_raised(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.gate.enabled and recipe.gate.gate_lambda == 64
+    assert recipe.gate.enabled and recipe.gate.rule == "frozen"
     assert 1e-3 <= recipe.training.learning_rate <= 2e-3
     assert recipe.proxy.source == "mixed" and recipe.proxy.num_samples == 256
 

@@ -24,7 +24,7 @@ from tests.conftest import Silent, random_gate
 
 CPU = torch.device("cpu")
 ACTIVATION = {"covariance": "activation", "refinements": 0}
-FULL = GateSection(rank=128, oversampling=0, ridge=0.1, utility_ridge=0.05, gate_lambda=2.0, **ACTIVATION)
+FULL = GateSection(rule="step", rank=128, oversampling=0, ridge=0.1, utility_ridge=0.05, gate_lambda=2.0, **ACTIVATION)
 
 
 def sequences(seed: int, count: int = 6) -> list[list[int]]:

@@ -43,7 +43,7 @@ class Gated(Method):
 
     @property
     def section(self) -> GateSection:
-        return GateSection(gate_lambda=self.gate_lambda, **self.gate)
+        return GateSection(**{"rule": "step", "gate_lambda": self.gate_lambda} | self.gate)
 
     def settings(self) -> dict[str, Any]:
         # The recipe's defaults too: when they change, these are other runs.
@@ -162,5 +162,5 @@ class FoLoRA(FoLoRAStart):
     floor: float = 0.3
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        section = GateSection(rank=DENSE, gate_lambda=self.gate_lambda, floor=self.floor)
+        section = GateSection(rule="spectral", rank=DENSE, gate_lambda=self.gate_lambda, floor=self.floor)
         return SpectralAdamW(pairs_with(ground.gates(model, section, covariance="rows"), pairs), lr=self.learning_rate)
