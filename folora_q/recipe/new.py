@@ -75,11 +75,11 @@ proxy: ## text that the model writes itself: what it should not forget
 
 gate:
   enabled: true ## false is plain QLoRA; then set training.learning_rate to 2e-4
-  rule: frozen ## only B learns, where the model's own text loses least; step: A too, by gated steps
+  rule: frozen ## only B learns, where own text loses least; step: A too
 
 training:
   output_dir: {dump_yaml(answers.output_dir, flow=True)}
-  learning_rate: 2e-3 ## about ten times plain LoRA's: B learns only where the model's own text loses little
+  learning_rate: 2e-3 ## about ten times plain LoRA's: only B learns, where little is lost
   num_train_epochs: 1
   per_device_train_batch_size: {micro_batch}
   gradient_accumulation_steps: {accumulation} ## {micro_batch} x {accumulation} sequences in a step

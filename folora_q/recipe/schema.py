@@ -178,6 +178,8 @@ class GateSection(Section):
             raise ValueError(f"rule frozen gates no step, so gate.{shape[0]} says nothing: set gate.rule to step")
         if self.rule == "frozen" and self.places != ["a_start"]:
             raise ValueError("rule frozen gates A's start and no step: set gate.rule to step, or leave gate.places out")
+        if self.rule == "step" and not {"a_step", "b_step"} & set(self.places):
+            raise ValueError("rule step gates no step with these gate.places: add a_step or b_step, or leave them out")
         if self.rule == "spectral" and "b_step" in self.places:
             raise ValueError(
                 "rule spectral leaves B to AdamW, as in the paper: set gate.places to [a_start, a_step] or [a_step]"

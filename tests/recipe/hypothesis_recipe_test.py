@@ -267,6 +267,7 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
         known = (
             "rule spectral",
             "rule frozen",
+            "rule step",
             "needs measurements",
             "can only be kept",
             "needs metric_function",

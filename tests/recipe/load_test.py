@@ -97,6 +97,7 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
         (MINIMAL + "  learning_rate: 0\n", "`training.learning_rate`: input should be greater than 0"),
         (MINIMAL + "gate: {rule: spectral, places: [a_step, b_step]}\n", "rule spectral leaves B to AdamW"),
         (MINIMAL + "gate: {rule: spectral, places: [a_start]}\n", "rule spectral needs a_step"),
+        (MINIMAL + "gate: {rule: step, places: [a_start]}\n", "rule step gates no step with these gate.places"),
         (MINIMAL + "gate: {places: [a_start, a_step]}\n", "rule frozen gates A's start and no step"),
         (MINIMAL + "gate: {gate_lambda: 16}\n", "so gate.gate_lambda says nothing: set gate.rule to step"),
         (MINIMAL + "gate: {sharpness: 2}\n", "so gate.sharpness says nothing: set gate.rule to step"),
