@@ -27,7 +27,7 @@ class Gated(Method):
 
     Attributes:
         gate_lambda: λ.
-        gate: other settings of the recipe's section `gate`.
+        gate: other settings of the recipe's section `gate`; its rule is `step` unless it is given here.
         proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), what it wrote
             from BOS or as a chat ("bos", "chat"), public-domain prose ("prose"), or random tokens ("random").
         num_samples: so many texts, in place of all.
