@@ -156,6 +156,12 @@ class GateSection(Section):
         return "bfloat16" if gpu else "float32"
 
     @property
+    def reshaped(self) -> dict[str, float]:
+        """Of what shapes s(γ) that which is not as by default, with the defaults."""
+        defaults = {name: type(self).model_fields[name].default for name in ("gate_lambda", "floor", "sharpness")}
+        return {name: default for name, default in defaults.items() if getattr(self, name) != default}
+
+    @property
     def words(self) -> str:
         """Rule, places and strength, for people; where only A's start is gated the strength says nothing."""
         strength = "" if self.rule == "frozen" else f"; λ = {self.gate_lambda:g}"
@@ -172,10 +178,9 @@ class GateSection(Section):
     def _settings_suit_the_rule(self) -> GateSection:
         if not self.enabled:
             return self
-        fields = type(self).model_fields
-        shape = [name for name in ("gate_lambda", "floor", "sharpness") if getattr(self, name) != fields[name].default]
-        if self.rule == "frozen" and self.start == "leading" and shape:
-            raise ValueError(f"rule frozen gates no step, so gate.{shape[0]} says nothing: set gate.rule to step")
+        if self.rule == "frozen" and self.start == "leading" and self.reshaped:
+            name = next(iter(self.reshaped))
+            raise ValueError(f"rule frozen gates no step, so gate.{name} says nothing: set gate.rule to step")
         if self.rule == "frozen" and self.places != ["a_start"]:
             raise ValueError("rule frozen gates A's start and no step: set gate.rule to step, or leave gate.places out")
         if self.rule == "step" and not {"a_step", "b_step"} & set(self.places):

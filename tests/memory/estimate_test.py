@@ -275,6 +275,19 @@ def test_what_a_card_cannot_hold_is_frozen() -> None:
     assert type(recipe.gate).model_validate(gate).places == ["a_start"]
 
 
+def test_a_strength_is_taken_back_where_a_is_frozen() -> None:
+    recipe = a_recipe(training={"max_length": 4096}, gate={"gate_lambda": 16.0, "floor": 0.1})
+    found = advise(recipe, MISTRAL, 6).overrides
+    gate = recipe.gate.model_dump() | {k.partition(".")[2]: v for k, v in found.items() if k.startswith("gate.")}
+    assert type(recipe.gate).model_validate(gate).rule == "frozen"
+
+
+@pytest.mark.parametrize("gate", [{"enabled": False, "rule": "frozen"}, {"rule": "frozen"}, {"rule": "step"}])
+def test_an_optimizer_in_8_bits_is_advised_under_every_rule_that_lets_one_choose(gate: dict) -> None:
+    recipe = a_recipe(training={"max_length": 8192, "optim": "adamw_torch"}, gate=gate, adapter={"r": 64})
+    assert advise(recipe, MISTRAL, 6).overrides["training.optim"] == "paged_adamw_8bit"
+
+
 def test_on_a_cpu_what_host_and_device_hold_is_added_up() -> None:
     gpu, cpu = (estimate(a_recipe(gate={"basis_dtype": "float32"}), MISTRAL, device) for device in ("gpu", "cpu"))
     (one, other) = (next(stage for stage in found.stages if stage.name == "training") for found in (gpu, cpu))
