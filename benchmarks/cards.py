@@ -1,12 +1,13 @@
-"""Does a 7B model train on the card, and how fast: gated QLoRA beside plain PEFT + bitsandbytes + Trainer, in one run.
+"""Does a 7B model train on the card, and how fast: both rules beside plain PEFT + bitsandbytes + Trainer, in one run.
 
     .venv/bin/python benchmarks/cards.py --gpu                         both shapes, five lengths, caps of 8 to 24 GB
     .venv/bin/python benchmarks/cards.py --shape tiny --lengths 64     the same program on a CPU, to see that it works
 
 Models have random weights, made layer by layer straight into 4 bits. Batch 1, adapters of rank 16 on every linear
 layer, recomputed activations, paged 8-bit AdamW. Every figure is a process of its own: peak memory by the allocator,
-tokens per second over the steps after the second. A cap is `torch.cuda.set_per_process_memory_fraction`: what does not
-fit fails.
+tokens per second over the ten steps after the second, one of which solves for the gates of rule step. A cap is
+`torch.cuda.set_per_process_memory_fraction`: what does not fit fails. Caps of all lengths are tried at once, on a card
+that has room for all of them.
 Anchors, Llama-2-7B, batch 1, at 1k/2k/4k/8k tokens: plain Hugging Face 6/7/9/12 GB, Unsloth 5/6/7/8 GB.
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -42,7 +44,8 @@ from folora_q.training.trainer import CHECKPOINTING, build_trainer
 
 LENGTHS = "512,1024,2048,4096,8192"
 CAPS = "8,12,16,24"
-STEPS, WARM_UP = 8, 2
+WAYS = ("plain", "frozen", "step")
+STEPS, WARM_UP = 12, 2
 DOES_NOT_FIT = {"peak": None, "tokens_per_second": None}
 
 
@@ -76,23 +79,28 @@ def main(
         return
     if gpu and not torch.cuda.is_available():
         raise click.ClickException("there is no GPU here")
-    sizes = [int(cap) for cap in caps.split(",")] if gpu else []
-    headings = ["model", "tokens", "ours: GB", "plain: GB", "ratio", "ours: tokens/s", "plain: tokens/s", "ratio"]
-    rows: list[list[str]] = []
-    for shape in shapes or ("llama-2-7b", "llama-3-8b"):
-        for length in map(int, lengths.split(",")):
-            ours, plain = (_in_a_process(way, shape, length) for way in ("ours", "plain"))
-            fits = ["yes" if _in_a_process("ours", shape, length, cap)["peak"] else "no" for cap in sizes]
-            rows.append(
-                [
-                    shape,
-                    f"{length:,}",
-                    *_pair(ours, plain, "peak", 1e9),
-                    *_pair(ours, plain, "tokens_per_second", 1),
-                    *fits,
-                ]
-            )
-    headings += [f"runs in {cap} GB" for cap in sizes]
+    sizes = [float(cap) for cap in caps.split(",")] if gpu else []
+    shown = [
+        (shape, length) for shape in shapes or ("llama-2-7b", "llama-3-8b") for length in map(int, lengths.split(","))
+    ]
+    found = {(way, *at): _in_a_process(way, *at) for at in shown for way in WAYS}
+    capped = [(*at, cap) for at in shown for cap in sizes]
+    with ThreadPoolExecutor(max(len(capped), 1)) as together:
+        fits = dict(zip(capped, together.map(lambda at: _in_a_process("frozen", *at), capped), strict=True))
+    headings = ["model", "tokens"]
+    for what in ("peak, GB", "tokens/s"):
+        headings += [f"plain: {what}"] + [part for way in WAYS[1:] for part in (f"{way}: {what}", "ratio")]
+    headings += [f"runs in {cap:g} GB" for cap in sizes]
+    rows = []
+    for at in shown:
+        row = [at[0], f"{at[1]:,}"]
+        for what, unit in (("peak", 1e9), ("tokens_per_second", 1)):
+            plain = found["plain", *at][what]
+            row.append(_shown(plain, unit))
+            for way in WAYS[1:]:
+                value = found[way, *at][what]
+                row += [_shown(value, unit), f"{value / plain:.3f}" if value and plain else ""]
+        rows.append(row + ["yes" if fits[*at, cap]["peak"] else "no" for cap in sizes])
     table = Table(*headings, title=choose_hardware().reason, title_justify="left")
     for row in rows:
         table.add_row(*row)
@@ -104,7 +112,7 @@ def main(
 
 
 @main.command(hidden=True)
-@click.argument("way", type=click.Choice(["ours", "plain"]))
+@click.argument("way", type=click.Choice(WAYS))
 @click.argument("shape")
 @click.argument("length", type=int)
 @click.argument("cap", type=float)
@@ -125,7 +133,7 @@ def once(way: str, shape: str, length: int, cap: float) -> None:
         ids = torch.randint(5, base.config.vocab_size, (STEPS, length)).tolist()
         data = Dataset.from_dict({"input_ids": ids, "labels": ids})
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = _ours(model, data, length, scratch) if way == "ours" else _plain(model, data, scratch)
+            trainer = _plain(model, data, scratch) if way == "plain" else _gated(way, model, data, length, scratch)
             trainer.add_callback(clock)
             trainer.train()
     except (RuntimeError, RunFailed) as error:
@@ -136,7 +144,7 @@ def once(way: str, shape: str, length: int, cap: float) -> None:
     click.echo(json.dumps({"peak": memory.peak(), "tokens_per_second": length / clock.seconds_per_step}))
 
 
-def _ours(model: torch.nn.Module, data: Dataset, length: int, folder: str) -> Trainer:
+def _gated(rule: str, model: torch.nn.Module, data: Dataset, length: int, folder: str) -> Trainer:
     training = {
         "output_dir": folder,
         "max_steps": STEPS,
@@ -146,7 +154,12 @@ def _ours(model: torch.nn.Module, data: Dataset, length: int, folder: str) -> Tr
         "activation_checkpointing": True,
     }
     recipe = Recipe.model_validate(
-        {"model": {"model_name_or_path": "random"}, "data": {"train_dataset": "random"}, "training": training}
+        {
+            "model": {"model_name_or_path": "random"},
+            "data": {"train_dataset": "random"},
+            "gate": {"rule": rule},
+            "training": training,
+        }
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<e>": 0}, "<e>")), eos_token="<e>"
@@ -155,7 +168,7 @@ def _ours(model: torch.nn.Module, data: Dataset, length: int, folder: str) -> Tr
     hardware = choose_hardware()
     trainer = build_trainer(model, tokenizer, data, data.select(range(1)), recipe, hardware, Path(folder))
     dtype = torch.bfloat16 if hardware.device.type == "cuda" else torch.float32
-    trainer.gates = random_gates(adapter_pairs(model), recipe.gate.rank, hardware.device, dtype)
+    trainer.gate_with(random_gates(adapter_pairs(model), recipe.gate.rank, hardware.device, dtype))
     return trainer
 
 
@@ -178,20 +191,18 @@ def _plain(model: torch.nn.Module, data: Dataset, folder: str) -> Trainer:
     return Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator)
 
 
-def _pair(ours: dict, plain: dict, what: str, unit: float) -> list[str]:
-    """Both figures and their ratio, where both are known."""
-    cells = ["does not fit" if side[what] is None else f"{side[what] / unit:,.2f}" for side in (ours, plain)]
-    known = ours[what] is not None and plain[what] is not None
-    return [*cells, f"{ours[what] / plain[what]:.3f}" if known else ""]
+def _shown(value: float | None, unit: float) -> str:
+    return "does not fit" if value is None else f"{value / unit:,.2f}"
 
 
 def _in_a_process(way: str, shape: str, length: int, cap: float = 0) -> dict:
-    err.print(f"[dim]{way} {shape} {length} {f'in {cap} GB' if cap else ''}[/]")
     command = [sys.executable, __file__, "once", way, shape, str(length), str(cap)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(done.stderr[-800:])
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    err.print(f"[dim]{way} {shape} {length} {f'in {cap:g} GB' if cap else ''} {found}[/]")
+    return found
 
 
 if __name__ == "__main__":

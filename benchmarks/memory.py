@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -70,8 +71,9 @@ TENSORS = ((1, 1024), (4, 2048), (1, 8192))
 @click.option("--gpu", is_flag=True)
 @click.option("--model", "names", multiple=True, help="demo, small, 'many words', llama-2-7b, llama-3-8b.")
 @click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES))
+@click.option("--workers", default=1, show_default=True, help="Processes at once, where a GPU has room for them.")
 @click.pass_context
-def main(context: click.Context, gpu: bool, names: tuple[str, ...], stages: tuple[str, ...]) -> None:
+def main(context: click.Context, gpu: bool, names: tuple[str, ...], stages: tuple[str, ...], workers: int) -> None:
     if context.invoked_subcommand is not None:
         return
     if gpu and not torch.cuda.is_available():
@@ -79,7 +81,7 @@ def main(context: click.Context, gpu: bool, names: tuple[str, ...], stages: tupl
     out.width = max(out.width, 110)
     if not gpu:
         _print_tensors()
-    _print_processes(gpu, names, stages or STAGES)
+    _print_processes(gpu, names, stages or STAGES, workers)
 
 
 @main.command()
@@ -127,24 +129,30 @@ def _of_the_adapter(trained: int, how: Arithmetic, checkpointing: bool, depth: i
     return (4 * trained + copies) // depth if checkpointing else copies
 
 
-def _print_processes(gpu: bool, names: tuple[str, ...], stages: tuple[str, ...]) -> None:
+def _print_processes(gpu: bool, names: tuple[str, ...], stages: tuple[str, ...], workers: int = 1) -> None:
+    sizes = ON_A_GPU if gpu else ON_A_CPU
+    wanted = [
+        (name, *size, stage)
+        for name in names or (("llama-2-7b", "llama-3-8b") if gpu else ("demo", *SMALL))
+        for size in sizes
+        for stage in stages
+        if stage == "training" or size == sizes[-1]  # checkpointing and the training's rows are no matter to the others
+    ]
+    with ThreadPoolExecutor(workers) as together:
+        measured = list(together.map(lambda what: _in_a_process(*what), wanted))
     table = Table(title=f"peak memory by stage, GiB: {choose_hardware().reason}", title_justify="left")
     for heading in ("model", "rows x length", "checkpointing", "stage", "measured", "estimate", "error"):
         table.add_column(heading, justify="left" if heading in ("model", "stage") else "right")
     errors = []
-    for name in names or (("llama-2-7b", "llama-3-8b") if gpu else ("demo", *SMALL)):
-        for rows, length, checkpointing in ON_A_GPU if gpu else ON_A_CPU:
-            recipe = _recipe(name, rows, length, checkpointing)
-            found = {stage.name: stage for stage in estimate(recipe, _shape(name), "gpu" if gpu else "cpu").stages}
-            for stage in stages:
-                if stage != "training" and (rows, length, checkpointing) != (ON_A_GPU if gpu else ON_A_CPU)[-1]:
-                    continue  # checkpointing and the training's rows are no matter to the others
-                measured = _in_a_process(name, rows, length, checkpointing, stage)
-                expected = found[stage].on_device - (CUDA_CONTEXT if gpu else 0)
-                errors.append(expected / measured - 1)
-                sizes = (f"{size / 2**30:,.2f}" for size in (measured, expected))
-                where = (name, f"{rows} x {length:,}", "yes" if checkpointing else "no", stage)
-                table.add_row(*where, *sizes, f"{errors[-1]:+.1%}")
+    for (name, rows, length, checkpointing, stage), size in zip(wanted, measured, strict=True):
+        stages_of = estimate(_recipe(name, rows, length, checkpointing), _shape(name), "gpu" if gpu else "cpu").stages
+        (found,) = [each for each in stages_of if each.name == stage]
+        expected = found.on_device - (CUDA_CONTEXT if gpu else 0)
+        errors.append(expected / size - 1)
+        shown = (f"{each / 2**30:,.2f}" for each in (size, expected))
+        table.add_row(
+            name, f"{rows} x {length:,}", "yes" if checkpointing else "no", stage, *shown, f"{errors[-1]:+.1%}"
+        )
     out.print(table)
     out.print(
         f"mean of the errors' sizes {sum(map(abs, errors)) / len(errors):.1%}, largest {max(errors, key=abs):+.1%}"
@@ -184,12 +192,13 @@ def _shape(name: str) -> ModelShape:
 
 
 def _in_a_process(name: str, rows: int, length: int, checkpointing: bool, stage: str) -> int:
-    err.print(f"[dim]{name} {rows} x {length} {'checkpointing' * checkpointing} {stage}[/]")
     command = [sys.executable, __file__, "once", name, str(rows), str(length), str(int(checkpointing)), stage]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
     if done.returncode:
         raise click.ClickException(done.stderr[-800:])
-    return int(done.stdout.split()[-1])
+    peak = int(done.stdout.split()[-1])
+    err.print(f"[dim]{name} {rows} x {length} {'checkpointing' * checkpointing} {stage} {peak:,} bytes[/]")
+    return peak
 
 
 @main.command(hidden=True)
@@ -240,7 +249,8 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path):
     if stage == "statistics":
         clock = Clock(ConsoleProgress())
         size = recipe.gate.batch_size
-        return lambda: build_gates(model, pairs, text(size), text(size), recipe.gate, clock)
+        recompute = recipe.training.recomputes_on(hardware.device.type == "cuda")
+        return lambda: build_gates(model, pairs, text(size), text(size), recipe.gate, clock, recompute=recompute)
     if stage == "evaluation":
         own = HeldOutText("own", "own", text(recipe.evaluation.batch_size))
         return lambda: compare(Contrast(model), own)
@@ -249,7 +259,7 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path):
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
     trainer = build_trainer(model, base.tokenizer, data, data.select(range(1)), recipe, hardware, folder)
     dtype = torch.bfloat16 if hardware.device.type == "cuda" else torch.float32
-    trainer.gates = random_gates(pairs, recipe.gate.rank, hardware.device, dtype)
+    trainer.gate_with(random_gates(pairs, recipe.gate.rank, hardware.device, dtype))
     return trainer.train
 
 

@@ -25,7 +25,7 @@ from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, hel
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import write_card
 from folora_q.files import atomic_write, commit_directory
-from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, freeze_first, save_adapter, start_gated
+from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter, start_gated
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
 from folora_q.models.logits import check_head
@@ -255,11 +255,7 @@ def _gate(
     atomic_write(folder.gate_results, to_json(gate_results(gates)))
     if "a_start" in recipe.gate.places:  # a checkpoint then brings its own A
         start_gated(pairs, gates, leading=recipe.gate.start == "leading")
-    if recipe.gate.rule == "frozen":
-        freeze_first(pairs)
-        away = {id(gate): gate.to("cpu") for gate in gates.values()}  # no step needs them
-        gates = {layer: away[id(gate)] for layer, gate in gates.items()}
-    trainer.gates = gates
+    trainer.gate_with(gates)
 
 
 def _measured_gates(

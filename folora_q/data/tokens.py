@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,16 +43,21 @@ class Batch(NamedTuple):
 
 def batches(
     sequences: Sequence[Sequence[int]],
-    batch_size: int,
+    batch_size: int | Callable[[int], int],
     device: torch.device,
     labels: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Batch]:
-    """Sequences in batches, longest first: little padding, and memory that does not fit is found at once."""
+    """Sequences in batches, longest first: little padding, and memory that does not fit is found at once.
+
+    Args:
+        batch_size: sequences at a time, or how many of a length.
+    """
     labels = labels if labels is not None else sequences
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = len(sequences[chosen[0]])
+    while order:
+        width = len(sequences[order[0]])
+        size = batch_size if isinstance(batch_size, int) else batch_size(width)
+        chosen, order = order[:size], order[size:]
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         mask = torch.zeros(len(chosen), width, dtype=torch.long)
         targets = torch.full((len(chosen), width), IGNORED)

@@ -101,7 +101,11 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
     if recipe.model.attn_implementation == "eager":
         yield "attention", {"model.attn_implementation": "sdpa"}, "none"
     for section in ("proxy", "gate", "evaluation"):
-        size = recipe.statistics_batch_size if section == "gate" else getattr(recipe, section).batch_size
+        size = (
+            recipe.statistics_batch_size(training.max_length)
+            if section == "gate"
+            else getattr(recipe, section).batch_size
+        )
         if size > 1:
             cost = "other sampled text, slower" if section == "proxy" else same
             yield section, {f"{section}.batch_size": size // 2}, cost

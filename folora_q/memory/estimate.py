@@ -161,7 +161,8 @@ class _Run:
 
     def statistics(self) -> Stage:
         recipe, shape = self.recipe, self.shape
-        batch = Batch(recipe.statistics_batch_size, max(recipe.training.max_length, self.sampled))
+        length = max(recipe.training.max_length, self.sampled)
+        batch = Batch(recipe.statistics_batch_size(length), length)
         held = parts.sketches(recipe, shape, self.how)
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
         # Of the layer that is read also the rows without padding.

@@ -134,7 +134,7 @@ class GateSection(Section):
     num_task_samples: PositiveInt = 256
     """Training rows for the task's statistics."""
     batch_size: PositiveInt = 16
-    """Sequences that statistics are taken of at a time; for covariance fisher no more than in a step of training."""
+    """Sequences at most that statistics are taken of at a time; for covariance fisher no more tokens than in training."""
     basis_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the gates' bases, which stay beside the model; auto: bfloat16 on a GPU, float32 on a CPU."""
     refresh_every: PositiveInt = 10
@@ -364,12 +364,15 @@ class Recipe(Section):
             )
         return self
 
-    @property
-    def statistics_batch_size(self) -> int:
-        """Sequences that statistics are taken of at a time: a backward pass has no more room than in training."""
+    def statistics_batch_size(self, length: int) -> int:
+        """Sequences of this length, at most, that statistics are taken of at a time.
+
+        A backward pass has no more room than in training: it takes as many tokens.
+        """
         if self.gate.covariance == "activation":
             return self.gate.batch_size
-        return min(self.gate.batch_size, self.training.per_device_train_batch_size)
+        rows, longest = self.training.per_device_train_batch_size, self.training.max_length
+        return min(self.gate.batch_size, max(rows, rows * longest // length))
 
     @property
     def keeps_best(self) -> bool:

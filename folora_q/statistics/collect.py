@@ -114,7 +114,8 @@ class Reading:
                     "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
                 )
             del sinks
-            self.halving.halve(self.halving.fitting(len(text[0].input_ids)), text[0].input_ids.shape[1])
+            rows = max(self.halving.fitting(len(batch.input_ids)) for batch in text)
+            self.halving.halve(rows, text[0].input_ids.shape[1])
 
     def feed(
         self, text: Text, sinks: Mapping[str, Sink], of: Callable[[torch.Tensor], torch.Tensor] = lambda marks: marks

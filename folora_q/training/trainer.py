@@ -23,7 +23,7 @@ from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
-from folora_q.models.adapters import adapter_pairs, keep_in_float32
+from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.training.callbacks import BeforeTraining
@@ -41,7 +41,7 @@ class GatedTrainer(DurableTrainer):
     """A trainer whose optimizer passes the adapter's steps through `gates`, once those are set.
 
     Attributes:
-        gates: by adapted layer; None is plain QLoRA.
+        gates: by adapted layer, set by `gate_with`; None is plain QLoRA.
         max_kl: the KL at which training stops.
     """
 
@@ -49,6 +49,18 @@ class GatedTrainer(DurableTrainer):
     gate_section: GateSection
     max_kl: float | None = None
     gated: GatedOptimizer | None = None
+
+    def gate_with(self, gates: Mapping[str, SpectralGate]) -> None:
+        """Pass all steps to come through these gates; with rule frozen, train no A from here on.
+
+        Args:
+            gates: by adapted layer, those of one input space one object.
+        """
+        if self.gate_section.rule == "frozen":
+            freeze_first(adapter_pairs(self.model))
+            away = {id(gate): gate.to("cpu") for gate in gates.values()}  # no step needs them
+            gates = {layer: away[id(gate)] for layer, gate in gates.items()}
+        self.gates = gates
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         section = self.gate_section

@@ -76,7 +76,9 @@ def ground(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Groun
                 "evaluation.num_answers=2",
             ],
         )
-        return Ground(recipe, folder, Clock(Silent()))
+        ground = Ground(recipe, folder, Clock(Silent()))
+        decode(ground.base)  # as on a CPU: what is merged is then not rounded to 4 bits
+        return ground
 
 
 def tuned(ground: Ground, method: Method, steps: int = 3):
@@ -147,7 +149,7 @@ def test_the_norm_of_an_update_is_that_of_the_merged_weights(ground: Ground, met
 
 def test_decoded_weights_compute_what_four_bits_do(ground: Ground, tiny_folder: Path) -> None:
     base = load_model(ground.recipe.model, choose_hardware("float32")).model
-    ids = torch.arange(40)[None]
+    ids = torch.arange(40, device=base.device)[None]
     with torch.no_grad():
         packed = base(input_ids=ids).logits
         decode(base)
@@ -160,7 +162,7 @@ def test_null_space_rows_do_nothing_on_the_bases_own_text(ground: Ground) -> Non
     for pair in adapter_pairs(model):
         penalty, _ = covariances[pair.name]
         least = torch.linalg.eigvalsh(penalty)[: len(pair.a)].sum()
-        a = pair.a.detach().double()
+        a = pair.a.detach().double().cpu()
         passed = torch.trace(a @ penalty @ a.T) / a.square().sum() * len(a)  # of unit rows
         assert passed == pytest.approx(float(least), rel=1e-3, abs=1e-6)
         assert passed < 0.3 * len(a)  # of random unit rows each has 1; the tiny model has 64 directions in all
@@ -173,7 +175,7 @@ def test_contrastive_rows_have_the_largest_quotients_and_stay(ground: Ground) ->
     for pair in adapter_pairs(model):
         penalty, utility = covariances[pair.name]
         metric = penalty + method.ridge * torch.eye(len(penalty), dtype=torch.float64)
-        a = pair.a.detach().double()
+        a = pair.a.detach().double().cpu()
         assert torch.allclose(a @ a.T * 3, torch.eye(len(a), dtype=torch.float64), atol=1e-5)
         inside = torch.linalg.eigvals(torch.linalg.solve(a @ metric @ a.T, a @ utility @ a.T)).real
         best = torch.linalg.eigvals(torch.linalg.solve(metric, utility)).real.sort(descending=True).values[: len(a)]
@@ -197,7 +199,7 @@ def test_a_moved_start_is_the_base(ground: Ground, method: Method) -> None:
     model = ground.tuned(seed=0, sixteen_bit=True)
     method = dataclasses.replace(method)
     method.start(ground, model, adapter_pairs(model))
-    ids = torch.arange(40)[None]
+    ids = torch.arange(40, device=ground.base.device)[None]
     with torch.no_grad():
         moved, base = (m(input_ids=ids).logits for m in (model, ground.base))
         with model.disable_adapter():
@@ -215,7 +217,7 @@ def test_corda_is_pefts(ground: Ground) -> None:
     expected = {}
     for pair in pairs[:3]:
         weight = pair.module.get_base_layer().weight
-        a, b = CorDA(1e-2).factors(weight.double(), *covariances[pair.name], rank)
+        a, b = CorDA(1e-2).factors(weight.double().cpu(), *covariances[pair.name], rank)
         expected[pair.name] = b @ a
     copy = ground.tuned(seed=0, sixteen_bit=True).unload()
     config = LoraConfig(
@@ -329,7 +331,7 @@ def test_choices_side_by_side_are_as_likely_as_each_alone(ground: Ground) -> Non
         prompt = [token for token, owner in zip(question.ids, question.owners, strict=True) if owner == 0]
         for number, likelihood in enumerate(likelihoods, 1):
             choice = [token for token, owner in zip(question.ids, question.owners, strict=True) if owner == number]
-            ids = torch.tensor([prompt + choice])
+            ids = torch.tensor([prompt + choice], device=ground.base.device)
             with torch.no_grad():
                 log = log_softmax(ground.base(input_ids=ids).logits[0, :-1], -1)
             alone = log.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()

@@ -19,6 +19,13 @@ def test_batches_hold_every_sequence_once_longest_first_and_pad_by_length() -> N
     assert second.input_ids.tolist() == [[5]]
 
 
+def test_batches_can_be_larger_where_sequences_are_shorter() -> None:
+    sequences = [list(range(5, 5 + length)) for length in (1, 6, 2, 3, 12, 2)]
+    found = list(batches(sequences, lambda length: 12 // length, torch.device("cpu")))
+    assert [tuple(batch.input_ids.shape) for batch in found] == [(1, 12), (2, 6), (3, 2)]
+    assert sorted(int(batch.attention_mask.sum()) for batch in found) == [5, 9, 12]
+
+
 def test_prompts_end_where_the_answer_begins(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     chat, text = Chat("here", [user("hi"), assistant("yo")]), Completion("here", "hi", "yo")

@@ -90,7 +90,7 @@ def trained(recipe: object, gate_lambda: float | None = 4.0) -> tuple[list[torch
     """Weights, and the loss of every step."""
     trainer = trainer_of(recipe)
     if gate_lambda is not None:
-        trainer.gates = gates_of(trainer, gate_lambda)
+        trainer.gate_with(gates_of(trainer, gate_lambda))
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)], losses

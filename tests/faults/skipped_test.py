@@ -62,7 +62,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(recipe_file: P
     spoil(monkeypatch, {2}, **fault)
     changes = ["training.gradient_accumulation_steps=2", "logging.logging_steps=1", "gate.refresh_every=1"]
     trainer = trainer_of(load_recipe(recipe_file, changes))
-    trainer.gates = gates_of(trainer, 4.0)
+    trainer.gate_with(gates_of(trainer, 4.0))
     after: list[tuple[list[Any], float]] = []
     ended = trainer.callback_handler.on_step_end
 

@@ -169,6 +169,14 @@ def test_on_a_cpu_everything_is_the_hosts() -> None:
     assert "CUDA context" not in found.stages[0].device
 
 
+@pytest.mark.parametrize("length", [1, 100, 511, 512, 513, 5000])
+def test_statistics_take_short_texts_together_and_no_more_tokens_than_training(length: int) -> None:
+    recipe = a_recipe(gate={"batch_size": 16}, training={"per_device_train_batch_size": 2, "max_length": 512})
+    rows = recipe.statistics_batch_size(length)
+    assert rows == {1: 16, 100: 10}.get(length, 2)
+    assert a_recipe(gate={"batch_size": 16, "covariance": "activation"}).statistics_batch_size(length) == 16
+
+
 @pytest.mark.parametrize(
     ("name", "more", "less"),
     [

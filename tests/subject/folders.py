@@ -20,7 +20,7 @@ def write_adapter(base_folder: Path, folder: Path, std: float = 0.0) -> Path:
     base = load_model(ModelSection(model_name_or_path=str(base_folder)), choose_hardware("float32"))
     model = attach_adapter(base, AdapterSection(r=2), 0)
     for pair in adapter_pairs(model):
-        torch.nn.init.normal_(pair.b, std=std, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(pair.b, std=std, generator=torch.Generator(pair.b.device).manual_seed(0))
     save_adapter(model, base, ExportSection(), folder)
     assert not (folder / "tokenizer_config.json").exists()
     return folder

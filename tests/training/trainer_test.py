@@ -67,7 +67,7 @@ def trained(recipe: Recipe, gate_lambda: float | None) -> tuple[list[torch.Tenso
     batches = Batches()
     trainer = batches.watch(trainer_of(recipe))
     if gate_lambda is not None:
-        trainer.gates = gates_of(trainer, gate_lambda)
+        trainer.gate_with(gates_of(trainer, gate_lambda))
     trainer.train()
     return [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)], batches.seen
 
@@ -129,7 +129,7 @@ def test_adapters_stay_in_float32_through_training(recipe_file: Path) -> None:
 )
 def test_rule_step_wraps_the_optimizer_that_the_recipe_names(recipe_file: Path, overrides: list, inner: type) -> None:
     trainer = trainer_of(load_recipe(recipe_file, overrides))
-    trainer.gates = gates_of(trainer, 1.0)
+    trainer.gate_with(gates_of(trainer, 1.0))
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, GatedOptimizer)
     assert type(optimizer.inner) is inner
@@ -138,7 +138,7 @@ def test_rule_step_wraps_the_optimizer_that_the_recipe_names(recipe_file: Path, 
 
 def test_places_choose_what_is_gated(recipe_file: Path) -> None:
     trainer = trainer_of(load_recipe(recipe_file, ["gate.places=[a_start,b_step]"]))
-    trainer.gates = gates_of(trainer, 1.0)
+    trainer.gate_with(gates_of(trainer, 1.0))
     optimizer = trainer.create_optimizer()
     assert (optimizer.gate_a, optimizer.gate_b) == (False, True)
 
@@ -147,7 +147,7 @@ def test_rule_spectral_trains_with_the_papers_optimizer(recipe_file: Path) -> No
     recipe = load_recipe(recipe_file, ["gate.rule=spectral", "gate.places=[a_step]", "training.weight_decay=0.1"])
     lines: list[dict] = []
     trainer = trainer_of(recipe, [Reporting(lambda n: None, lines.append)])
-    trainer.gates = gates_of(trainer, 1.0)
+    trainer.gate_with(gates_of(trainer, 1.0))
     trainer.train()
     optimizer = trainer.optimizer.optimizer  # accelerate wraps it
     assert isinstance(optimizer, SpectralAdamW)

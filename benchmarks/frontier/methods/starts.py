@@ -28,7 +28,8 @@ class MovedStart(Method, ABC):
         for pair in pairs:
             layer = pair.module.get_base_layer()
             weight = layer.weight.double()
-            a, b = self.factors(weight, *covariances[pair.name], len(pair.a))
+            penalty, utility = (covariance.to(weight.device) for covariance in covariances[pair.name])
+            a, b = self.factors(weight, penalty, utility, len(pair.a))
             with torch.no_grad():
                 pair.a.copy_(a)
                 pair.b.copy_(b / pair.scale)
@@ -49,7 +50,8 @@ class CorDA(MovedStart):
     """
 
     def factors(self, weight: Tensor, penalty: Tensor, utility: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        c = penalty + DAMPING * penalty.diagonal().mean() * torch.eye(len(penalty), dtype=penalty.dtype)
+        identity = torch.eye(len(penalty), dtype=penalty.dtype, device=penalty.device)
+        c = penalty + DAMPING * penalty.diagonal().mean() * identity
         u, s, vt = torch.linalg.svd(weight @ c, full_matrices=False)
         root = s[-rank:].sqrt()
         a = root[:, None] * torch.linalg.solve(c, vt[-rank:].T, left=True).T
