@@ -134,7 +134,7 @@ class GateSection(Section):
     num_task_samples: PositiveInt = 256
     """Training rows for the task's statistics."""
     batch_size: PositiveInt = 16
-    """Sequences at most that statistics are taken of at a time; for covariance fisher no more tokens than in training."""
+    """Sequences that statistics are taken of at a time; for covariance fisher with no more tokens than in training."""
     basis_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the gates' bases, which stay beside the model; auto: bfloat16 on a GPU, float32 on a CPU."""
     refresh_every: PositiveInt = 10
