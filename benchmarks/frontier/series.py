@@ -24,6 +24,8 @@ STRENGTHS = {
 OURS = 64.0  # of the control, as of `Gated`
 ABLATED_RATE = 3e-3
 
+# What ablations are called that change A frozen.
+OF_FROZEN = "A frozen: "
 # Settings of `Gated` itself; others are the recipe's.
 OWN = ("proxy", "num_samples", "gate_lambda", "treatment")
 
@@ -65,11 +67,17 @@ def methods() -> list[Series]:
 
 
 def ablations() -> list[Series]:
-    """Ours at λ 64 with one thing changed, at one learning rate: each run is compared with a curve at its task loss."""
+    """Ours with one thing changed, at one learning rate: each run is compared with a curve at its task loss.
+
+    First λ 64, then A frozen, whose start is all that its gate does.
+    """
 
     def changed(name: str, **changes: object) -> Series:
         own = {key: changes.pop(key) for key in OWN if key in changes}
         return Series(name, [Gated(ABLATED_RATE, gate=dict(changes), **own)])
+
+    def frozen(name: str, **changes: object) -> Series:
+        return changed(OF_FROZEN + name, rule="frozen", **changes)
 
     exact = {"rank": DENSE, "second_pass": False}
     return [
@@ -106,6 +114,24 @@ def ablations() -> list[Series]:
         changed("robust to massive channels", treatment="robust", **exact),
         changed("shrunk by a tenth", treatment="shrunk", **exact),
         changed("spectral, A only", rule="spectral", places=["a_start", "a_step"]),
+        frozen("activations alike", covariance="activation"),
+        frozen("no refinement", refinements=0),
+        frozen("2 refinements", refinements=2),
+        frozen("one pass", second_pass=False),
+        frozen("exact covariances", **exact),
+        Series(OF_FROZEN + "penalty only", [PenaltyOnly(ABLATED_RATE, gate={"rule": "frozen"})]),
+        Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate={"rule": "frozen"})]),
+        frozen("random start, gated", start="random"),
+        frozen("proxy: general prose", proxy="prose"),
+        frozen("proxy: random tokens", proxy="random"),
+        frozen("proxy: whole only", proxy="whole"),
+        frozen("proxy: cut only", proxy="cut"),
+        frozen("16 samples", num_samples=16),
+        frozen("32 samples", num_samples=32),
+        frozen("rank 16", rank=16),
+        frozen("rank 128", rank=128),
+        frozen("ridge 0.1", ridge=0.1, utility_ridge=0.1),
+        frozen("ridge 0.001", ridge=0.001, utility_ridge=0.001),
     ]
 
 

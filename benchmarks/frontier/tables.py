@@ -16,7 +16,7 @@ from benchmarks.frontier.comparing import PLAIN, Curve, Spread, at_update_norm, 
 from benchmarks.frontier.costs import read_costs
 from benchmarks.frontier.plot import draw
 from benchmarks.frontier.results import Result, read_all
-from benchmarks.frontier.series import OURS, methods
+from benchmarks.frontier.series import OF_FROZEN, OURS, methods
 from benchmarks.frontier.training import Cost
 from folora_q.cli.console import out
 from folora_q.files import atomic_write
@@ -26,8 +26,8 @@ BEGIN, END = "<!-- made by `benchmarks.frontier table`: -->", "<!-- until here -
 METHODS = {series.name: series.points for series in methods()}
 # They take a part of the weights away, which 4 bits cannot hold.
 SIXTEEN_BIT = {name for name, points in METHODS.items() if points[0].sixteen_bit}
-# What ablations are set beside.
-UNCHANGED = f"gated, λ {OURS:g}"
+# What ablations are set beside, by whether they change A frozen.
+UNCHANGED = {False: f"gated, λ {OURS:g}", True: "gated, A frozen"}
 # Shares of plain LoRA's best gain at which methods are compared.
 SHARES = (0.9, 0.97, 0.99)
 MEASURES = {
@@ -145,11 +145,16 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
             )
             for share in SHARES
         ]
-        changed = [result for result in of_task if result.series not in METHODS]
-        if changed:
-            ours, plain = ([run for run in compared if run.series == name] for name in (UNCHANGED, PLAIN))
-            found = changes.changes(changed, ours, plain)
-            sections.append((f"{task}: ours with one thing changed", changes.COLUMNS, found))
+        for of_frozen, name in UNCHANGED.items():
+            changed = [
+                result
+                for result in of_task
+                if result.series not in METHODS and result.series.startswith(OF_FROZEN) == of_frozen
+            ]
+            if changed:
+                ours, plain = ([run for run in compared if run.series == each] for each in (name, PLAIN))
+                found = changes.changes(changed, ours, plain)
+                sections.append((f"{task}: {name}, with one thing changed", changes.COLUMNS, found))
         for title, columns, found in sections:
             table = Table(title=title, title_justify="left")
             for number, column in enumerate(columns):

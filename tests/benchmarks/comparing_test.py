@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     docs.mkdir()
     page = docs / "frontier.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    series = {"LoRA": 0.5, "gated, λ 64": 0.1, "rank 8": 0.2}
+    series = {"LoRA": 0.5, "gated, λ 64": 0.1, "rank 8": 0.2, "gated, A frozen": 0.05, "A frozen: rank 16": 0.1}
     for number, result in enumerate(run for name, factor in series.items() for run in power(name, factor)):
         key = Key("model", "style", {"number": number}, 0, 100)
         write(key.path(runs), key, result)
@@ -148,9 +149,12 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     assert page.read_text("utf-8").count("| 1.00 | 1.00 |\n") == 3
     text = page.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    methods, changed = text.split("### style: ours with one thing changed")
-    assert methods.count("| gated, λ 64 | ") == 3 and "| rank 8 | " not in methods and "(frontier-style.png)" in changed
-    assert changed.count("| rank 8 | 0.001 | 1 | ") == 1 and "| LoRA | " not in changed
+    methods, changed, frozen = re.split("### style: gated, .*, with one thing changed", text)
+    assert methods.count("| gated, λ 64 | ") == 3 and "| rank 8 | " not in methods and "(frontier-style.png)" in frozen
+    assert changed.count("| rank 8 | 0.001 | 1 | ") == 1 and "| LoRA | " not in changed + frozen
+    assert frozen.count("| A frozen: rank 16 | 0.001 | 1 | ") == 1 and "λ 64" not in frozen and "frozen" not in changed
+    row = next(line for line in frozen.splitlines() if line.startswith("| A frozen: rank 16"))
+    assert row.split(" | ")[6] == "2.00", "twice the KL of A frozen, not of λ 64"
     assert (docs / "frontier-style.png").read_bytes().startswith(b"\x89PNG")
     show(runs, 100, docs)
     assert page.read_text("utf-8") == text
