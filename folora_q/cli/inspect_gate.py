@@ -47,7 +47,7 @@ def command(folder: Path, module: str | None, everything: bool) -> None:
         _print_overview(run, layers)
     else:
         for gate in find_gates(run.gates, module):
-            _print_gate(gate, layers, everything)
+            _print_gate(gate, layers, everything, run.rows_placed)
 
 
 def _no_gates(run: Run) -> UserError:
@@ -63,11 +63,13 @@ def _no_gates(run: Run) -> UserError:
 
 
 def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
+    rows = run.rows_placed
     strength = ", ".join(sorted({f"{gate.gate_lambda:.4g}" for gate in run.gates}))
-    out.print(f"[bold]{escape(visible(run.name))}[/]: where the gate bites (λ = {strength})", soft_wrap=True)
+    how = f"λ = {strength}" if rows is None else "A frozen"
+    out.print(f"[bold]{escape(visible(run.name))}[/]: where the gate bites ({how})", soft_wrap=True)
     moved = [quantity for quantity in layer_quantities(layers) if quantity.key != "norm"]
     drifts = scale_of([value for quantity in moved for value in quantity.grid.values], logarithmic=True)
-    for quantity in gate_quantities(run.gates, layers):
+    for quantity in gate_quantities(run.gates, layers, steps=rows is None):
         _print_grid(quantity, quantity.scale)
     for quantity in moved:
         _print_grid(quantity, drifts)
@@ -76,7 +78,10 @@ def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
     shared = shared_by(run.gates)
     together = f"; {escape(visible(' and '.join(shared)))} share one, as they read one input" if shared else ""
     out.print(f"\n{len(run.gates):,} gates for {modules:,} layers{together}", soft_wrap=True)
-    if directions:
+    if rows is not None:
+        told = f"A reads the {rows} directions of largest γ of each, and stays there: no step passes a gate"
+        out.print(told, soft_wrap=True)
+    elif directions:
         out.print(
             f"{over:,} of {directions:,} directions ({over / directions:.1%}) pass more than half of their step; "
             f"the mean share is {mean_value(run.gates):.1%}",
@@ -127,33 +132,40 @@ def _ruler(columns: Sequence[int | None]) -> str:
     return line
 
 
-def _print_gate(gate: GateResult, layers: Sequence[LayerResult], everything: bool) -> None:
+def _print_gate(gate: GateResult, layers: Sequence[LayerResult], everything: bool, rows: int | None) -> None:
+    """Its directions and what they pass; or which of them A reads, where it stays in the first `rows`."""
     out.print(f"[bold]{escape(visible(', '.join(gate.modules)))}[/]", soft_wrap=True)
     rest = gate.dim - len(gate.quotients)
-    out.print(f"width {gate.dim:,}; {len(gate.quotients)} directions resolved; λ = {gate.gate_lambda:.4g}")
+    how = f"λ = {gate.gate_lambda:.4g}" if rows is None else f"A reads the first {rows}"
+    out.print(f"width {gate.dim:,}; {len(gate.quotients)} directions resolved; {how}")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("direction", "quotient γ", "passes"):
+    for heading in ("direction", "quotient γ", "passes" if rows is None else "A reads"):
         table.add_column(heading, justify="right")
     table.add_column("")
     pairs = list(zip(gate.quotients, gate.values, strict=False))
     skipped = range(0) if everything or len(pairs) < 2 * FIRST else range(FIRST, len(pairs) - LAST)
     for n, (quotient, value) in enumerate(pairs):
         if n not in skipped:
-            table.add_row(f"{n + 1}", short(quotient), number(value, ".1%"), _bar(value))
+            table.add_row(f"{n + 1}", short(quotient), *_passes(value, n, rows))
         elif n == skipped.start:
             table.add_row("...", "", "", f"[dim]{len(skipped)} more: --all[/]")
     if rest > 0:
-        value = gate.complement_value
-        table.add_row(f"the other {rest:,}", short(gate.complement_quotient), number(value, ".1%"), _bar(value))
+        passes = _passes(gate.complement_value, gate.dim, rows)
+        table.add_row(f"the other {rest:,}", short(gate.complement_quotient), *passes)
     print_table(table)
     over, directions = passing([gate])
-    if directions:
+    if directions and rows is None:
         share = f"{over:,} of {directions:,} directions pass more than half"
         out.print(f"{share}; the mean share is {gate.mean_value:.1%}", soft_wrap=True)
     ours = [layer for layer in layers if layer.name in gate.modules]
     if ours:
         print_table(_layers_table(ours))
     out.print()
+
+
+def _passes(value: float, number_of: int, rows: int | None) -> tuple[str, str]:
+    """What a direction passes, with a bar; or whether it is one of A's rows."""
+    return (number(value, ".1%"), _bar(value)) if rows is None else ("yes" if number_of < rows else "no", "")
 
 
 def _layers_table(layers: Sequence[LayerResult]) -> Table:

@@ -56,30 +56,30 @@ def heat_map(quantity: Quantity, scale: Scale | None = None) -> Figure:
 
 
 @in_our_style
-def spectrum(kind: str, gates: Sequence[tuple[str, GateResult]]) -> Figure:
+def spectrum(kind: str, gates: Sequence[tuple[str, GateResult]], rows: int | None = None) -> Figure:
     """Quotients of some gates by rank, and the share of a step that each direction passes.
 
     Args:
         kind: which modules' inputs these are. gates: with what the panel is called.
+        rows: so many directions are A's, which stays there: they are shaded, and no step passes a gate.
     """
     figure = Figure(figsize=(WIDTH, 2.1), layout="constrained")
     titled(figure, f"Input of {label_of(kind)}")
     panels = figure.subplots(1, PANELS, sharey=True)
-    shares = []
     for number, axes in enumerate(panels):
         if number >= len(gates):
             axes.set_axis_off()
             continue
         name, gate = gates[number]
-        shares.append(_spectrum_panel(axes, gate))
+        _quotients(axes, gate)
         axes.set_title(label_of(name))
         if number == 0:
             axes.set_ylabel("quotient γ", color=ACCENT)
         axes.set_xlabel("direction")
-        last = number == len(gates) - 1
-        shares[-1].tick_params(labelright=last)
-        if last:
-            shares[-1].set_ylabel("share that passes", color=SECOND)
+        if rows is not None:
+            axes.axvspan(0.5, rows + 0.5, color=SECOND, alpha=0.18, linewidth=0)
+        else:
+            _shares(axes, gate, labelled=number == len(gates) - 1)
     return figure
 
 
@@ -106,23 +106,29 @@ def _pairs(gate: GateResult) -> list[tuple[float, float]]:
     return [(q, value) for q, value in zip(gate.quotients, gate.values, strict=False) if isfinite(q) and q > 0]
 
 
-def _spectrum_panel(axes: Axes, gate: GateResult) -> Axes:
-    pairs = _pairs(gate)
-    quotients, values = zip(*pairs, strict=True)
-    ranks = range(1, len(pairs) + 1)
+def _quotients(axes: Axes, gate: GateResult) -> None:
+    quotients = [quotient for quotient, _ in _pairs(gate)]
     axes.set_yscale("log")
     axes.set_zorder(2)
-    axes.plot(ranks, quotients, color=ACCENT)
-    if gate.gate_lambda > 0:
-        axes.axhline(gate.gate_lambda, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
+    axes.plot(range(1, len(quotients) + 1), quotients, color=ACCENT)
     axes.yaxis.set_major_locator(LogLocator(numticks=5))
     axes.yaxis.set_major_formatter(tick)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(0, len(pairs) + 1)
+    axes.set_xlim(0, len(quotients) + 1)
+
+
+def _shares(axes: Axes, gate: GateResult, labelled: bool) -> None:
+    """The share of a step that passes, on an axis of its own at the right; and the quotient at which it is a half."""
+    if gate.gate_lambda > 0:
+        axes.axhline(gate.gate_lambda, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
+    values = [value for _, value in _pairs(gate)]
+    ranks = range(1, len(values) + 1)
     share = axes.twinx()
     share.fill_between(ranks, values, color=SECOND, alpha=0.18, linewidth=0)
     share.plot(ranks, values, color=SECOND, linewidth=1)
     share.set_ylim(0, 1.02)
     share.set_yticks([0, 0.5, 1])
     share.grid(False)
-    return share
+    share.tick_params(labelright=labelled)
+    if labelled:
+        share.set_ylabel("share that passes", color=SECOND)

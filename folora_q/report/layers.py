@@ -158,8 +158,8 @@ def layer_quantities(layers: Sequence[LayerResult]) -> list[Quantity]:
     )
 
 
-def gate_quantities(gates: Sequence[GateResult], layers: Sequence[LayerResult]) -> list[Quantity]:
-    """Where the gate bites: what the gates are, and how much of the steps they let pass."""
+def gate_quantities(gates: Sequence[GateResult], layers: Sequence[LayerResult], steps: bool = True) -> list[Quantity]:
+    """Where the gate bites: what the gates are, and how much of the steps they let pass, if `steps` go through them."""
     return _known(
         [
             Quantity(
@@ -175,7 +175,7 @@ def gate_quantities(gates: Sequence[GateResult], layers: Sequence[LayerResult]) 
                 "Mean gate value",
                 "the share of a step that passes, averaged over all directions of the layer’s input",
                 False,
-                grid_of((gate.modules, gate.mean_value) for gate in gates if gate.dim > 0),
+                grid_of((gate.modules, gate.mean_value) for gate in gates if steps and gate.dim > 0),
             ),
             *(_energy(layers, matrix) for matrix in ("a", "b")),
         ]

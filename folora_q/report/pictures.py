@@ -12,6 +12,7 @@ from folora_q.report.record import Run
 from folora_q.report.render import Picture
 from folora_q.report.text import memory, short, visible, wall_time
 from folora_q.report.trajectory import Point
+from folora_q.runs.results import GateResult
 
 STAR = " The star is the final evaluation, on all texts."
 
@@ -62,21 +63,29 @@ def layer_pictures(run: Run) -> list[Picture]:
 
 def gate_pictures(run: Run) -> list[Picture]:
     """Where the gate bites: heat maps, and quotients and values of chosen layers for each kind of input."""
-    found = list(_heat_maps(gate_quantities(run.gates, run.evaluation.layers if run.evaluation else [])))
+    layers, rows = run.evaluation.layers if run.evaluation else [], run.rows_placed
+    found = list(_heat_maps(gate_quantities(run.gates, layers, steps=rows is None)))
     for number, (kind, gates) in enumerate(spectra(run.gates)):
-        passing = [
-            f"{sum(value > 0.5 for value in gate.values)}{f' in {name}' if name else ''}" for name, gate in gates
-        ]
-        resolved = sorted({len(gate.values) for _, gate in gates})
-        rest = [gate.complement_value for _, gate in gates]
-        spread = short(rest[0]) if min(rest) == max(rest) else f"{short(min(rest))} to {short(max(rest))}"
-        caption = (
-            f"Of {' or '.join(map(str, resolved))} resolved directions, so many pass more than half of their step: "
-            f"{', '.join(passing)}. All other directions pass {spread} of it."
-        )
-        figure = spectrum(kind, gates)
+        caption = _passing(gates) if rows is None else _read_by_a(gates, rows)
+        figure = spectrum(kind, gates, rows)
         found.append(Picture(f"spectrum-{number + 1}", f"Input of {visible(kind)}", caption, caption, figure))
     return found
+
+
+def _passing(gates: Sequence[tuple[str, GateResult]]) -> str:
+    passing = [f"{sum(value > 0.5 for value in gate.values)}{f' in {name}' if name else ''}" for name, gate in gates]
+    resolved = sorted({len(gate.values) for _, gate in gates})
+    rest = [gate.complement_value for _, gate in gates]
+    spread = short(rest[0]) if min(rest) == max(rest) else f"{short(min(rest))} to {short(max(rest))}"
+    return (
+        f"Of {' or '.join(map(str, resolved))} resolved directions, so many pass more than half of their step: "
+        f"{', '.join(passing)}. All other directions pass {spread} of it."
+    )
+
+
+def _read_by_a(gates: Sequence[tuple[str, GateResult]], rows: int) -> str:
+    last = [f"{short(gate.quotients[:rows][-1])}{f' in {name}' if name else ''}" for name, gate in gates]
+    return f"A reads the first {rows} directions, shaded. The last of them has a quotient of {', '.join(last)}."
 
 
 def cost_pictures(run: Run) -> list[Picture]:

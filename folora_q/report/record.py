@@ -82,6 +82,15 @@ class Run:
         return enabled if isinstance(enabled, bool) else None
 
     @property
+    def rows_placed(self) -> int | None:
+        """With rule frozen, how many leading directions A was put into, where all that its gates do ends; else None."""
+        gate, adapter = self.recipe.get("gate"), self.recipe.get("adapter")
+        if not isinstance(gate, dict) or gate.get("rule") != "frozen" or gate.get("start", "leading") != "leading":
+            return None
+        rank = adapter.get("r") if isinstance(adapter, dict) else None
+        return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
+
+    @property
     def finished(self) -> bool:
         """Whether all is there that was to be: a run, or the evaluation of an adapter from elsewhere."""
         return self.status in ("complete", "evaluation") and self.evaluation is not None

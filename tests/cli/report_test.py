@@ -207,6 +207,27 @@ def test_inspect_shows_one_gate_in_detail(tmp_path: Path, capfd) -> None:
     assert "did you mean down_proj" in capfd.readouterr().err
 
 
+def test_where_a_is_frozen_no_share_of_a_step_is_told(tmp_path: Path, capfd) -> None:
+    folder = write_run(tmp_path / "demo", Shape(layers=3))
+    recipe = folder.recipe.read_text("utf-8")
+    folder.recipe.write_text(recipe.replace("rule: step", "rule: frozen"), encoding="utf-8")
+    assert run("inspect", folder.path) == 0
+    text = capfd.readouterr().out
+    assert "demo: where the gate bites (A frozen)" in text and "Top quotient γ" in text
+    assert "A reads the 16 directions of largest γ of each" in text
+    assert "Mean gate value" not in text and "pass more than half" not in text and "λ" not in text
+    assert run("inspect", folder.path, "--module", "1.mlp.down_proj") == 0
+    text = capfd.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    told = {line[0]: line[2] for line in lines if len(line) == 3 and line[0].isdigit()}
+    assert told["1"] == told["16"] == "yes" and told["17"] == told["110"] == "no"
+    assert ["the", "other", "1,426"] in [line[:3] for line in lines] and "%" not in text.partition("drift")[0]
+    assert run("report", folder.path) == 0
+    page = (folder.path / "report.html").read_text("utf-8")
+    assert "A’s rows were put into the first 16" in page and "A reads the first 16 directions, shaded." in page
+    assert "share that passes" not in page and "pass more than half" not in page
+
+
 def test_inspect_of_a_run_without_gates_is_a_sentence(demo: Path, tmp_path: Path, capfd) -> None:
     write_run(tmp_path / "plain", PLAIN)
     assert run("inspect", "plain") == 2
