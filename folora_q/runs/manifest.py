@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from folora_q import __version__
 from folora_q.errors import UserError
 from folora_q.files import sha256
 from folora_q.recipe.schema import Recipe
 
-PACKAGES = ("folora-q", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
 def new_manifest(recipe: Recipe, data: Sequence[Path]) -> dict[str, Any]:
@@ -33,7 +34,9 @@ def new_manifest(recipe: Recipe, data: Sequence[Path]) -> dict[str, Any]:
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": {"training": recipe.training.seed, "proxy": recipe.proxy.seed},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        # Our own from here: a checkout that is not installed has no metadata.
+        "versions": {"python": platform.python_version(), "folora-q": __version__}
+        | {name: version(name) for name in PACKAGES},
         "data_sha256": {name: _checksum(name) for name in named if name is not None},
     }
 
