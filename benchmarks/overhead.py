@@ -36,7 +36,8 @@ from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe.schema import ModelSection
 
-WAYS = ("plain", "gated", "spectral")
+# By `gate.rule`, and without a gate.
+WAYS = ("plain", "frozen", "step", "spectral")
 RANK = 64
 
 
@@ -91,19 +92,19 @@ def once(what: str, way: str, shape: str, batch: int, length: int, steps: int, r
     ways = WAYS if way == "all" else (way,)
     optimizers = {name: _optimizer(name, model, place) for name in ways}
     step = _stepper(model, ids, place)
-    for optimizer in optimizers.values():
-        step(optimizer)  # moments and caches are made
+    for name, optimizer in optimizers.items():
+        step(name, optimizer)  # moments and caches are made
     if what == "memory":
         memory = PeakMemory(place)
         memory.reset()
         for _ in range(steps):
-            step(optimizers[way])
+            step(way, optimizers[way])
         click.echo(json.dumps({"peak": memory.peak()}))
         return
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(steps):
         for name, optimizer in optimizers.items():
-            times[name].append(step(optimizer))
+            times[name].append(step(name, optimizer))
     click.echo(json.dumps(times))
 
 
@@ -122,17 +123,23 @@ def _model(shape: str, r: int, gpu: bool) -> tuple[torch.nn.Module, torch.device
 
 def _optimizer(way: str, model: torch.nn.Module, device: torch.device) -> Optimizer:
     pairs = adapter_pairs(model)
+    if way == "frozen":
+        return torch.optim.AdamW([pair.b for pair in pairs], lr=1e-5)
     if way == "plain":
         return torch.optim.AdamW([p for pair in pairs for p in (pair.a, pair.b)], lr=1e-5)
     gates = random_gates(pairs, RANK, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     adapters = [(pair.a, pair.b, gates[pair.name]) for pair in pairs]
-    if way == "gated":
+    if way == "step":
         return GatedOptimizer(torch.optim.AdamW([p for pair in pairs for p in (pair.a, pair.b)], lr=1e-5), adapters)
     return SpectralAdamW(adapters, lr=1e-5, complement="frozen")
 
 
-def _stepper(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) -> Callable[[Optimizer], float]:
-    def step(optimizer: Optimizer) -> float:
+def _stepper(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) -> Callable[[str, Optimizer], float]:
+    first = [pair.a for pair in adapter_pairs(model)]
+
+    def step(way: str, optimizer: Optimizer) -> float:
+        for a in first:
+            a.requires_grad_(way != "frozen")
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
