@@ -92,9 +92,10 @@ def run(
 @main.command()
 @click.argument("overrides", nargs=-1)
 @click.option("--task", default=TASKS[0], type=click.Choice(TASKS), show_default=True)
+@click.option("--series", "wanted", multiple=True, help="These series alone, in this order.")
 @click.option("--one", help="This series alone, in this process; prints JSON.")
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-def costs(overrides: tuple[str, ...], task: str, one: str | None, output: Path) -> None:
+def costs(overrides: tuple[str, ...], task: str, wanted: tuple[str, ...], one: str | None, output: Path) -> None:
     """Measure time and peak memory of each method's steps, each in a process of its own; leave the machine alone."""
     from benchmarks.frontier.costs import measure, measure_all
     from benchmarks.frontier.series import methods
@@ -103,7 +104,8 @@ def costs(overrides: tuple[str, ...], task: str, one: str | None, output: Path) 
     if one is not None:
         click.echo(json.dumps(asdict(measure(one, recipe, overrides, output))))
         return
-    measure_all([series.name for series in methods()], recipe, overrides, output, err.print)
+    names = wanted or [series.name for series in methods()]
+    measure_all(names, recipe, overrides, output, err.print)
 
 
 @main.command()
