@@ -119,7 +119,10 @@ def ablations() -> list[Series]:
         frozen("2 refinements", refinements=2),
         frozen("one pass", second_pass=False),
         frozen("exact covariances", **exact),
-        Series(OF_FROZEN + "penalty only", [PenaltyOnly(ABLATED_RATE, gate={"rule": "frozen"})]),
+        Series(
+            OF_FROZEN + "penalty only",
+            [PenaltyOnly(rate, gate={"rule": "frozen"}) for rate in (1e-3, ABLATED_RATE, 1e-2, 3e-2)],
+        ),
         Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate={"rule": "frozen"})]),
         frozen("random start, gated", start="random"),
         frozen("proxy: general prose", proxy="prose"),
