@@ -121,7 +121,7 @@ def ablations() -> list[Series]:
         frozen("exact covariances", **exact),
         Series(
             OF_FROZEN + "penalty only",
-            [PenaltyOnly(rate, gate={"rule": "frozen"}) for rate in (1e-3, ABLATED_RATE, 1e-2, 3e-2)],
+            [PenaltyOnly(rate, gate={"rule": "frozen"}) for rate in (ABLATED_RATE, 6e-3, 1e-2)],
         ),
         Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate={"rule": "frozen"})]),
         frozen("random start, gated", start="random"),
