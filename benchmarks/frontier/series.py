@@ -76,36 +76,38 @@ def ablations() -> list[Series]:
         own = {key: changes.pop(key) for key in OWN if key in changes}
         return Series(name, [Gated(ABLATED_RATE, gate=dict(changes), **own)])
 
-    def frozen(name: str, **changes: object) -> Series:
-        return changed(OF_FROZEN + name, rule="frozen", **changes)
-
     exact = {"rank": DENSE, "second_pass": False}
+    # What either rule's start is made from.
+    statistics: dict[str, dict[str, object]] = {
+        "activations alike": {"covariance": "activation"},
+        "no refinement": {"refinements": 0},
+        "2 refinements": {"refinements": 2},
+        "one pass": {"second_pass": False},
+        "exact covariances": exact,
+        "proxy: general prose": {"proxy": "prose"},
+        "proxy: random tokens": {"proxy": "random"},
+        "proxy: whole only": {"proxy": "whole"},
+        "proxy: cut only": {"proxy": "cut"},
+        "16 samples": {"num_samples": 16},
+        "32 samples": {"num_samples": 32},
+        "rank 16": {"rank": 16},
+        "rank 128": {"rank": 128},
+        "ridge 0.1": {"ridge": 0.1, "utility_ridge": 0.1},
+        "ridge 0.001": {"ridge": 0.001, "utility_ridge": 0.001},
+    }
+    frozen = {"rule": "frozen"}
     return [
         changed("as it is"),
-        changed("activations alike", covariance="activation"),
-        changed("no refinement", refinements=0),
-        changed("2 refinements", refinements=2),
-        changed("one pass", second_pass=False),
-        changed("exact covariances", **exact),
+        *(changed(name, **changes) for name, changes in statistics.items()),
         Series("penalty only", [PenaltyOnly(rate) for rate in (ABLATED_RATE, 1e-2)]),
         Series("utility only", [UtilityOnly(ABLATED_RATE)]),
         changed("A's start random, gated", start="random"),
         changed("A's start not gated", places=["a_step", "b_step"]),
         changed("A's step not gated", places=["a_start", "b_step"]),
         changed("B's step not gated", places=["a_start", "a_step"]),
-        changed("proxy: general prose", proxy="prose"),
-        changed("proxy: random tokens", proxy="random"),
-        changed("proxy: whole only", proxy="whole"),
-        changed("proxy: cut only", proxy="cut"),
         changed("proxy: from BOS", proxy="bos"),
         changed("proxy: as chat", proxy="chat"),
-        changed("16 samples", num_samples=16),
-        changed("32 samples", num_samples=32),
         changed("rank 8", rank=8),
-        changed("rank 16", rank=16),
-        changed("rank 128", rank=128),
-        changed("ridge 0.1", ridge=0.1, utility_ridge=0.1),
-        changed("ridge 0.001", ridge=0.001, utility_ridge=0.001),
         changed("floor 0.05", floor=0.05),
         changed("sharpness 2", sharpness=2.0),
         changed("sharpness 8 (hard)", sharpness=8.0),
@@ -114,27 +116,10 @@ def ablations() -> list[Series]:
         changed("robust to massive channels", treatment="robust", **exact),
         changed("shrunk by a tenth", treatment="shrunk", **exact),
         changed("spectral, A only", rule="spectral", places=["a_start", "a_step"]),
-        frozen("activations alike", covariance="activation"),
-        frozen("no refinement", refinements=0),
-        frozen("2 refinements", refinements=2),
-        frozen("one pass", second_pass=False),
-        frozen("exact covariances", **exact),
-        Series(
-            OF_FROZEN + "penalty only",
-            [PenaltyOnly(rate, gate={"rule": "frozen"}) for rate in (ABLATED_RATE, 6e-3, 1e-2)],
-        ),
-        Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate={"rule": "frozen"})]),
-        frozen("random start, gated", start="random"),
-        frozen("proxy: general prose", proxy="prose"),
-        frozen("proxy: random tokens", proxy="random"),
-        frozen("proxy: whole only", proxy="whole"),
-        frozen("proxy: cut only", proxy="cut"),
-        frozen("16 samples", num_samples=16),
-        frozen("32 samples", num_samples=32),
-        frozen("rank 16", rank=16),
-        frozen("rank 128", rank=128),
-        frozen("ridge 0.1", ridge=0.1, utility_ridge=0.1),
-        frozen("ridge 0.001", ridge=0.001, utility_ridge=0.001),
+        *(changed(OF_FROZEN + name, **changes, **frozen) for name, changes in statistics.items()),
+        Series(OF_FROZEN + "penalty only", [PenaltyOnly(rate, gate=frozen) for rate in (ABLATED_RATE, 6e-3, 1e-2)]),
+        Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate=frozen)]),
+        changed(OF_FROZEN + "random start, gated", start="random", **frozen),
     ]
 
 

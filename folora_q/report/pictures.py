@@ -73,7 +73,7 @@ def gate_pictures(run: Run) -> list[Picture]:
 
 
 def _passing(gates: Sequence[tuple[str, GateResult]]) -> str:
-    passing = [f"{sum(value > 0.5 for value in gate.values)}{f' in {name}' if name else ''}" for name, gate in gates]
+    passing = [_within(name, f"{sum(value > 0.5 for value in gate.values)}") for name, gate in gates]
     resolved = sorted({len(gate.values) for _, gate in gates})
     rest = [gate.complement_value for _, gate in gates]
     spread = short(rest[0]) if min(rest) == max(rest) else f"{short(min(rest))} to {short(max(rest))}"
@@ -84,8 +84,12 @@ def _passing(gates: Sequence[tuple[str, GateResult]]) -> str:
 
 
 def _read_by_a(gates: Sequence[tuple[str, GateResult]], rows: int) -> str:
-    last = [f"{short(gate.quotients[:rows][-1])}{f' in {name}' if name else ''}" for name, gate in gates]
+    last = [_within(name, short(gate.quotients[:rows][-1])) for name, gate in gates]
     return f"A reads the first {rows} directions, shaded. The last of them has a quotient of {', '.join(last)}."
+
+
+def _within(panel: str, told: str) -> str:
+    return f"{told} in {panel}" if panel else told
 
 
 def cost_pictures(run: Run) -> list[Picture]:
