@@ -24,6 +24,8 @@ STRENGTHS = {
 OURS = 64.0  # of the control, as of `Gated`
 ABLATED_RATE = 3e-3
 
+# The product's default rule; `Gated` has `step`.
+FROZEN: dict[str, object] = {"rule": "frozen"}
 # What ablations are called that change A frozen.
 OF_FROZEN = "A frozen: "
 # Settings of `Gated` itself; others are the recipe's.
@@ -47,7 +49,7 @@ def methods() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
-        Series("gated, A frozen", [Gated(rate, gate={"rule": "frozen"}) for rate in (1e-3, 3e-3, 1e-2)]),
+        Series("gated, A frozen", [Gated(rate, gate=FROZEN) for rate in (1e-3, 3e-3, 1e-2)]),
         Series("gated, A frozen, rank 32", [FrozenGated(rate) for rate in (1e-3, 3e-3, 6e-3)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(rate) for rate in STRENGTHS[OURS]]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
@@ -95,7 +97,6 @@ def ablations() -> list[Series]:
         "ridge 0.1": {"ridge": 0.1, "utility_ridge": 0.1},
         "ridge 0.001": {"ridge": 0.001, "utility_ridge": 0.001},
     }
-    frozen = {"rule": "frozen"}
     return [
         changed("as it is"),
         *(changed(name, **changes) for name, changes in statistics.items()),
@@ -116,10 +117,10 @@ def ablations() -> list[Series]:
         changed("robust to massive channels", treatment="robust", **exact),
         changed("shrunk by a tenth", treatment="shrunk", **exact),
         changed("spectral, A only", rule="spectral", places=["a_start", "a_step"]),
-        *(changed(OF_FROZEN + name, **changes, **frozen) for name, changes in statistics.items()),
-        Series(OF_FROZEN + "penalty only", [PenaltyOnly(rate, gate=frozen) for rate in (ABLATED_RATE, 6e-3, 1e-2)]),
-        Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate=frozen)]),
-        changed(OF_FROZEN + "random start, gated", start="random", **frozen),
+        *(changed(OF_FROZEN + name, **changes, **FROZEN) for name, changes in statistics.items()),
+        Series(OF_FROZEN + "penalty only", [PenaltyOnly(rate, gate=FROZEN) for rate in (ABLATED_RATE, 6e-3, 1e-2)]),
+        Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate=FROZEN)]),
+        changed(OF_FROZEN + "random start, gated", start="random", **FROZEN),
     ]
 
 
@@ -128,6 +129,6 @@ def quick() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in RATES]),
         Series("gated, λ 64", [Gated(rate) for rate in (1e-3, 3e-3)]),
-        Series("gated, A frozen", [Gated(3e-3, gate={"rule": "frozen"})]),
+        Series("gated, A frozen", [Gated(3e-3, gate=FROZEN)]),
         Series("LoRA, MLP only", [MLPOnlyLoRA(1e-3)]),
     ]
