@@ -94,15 +94,18 @@ def run(
 @click.option("--task", default=TASKS[0], type=click.Choice(TASKS), show_default=True)
 @click.option("--series", "wanted", multiple=True, help="These series alone, in this order.")
 @click.option("--one", help="This series alone, in this process; prints JSON.")
+@click.option("--timed", is_flag=True, hidden=True)
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-def costs(overrides: tuple[str, ...], task: str, wanted: tuple[str, ...], one: str | None, output: Path) -> None:
+def costs(
+    overrides: tuple[str, ...], task: str, wanted: tuple[str, ...], one: str | None, timed: bool, output: Path
+) -> None:
     """Measure time and peak memory of each method's steps, each in a process of its own; leave the machine alone."""
     from benchmarks.frontier.costs import measure, measure_all
     from benchmarks.frontier.series import methods
 
     recipe = HERE / f"{task}.yaml"
     if one is not None:
-        click.echo(json.dumps(asdict(measure(one, recipe, overrides, output))))
+        click.echo(json.dumps(asdict(measure(one, recipe, overrides, output, timed))))
         return
     names = wanted or [series.name for series in methods()]
     measure_all(names, recipe, overrides, output, err.print)

@@ -1,8 +1,9 @@
 """What a few steps of each method cost, in two processes of its own, one for the time and one for the memory.
 
 Runs are made on several days and beside each other, so their times do not compare, and statistics that stay in a
-process blur its memory. What a method computes before its first step is let go of first, as the product does; only what
-it keeps for its steps counts. On a CPU the peak is the kernel's high-water mark, libraries and all.
+process blur its memory. A machine's speed may change by a fifth within minutes, so plain LoRA is timed again before and
+after each method. What a method computes before its first step is let go of first, as the product does; only what it
+keeps for its steps counts. On a CPU the peak is the kernel's high-water mark, libraries and all.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.frontier.ground import Ground
+from benchmarks.frontier.methods.base import Method
+from benchmarks.frontier.methods.lora import LoRA
 from benchmarks.frontier.series import methods
 from benchmarks.frontier.training import Cost, train
 from benchmarks.live_tensors import GIVE_BACK
@@ -29,8 +33,18 @@ from folora_q.recipe import load_recipe
 
 # B's gates are solved for in every tenth step.
 STEPS = 10
+WARM_UP = 3
 # The size of a covariance does not depend on how much text it is of.
 LITTLE_TEXT = ("proxy.num_samples=8", "gate.num_task_samples=8")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What ten steps of a method took, and ten of plain LoRA in the same process: the mean of before and after."""
+
+    seconds: float
+    plain_seconds: float
+    peak_bytes: int | None
 
 
 def measure_all(
@@ -46,37 +60,41 @@ def measure_all(
         if name in found:
             continue
         command = [sys.executable, "-m", "benchmarks.frontier", "costs", "--task", recipe.stem, "--one", name]
-        timed, weighed = (
-            _child([*command, "--output", str(output), *overrides], settings) for settings in ({}, GIVE_BACK)
-        )
-        found[name] = dataclasses.replace(timed, peak_bytes=weighed.peak_bytes)
+        command += ["--output", str(output), *overrides]
+        weighed = _child(command, GIVE_BACK)
+        found[name] = dataclasses.replace(_child([*command, "--timed"], {}), peak_bytes=weighed.peak_bytes)
         _path(output, recipe.stem).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({name: asdict(cost) for name, cost in found.items()}, indent=1, ensure_ascii=False)
         atomic_write(_path(output, recipe.stem), text + "\n")
-        tell(f"{recipe.stem}: {name}: {found[name].seconds:.1f} s, {(found[name].peak_bytes or 0) / 2**20:,.0f} MiB")
+        ratio = found[name].seconds / found[name].plain_seconds
+        tell(f"{recipe.stem}: {name}: {ratio:.2f} of plain LoRA's time, {(weighed.peak_bytes or 0) / 2**20:,.0f} MiB")
 
 
-def _child(command: list[str], settings: dict[str, str]) -> Cost:
+def _child(command: list[str], settings: dict[str, str]) -> Beside:
     """What `measure` finds in a process with these settings; those that give memory back make it slower."""
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | settings, check=False)
     if child.returncode:
         raise RunFailed(f"it could not be measured: {' '.join(command)}")
-    return Cost(**json.loads(child.stdout))
+    return Beside(**json.loads(child.stdout))
 
 
-def read_costs(output: Path, task: str) -> dict[str, Cost]:
+def read_costs(output: Path, task: str) -> dict[str, Beside]:
     """Of the series that have been measured."""
     path = _path(output, task)
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return {name: Cost(**cost) for name, cost in found.items()}
+    return {name: Beside(**cost) for name, cost in found.items()}
 
 
 def _path(output: Path, task: str) -> Path:
     return output / "costs" / f"{task}.json"
 
 
-def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path) -> Cost:
-    """Of a few training steps, in this process."""
+def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, timed: bool) -> Beside:
+    """Of a few training steps, in this process.
+
+    Args:
+        timed: time plain LoRA too, after which the peak is no longer the method's alone.
+    """
     (series,) = [series for series in methods() if series.name == name]
     ground = Ground(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, Clock(ConsoleProgress()))
 
@@ -84,5 +102,16 @@ def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path) -> 
         ground.forget()
         gc.collect()
 
-    _, cost = train(ground, dataclasses.replace(series.points[0]), seed=0, steps=STEPS, prepared=let_go)
-    return cost
+    def cost(method: Method, steps: int = STEPS) -> Cost:
+        model, taken = train(ground, method, seed=0, steps=steps, prepared=let_go)
+        if not method.sixteen_bit:
+            model.unload()
+        return taken
+
+    plain = LoRA(series.points[0].learning_rate)
+    if not timed:
+        found = cost(dataclasses.replace(series.points[0]))
+        return Beside(found.seconds, math.nan, found.peak_bytes)
+    cost(plain, WARM_UP)
+    before, found, after = cost(plain), cost(dataclasses.replace(series.points[0])), cost(plain)
+    return Beside(found.seconds, (before.seconds + after.seconds) / 2, found.peak_bytes)

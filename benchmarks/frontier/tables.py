@@ -13,11 +13,10 @@ from rich.table import Table
 
 from benchmarks.frontier import changes
 from benchmarks.frontier.comparing import PLAIN, Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
-from benchmarks.frontier.costs import read_costs
+from benchmarks.frontier.costs import Beside, read_costs
 from benchmarks.frontier.plot import draw
 from benchmarks.frontier.results import Result, read_all
 from benchmarks.frontier.series import OF_FROZEN, OURS, methods
-from benchmarks.frontier.training import Cost
 from folora_q.cli.console import out
 from folora_q.files import atomic_write
 
@@ -58,7 +57,7 @@ class Row:
     memory: float
 
 
-def rows(results: Sequence[Result], share: float, costs: Mapping[str, Cost]) -> list[Row]:
+def rows(results: Sequence[Result], share: float, costs: Mapping[str, Beside]) -> list[Row]:
     """Of one task; by KL, those that do not reach the loss last."""
     by_series: dict[str, dict[int, list[Result]]] = {}
     for result in results:
@@ -69,7 +68,7 @@ def rows(results: Sequence[Result], share: float, costs: Mapping[str, Cost]) -> 
 
 
 def _row(
-    name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result]], share: float, costs: Mapping[str, Cost]
+    name: str, seeds: dict[int, list[Result]], plain: dict[int, list[Result]], share: float, costs: Mapping[str, Beside]
 ) -> Row:
     values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     kl_ratio, rise_ratio, area, kl_at_norm, loss_at_norm = [], [], [], [], []
@@ -87,11 +86,11 @@ def _row(
         kl_at_norm.append(at_update_norm(seeds[seed], norm, *MEASURES["KL"]))
         loss_at_norm.append(at_update_norm(seeds[seed], norm, lambda run: run.task_loss, True))
     time = memory = math.nan
-    if name in costs and PLAIN in costs:
-        own, plain_cost = costs[name], costs[PLAIN]
-        time = own.seconds / plain_cost.seconds
-        if own.peak_bytes and plain_cost.peak_bytes:
-            memory = own.peak_bytes / plain_cost.peak_bytes
+    if name in costs:
+        time = costs[name].seconds / costs[name].plain_seconds
+        peak, plain_peak = (costs[each].peak_bytes if each in costs else None for each in (name, PLAIN))
+        if peak and plain_peak:
+            memory = peak / plain_peak
     return Row(
         name,
         {measure: Spread.of(found) for measure, found in values.items()},

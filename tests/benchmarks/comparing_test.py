@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from benchmarks.frontier.changes import changes
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
+from benchmarks.frontier.costs import Beside
 from benchmarks.frontier.results import Key, Result, read_all, write
 from benchmarks.frontier.tables import BEGIN, COLUMNS, END, markdown, rows, show
-from benchmarks.frontier.training import Cost
 
 
 def run(
@@ -83,7 +83,7 @@ def test_the_area_between_two_curves_is_the_logarithm_of_their_ratio(ratio: floa
 def test_a_row_compares_with_plain_lora_seed_by_seed() -> None:
     results = [r for seed in (0, 1) for r in (*power("LoRA", 0.5, seed), *power("half", 0.25 + 0.05 * seed, seed))]
     weak = [run(3.9, 0.01, series="weak")]
-    costs = {"LoRA": Cost(0.0, 2.0, 100), "half": Cost(9.0, 3.0, 104)}
+    costs = {"LoRA": Beside(2.0, 2.0, 100), "half": Beside(6.0, 4.0, 104)}
     found = {row.series: row for row in rows([*results, *weak], 0.8, costs)}
     loss = wanted_loss(power("LoRA", 0.5), 0.8)
     assert loss == pytest.approx(4.0 - 0.8 * 3.0)
@@ -142,7 +142,7 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
         key = Key("model", "style", {"number": number}, 0, 100)
         write(key.path(runs), key, result)
     (runs / "costs").mkdir()
-    costs = {"LoRA": {"preparing": 0.0, "seconds": 2.0, "peak_bytes": 100}}
+    costs = {"LoRA": {"seconds": 2.0, "plain_seconds": 2.0, "peak_bytes": 100}}
     (runs / "costs" / "style.json").write_text(json.dumps(costs), "utf-8")
     show(runs, 100, docs)
     assert json.loads((docs / "frontier-costs.json").read_text("utf-8")) == {"style": costs}
