@@ -90,6 +90,7 @@ def ablations() -> list[Series]:
         "proxy: random tokens": {"proxy": "random"},
         "proxy: whole only": {"proxy": "whole"},
         "proxy: cut only": {"proxy": "cut"},
+        "proxy: cut twice": {"proxy": "cut twice"},
         "16 samples": {"num_samples": 16},
         "32 samples": {"num_samples": 32},
         "rank 16": {"rank": 16},

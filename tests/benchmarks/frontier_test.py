@@ -368,3 +368,18 @@ def test_sketched_statistics_are_kept_for_the_next_process(ground: Ground, monke
     assert all(torch.equal(first[layer].quotients, second[layer].quotients) for layer in first)
     with pytest.raises(AssertionError, match="taken again"):
         gates(again, ridge=0.5)
+
+
+def test_the_base_s_own_text_is_read_as_the_name_says(ground: Ground) -> None:
+    def text(proxy: str) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in Gated(1e-2, proxy=proxy).text(ground)]
+
+    own, whole, cut, twice = (text(proxy) for proxy in ("own", "whole", "cut", "cut twice"))
+    assert own == whole + cut and whole == [tuple(ids) for ids in ground.own]
+    assert twice[: len(own)] == own and len(twice) == 3 * len(whole)
+    for cropped in (cut, twice[len(own) :]):
+        for crop, ids in zip(cropped, whole, strict=True):
+            assert 0 < len(crop) < len(ids) and ids[-len(crop) :] == crop
+    assert twice[len(own) :] != cut
+    bos, chat = text("bos"), text("chat")
+    assert {*bos[: len(bos) // 2], *chat[: len(chat) // 2]} == {*whole} and bos and chat

@@ -12,10 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.frontier.ground import ALPHA, DENSE, RANK, pairs_with
+from benchmarks.frontier.ground import ALPHA, DENSE, RANK, SEED, pairs_with
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
+from folora_q.data.windows import crops
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
 from folora_q.models.adapters import freeze_first, start_gated
 from folora_q.recipe.schema import GateSection
@@ -28,8 +29,9 @@ class Gated(Method):
     Attributes:
         gate_lambda: λ.
         gate: other settings of the recipe's section `gate`; its rule is `step` unless it is given here.
-        proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), what it wrote
-            from BOS or as a chat ("bos", "chat"), public-domain prose ("prose"), or random tokens ("random").
+        proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), with a second
+            crop of each text ("cut twice"), what it wrote from BOS or as a chat ("bos", "chat"), public-domain prose
+            ("prose"), or random tokens ("random").
         num_samples: so many texts, in place of all.
         treatment: of exact covariances (benchmarks/frontier/covariances.py).
     """
@@ -60,6 +62,8 @@ class Gated(Method):
         if self.proxy in ("whole", "cut"):
             half = slice(len(own)) if self.proxy == "whole" else slice(len(own), None)
             return ground.shown(own)[half]
+        if self.proxy == "cut twice":
+            return [*ground.shown(own), *crops(own, SEED + 2)]
         if self.proxy == "prose":
             # From its end: its beginning is measured on.
             return text_windows(GENERAL_TEXT, ground.tokenizer, max(lengths))[::-1][: len(own)]
