@@ -123,6 +123,9 @@ COLUMNS = {
     "area": lambda row: f"{row.area:+.2f}",
     "KL at LoRA's ‖ΔW‖": lambda row: f"{row.kl_at_norm:.3f}",
     "task loss there": lambda row: f"{row.loss_at_norm:.3f}",
+}
+# Of a task whose costs were measured.
+COST_COLUMNS = {
     "time": lambda row: measured(row.time),
     "memory": lambda row: measured(row.memory),
 }
@@ -139,7 +142,7 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
         sections: list[tuple[str, Columns, Sequence[Any]]] = [
             (
                 f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate",
-                COLUMNS,
+                COLUMNS | (COST_COLUMNS if costs else {}),
                 rows(compared, share, costs),
             )
             for share in SHARES

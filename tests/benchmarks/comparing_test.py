@@ -15,7 +15,7 @@ from benchmarks.frontier.changes import changes
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.costs import Beside
 from benchmarks.frontier.results import Key, Result, read_all, write
-from benchmarks.frontier.tables import BEGIN, COLUMNS, END, markdown, rows, show
+from benchmarks.frontier.tables import BEGIN, COLUMNS, COST_COLUMNS, END, markdown, rows, show
 
 
 def run(
@@ -97,8 +97,9 @@ def test_a_row_compares_with_plain_lora_seed_by_seed() -> None:
     strong = rows([*power("LoRA", 0.5), run(1.0, 0.02, series="strong")], 0.8, {})[0]
     assert strong.bound and strong.values["KL"].mean == pytest.approx(0.02) and not half.bound
     assert "| ≤ 0.020 | " in markdown(COLUMNS, [strong])
-    lines = markdown(COLUMNS, list(found.values())).splitlines()
-    assert len(lines) == 2 + 3 and all(line.count("|") == len(COLUMNS) + 1 for line in lines)
+    columns = COLUMNS | COST_COLUMNS
+    lines = markdown(columns, list(found.values())).splitlines()
+    assert len(lines) == 2 + 3 and all(line.count("|") == len(columns) + 1 for line in lines)
     assert "–" in lines[-1]
 
 
@@ -158,3 +159,6 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     assert (docs / "frontier-style.png").read_bytes().startswith(b"\x89PNG")
     show(runs, 100, docs)
     assert page.read_text("utf-8") == text
+    (runs / "costs" / "style.json").unlink()
+    show(runs, 100, docs)
+    assert "| time | memory |" in text and "| time | memory |" not in page.read_text("utf-8")
