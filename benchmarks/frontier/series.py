@@ -97,6 +97,7 @@ def ablations() -> list[Series]:
         "rank 128": {"rank": 128},
         "ridge 0.1": {"ridge": 0.1, "utility_ridge": 0.1},
         "ridge 0.001": {"ridge": 0.001, "utility_ridge": 0.001},
+        "ridge 0.001, cut twice": {"ridge": 0.001, "utility_ridge": 0.001, "proxy": "cut twice"},
     }
     return [
         changed("as it is"),
