@@ -13,6 +13,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch.nn.functional import cross_entropy, log_softmax
 
+from benchmarks.frontier.costs import measure
 from benchmarks.frontier.drift import drift, drifts
 from benchmarks.frontier.ground import Ground, decode
 from benchmarks.frontier.measuring import Yardstick, update_norm
@@ -383,3 +384,14 @@ def test_the_base_s_own_text_is_read_as_the_name_says(ground: Ground) -> None:
     assert twice[len(own) :] != cut
     bos, chat = text("bos"), text("chat")
     assert {*bos[: len(bos) // 2], *chat[: len(chat) // 2]} == {*whole} and bos and chat
+
+
+def test_plain_lora_is_timed_beside_a_method(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLORA_Q_CACHE", str(tmp_path / "cache"))
+    settings = ["proxy.num_heldout_samples=4", "training.max_length=64", "evaluation.num_answers=2"]
+    recipe = write_recipe(tmp_path, tiny_folder)
+    timed, weighed = (measure("replay (CFS)", recipe, settings, tmp_path, timed) for timed in (True, False))
+    assert timed.seconds > 0 and timed.plain_seconds > 0
+    assert math.isnan(weighed.plain_seconds) and weighed.peak_bytes
