@@ -23,7 +23,7 @@ from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.methods.lora import LoRA
 from benchmarks.frontier.series import methods
-from benchmarks.frontier.training import Cost, train
+from benchmarks.frontier.training import Cost, release, train
 from benchmarks.live_tensors import GIVE_BACK
 from folora_q.cli.console import ConsoleProgress
 from folora_q.errors import RunFailed
@@ -104,8 +104,7 @@ def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, tim
 
     def cost(method: Method, steps: int = STEPS) -> Cost:
         model, taken = train(ground, method, seed=0, steps=steps, prepared=let_go)
-        if not method.sixteen_bit:
-            model.unload()
+        release(method, model)
         return taken
 
     plain = LoRA(series.points[0].learning_rate)

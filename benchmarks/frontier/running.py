@@ -12,7 +12,7 @@ from benchmarks.frontier.measuring import Yardstick
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.results import Key, Result, write
 from benchmarks.frontier.series import Series
-from benchmarks.frontier.training import train
+from benchmarks.frontier.training import release, train
 from folora_q.errors import RunFailed
 from folora_q.progress import Clock, Progress
 from folora_q.recipe import load_recipe
@@ -59,8 +59,7 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
             tell(f"{task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}: {error}")
             continue
         measured = yardstick.measure(model)
-        if not point.sixteen_bit:
-            model.unload()
+        release(point, model)
         result = Result(
             series.name,
             point.learning_rate,

@@ -84,6 +84,12 @@ def train(
     return model, Cost(done - began, clock() - start, meter.peak())
 
 
+def release(method: Method, model: PeftModel) -> None:
+    """Take the adapter off the base that all runs share; a method in 16 bits has had a copy."""
+    if not method.sixteen_bit:
+        model.unload()
+
+
 def shuffled(ground: Ground, seed: int) -> Iterator[Batch]:
     """Batches of the training rows without end, in an order that depends on the seed alone."""
     ids, labels = ground.rows()

@@ -25,7 +25,7 @@ from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
 from benchmarks.frontier.methods.oplora import OPLoRA
 from benchmarks.frontier.methods.starts import DAMPING, CorDA, FoLoRAStart, SCLoRA
 from benchmarks.frontier.questions import log_likelihoods
-from benchmarks.frontier.training import train
+from benchmarks.frontier.training import release, train
 from folora_q.core import SpectralGate
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
@@ -87,11 +87,6 @@ def tuned(ground: Ground, method: Method, steps: int = 3):
     method = dataclasses.replace(method)
     model, _ = train(ground, method, seed=1, steps=steps)
     return method, model
-
-
-def release(method: Method, model) -> None:
-    if not method.sixteen_bit:
-        model.unload()
 
 
 @pytest.mark.parametrize("method", EVERY, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'proxy', '')}")
