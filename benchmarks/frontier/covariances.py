@@ -62,9 +62,11 @@ def measure(model: PeftModel, text: Sequence[Batch], weighted: bool) -> dict[str
         reading = Reading(model, modules, groups, weighted)
         sums, counts = [], []
         for first in (False, True):
-            sinks = {g[0]: ProjectedCovariance(torch.eye(modules[g[0]].in_features)) for g in groups}
+            sinks = {
+                g[0]: ProjectedCovariance(torch.eye(modules[g[0]].in_features), device=model.device) for g in groups
+            }
             reading.feed(text, sinks, _first if first else _later)
-            sums.append({name: sink.gram.double() for name, sink in sinks.items()})
+            sums.append({name: sink.gram.double().cpu() for name, sink in sinks.items()})
             counts.append({name: sink.count for name, sink in sinks.items()})
     found = {}
     for group in groups:

@@ -57,6 +57,7 @@ class Ground:
         own: texts that the base wrote, as tokens; none of them is measured on.
         sources: where each began: "bos" or "chat".
         on: what is measured on.
+        device_name: where it all runs, for the record.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, clock: Clock) -> None:
@@ -67,6 +68,7 @@ class Ground:
         self.tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
         self.data: TaskTokens = tokenize_task(recipe, task, self.tokenizer, clock)
         hardware = choose_hardware(recipe.model.dtype)
+        self.device_name = str(hardware.facts()["name"])
         loaded = load_model(recipe.model, hardware, self.tokenizer)
         self.base: PreTrainedModel = loaded.model
         samples = kept_or_sampled(

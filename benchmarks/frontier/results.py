@@ -43,6 +43,7 @@ class Result:
     preparing: float
     seconds: float
     peak_bytes: int | None
+    device: str = "CPU"
 
     @property
     def task_loss(self) -> float:

@@ -71,6 +71,7 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
             preparing=cost.preparing,
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
+            device=ground.device_name,
         )
         write(path, key, result)
         tell(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -39,6 +39,21 @@ class Batch(NamedTuple):
         """The tokens that count, (n,), in the order of `predicting`."""
         labels = self.labels[:, 1:]
         return labels[labels != IGNORED]
+
+
+def generation_inputs(prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
+    """What `generate` is given for prompts of any lengths: ids and mask (b, t), padded on the left, and what with.
+
+    A tokenizer that has none, as those of Llama 2 and Mistral, pads with its end token.
+    """
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # generation continues at the right edge
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "pad_token_id": pad}
 
 
 def batches(

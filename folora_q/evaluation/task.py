@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Chat, Completion
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import TEMPLATE_ERRORS, prompt_ids
+from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, prompt_ids
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
 from folora_q.evaluation.contrast import Contrast
@@ -129,13 +129,9 @@ def greedy_answers(
 
     def answer(start: int, stop: int) -> None:
         chosen = order[start:stop]
-        inputs = tokenizer.pad(
-            {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
+        inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
-            output = model.generate(
-                **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
-            )
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.update(zip(chosen, texts, strict=True))
         on_progress(len(chosen))

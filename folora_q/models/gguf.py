@@ -46,6 +46,10 @@ def convert_gguf(path: Path, target: Path | None = None) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
+        for kind in ("bos", "eos", "pad"):  # transformers before 5.18 gives a tokenizer the first of them as its end
+            token = getattr(model.config, f"{kind}_token_id")
+            if isinstance(token, int):
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token))
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, struct.error, *MALFORMED) as error:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.recipe.schema import ProxySection
 
@@ -170,22 +170,9 @@ def _continue(
     decoding: dict[str, float],
 ) -> list[list[int]]:
     """The prompts with what the model writes after them, up to and with its end token."""
-    width = max(map(len, prompts))
-    device = next(model.parameters()).device
-    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # generation continues at the right edge
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        ids,
-        attention_mask=mask,
-        do_sample=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **decoding,
-    )
-    ends = _end_tokens(model)
+    inputs = generation_inputs(prompts, tokenizer, next(model.parameters()).device)
+    output = model.generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
+    ends, width = _end_tokens(model), inputs["input_ids"].shape[1]
     return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
 
 

@@ -187,6 +187,14 @@ def test_the_packaged_text_is_plain_and_has_its_sources_beside_it() -> None:
     assert "Gutenberg" in GENERAL_TEXT.with_name("general.SOURCES.md").read_text("utf-8")
 
 
+def test_a_tokenizer_needs_no_padding_token_to_answer(tuned, base: LoadedModel) -> None:
+    prompts = [base.tokenizer("ab" * length)["input_ids"] for length in (9, 2)]
+    bare = copy.deepcopy(base.tokenizer)
+    bare.pad_token = None
+    expected, found = (greedy_answers(tuned.get_base_model(), t, prompts, 8, 2) for t in (base.tokenizer, bare))
+    assert found == expected
+
+
 def test_answers_are_the_models_own_whatever_stands_beside_them_in_a_batch(tuned, base: LoadedModel) -> None:
     prompts = [base.tokenizer("ab" * length)["input_ids"] for length in (9, 2, 5)]
     model = tuned.get_base_model()

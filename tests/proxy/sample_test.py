@@ -106,9 +106,9 @@ def test_the_papers_mixture_is_drawn_in_its_shares(tiny, monkeypatch) -> None:
     calls: list[tuple[int, float, int, float]] = []
     generate = model.generate
 
-    def spy(ids, **kwargs):
-        calls.append((len(ids), kwargs["top_p"], kwargs["top_k"], kwargs["temperature"]))
-        return generate(ids, **kwargs)
+    def spy(input_ids, **kwargs):
+        calls.append((len(input_ids), kwargs["top_p"], kwargs["top_k"], kwargs["temperature"]))
+        return generate(input_ids, **kwargs)
 
     monkeypatch.setattr(model, "generate", spy)
     section = ProxySection(num_samples=18, num_heldout_samples=2, max_new_tokens=40, batch_size=20, decoding="paper")
