@@ -16,6 +16,7 @@ from benchmarks.frontier.methods.starts import CorDA, SCLoRA
 RATES = (3e-4, 1e-3, 3e-3)
 # λ and the learning rate rise together (docs/method.md).
 STRENGTHS = {
+    1.0: (1e-3, 3e-3),
     4.0: (1e-3, 3e-3, 6e-3),
     16.0: (1e-3, 3e-3, 6e-3),
     64.0: (1e-3, 3e-3, 6e-3),
