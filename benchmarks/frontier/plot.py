@@ -14,7 +14,7 @@ from benchmarks.frontier.results import Result
 # Ours and what it is most to be compared with stand out; the others are thin, in the colours of this map.
 STRONG = {
     "LoRA": ("#000000", "-"),
-    "gated, λ 1": ("#cfe3f2", "-"),
+    "gated, λ 1": ("#6baed6", "--"),
     "gated, λ 4": ("#9ecae1", "-"),
     "gated, λ 16": ("#4a90d9", "-"),
     "gated, λ 64": ("#1f4fbf", "-"),
