@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 def generation_inputs(prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
-    """What `generate` is given for prompts of any lengths: ids and mask (b, t), padded on the left, and what with.
+    """Prompts of any lengths as `generate` takes them: ids and mask (b, t), padded on the left, and the padding token.
 
     A tokenizer that has none, as those of Llama 2 and Mistral, pads with its end token.
     """
