@@ -30,12 +30,13 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import Clock
-from folora_q.proxy.cache import kept_or_sampled
+from folora_q.proxy.cache import kept_or_sampled, read_samples
 from folora_q.recipe import Recipe
 from folora_q.recipe.schema import GateSection
 from folora_q.statistics.collect import build_gates
 from folora_q.statistics.store import load_gates, save_gates
 
+DATA = Path(__file__).parent / "data"
 RANK, ALPHA = 16, 16
 # Of each general text, so many batches are measured.
 GENERAL_BATCHES = 1
@@ -71,7 +72,7 @@ class Ground:
         self.device_name = str(hardware.facts()["name"])
         loaded = load_model(recipe.model, hardware, self.tokenizer)
         self.base: PreTrainedModel = loaded.model
-        samples = kept_or_sampled(
+        samples = read_samples(written(recipe), self.base.get_input_embeddings().weight.shape[0]) or kept_or_sampled(
             self.base, self.tokenizer, loaded.fingerprint, str(hardware.dtype), recipe.proxy, clock
         )
         ids = [sample.ids for sample in samples]
@@ -224,6 +225,11 @@ def _exact(penalty: Covariance, utility: Covariance, section: GateSection, covar
         "ridge": section.ridge,
         "utility_ridge": section.utility_ridge * utility.unit / unit,
     }
+
+
+def written(recipe: Recipe) -> Path:
+    """Where a model's own text lies beside the tasks: other processors sample other text, and runs are compared."""
+    return DATA / f"own-{digest([recipe.model.model_name_or_path, recipe.proxy.model_dump()])}.jsonl"
 
 
 def decode(model: nn.Module) -> None:

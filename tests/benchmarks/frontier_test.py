@@ -13,9 +13,10 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch.nn.functional import cross_entropy, log_softmax
 
+from benchmarks.frontier.__main__ import HERE, TASKS
 from benchmarks.frontier.costs import measure
 from benchmarks.frontier.drift import drift, drifts
-from benchmarks.frontier.ground import Ground, decode
+from benchmarks.frontier.ground import Ground, decode, written
 from benchmarks.frontier.measuring import Yardstick, update_norm
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.methods.gated import FoLoRA, FrozenGated, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
@@ -33,6 +34,8 @@ from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.progress import Clock
+from folora_q.proxy.cache import read_samples, write_samples
+from folora_q.proxy.sample import ProxySample
 from folora_q.recipe import load_recipe
 from folora_q.recipe.schema import GateSection
 from tests.conftest import Silent, write_recipe
@@ -379,6 +382,24 @@ def test_the_base_s_own_text_is_read_as_the_name_says(ground: Ground) -> None:
     assert twice[len(own) :] != cut
     bos, chat = text("bos"), text("chat")
     assert {*bos[: len(bos) // 2], *chat[: len(chat) // 2]} == {*whole} and bos and chat
+
+
+def test_own_text_that_was_written_down_is_taken(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.frontier.ground.DATA", tmp_path)
+    number = ground.recipe.proxy.num_samples + ground.recipe.proxy.num_heldout_samples
+    samples = [ProxySample([5, 6, 7 + i], "bos") for i in range(number)]
+    write_samples(written(ground.recipe), samples, ground.tokenizer)
+    again = Ground(ground.recipe, tmp_path, ground.clock)
+    assert again.own == [sample.ids for sample in samples[: ground.recipe.proxy.num_samples]] != ground.own
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_demo_s_own_text_is_beside_the_tasks(task: str) -> None:
+    recipe = load_recipe(HERE / f"{task}.yaml")
+    samples = read_samples(written(recipe), vocabulary=49152)
+    assert samples is not None and len(samples) == recipe.proxy.num_samples + recipe.proxy.num_heldout_samples
 
 
 def test_plain_lora_is_timed_beside_a_method(
