@@ -58,7 +58,7 @@ class Curve:
         high = min(self.runs[-1].task_loss, other.runs[-1].task_loss)
         if not low < high:
             return math.nan
-        losses = np.exp(np.linspace(math.log(low), math.log(high), points))
+        losses = np.geomspace(low, high, points)  # ends exactly there
         ratios = [
             math.log(max(self.at_task_loss(x, value, True), LEAST) / max(other.at_task_loss(x, value, True), LEAST))
             for x in losses
@@ -73,11 +73,11 @@ def at_update_norm(runs: Sequence[Result], norm: float, value: Value, log: bool 
 
 
 def _between(x: Sequence[float], y: Sequence[float], at: float, log: bool) -> float:
-    if not x:
+    if not x or not x[0] <= at <= x[-1]:  # before logarithms, which may round an end to either side
         return math.nan
     x, y = np.log(x), np.array(y)
     y = np.log(np.maximum(y, LEAST)) if log else y
-    found = np.interp(math.log(at), x, y, left=math.nan, right=math.nan)
+    found = np.interp(math.log(at), x, y)
     return float(np.exp(found) if log else found)
 
 

@@ -63,7 +63,7 @@ def methods() -> list[Series]:
         Series("LoRA, MLP only", [MLPOnlyLoRA(rate) for rate in RATES]),
         Series("OPLoRA", [OPLoRA(rate) for rate in RATES]),
         Series("CorDA", [CorDA(rate) for rate in RATES]),
-        Series("SC-LoRA", [SCLoRA(rate) for rate in RATES]),
+        Series("SC-LoRA", [SCLoRA(rate) for rate in (1e-4, *RATES)]),
         Series("rsLoRA", [RankStabilizedLoRA(rate) for rate in (1e-4, *RATES[:2])]),
         Series("DoRA", [DoRA(rate) for rate in RATES]),
     ]
