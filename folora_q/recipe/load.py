@@ -84,9 +84,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _refuse_secrets(values: dict[str, Any], places: Mapping[KeyPath, str], path: Path) -> None:
     """A recipe is copied into the run folder, and much of it into cards and reports."""
+    strings = list(_strings(values))
+    if not holds_secret("\n".join(value for _, value in strings)):  # which reads the environment once for all
+        return
     found = [
         f"`{'.'.join(str(part) for part in key)}` holds a token or a password ({conceal(_place(key, places, path))})"
-        for key, value in _strings(values)
+        for key, value in strings
         if holds_secret(value)
     ]
     if found:

@@ -262,8 +262,10 @@ def test_a_mistake_leaves_the_old_run_alone(recipe_file: Path, tmp_path: Path) -
 
 
 def test_the_best_step_is_kept_and_measured_on_the_way(recipe_file: Path, tmp_path: Path, capfd) -> None:
-    # At this rate the first steps learn and the last ones destroy.
-    changes = ["evaluation.metric=none", "evaluation.steps=2", "training.max_steps=8", "training.learning_rate=0.3"]
+    for name, answer in (("train", "a" * 20), ("heldout", "b" * 20)):  # so that each step makes it worse
+        talk = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": answer}]
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 4, encoding="utf-8")
+    changes = ["evaluation.metric=none", "evaluation.steps=2", "training.max_steps=8", "training.learning_rate=0.05"]
     changes += ["training.load_best_model_at_end=true", "training.warmup_steps=0", "gate.enabled=false"]
     changes += ["training.lr_scheduler_type=constant", "training.save_total_limit=8"]
     assert run("train", recipe_file, *changes) == 0
