@@ -30,7 +30,7 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import Clock
-from folora_q.proxy.cache import kept_or_sampled, read_samples
+from folora_q.proxy.cache import kept_or_sampled, read_samples, settings_of_text
 from folora_q.recipe import Recipe
 from folora_q.recipe.schema import GateSection
 from folora_q.statistics.collect import build_gates
@@ -229,7 +229,7 @@ def _exact(penalty: Covariance, utility: Covariance, section: GateSection, covar
 
 def written(recipe: Recipe) -> Path:
     """Where a model's own text lies beside the tasks: other processors sample other text, and runs are compared."""
-    return DATA / f"own-{digest([recipe.model.model_name_or_path, recipe.proxy.model_dump()])}.jsonl"
+    return DATA / f"own-{digest([recipe.model.model_name_or_path, settings_of_text(recipe.proxy)])}.jsonl"
 
 
 def decode(model: nn.Module) -> None:

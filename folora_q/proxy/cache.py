@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -46,9 +47,13 @@ def kept_or_sampled(
 
 def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section: ProxySection) -> Path:
     """The file for a model (its fingerprint covers the quantization), compute dtype, chat template and settings."""
-    settings = section.model_dump(mode="json", exclude={"statistics_memory"})  # which changes no text
-    key = json.dumps([FORMAT, fingerprint, dtype, chat_template, settings], sort_keys=True)
+    key = json.dumps([FORMAT, fingerprint, dtype, chat_template, settings_of_text(section)], sort_keys=True)
     return cache_folder() / "proxy" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+
+
+def settings_of_text(section: ProxySection) -> dict[str, Any]:
+    """Those that change the text."""
+    return section.model_dump(mode="json", exclude={"statistics_memory"})
 
 
 def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) -> None:
