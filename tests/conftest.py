@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -75,7 +76,9 @@ def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    gc.freeze()  # a run collects garbage, and would look through all of torch and transformers for it
+    return folder
 
 
 def random_gate(dim: int, rank: int = 8, gate_lambda: float = 1.0):
@@ -134,6 +137,9 @@ def write_recipe(folder: Path, model: Path) -> Path:
 
     import yaml
 
+    from folora_q.evaluation.evaluate import GENERAL_TEXT
+
+    (folder / "prose.txt").write_text(GENERAL_TEXT.read_text("utf-8")[:2000], encoding="utf-8")
     for name, rows in (("train.jsonl", range(12)), ("heldout.jsonl", range(20, 24))):
         lines = [
             {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
@@ -154,7 +160,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
             "gradient_accumulation_steps": 1,
         },
         "logging": {"logging_steps": 2},
-        "evaluation": {"metric": "exact_match", "max_new_tokens": 8},
+        "evaluation": {"metric": "exact_match", "max_new_tokens": 8, "general_text": "prose.txt"},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

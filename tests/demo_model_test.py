@@ -51,11 +51,11 @@ class Real:
 def real() -> Real:
     """The model comes from the user's cache, or is fetched into it."""
     base = load_model(ModelSection(model_name_or_path=DEMO_MODEL), choose_hardware())
-    section = ProxySection(source="mixed", num_samples=8, num_heldout_samples=1, max_new_tokens=40)
+    section = ProxySection(source="mixed", num_samples=6, num_heldout_samples=1, max_new_tokens=24)
     samples = sample_proxy(base.model, base.tokenizer, section)
     names = [name.removeprefix("model.layers.") for name in (*ORDINARY, LOUDEST)]
     model = attach_adapter(base, AdapterSection(target_modules=names), seed=0)
-    data = DataSection(train_dataset=str(TRAIN), max_train_samples=12)
+    data = DataSection(train_dataset=str(TRAIN), max_train_samples=8)
     rows = read_task_data(data, seed=0).train
     task = [prompt_ids(base.tokenizer, row) + base.tokenizer(row.reference)["input_ids"] for row in rows]
     whole = [sample.ids for sample in samples]
