@@ -132,19 +132,20 @@ class ConsoleProgress:
 
     @contextmanager
     def _lines(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        began = last = time.perf_counter()
-        finished = 0
+        last, finished = time.perf_counter(), 0
+        first: tuple[float, int] | None = None
 
         def advance(count: int) -> None:
-            nonlocal finished, last
+            nonlocal finished, first, last
             finished += count
             now = time.perf_counter()
+            # The first step waits for what comes before it, and a resumed run begins with many at once: no speeds.
+            first = first or (now, finished)
             if total and 0 < finished < total and now - last >= SECONDS_BETWEEN_LINES:
                 last = now
-                left = (now - began) / finished * (total - finished)
-                self.console.print(
-                    f"  {escape(title)}: {finished}/{total}, about {duration(left)} left", soft_wrap=True
-                )
+                done = finished - first[1]
+                left = f", about {duration((now - first[0]) / done * (total - finished))} left" if done else ""
+                self.console.print(f"  {escape(title)}: {finished}/{total}{left}", soft_wrap=True)
 
         yield advance
 

@@ -1,10 +1,14 @@
-"""What libraries print beside ours."""
+"""What is shown while a run goes on, and what libraries print beside ours."""
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from folora_q.cli.console import quiet_progress_bars
+import pytest
+from rich.console import Console
+
+from folora_q.cli import console
+from folora_q.cli.console import ConsoleProgress, quiet_progress_bars
 
 
 def test_the_gguf_reader_draws_no_bar(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
@@ -14,3 +18,19 @@ def test_the_gguf_reader_draws_no_bar(monkeypatch: pytest.MonkeyPatch, capfd) ->
     quiet_progress_bars()
     assert list(gguf_reader.tqdm(range(3), desc="Converting")) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_time_left_is_told_from_the_speed_after_the_first_count(monkeypatch, capfd) -> None:
+    """The first step waits for what comes before it: here a minute and a half, of steps that take two seconds."""
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with ConsoleProgress(Console(width=80)).stage("training", 200) as advance:
+        for count, seconds in ((1, 90), (1, 2), (9, 18), (89, 178)):
+            now[0] += seconds
+            advance(count)
+    assert capfd.readouterr().out.splitlines() == [
+        "  training: 1/200",
+        "  training: 11/200, about 06:18 left",
+        "  training: 100/200, about 03:20 left",
+        "✓ training 04:48",
+    ]
