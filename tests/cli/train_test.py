@@ -437,7 +437,8 @@ def test_outside_the_environment_the_script_says_what_to_do() -> None:
     assert "is not installed" in done.stderr and "make setup" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     endless = ["training.max_steps=1000000", "evaluation.metric=none", "gate.enabled=false"]
     command = [sys.executable, "-m", "folora_q", "train", recipe_file, *endless]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
@@ -448,11 +449,11 @@ def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path) -> None:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         output = process.communicate(timeout=60)[0]
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "error: interrupted\n" in output and "Traceback" not in output
     assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted; go on with\n" in output
     assert output.rstrip().endswith("--resume")
