@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib.pyplot as plt
 
 from benchmarks.frontier.comparing import PLAIN
 from benchmarks.frontier.results import Result
+from benchmarks.frontier.series import methods
 
-# Ours and what it is most to be compared with stand out; the others are thin, in the colours of this map.
+# Ours and what it is most to be compared with stand out; the others are thin. A method looks the same on every task.
 STRONG = {
     "LoRA": ("#000000", "-"),
     "gated, λ 1": ("#6baed6", "--"),
@@ -23,7 +25,23 @@ STRONG = {
     "gated, A frozen, rank 32": ("#0b8f5a", "--"),
     "control: γ shuffled, λ 64": ("#d4572a", "-"),
 }
-OTHERS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
+OTHERS = [series.name for series in methods() if series.name not in STRONG]
+COLOURS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
+
+
+def look(name: str) -> dict[str, Any]:
+    """How a method's curve is drawn, as `Axes.plot` takes it."""
+    if name in STRONG:
+        colour, dashes = STRONG[name]
+        return {"color": colour, "ls": dashes, "marker": "o", "lw": 2.2, "ms": 4}
+    place = OTHERS.index(name)
+    return {
+        "color": COLOURS(place % COLOURS.N),
+        "ls": "-" if place < COLOURS.N else ":",
+        "marker": MARKERS[place % len(MARKERS)],
+        "lw": 1.0,
+        "ms": 5,
+    }
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -32,23 +50,16 @@ def draw(results: Sequence[Result], path: Path) -> None:
     Runs that learnt less than plain LoRA at each of its rates lie beyond the right edge.
     """
     figure, axes = plt.subplots(1, 2, figsize=(14, 5.8), sharex=True)
-    others = 0
-    names = dict.fromkeys(result.series for result in results)
-    for name in sorted(names, key=lambda name: list(STRONG).index(name) if name in STRONG else len(STRONG)):
+    names = {result.series for result in results}
+    for name in sorted(names, key=[*STRONG, *OTHERS].index):
         runs = [result for result in results if result.series == name]
         by_rate = [
             [run for run in runs if run.learning_rate == rate] for rate in sorted({run.learning_rate for run in runs})
         ]
         losses = [mean(run.task_loss for run in same) for same in by_rate]
-        if name in STRONG:
-            colour, dashes = STRONG[name]
-            marker, width, size = "o", 2.2, 4
-        else:
-            colour, dashes, marker, width, size = OTHERS(others % 10), "-", MARKERS[others % 9], 1.0, 5
-            others += 1
         for axis, value in zip(axes, (lambda run: run.kl, lambda run: run.mean_rise), strict=True):
             heights = [mean(value(run) for run in same) for same in by_rate]
-            axis.plot(losses, heights, ls=dashes, marker=marker, color=colour, lw=width, ms=size, label=name)
+            axis.plot(losses, heights, label=name, **look(name))
     axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     axes[0].set_ylabel("KL(base ‖ tuned) on text of the base's own, nats per token")
     axes[0].set_yscale("log")

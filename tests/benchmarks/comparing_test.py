@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.frontier.changes import changes
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.costs import Beside
-from benchmarks.frontier.plot import STRONG
+from benchmarks.frontier.plot import look
 from benchmarks.frontier.results import Key, Result, read_all, write
 from benchmarks.frontier.tables import BEGIN, COLUMNS, COST_COLUMNS, END, METHODS, markdown, rows, show
 
@@ -142,9 +142,9 @@ def test_a_run_is_found_again_by_its_settings_alone(tmp_path: Path) -> None:
     assert list(read_all(tmp_path)) == [run(1.0, 0.1)]
 
 
-def test_every_curve_of_ours_has_a_look_of_its_own() -> None:
-    looks = [STRONG[name] for name in METHODS if name.startswith("gated")]
-    assert len(set(looks)) == len(looks) > 5
+def test_every_method_has_a_look_of_its_own() -> None:
+    looks = [tuple(look(name).values()) for name in METHODS]
+    assert len(set(looks)) == len(looks) > 15
 
 
 def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
