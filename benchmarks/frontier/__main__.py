@@ -8,13 +8,15 @@
     .venv/bin/python -m benchmarks.frontier table            docs/frontier.md and its plots, from what has been run
 
 What has been run is kept in --output, a file a run; the command goes on where it was stopped. Overrides go to the
-task's recipe: `model.model_name_or_path=...` takes another model.
+task's recipe: `model.model_name_or_path=...` takes another model. Runs of other recipes are made anew and never mixed:
+give `table` the overrides that `run` had.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -22,7 +24,8 @@ from pathlib import Path
 
 import click
 
-from folora_q.cli.console import ConsoleProgress, err, quiet_libraries, quiet_progress_bars
+from folora_q.cli.console import ConsoleProgress, err, print_error, quiet_libraries, quiet_progress_bars
+from folora_q.errors import FoloraError
 
 quiet_libraries()  # before they are imported
 
@@ -84,9 +87,8 @@ def run(
         )
         run_plan(plan, ConsoleProgress(), lambda line: err.print(line))
     if quick and number in (None, 0):
-        err.print(
-            f"now: .venv/bin/python -m benchmarks.frontier table --steps {steps or QUICK_STEPS} --output {output}"
-        )
+        command = ["table", *overrides, "--steps", str(steps or QUICK_STEPS), "--output", str(output)]
+        err.print(f"now: .venv/bin/python -m benchmarks.frontier {shlex.join(command)}", soft_wrap=True)
 
 
 @main.command()
@@ -132,15 +134,23 @@ def drift(overrides: tuple[str, ...], task: str, steps: int, output: Path) -> No
 
 
 @main.command()
+@click.argument("overrides", nargs=-1)
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
 @click.option("--steps", default=STEPS, show_default=True)
 @click.option("--docs", type=click.Path(path_type=Path), help="Write frontier.md and the plots into this folder.")
-def table(output: Path, steps: int, docs: Path | None) -> None:
-    """Show what has been run."""
+def table(overrides: tuple[str, ...], output: Path, steps: int, docs: Path | None) -> None:
+    """Show what has been run with these overrides."""
+    from benchmarks.frontier.results import Setting
     from benchmarks.frontier.tables import show
+    from folora_q.recipe import load_recipe
 
-    show(output, steps, docs)
+    paths = [HERE / f"{task}.yaml" for task in TASKS]
+    show(output, [Setting.of(path, load_recipe(path, list(overrides))) for path in paths], steps, docs)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FoloraError as error:
+        print_error(error.message, error.hint)
+        sys.exit(error.exit_code)

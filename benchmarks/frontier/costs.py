@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.methods.lora import LoRA
+from benchmarks.frontier.results import Setting, digest
 from benchmarks.frontier.series import methods
 from benchmarks.frontier.training import Cost, release, train
 from benchmarks.live_tensors import GIVE_BACK
@@ -55,19 +56,21 @@ def measure_all(
     Raises:
         RunFailed: a process failed.
     """
-    found = read_costs(output, recipe.stem)
+    on = Setting.of(recipe, load_recipe(recipe, list(overrides)))
+    found = read_costs(output, on)
     for name in names:
         if name in found:
             continue
-        command = [sys.executable, "-m", "benchmarks.frontier", "costs", "--task", recipe.stem, "--one", name]
+        command = [sys.executable, "-m", "benchmarks.frontier", "costs", "--task", on.task, "--one", name]
         command += ["--output", str(output), *overrides]
         weighed = _child(command, GIVE_BACK)
         found[name] = dataclasses.replace(_child([*command, "--timed"], {}), peak_bytes=weighed.peak_bytes)
-        _path(output, recipe.stem).parent.mkdir(parents=True, exist_ok=True)
+        path = costs_path(output, on)
+        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({name: asdict(cost) for name, cost in found.items()}, indent=1, ensure_ascii=False)
-        atomic_write(_path(output, recipe.stem), text + "\n")
+        atomic_write(path, text + "\n")
         ratio = found[name].seconds / found[name].plain_seconds
-        tell(f"{recipe.stem}: {name}: {ratio:.2f} of plain LoRA's time, {(weighed.peak_bytes or 0) / 2**20:,.0f} MiB")
+        tell(f"{on.task}: {name}: {ratio:.2f} of plain LoRA's time, {(weighed.peak_bytes or 0) / 2**20:,.0f} MiB")
 
 
 def _child(command: list[str], settings: dict[str, str]) -> Beside:
@@ -78,15 +81,16 @@ def _child(command: list[str], settings: dict[str, str]) -> Beside:
     return Beside(**json.loads(child.stdout))
 
 
-def read_costs(output: Path, task: str) -> dict[str, Beside]:
-    """Of the series that have been measured."""
-    path = _path(output, task)
+def read_costs(output: Path, on: Setting) -> dict[str, Beside]:
+    """Of the series that have been measured on this setting."""
+    path = costs_path(output, on)
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return {name: Beside(**cost) for name, cost in found.items()}
 
 
-def _path(output: Path, task: str) -> Path:
-    return output / "costs" / f"{task}.json"
+def costs_path(output: Path, on: Setting) -> Path:
+    """Where they are kept."""
+    return output / "costs" / f"{on.task}-{digest(asdict(on))}.json"
 
 
 def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, timed: bool) -> Beside:

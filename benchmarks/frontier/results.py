@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from folora_q.files import atomic_write
+from folora_q.recipe import Recipe
 
 # Raised when the same settings come to give other numbers.
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Key:
-    """A run: a method's settings on a task, with a seed, for so many steps on a model."""
+class Setting:
+    """What runs must share to be compared.
+
+    Attributes:
+        recipe: a digest of all that the task's recipe says, the model too.
+    """
 
     model: str
     task: str
+    recipe: str
+
+    @classmethod
+    def of(cls, path: Path, recipe: Recipe) -> Setting:
+        """The setting of a task's recipe, read from this path; the same in another clone."""
+        # The benchmark does not write the output folder.
+        said = recipe.model_dump(mode="json", exclude_unset=True, exclude={"training": {"output_dir"}})
+        here = json.dumps(f"{path.parent.absolute()}/")[1:-1]
+        portable = json.loads(json.dumps(said).replace(here, ""))
+        return cls(recipe.model.model_name_or_path, path.stem, digest(portable))
+
+
+@dataclass(frozen=True)
+class Key:
+    """A run: a method's settings, with a seed, for so many steps."""
+
+    on: Setting
     method: dict[str, Any]
     seed: int
     steps: int
@@ -78,10 +99,12 @@ def write(path: Path, key: Key, result: Result) -> None:
     atomic_write(path, json.dumps({"key": asdict(key), "result": asdict(result)}, default=str) + "\n")
 
 
-def read(path: Path) -> Result:
-    return Result(**json.loads(path.read_text("utf-8"))["result"])
+def kept(folder: Path, on: Setting) -> list[str]:
+    """The lines that were written of runs on this setting."""
+    lines = [path.read_text("utf-8") for path in sorted(folder.glob("*.json"))]
+    return [line for line in lines if json.loads(line)["key"].get("on") == asdict(on)]
 
 
-def read_all(folder: Path) -> Iterator[Result]:
-    for path in sorted(folder.glob("*.json")):
-        yield read(path)
+def read(line: str) -> Result:
+    """What `write` wrote."""
+    return Result(**json.loads(line)["result"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.measuring import Yardstick
 from benchmarks.frontier.methods.base import Method
-from benchmarks.frontier.results import Key, Result, write
+from benchmarks.frontier.results import Key, Result, Setting, write
 from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
 from folora_q.errors import RunFailed
@@ -38,12 +38,12 @@ class Plan:
 def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> None:
     """Make every run of the plan whose file is not there."""
     recipe = load_recipe(plan.recipe, list(plan.overrides))
-    task = plan.recipe.stem
+    on = Setting.of(plan.recipe, recipe)
     wanted: list[tuple[Path, Key, Series, Method]] = []
     for seed in plan.seeds:
         for series in plan.series:
             for point in series.points:
-                key = Key(recipe.model.model_name_or_path, task, point.settings(), seed, plan.steps)
+                key = Key(on, point.settings(), seed, plan.steps)
                 wanted.append((key.path(plan.output), key, series, point))
     missing = [run for run in wanted if not run[0].exists()][plan.share[0] :: plan.share[1]]
     if not missing:
@@ -52,18 +52,19 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
     with ground.clock.stage("measuring the base", None):
         yardstick = Yardstick(ground)
     for number, (path, key, series, point) in enumerate(missing, 1):
+        name = f"{on.task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}"
         # A copy: a method keeps what it computes for one run.
         try:
             model, cost = train(ground, dataclasses.replace(point), key.seed, plan.steps)
         except RunFailed as error:
-            tell(f"{task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}: {error}")
+            tell(f"{name}: {error}")
             continue
         measured = yardstick.measure(model)
         release(point, model)
         result = Result(
             series.name,
             point.learning_rate,
-            task,
+            on.task,
             key.seed,
             plan.steps,
             asdict(yardstick.base),
@@ -75,7 +76,6 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
         )
         write(path, key, result)
         tell(
-            f"{task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}: "
-            f"task {result.task_loss:.4f}, KL {result.kl:.4f}, rise {result.mean_rise:+.4f}, ‖ΔW‖ "
+            f"{name}: task {result.task_loss:.4f}, KL {result.kl:.4f}, rise {result.mean_rise:+.4f}, ‖ΔW‖ "
             f"{measured.update_norm:.2f}, exact {measured.exact}, right {measured.accuracy:.3f}, {cost.seconds:.0f} s"
         )

@@ -15,9 +15,10 @@ from benchmarks.frontier import changes
 from benchmarks.frontier.comparing import PLAIN, Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
 from benchmarks.frontier.costs import Beside, read_costs
 from benchmarks.frontier.plot import draw
-from benchmarks.frontier.results import Result, read_all
+from benchmarks.frontier.results import Result, Setting, kept, read
 from benchmarks.frontier.series import OF_FROZEN, OURS, methods
 from folora_q.cli.console import out
+from folora_q.errors import UserError
 from folora_q.files import atomic_write
 
 # What is between these lines of docs/frontier.md is replaced.
@@ -131,14 +132,23 @@ COST_COLUMNS = {
 }
 
 
-def show(output: Path, steps: int, docs: Path | None) -> None:
-    """Print the tables; with `docs` put them into its frontier.md too, with a plot for each task, and the runs."""
-    results = [result for result in read_all(output) if result.steps == steps]
+def show(output: Path, settings: Sequence[Setting], steps: int, docs: Path | None) -> None:
+    """Print the tables; with `docs` put them into its frontier.md too, with a plot for each task, and the runs.
+
+    Raises:
+        UserError: nothing has been run on these settings.
+    """
     text: list[str] = []
-    for task in dict.fromkeys(result.task for result in results):
-        of_task = [result for result in results if result.task == task]
+    lines: list[str] = []
+    of_tasks: dict[str, dict[str, Beside]] = {}
+    for on in settings:
+        lines += (found := kept(output, on))
+        of_task = [result for result in map(read, found) if result.steps == steps]
+        if not of_task:
+            continue
+        task, costs = on.task, read_costs(output, on)
+        of_tasks[task] = costs
         compared = [result for result in of_task if result.series in METHODS]
-        costs = read_costs(output, task)
         sections: list[tuple[str, Columns, Sequence[Any]]] = [
             (
                 f"{task}: at {share:.0%} of the gain that plain LoRA makes at its best rate",
@@ -169,10 +179,13 @@ def show(output: Path, steps: int, docs: Path | None) -> None:
         if docs is not None:
             draw(compared, docs / f"frontier-{task}.png")
             text.append(f"![{task}](frontier-{task}.png)\n")
+    if not of_tasks:
+        raise UserError(
+            f"no run of {steps} steps is kept in {output} for these recipes",
+            "give `table` the overrides, --steps and --output that `run` had",
+        )
     if docs is not None:
-        lines = [path.read_text("utf-8") for path in sorted(output.glob("*.json"))]
         atomic_write(docs / "frontier-runs.jsonl", "".join(lines))
-        of_tasks = {task: read_costs(output, task) for task in dict.fromkeys(result.task for result in results)}
         costs_text = json.dumps(of_tasks, indent=1, ensure_ascii=False, default=asdict)
         atomic_write(docs / "frontier-costs.json", costs_text + "\n")
         page = docs / "frontier.md"

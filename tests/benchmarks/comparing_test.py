@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.frontier.__main__ import HERE
 from benchmarks.frontier.changes import changes
 from benchmarks.frontier.comparing import Curve, Spread, at_update_norm, kept_accuracy, wanted_loss
-from benchmarks.frontier.costs import Beside
+from benchmarks.frontier.costs import Beside, costs_path
 from benchmarks.frontier.plot import look
-from benchmarks.frontier.results import Key, Result, read_all, write
+from benchmarks.frontier.results import Key, Result, Setting, kept, read, write
 from benchmarks.frontier.tables import BEGIN, COLUMNS, COST_COLUMNS, END, METHODS, markdown, rows, show
+from folora_q.errors import UserError
+from folora_q.recipe import load_recipe
+
+STYLE = Setting("model", "style", "as it is")
 
 
 def run(
@@ -134,12 +141,27 @@ def test_what_rises_above_the_base_counts_as_kept() -> None:
 
 
 def test_a_run_is_found_again_by_its_settings_alone(tmp_path: Path) -> None:
-    key = Key("model", "style", {"method": "LoRA", "learning_rate": 1e-3}, 0, 100)
+    key = Key(STYLE, {"method": "LoRA", "learning_rate": 1e-3}, 0, 100)
     write(key.path(tmp_path), key, run(1.0, 0.1))
-    assert Key("model", "style", {"learning_rate": 1e-3, "method": "LoRA"}, 0, 100).path(tmp_path).exists()
-    for other in ("other", "style", key.method, 0, 100), ("model", "style", key.method, 1, 100):
-        assert not Key(*other).path(tmp_path).exists()
-    assert list(read_all(tmp_path)) == [run(1.0, 0.1)]
+    assert Key(STYLE, {"learning_rate": 1e-3, "method": "LoRA"}, 0, 100).path(tmp_path).exists()
+    others = [replace(STYLE, model="other"), replace(STYLE, recipe="other")]
+    for other in (*(replace(key, on=on) for on in others), replace(key, seed=1), replace(key, steps=80)):
+        assert not other.path(tmp_path).exists()
+    assert [read(line) for line in kept(tmp_path, STYLE)] == [run(1.0, 0.1)]
+    assert not any(kept(tmp_path, on) for on in others)
+
+
+def test_a_setting_is_all_that_a_recipe_says_and_the_same_in_another_clone(tmp_path: Path) -> None:
+    shutil.copytree(HERE / "data", tmp_path / "data")
+    shutil.copy(HERE / "style.yaml", tmp_path)
+
+    def setting(folder: Path, *overrides: str) -> Setting:
+        path = folder / "style.yaml"
+        return Setting.of(path, load_recipe(path, overrides))
+
+    assert setting(HERE) == setting(tmp_path) == setting(HERE, "training.output_dir=elsewhere")
+    for override in "model.model_name_or_path=some/other", "gate.rank=8", "proxy.num_samples=8":
+        assert setting(HERE, override) != setting(HERE)
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
@@ -154,12 +176,17 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     series = {"LoRA": 0.5, "gated, λ 64": 0.1, "rank 8": 0.2, "gated, A frozen": 0.05, "A frozen: rank 16": 0.1}
     for number, result in enumerate(run for name, factor in series.items() for run in power(name, factor)):
-        key = Key("model", "style", {"number": number}, 0, 100)
+        key = Key(STYLE, {"number": number}, 0, 100)
         write(key.path(runs), key, result)
     (runs / "costs").mkdir()
     costs = {"LoRA": {"seconds": 2.0, "plain_seconds": 2.0, "peak_bytes": 100}}
-    (runs / "costs" / "style.json").write_text(json.dumps(costs), "utf-8")
-    show(runs, 100, docs)
+    costs_path(runs, STYLE).write_text(json.dumps(costs), "utf-8")
+    other = replace(STYLE, recipe="other")
+    for result in power("LoRA", 2.0):  # of another recipe, which is to be in no table
+        key = Key(other, {"loss": result.task_loss}, 0, 100)
+        write(key.path(runs), key, result)
+    show(runs, [STYLE], 100, docs)
+    assert len((docs / "frontier-runs.jsonl").read_text("utf-8").splitlines()) == 3 * len(series)
     assert json.loads((docs / "frontier-costs.json").read_text("utf-8")) == {"style": costs}
     assert page.read_text("utf-8").count("| 1.00 | 1.00 |\n") == 3
     text = page.read_text("utf-8")
@@ -171,8 +198,13 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     row = next(line for line in frozen.splitlines() if line.startswith("| A frozen: rank 16"))
     assert row.split(" | ")[6] == "2.00", "twice the KL of A frozen, not of λ 64"
     assert (docs / "frontier-style.png").read_bytes().startswith(b"\x89PNG")
-    show(runs, 100, docs)
+    show(runs, [STYLE], 100, docs)
     assert page.read_text("utf-8") == text
-    (runs / "costs" / "style.json").unlink()
-    show(runs, 100, docs)
+    costs_path(runs, STYLE).unlink()
+    show(runs, [STYLE], 100, docs)
     assert "| time | memory |" in text and "| time | memory |" not in page.read_text("utf-8")
+
+
+def test_without_a_run_the_table_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run of 80 steps is kept in"):
+        show(tmp_path, [STYLE], 80, None)

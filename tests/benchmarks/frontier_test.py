@@ -26,6 +26,8 @@ from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
 from benchmarks.frontier.methods.oplora import OPLoRA
 from benchmarks.frontier.methods.starts import DAMPING, CorDA, FoLoRAStart, SCLoRA
 from benchmarks.frontier.questions import log_likelihoods
+from benchmarks.frontier.running import Plan, run_plan
+from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
 from folora_q.core import SpectralGate
 from folora_q.evaluation.compare import compare
@@ -411,3 +413,25 @@ def test_plain_lora_is_timed_beside_a_method(
     timed, weighed = (measure("replay (CFS)", recipe, settings, tmp_path, timed) for timed in (True, False))
     assert timed.seconds > 0 and timed.plain_seconds > 0
     assert math.isnan(weighed.plain_seconds) and weighed.peak_bytes
+
+
+def test_a_run_that_is_there_is_not_made_again(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLORA_Q_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(tmp_path, tiny_folder)
+
+    def told(*overrides: str, seeds: int = 1) -> list[str]:
+        lines: list[str] = []
+        settings = ["training.max_length=64", "evaluation.num_answers=2", *overrides]
+        plan = Plan(recipe, settings, [Series("LoRA", [LoRA(1e-2)])], range(seeds), 2, tmp_path / "runs")
+        run_plan(plan, Silent(), lines.append)
+        return lines
+
+    (line,) = told()
+    assert line.startswith("recipe 1/1: LoRA, lr 0.01, seed 0: task ")
+    assert told() == []
+    (line,) = told(seeds=2)
+    assert ", seed 1: " in line
+    assert len(told("training.per_device_train_batch_size=2")) == 1, "another recipe, another run"
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 3
