@@ -1,9 +1,14 @@
-"""Exact covariances of what layers read, and what can be done to them before a gate is made of them."""
+"""Exact covariances of what layers read, and what can be done to them before a gate is made of them.
+
+A 7B model's take tens of gigabytes. So they are summed a few layers at a time, held on the host in float32, as they
+were summed, and made into float64 matrices for one layer at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from peft import PeftModel
@@ -17,6 +22,9 @@ from folora_q.statistics.hooks import shared_inputs
 
 # A channel whose variance is so many times the median is massive: it alone would say how large a variance is.
 MASSIVE = 100.0
+# So much is summed on the model's device at a time, in bytes: the demo's model at once, a 7B model in a dozen readings.
+AT_ONCE = 4 * 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,43 +45,97 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Positions:
-    """One layer's Σ over all tokens of a text but each sequence's first, over the first, and their share of all."""
+    """Σ x xᵀ (d, d) of a layer's n later tokens of a text, and of the m that begin a sequence."""
 
-    later: Tensor
-    first: Tensor
-    share: float
+    later_sum: Tensor
+    first_sum: Tensor
+    n: int
+    m: int
+
+    @property
+    def later(self) -> Tensor:
+        """Σ over all tokens but the first ones, float64."""
+        return self.later_sum.double() / self.n
+
+    @property
+    def first(self) -> Tensor:
+        """Σ over the first ones."""
+        return self.first_sum.double() / max(self.m, 1)
 
     @property
     def every(self) -> Tensor:
-        """Σ over all tokens; not kept, since a model's exact covariances take gigabytes."""
-        return torch.lerp(self.later, self.first, self.share)
+        """Σ over all tokens."""
+        return torch.lerp(self.later, self.first, self.m / (self.n + self.m))
 
 
-def measure(model: PeftModel, text: Sequence[Batch], weighted: bool) -> dict[str, Positions]:
+class Made(Mapping[str, T], Generic[T]):
+    """What is made of each layer's two texts, when it is asked for.
+
+    The last thing made is held, so that layers which read one tensor get one object if they are asked for in turn.
+    """
+
+    def __init__(
+        self,
+        penalty: Mapping[str, Positions],
+        utility: Mapping[str, Positions],
+        make: Callable[[Positions, Positions], T],
+    ) -> None:
+        self._read, self._make = (penalty, utility), make
+        self._last: tuple[Positions, Positions, T] | None = None
+
+    def __getitem__(self, layer: str) -> T:
+        penalty, utility = (side[layer] for side in self._read)
+        if self._last is None or self._last[0] is not penalty or self._last[1] is not utility:
+            self._last = None  # it is gone before the next is made
+            self._last = (penalty, utility, self._make(penalty, utility))
+        return self._last[2]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read[0])
+
+    def __len__(self) -> int:
+        return len(self._read[0])
+
+
+def measure(model: PeftModel, text: Sequence[Batch], weighted: bool, at_once: float = AT_ONCE) -> dict[str, Positions]:
     """Of every adapted layer's input, with the adapter off; layers that read one tensor share an object.
 
     Args:
         weighted: tokens count by the loss's gradient, as for the recipe's `gate.covariance: fisher`.
+        at_once: bytes; the text is read again for layers that do not fit.
     """
     modules = {pair.name: pair.module for pair in adapter_pairs(model)}
     model.eval()
     with model.disable_adapter():
         groups = shared_inputs(model, modules, text[0].input_ids[:1, :8])
         reading = Reading(model, modules, groups, weighted)
-        sums, counts = [], []
-        for first in (False, True):
-            sinks = {
-                g[0]: ProjectedCovariance(torch.eye(modules[g[0]].in_features), device=model.device) for g in groups
-            }
-            reading.feed(text, sinks, _first if first else _later)
-            sums.append({name: sink.gram.double().cpu() for name, sink in sinks.items()})
-            counts.append({name: sink.count for name, sink in sinks.items()})
-    found = {}
-    for group in groups:
-        (later, first), (n, m) = (sum_[group[0]] for sum_ in sums), (count[group[0]] for count in counts)
-        positions = Positions(later / n, first / max(m, 1), m / (n + m))
-        found |= dict.fromkeys(group, positions)
-    return found
+        found: dict[str, Positions] = {}
+        for share in _shares({group[0]: modules[group[0]].in_features for group in groups}, at_once):
+            sums = []
+            for counts in (_later, _first):
+                sinks = {
+                    name: ProjectedCovariance(torch.eye(width), device=model.device) for name, width in share.items()
+                }
+                reading.feed(text, sinks, counts)
+                sums.append({name: (sink.gram.cpu(), sink.count) for name, sink in sinks.items()})
+            later, first = sums
+            found |= {name: Positions(later[name][0], first[name][0], later[name][1], first[name][1]) for name in share}
+    by_layer = {name: found[group[0]] for group in groups for name in group}
+    return {name: by_layer[name] for name in modules}
+
+
+def _shares(widths: Mapping[str, int], at_once: float) -> list[dict[str, int]]:
+    """Layers that are summed together: each has a basis and a sum, (d, d) in float32."""
+    shares: list[dict[str, int]] = []
+    free = 0.0
+    for name, width in widths.items():
+        needed = 2 * 4 * width**2
+        if needed > free or not shares:
+            shares.append({})
+            free = at_once
+        shares[-1][name] = width
+        free -= needed
+    return shares
 
 
 def _later(counted: Tensor) -> Tensor:

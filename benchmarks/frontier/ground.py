@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from benchmarks.frontier.covariances import TREATMENTS, Covariance, Positions, measure
+from benchmarks.frontier.covariances import TREATMENTS, Covariance, Made, Positions, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest
 from benchmarks.frontier.texts import real_texts
@@ -141,28 +141,32 @@ class Ground:
         shape = section.model_dump(include={"floor", "sharpness", *STATISTICS})
         name = f"{key} {kind.__name__} {treatment} {covariance} {sorted(shape.items())}"
         if name not in self._gates:
+            found: Mapping[str, SpectralGate | tuple[Covariance, Covariance]]
             if section.rank < DENSE:
                 found = self._sketched(model, section, proxy, key)
-                states = {id(gate): gate.state_dict() for gate in found.values()}
             else:
                 self._gates.clear()  # exact ones take gigabytes
                 found = self.exact_covariances(model, covariance, proxy, key, treatment)
-                states = {id(both): _exact(*both, section, covariance) for both in found.values()}
             # The problem of an exact covariance takes seconds to solve, a strength nothing.
             shaped = {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
-            solved = {of: kind.from_state_dict(state | shaped) for of, state in states.items()}
-            self._gates[name] = {layer: solved[id(of)].to(self.base.device) for layer, of in found.items()}
+            gates: dict[str, SpectralGate] = {}
+            last = None
+            for layer, of in found.items():
+                if of is not last:
+                    state = of.state_dict() if isinstance(of, SpectralGate) else _exact(*of, section, covariance)
+                    last, gate = of, kind.from_state_dict(state | shaped).to(self.base.device)
+                gates[layer] = gate
+            self._gates[name] = gates
         strong = {id(gate): gate.with_lambda(section.gate_lambda) for gate in self._gates[name].values()}
         return {layer: strong[id(gate)] for layer, gate in self._gates[name].items()}
 
-    def covariances(self, model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
+    def covariances(self, model: PeftModel) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Σp and Σt of every layer's input, exact (d, d) in float64, each divided by its own mean variance.
 
         As the papers have them: all tokens of whole rows count alike.
         """
-        found = self.exact_covariances(model, "rows")
-        normalized = {id(both): tuple(each.normalized for each in both) for both in found.values()}
-        return {layer: normalized[id(both)] for layer, both in found.items()}
+        penalty, utility = self._positions(model, "rows")
+        return Made(penalty, utility, lambda *both: tuple(each.normalized for each in TREATMENTS["plain"](*both)))
 
     def forget(self) -> None:
         """Let go of all statistics."""
@@ -176,16 +180,21 @@ class Ground:
         proxy: Sequence[Sequence[int]] | None = None,
         key: str = "own",
         treatment: str = "plain",
-    ) -> dict[str, tuple[Covariance, Covariance]]:
+    ) -> Mapping[str, tuple[Covariance, Covariance]]:
         """By the recipe's `gate.covariance`; or of whole "rows", in which prompts count too."""
+        return Made(*self._positions(model, covariance, proxy, key), TREATMENTS[treatment])
+
+    def _positions(
+        self, model: PeftModel, covariance: str, proxy: Sequence[Sequence[int]] | None = None, key: str = "own"
+    ) -> list[dict[str, Positions]]:
+        """Of the proxy text and of the task's, read once."""
         sides = []
         for name, text in zip((key, "task"), self._texts(proxy, rows=covariance == "rows"), strict=True):
             name = f"{name} {covariance}"
             if name not in self._measured:
                 self._measured[name] = measure(model, text, weighted=covariance == "fisher")
             sides.append(self._measured[name])
-        treated = {id(found): TREATMENTS[treatment](found, sides[1][layer]) for layer, found in sides[0].items()}
-        return {layer: treated[id(found)] for layer, found in sides[0].items()}
+        return sides
 
     def _sketched(
         self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None, key: str
@@ -194,7 +203,7 @@ class Ground:
         if name not in self._sketches:
             texts = self._texts(proxy, rows=False)
             tokens = [[batch.input_ids.tolist(), batch.labels.tolist()] for text in texts for batch in text]
-            path = self.kept / f"{digest([self.recipe.model.model_name_or_path, name, tokens])}.safetensors"
+            path = self.kept / f"{digest([self.recipe.model.model_dump(mode='json'), name, tokens])}.safetensors"
             if path.exists():
                 self._sketches[name] = load_gates(path, self.base.device)
             else:

@@ -13,7 +13,8 @@ from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.results import Key, Result, Setting, write
 from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
-from folora_q.errors import RunFailed
+from folora_q.data.halving import ran_out
+from folora_q.errors import RunFailed, first_line
 from folora_q.progress import Clock, Progress
 from folora_q.recipe import load_recipe
 
@@ -56,8 +57,11 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
         # A copy: a method keeps what it computes for one run.
         try:
             model, cost = train(ground, dataclasses.replace(point), key.seed, plan.steps)
-        except RunFailed as error:
-            tell(f"{name}: {error}")
+        except (RunFailed, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not ran_out(error):
+                raise
+            tell(f"{name}: {first_line(error)}")
+            ground.forget()  # whole covariances and gates of the methods before may be what leaves no room
             continue
         measured = yardstick.measure(model)
         release(point, model)

@@ -40,7 +40,7 @@ class Cost:
 def train(
     ground: Ground, method: Method, seed: int, steps: int, prepared: Callable[[], None] = lambda: None
 ) -> tuple[PeftModel, Cost]:
-    """A tuned model.
+    """A tuned model. Where it fails, the base is as it was.
 
     Args:
         prepared: called before the first step.
@@ -49,6 +49,16 @@ def train(
         RunFailed: the loss is not finite.
     """
     model = ground.tuned(seed, method.sixteen_bit, **method.lora(ground))
+    try:
+        return model, _trained(ground, method, model, seed, steps, prepared)
+    except Exception:
+        release(method, model)
+        raise
+
+
+def _trained(
+    ground: Ground, method: Method, model: PeftModel, seed: int, steps: int, prepared: Callable[[], None]
+) -> Cost:
     pairs = adapter_pairs(model)
     meter = PeakMemory(ground.base.device)
     clock = time.process_time if ground.base.device.type == "cpu" else time.perf_counter
@@ -81,7 +91,7 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         method.after_step(pairs)
-    return model, Cost(done - began, clock() - start, meter.peak())
+    return Cost(done - began, clock() - start, meter.peak())
 
 
 def release(method: Method, model: PeftModel) -> None:

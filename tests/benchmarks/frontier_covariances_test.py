@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.frontier.covariances import TREATMENTS, Positions, measure
+from benchmarks.frontier.covariances import TREATMENTS, Made, Positions, measure
 from folora_q.data.tokens import batches
 from folora_q.models.adapters import adapter_pairs
 
@@ -35,6 +35,25 @@ def test_moments_are_of_the_tokens_that_count(tiny_folder: Path) -> None:
         assert torch.allclose(covariance, expected, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_a_few_layers_at_a_time_make_no_difference(tiny_folder: Path) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_folder), LoraConfig(r=4, target_modules="all-linear")
+    )
+    text = list(batches(TEXTS, 2, torch.device("cpu")))
+    for weighted in (False, True):
+        at_once, one_by_one = (measure(model, text, weighted, at_once=size) for size in (2**30, 0))
+        assert list(at_once) == list(one_by_one) == [pair.name for pair in adapter_pairs(model)]
+        for name, found in at_once.items():
+            assert torch.equal(found.every, one_by_one[name].every) and found.n == one_by_one[name].n
+
+
+def test_layers_that_read_one_tensor_get_one_object(two: tuple[Positions, Positions]) -> None:
+    (a, b), calls = two, []
+    made = Made({"q": a, "k": a, "o": b}, {"q": b, "k": b, "o": b}, lambda *both: calls.append(both) or list(both))
+    assert made["q"] is made["k"] and made["q"] == [a, b] and made["o"] == [b, b]
+    assert len(calls) == 2 and len(made) == 3 and list(made) == ["q", "k", "o"]
+
+
 @pytest.fixture
 def two() -> tuple[Positions, Positions]:
     chance = torch.Generator().manual_seed(0)
@@ -42,8 +61,7 @@ def two() -> tuple[Positions, Positions]:
     def positions() -> Positions:
         later, first = (torch.randn(50, 12, generator=chance, dtype=torch.float64) for _ in range(2))
         first[:, 3] *= 1000  # a massive activation
-        later, first = later.T @ later / 50, first.T @ first / 50
-        return Positions(later, first, 0.1)
+        return Positions(later.T @ later, first.T @ first / 9, 45, 5)
 
     return positions(), positions()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from benchmarks.frontier.training import release, train
 from folora_q.core import SpectralGate
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
-from folora_q.models.adapters import adapter_pairs
+from folora_q.models.adapters import AdapterPair, adapter_pairs
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.progress import Clock
@@ -435,3 +436,35 @@ def test_a_run_that_is_there_is_not_made_again(
     assert ", seed 1: " in line
     assert len(told("training.per_device_train_batch_size=2")) == 1, "another recipe, another run"
     assert len(list((tmp_path / "runs").glob("*.json"))) == 3
+
+
+@dataclasses.dataclass
+class Failing(LoRA):
+    """Its second step does not work."""
+
+    error: Exception | None = None
+
+    def after_step(self, pairs: Sequence[AdapterPair]) -> None:
+        if self.error is not None:
+            raise self.error
+        with torch.no_grad():
+            pairs[0].b.fill_(math.nan)
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 66 GiB")])
+def test_a_run_that_fails_is_told_of_and_the_next_one_is_as_if_it_had_not_been(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    monkeypatch.setenv("FOLORA_Q_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(tmp_path, tiny_folder)
+    lines: list[str] = []
+    for name, before in (("alone", []), ("after", [Series("failing", [Failing(1e-2, error)])])):
+        series = [*before, Series("LoRA, MLP only", [MLPOnlyLoRA(1e-2)])]
+        run_plan(
+            Plan(recipe, ["training.max_length=64", "evaluation.num_answers=2"], series, [0], 2, tmp_path / name),
+            Silent(),
+            lines.append,
+        )
+    alone, failed, after = lines
+    assert ("not finite at step 1" if error is None else "out of memory") in failed
+    assert alone.partition(": task ")[2].rpartition(",")[0] == after.partition(": task ")[2].rpartition(",")[0]

@@ -28,13 +28,12 @@ class LoRANull(Method):
     freeze_a: bool = True
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
-        covariances, found = ground.covariances(model), {}
+        covariances, last = ground.covariances(model), None
         for pair in pairs:
-            penalty, utility = covariances[pair.name]
-            if id(penalty) not in found:
-                found[id(penalty)] = self.rows(penalty, utility, len(pair.a))
+            if (both := covariances[pair.name]) is not last:
+                last, rows = both, self.rows(*both, len(pair.a))
             with torch.no_grad():
-                pair.a.copy_(ROW_NORM * found[id(penalty)])
+                pair.a.copy_(ROW_NORM * rows)
         if self.freeze_a:
             freeze_first(pairs)
 
