@@ -17,7 +17,7 @@ from torch import Tensor
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import Batch
 from folora_q.models.adapters import adapter_pairs
-from folora_q.statistics.collect import Reading
+from folora_q.statistics.collect import BYTES, Reading, in_rounds
 from folora_q.statistics.hooks import shared_inputs
 
 # A channel whose variance is so many times the median is massive: it alone would say how large a variance is.
@@ -110,11 +110,14 @@ def measure(model: PeftModel, text: Sequence[Batch], weighted: bool, at_once: fl
         groups = shared_inputs(model, modules, text[0].input_ids[:1, :8])
         reading = Reading(model, modules, groups, weighted)
         found: dict[str, Positions] = {}
-        for share in _shares({group[0]: modules[group[0]].in_features for group in groups}, at_once):
+        # Each has a basis and a sum, (d, d).
+        needed = {group[0]: 2 * BYTES * modules[group[0]].in_features ** 2 for group in groups}
+        for share in in_rounds(needed, at_once):
             sums = []
             for counts in (_later, _first):
                 sinks = {
-                    name: ProjectedCovariance(torch.eye(width), device=model.device) for name, width in share.items()
+                    name: ProjectedCovariance(torch.eye(modules[name].in_features), device=model.device)
+                    for name in share
                 }
                 reading.feed(text, sinks, counts)
                 sums.append({name: (sink.gram.cpu(), sink.count) for name, sink in sinks.items()})
@@ -122,20 +125,6 @@ def measure(model: PeftModel, text: Sequence[Batch], weighted: bool, at_once: fl
             found |= {name: Positions(later[name][0], first[name][0], later[name][1], first[name][1]) for name in share}
     by_layer = {name: found[group[0]] for group in groups for name in group}
     return {name: by_layer[name] for name in modules}
-
-
-def _shares(widths: Mapping[str, int], at_once: float) -> list[dict[str, int]]:
-    """Layers that are summed together: each has a basis and a sum, (d, d) in float32."""
-    shares: list[dict[str, int]] = []
-    free = 0.0
-    for name, width in widths.items():
-        needed = 2 * 4 * width**2
-        if needed > free or not shares:
-            shares.append({})
-            free = at_once
-        shares[-1][name] = width
-        free -= needed
-    return shares
 
 
 def _later(counted: Tensor) -> Tensor:

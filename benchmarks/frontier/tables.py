@@ -146,8 +146,8 @@ def show(output: Path, settings: Sequence[Setting], steps: int, docs: Path | Non
         of_task = [result for result in map(read, found) if result.steps == steps]
         if not of_task:
             continue
-        task, costs = on.task, read_costs(output, on)
-        of_tasks[task] = costs
+        task = on.task
+        costs = of_tasks[task] = read_costs(output, on)
         compared = [result for result in of_task if result.series in METHODS]
         sections: list[tuple[str, Columns, Sequence[Any]]] = [
             (

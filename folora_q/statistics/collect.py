@@ -65,7 +65,9 @@ def build_gates(
     model.eval()
     with model.disable_adapter():
         groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
-        shares = _shares([group[0] for group in groups], modules, section, memory)
+        columns = columns_held(section)
+        needed = {group[0]: modules[group[0]].in_features * columns * BYTES / GIB for group in groups}
+        shares = in_rounds(needed, memory)
         readings = 1 + len(section.readings)
         found: dict[str, SpectralGate] = {}
         with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
@@ -260,21 +262,18 @@ def _solved(
         ) from error
 
 
-def _shares(
-    names: Sequence[str], modules: Mapping[str, nn.Module], section: GateSection, memory: float | None
-) -> list[list[str]]:
-    """Layers whose sketches stand in memory together."""
+def in_rounds(needed: Mapping[str, float], memory: float | None) -> list[list[str]]:
+    """Layers whose statistics stand in memory together, in order, by what each needs; None has room for all."""
     if memory is None:
-        return [list(names)]
+        return [list(needed)]
     shares: list[list[str]] = []
     free = 0.0
-    for name in names:
-        needed = modules[name].in_features * columns_held(section) * BYTES / GIB
-        if needed > free or not shares:
+    for name, size in needed.items():
+        if size > free or not shares:
             shares.append([])
             free = memory
         shares[-1].append(name)
-        free -= needed
+        free -= size
     return shares
 
 

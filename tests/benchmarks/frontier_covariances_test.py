@@ -61,7 +61,7 @@ def two() -> tuple[Positions, Positions]:
     def positions() -> Positions:
         later, first = (torch.randn(50, 12, generator=chance, dtype=torch.float64) for _ in range(2))
         first[:, 3] *= 1000  # a massive activation
-        return Positions(later.T @ later, first.T @ first / 9, 45, 5)
+        return Positions(0.9 * later.T @ later, 0.1 * first.T @ first, 45, 5)
 
     return positions(), positions()
 
