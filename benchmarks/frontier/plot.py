@@ -22,6 +22,7 @@ STRONG = {
     "gated, λ 64": ("#1f4fbf", "-"),
     "gated, λ 256": ("#0a1f5c", "-"),
     "gated, A frozen": ("#0b8f5a", "-"),
+    "gated, A frozen, ridge 0.0001": ("#7fbf9a", "-"),
     "gated, A frozen, rank 32": ("#0b8f5a", "--"),
     "control: γ shuffled, λ 64": ("#d4572a", "-"),
 }

@@ -27,6 +27,8 @@ ABLATED_RATE = 3e-3
 
 # The product's default rule; `Gated` has `step`.
 FROZEN: dict[str, object] = {"rule": "frozen"}
+# With the ridge of frozen top-γ A.
+FINE: dict[str, object] = FROZEN | {"ridge": 0.0001, "utility_ridge": 0.0001}
 # What ablations are called that change A frozen.
 OF_FROZEN = "A frozen: "
 # Settings of `Gated` itself; others are the recipe's.
@@ -51,6 +53,7 @@ def methods() -> list[Series]:
         Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
         Series("gated, A frozen", [Gated(rate, gate=FROZEN) for rate in (1e-3, 3e-3, 1e-2)]),
+        Series("gated, A frozen, ridge 0.0001", [Gated(rate, gate=FINE) for rate in (1e-3, 3e-3, 1e-2)]),
         Series("gated, A frozen, rank 32", [FrozenGated(rate) for rate in (1e-3, 3e-3, 6e-3)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(rate) for rate in STRENGTHS[OURS]]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
@@ -99,6 +102,7 @@ def ablations() -> list[Series]:
         "ridge 0.1": {"ridge": 0.1, "utility_ridge": 0.1},
         "ridge 0.001": {"ridge": 0.001, "utility_ridge": 0.001},
         "ridge 0.001, cut twice": {"ridge": 0.001, "utility_ridge": 0.001, "proxy": "cut twice"},
+        "ridge 0.0001, 2 refinements": {"ridge": 0.0001, "utility_ridge": 0.0001, "refinements": 2},
     }
     return [
         changed("as it is"),
@@ -131,7 +135,5 @@ def quick() -> list[Series]:
     """Few points, of what shares its statistics."""
     return [
         Series("LoRA", [LoRA(rate) for rate in RATES]),
-        Series("gated, λ 64", [Gated(rate) for rate in (1e-3, 3e-3)]),
-        Series("gated, A frozen", [Gated(3e-3, gate=FROZEN)]),
-        Series("LoRA, MLP only", [MLPOnlyLoRA(1e-3)]),
+        Series("gated, A frozen", [Gated(rate, gate=FROZEN) for rate in RATES[1:]]),
     ]
