@@ -81,6 +81,7 @@ def run(
 
     chosen = series.quick() if quick else series.ablations() if ablations else series.methods()
     overrides = (*QUICK, *overrides) if quick else overrides
+    steps = steps or (QUICK_STEPS if quick else STEPS)
     names = {s.name for s in chosen}
     chosen = [s for s in chosen if not wanted or any(s.name == w or (w not in names and w in s.name) for w in wanted)]
     for task in tasks or TASKS[: 1 if quick else None]:
@@ -89,13 +90,13 @@ def run(
             overrides=overrides,
             series=chosen,
             seeds=range(1 if quick else seeds),
-            steps=steps or (QUICK_STEPS if quick else STEPS),
+            steps=steps,
             output=output,
             share=(number or 0, workers),
         )
         run_plan(plan, ConsoleProgress(), lambda line: err.print(line))
     if quick and number in (None, 0):
-        command = ["table", *overrides, "--steps", str(steps or QUICK_STEPS), "--output", str(output)]
+        command = ["table", *overrides, "--steps", str(steps), "--output", str(output)]
         err.print(f"now: .venv/bin/python -m benchmarks.frontier {shlex.join(command)}", soft_wrap=True)
 
 
