@@ -22,8 +22,9 @@ STRONG = {
     "gated, λ 64": ("#1f4fbf", "-"),
     "gated, λ 256": ("#0a1f5c", "-"),
     "gated, A frozen": ("#0b8f5a", "-"),
-    "gated, A frozen, ridge 0.0001": ("#7fbf9a", "-"),
     "gated, A frozen, rank 32": ("#0b8f5a", "--"),
+    "gated, A frozen, ridge 0.01": ("#7fbf9a", "-"),
+    "gated, A frozen, ridge 0.01, rank 32": ("#7fbf9a", "--"),
     "control: γ shuffled, λ 64": ("#d4572a", "-"),
 }
 OTHERS = [series.name for series in methods() if series.name not in STRONG]

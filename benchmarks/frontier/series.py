@@ -27,8 +27,8 @@ ABLATED_RATE = 3e-3
 
 # The product's default rule; `Gated` has `step`.
 FROZEN: dict[str, object] = {"rule": "frozen"}
-# With the ridge of frozen top-γ A.
-FINE: dict[str, object] = FROZEN | {"ridge": 0.0001, "utility_ridge": 0.0001}
+# As it was before its ridges were chosen; its ablations are of that.
+COARSE: dict[str, object] = FROZEN | {"ridge": 0.01, "utility_ridge": 0.01}
 # What ablations are called that change A frozen.
 OF_FROZEN = "A frozen: "
 # Settings of `Gated` itself; others are the recipe's.
@@ -53,8 +53,9 @@ def methods() -> list[Series]:
         Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
         Series("gated, A frozen", [Gated(rate, gate=FROZEN) for rate in (1e-3, 3e-3, 1e-2)]),
-        Series("gated, A frozen, ridge 0.0001", [Gated(rate, gate=FINE) for rate in (1e-3, 3e-3, 1e-2)]),
         Series("gated, A frozen, rank 32", [FrozenGated(rate) for rate in (1e-3, 3e-3, 6e-3)]),
+        Series("gated, A frozen, ridge 0.01", [Gated(rate, gate=COARSE) for rate in (1e-3, 3e-3, 1e-2)]),
+        Series("gated, A frozen, ridge 0.01, rank 32", [FrozenGated(rate, gate=COARSE) for rate in (1e-3, 3e-3, 6e-3)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(rate) for rate in STRENGTHS[OURS]]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
         Series("replay (CFS)", [Replay(rate) for rate in RATES]),
@@ -75,7 +76,7 @@ def methods() -> list[Series]:
 def ablations() -> list[Series]:
     """Ours with one thing changed, at one learning rate: each run is compared with a curve at its task loss.
 
-    First λ 64, then A frozen, whose start is all that its gate does.
+    First λ 64, then A frozen with a ridge of 0.01, whose start is all that its gate does.
     """
 
     def changed(name: str, **changes: object) -> Series:
@@ -124,10 +125,10 @@ def ablations() -> list[Series]:
         changed("robust to massive channels", treatment="robust", **exact),
         changed("shrunk by a tenth", treatment="shrunk", **exact),
         changed("spectral, A only", rule="spectral", places=["a_start", "a_step"]),
-        *(changed(OF_FROZEN + name, **changes, **FROZEN) for name, changes in statistics.items()),
-        Series(OF_FROZEN + "penalty only", [PenaltyOnly(rate, gate=FROZEN) for rate in (ABLATED_RATE, 6e-3, 1e-2)]),
-        Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate=FROZEN)]),
-        changed(OF_FROZEN + "random start, gated", start="random", **FROZEN),
+        *(changed(OF_FROZEN + name, **COARSE | changes) for name, changes in statistics.items()),
+        Series(OF_FROZEN + "penalty only", [PenaltyOnly(rate, gate=COARSE) for rate in (ABLATED_RATE, 6e-3, 1e-2)]),
+        Series(OF_FROZEN + "utility only", [UtilityOnly(ABLATED_RATE, gate=COARSE)]),
+        changed(OF_FROZEN + "random start, gated", start="random", **COARSE),
     ]
 
 

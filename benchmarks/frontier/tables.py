@@ -27,7 +27,7 @@ METHODS = {series.name: series.points for series in methods()}
 # They take a part of the weights away, which 4 bits cannot hold.
 SIXTEEN_BIT = {name for name, points in METHODS.items() if points[0].sixteen_bit}
 # What ablations are set beside, by whether they change A frozen.
-UNCHANGED = {False: f"gated, λ {OURS:g}", True: "gated, A frozen"}
+UNCHANGED = {False: f"gated, λ {OURS:g}", True: "gated, A frozen, ridge 0.01"}
 # Shares of plain LoRA's best gain at which methods are compared.
 SHARES = (0.9, 0.97, 0.99)
 MEASURES = {

@@ -11,12 +11,13 @@ from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
 Place = Literal["a_start", "a_step", "b_step"]
-# Where each rule of the gate acts, unless a recipe says so.
+# What each rule of the gate has, unless a recipe says otherwise: where it acts, and both ridges.
 PLACES: dict[str, list[Place]] = {
     "frozen": ["a_start"],
     "step": ["a_start", "a_step", "b_step"],
     "spectral": ["a_start", "a_step"],
 }
+RIDGES = {"frozen": 1e-4, "step": 0.01, "spectral": 0.01}
 # Names of transformers (a test holds that they are): those that need nothing besides what we install.
 Optimizer = Literal[
     "auto",
@@ -117,10 +118,11 @@ class GateSection(Section):
     """s_min: the least share of a step that every direction passes."""
     sharpness: Positive = 1.0
     """p in γᵖ / (γᵖ + λᵖ)."""
-    ridge: Positive = 0.01
-    """τ, added to the proxy covariance, relative to its mean variance."""
-    utility_ridge: NonNegative = 0.01
-    """Added to the task covariance: with ridge, directions in neither text count as equally useful and costly."""
+    ridge: Positive = RIDGES["frozen"]
+    """τ, added to the proxy covariance, relative to its mean variance. Left out: 0.01 for rules step and spectral."""
+    utility_ridge: NonNegative = RIDGES["frozen"]
+    """Added to the task covariance: with ridge, directions in neither text count as equally useful and costly. Left
+    out: 0.01 for rules step and spectral."""
     rank: PositiveInt = 64
     """Directions that each sketch keeps."""
     oversampling: Annotated[int, Field(ge=0)] = 16
@@ -169,10 +171,11 @@ class GateSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _places_by_the_rule(cls, given: Any) -> Any:
+    def _by_the_rule(cls, given: Any) -> Any:
         rule = given.get("rule") if isinstance(given, dict) else None
-        by_rule = isinstance(rule, str) and rule in PLACES and "places" not in given
-        return given | {"places": PLACES[rule]} if by_rule else given
+        if not isinstance(rule, str) or rule not in PLACES:
+            return given
+        return {"places": PLACES[rule], "ridge": RIDGES[rule], "utility_ridge": RIDGES[rule]} | given
 
     @model_validator(mode="after")
     def _settings_suit_the_rule(self) -> GateSection:

@@ -174,7 +174,8 @@ def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
     docs.mkdir()
     page = docs / "frontier.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    series = {"LoRA": 0.5, "gated, λ 64": 0.1, "rank 8": 0.2, "gated, A frozen": 0.05, "A frozen: rank 16": 0.1}
+    series = {"LoRA": 0.5, "gated, λ 64": 0.1, "rank 8": 0.2, "A frozen: rank 16": 0.1}
+    series["gated, A frozen, ridge 0.01"] = 0.05
     for number, result in enumerate(run for name, factor in series.items() for run in power(name, factor)):
         key = Key(STYLE, {"number": number}, 0, 100)
         write(key.path(runs), key, result)

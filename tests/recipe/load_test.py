@@ -118,18 +118,22 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "places"),
+    ("gate", "places", "ridges"),
     [
-        ("{}", ["a_start"]),
-        ("{rule: step}", ["a_start", "a_step", "b_step"]),
-        ("{rule: step, places: [b_step]}", ["b_step"]),
-        ("{rule: spectral}", ["a_start", "a_step"]),
-        ("{start: random, gate_lambda: 16}", ["a_start"]),
-        ("{enabled: false, gate_lambda: 16}", ["a_start"]),
+        ("{}", ["a_start"], (1e-4, 1e-4)),
+        ("{rule: step}", ["a_start", "a_step", "b_step"], (0.01, 0.01)),
+        ("{rule: step, places: [b_step], utility_ridge: 0}", ["b_step"], (0.01, 0.0)),
+        ("{rule: spectral}", ["a_start", "a_step"], (0.01, 0.01)),
+        ("{start: random, gate_lambda: 16}", ["a_start"], (1e-4, 1e-4)),
+        ("{rule: frozen, ridge: 0.1}", ["a_start"], (0.1, 1e-4)),
+        ("{enabled: false, gate_lambda: 16}", ["a_start"], (1e-4, 1e-4)),
     ],
 )
-def test_places_are_the_rules_unless_they_are_given(write, gate: str, places: list[str]) -> None:
-    assert load_recipe(write(MINIMAL + f"gate: {gate}\n")).gate.places == places
+def test_places_and_ridges_are_the_rules_unless_they_are_given(
+    write, gate: str, places: list[str], ridges: tuple[float, float]
+) -> None:
+    section = load_recipe(write(MINIMAL + f"gate: {gate}\n")).gate
+    assert section.places == places and (section.ridge, section.utility_ridge) == ridges
 
 
 def test_the_papers_gate_is_a_recipe(write) -> None:
