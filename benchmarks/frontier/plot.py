@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.frontier.comparing import PLAIN
 from benchmarks.frontier.results import Result
@@ -72,8 +73,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.set_xlabel("task loss, nats per token (lower is better)")
         axis.set_xscale("log")
         axis.set_xlim(right=1.02 * max(run.task_loss for run in results if run.series == PLAIN))
-        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            ticks("{x:.2g}")
+        # Losses of a task differ by less than tenfold, where a logarithm's own ticks are none or too many.
+        axis.xaxis.set_major_locator(MaxNLocator(8))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter("{x:.3g}")
         axis.grid(alpha=0.25)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
