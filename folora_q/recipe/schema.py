@@ -11,13 +11,12 @@ from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
 Place = Literal["a_start", "a_step", "b_step"]
-# What each rule of the gate has, unless a recipe says otherwise: where it acts, and both ridges.
-PLACES: dict[str, list[Place]] = {
-    "frozen": ["a_start"],
-    "step": ["a_start", "a_step", "b_step"],
-    "spectral": ["a_start", "a_step"],
+# What each rule of the gate has, unless a recipe says otherwise.
+BY_RULE: dict[str, dict[str, Any]] = {
+    "frozen": {"places": ["a_start"], "ridge": 1e-4, "utility_ridge": 1e-4},
+    "step": {"places": ["a_start", "a_step", "b_step"], "ridge": 0.01, "utility_ridge": 0.01},
+    "spectral": {"places": ["a_start", "a_step"], "ridge": 0.01, "utility_ridge": 0.01},
 }
-RIDGES = {"frozen": 1e-4, "step": 0.01, "spectral": 0.01}
 # Names of transformers (a test holds that they are): those that need nothing besides what we install.
 Optimizer = Literal[
     "auto",
@@ -106,7 +105,7 @@ class GateSection(Section):
     rule: Literal["frozen", "step", "spectral"] = "frozen"
     """frozen: A stays at its gated start and only B learns: the least memory and time. step: both learn, and any
     optimizer's step passes through the gate. spectral: Adam in the gate's coordinates, as in the paper."""
-    places: list[Place] = PLACES["frozen"]
+    places: list[Place] = BY_RULE["frozen"]["places"]
     """Where it acts: on A's start, on A's steps, on B's steps. Left out: the start for rule frozen, all for step, the
     first two for spectral."""
     start: Literal["leading", "random"] = "leading"
@@ -118,9 +117,9 @@ class GateSection(Section):
     """s_min: the least share of a step that every direction passes."""
     sharpness: Positive = 1.0
     """p in γᵖ / (γᵖ + λᵖ)."""
-    ridge: Positive = RIDGES["frozen"]
+    ridge: Positive = BY_RULE["frozen"]["ridge"]
     """τ, added to the proxy covariance, relative to its mean variance. Left out: 0.01 for rules step and spectral."""
-    utility_ridge: NonNegative = RIDGES["frozen"]
+    utility_ridge: NonNegative = BY_RULE["frozen"]["utility_ridge"]
     """Added to the task covariance: with ridge, directions in neither text count as equally useful and costly. Left
     out: 0.01 for rules step and spectral."""
     rank: PositiveInt = 64
@@ -173,9 +172,7 @@ class GateSection(Section):
     @classmethod
     def _by_the_rule(cls, given: Any) -> Any:
         rule = given.get("rule") if isinstance(given, dict) else None
-        if not isinstance(rule, str) or rule not in PLACES:
-            return given
-        return {"places": PLACES[rule], "ridge": RIDGES[rule], "utility_ridge": RIDGES[rule]} | given
+        return BY_RULE[rule] | given if isinstance(rule, str) and rule in BY_RULE else given
 
     @model_validator(mode="after")
     def _settings_suit_the_rule(self) -> GateSection:
