@@ -36,11 +36,13 @@ class GatedOptimizer(Optimizer):
     """Lets any optimizer take its step, then passes each adapter's step through its gate.
 
     The step of A, row by row, becomes step @ Pᵀ; the step of B becomes step @ K with K the r x r gate at the present A.
-    A gate of all ones leaves the inner optimizer bit for bit as it is. Parameters without a gate are the inner
-    optimizer's alone. State and parameter groups are the inner optimizer's, so schedulers and accelerate see one truth.
+    A gated row is never longer than the step's was: P is oblique, and could make it so. A gate of all ones leaves AdamW
+    bit for bit as it is. Parameters without a gate are the inner optimizer's alone, but for weight decay: it is
+    decoupled (AdamW's, arXiv 1711.05101) whatever the inner optimizer makes of it, and passes no gate. State and
+    parameter groups are the inner optimizer's, so schedulers and accelerate see one truth.
 
     Args:
-        inner: e.g. AdamW or bitsandbytes' PagedAdamW8bit; its learning rates and weight decay stay in force.
+        inner: e.g. AdamW or bitsandbytes' PagedAdamW8bit; its learning rates stay in force.
         adapters: (A, B, gate) triples; the gate must lie on A's device.
         gate_a, gate_b: which factor's steps are gated.
         refresh_every: steps between two solutions of the r x r problem, which ages as A moves.
@@ -119,11 +121,23 @@ class GatedOptimizer(Optimizer):
         first, second = ([adapter[factor] for adapter in self.adapters] for factor in (0, 1))
         if self.gate_b and self.steps_taken % self.refresh_every == 0:
             self._solve_rank_gates(first)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        decays = [group.get("weight_decay", 0.0) for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            decayed = [p for p in group["params"] if p.grad is not None] if decay else []
+            if decayed:
+                torch._foreach_mul_(decayed, 1 - group["lr"] * decay)
+            group["weight_decay"] = 0.0
         before_a = [a.clone() for a in first] if self.gate_a else []
         before_b = [b.clone() for b in second] if self.gate_b else []
-
-        loss = self.inner.step(closure)
-
+        try:
+            self.inner.step()
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
         if self.gate_a:
             for stack in self.stacks:  # A after + (P - I) step: exact where P = I
                 self._correct(0, stack.indices, first, before_a, stack.correction)
@@ -160,7 +174,7 @@ class GatedOptimizer(Optimizer):
         """Correct the steps of some A's or B's of one shape, and add up their energy where K was refreshed."""
         chosen = [parameters[index] for index in indices]
         steps = torch.stack(torch._foreach_sub(chosen, [before[index] for index in indices]))
-        change = correction(steps)
+        change = _no_longer(steps, correction(steps))
         torch._foreach_add_(chosen, list(change.unbind()))
         if self.steps_taken % self.refresh_every == 0:
             energies = torch.stack([taken.square().sum((1, 2)) for taken in (steps, steps + change)])
@@ -271,6 +285,13 @@ class SpectralAdamW(Optimizer):
         second.mul_(beta2).add_(mean_square, alpha=1 - beta2)
         scale = (second / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
         return gate.complement_value * outside / (h * scale)
+
+
+def _no_longer(steps: Tensor, change: Tensor) -> Tensor:
+    """The change of each step (..., n), reduced where the changed row would be longer than the step's."""
+    before, after = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (steps, steps + change))
+    kept = (before / after).nan_to_num(1.0).clamp_max(1.0)
+    return torch.where(kept < 1, (steps + change) * kept - steps, change)
 
 
 def _adam_direction(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:

@@ -45,6 +45,13 @@ def rank_gate_matrix(a: Array, penalty: Array, utility: Array, settings: dict[st
     return gate_matrix(v, gate_values(gamma, settings["gate_lambda"], settings["floor"], settings["sharpness"])).T
 
 
+def no_longer(steps: Array, gate: Array) -> Array:
+    """steps @ gate, each row at most as long as it was."""
+    gated = steps @ gate
+    before, after = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (steps, gated))
+    return gated * np.minimum(1.0, before / after)
+
+
 class Adam:
     """Adam's direction m̂ / (√v̂ + ε), Algorithm 1 of arXiv 1412.6980."""
 

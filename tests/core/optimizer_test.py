@@ -104,7 +104,7 @@ def test_a_gate_of_ones_is_the_inner_optimizer_bit_for_bit(name: str) -> None:
 
 
 def test_a_step_is_the_dense_one() -> None:
-    """A + (Adam's step) Pᵀ and B + (Adam's step) K, with weight decay inside the step, for three steps."""
+    """A + (Adam's step) Pᵀ and B + (Adam's step) K, no row longer than Adam's; weight decay is not gated."""
     model, lr, decay = Adapter(torch.float64), 0.02, 0.01
     ours = gate()
     optimizer = GatedOptimizer(
@@ -118,8 +118,8 @@ def test_a_step_is_the_dense_one() -> None:
     for step in range(3):
         backward(model, step)
         k = dense.rank_gate_matrix(a, covariance(0).dense().numpy(), covariance(1).dense().numpy(), settings)
-        a = a + (-lr * decay * a - lr * adam_a.direction(model.a.grad.numpy())) @ p.T
-        b = b + (-lr * decay * b - lr * adam_b.direction(model.b.grad.numpy())) @ k
+        a = (1 - lr * decay) * a + dense.no_longer(-lr * adam_a.direction(model.a.grad.numpy()), p.T)
+        b = (1 - lr * decay) * b + dense.no_longer(-lr * adam_b.direction(model.b.grad.numpy()), k)
         optimizer.step()
         assert np.allclose(model.a.detach().numpy(), a, atol=1e-6)
         assert np.allclose(model.b.detach().numpy(), b, atol=1e-6)
@@ -135,6 +135,51 @@ def test_each_factor_can_be_gated_alone_and_what_has_no_gate_is_the_inner_optimi
         assert torch.equal(model.a, plain.a) is not gate_a
         assert torch.equal(model.b, plain.b) is not gate_b
         assert torch.equal(model.bias, plain.bias)
+
+
+def test_weight_decay_passes_no_gate() -> None:
+    """Only the gradient's part of a step is gated: with no gradient at all, decay is AdamW's."""
+
+    def decayed(optimizer_of) -> Adapter:
+        model = Adapter()
+        optimizer = optimizer_of(model)
+        for _ in range(5):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        return model
+
+    def gated(model: Adapter) -> GatedOptimizer:
+        return GatedOptimizer(adamw(model), model.adapters(gate()))
+
+    start, plain, ours = Adapter(), decayed(adamw), decayed(gated)
+    assert same(plain, ours) and not same(start, ours)
+
+
+def along(*direction: float):
+    """The covariance of activations that vary little but in one direction."""
+    sketch = CovarianceSketch(D, D, dtype=torch.float64)
+    x = 0.01 * torch.randn(200, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x[:, : len(direction)] += torch.tensor(direction, dtype=torch.float64)
+    sketch.update(x)
+    return sketch.covariance()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0])
+def test_a_gated_row_is_no_longer_than_the_step_was(scale: float) -> None:
+    """P is oblique: along its leading right singular vector a step would come out longer than it went in."""
+    ours = SpectralGate.from_covariances(along(1.0, 0.0), along(1.0, 1.0), ridge=1e-4, utility_ridge=1e-4)
+    _, stretch, direction = torch.linalg.svd(ours.dense())
+    assert stretch[0] > 1.2
+    model = Adapter()
+    optimizer = GatedOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model.adapters(ours))
+    before = model.a.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.a.grad[:] = scale * direction[0]
+    optimizer.step()
+    step = (model.a.detach() - before).norm(dim=1)
+    assert torch.allclose(step, torch.full_like(step, scale), rtol=2e-1 if scale < 1e-3 else 1e-4)
 
 
 def test_parameters_without_a_gradient_stay_and_nothing_breaks() -> None:
