@@ -81,9 +81,9 @@ def _tally(contrast: Contrast, batch: Batch) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(4, len(counted), dtype=torch.float64)
     for part in chunks(len(wanted)):
         with contrast.base(head_only=True) as base:
-            log_p = log_softmax(head_logits(base, of_base[part]), dim=-1)
+            log_p = log_softmax(head_logits(base, of_base[part], exact=True), dim=-1)
         with contrast.tuned() as tuned:
-            log_q = log_softmax(head_logits(tuned, of_tuned[part]), dim=-1)
+            log_q = log_softmax(head_logits(tuned, of_tuned[part], exact=True), dim=-1)
         sums.index_add_(1, owners[part], _at_tokens(log_p, log_q, wanted[part]).double().cpu())
     return sums, counted.sum(1).double().cpu()
 

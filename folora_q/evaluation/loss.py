@@ -47,7 +47,8 @@ def _sum_of_losses(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
     hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[batch.predicting]
     wanted = batch.targets
     losses = (
-        cross_entropy(head_logits(model, hidden[part]), wanted[part], reduction="sum") for part in chunks(len(wanted))
+        cross_entropy(head_logits(model, hidden[part], exact=True), wanted[part], reduction="sum")
+        for part in chunks(len(wanted))
     )
     return sum(map(float, losses)), len(wanted)
 
