@@ -16,7 +16,7 @@ from torch import Tensor
 
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import Batch
-from folora_q.models.adapters import adapter_pairs
+from folora_q.models.adapters import adapter_off, adapter_pairs
 from folora_q.statistics.collect import BYTES, Reading, in_rounds
 from folora_q.statistics.hooks import shared_inputs
 
@@ -106,7 +106,7 @@ def measure(model: PeftModel, text: Sequence[Batch], weighted: bool, at_once: fl
     """
     modules = {pair.name: pair.module for pair in adapter_pairs(model)}
     model.eval()
-    with model.disable_adapter():
+    with adapter_off(model):
         groups = shared_inputs(model, modules, text[0].input_ids[:1, :8])
         reading = Reading(model, modules, groups, weighted)
         found: dict[str, Positions] = {}

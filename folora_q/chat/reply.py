@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.data.formats import Chat, Completion, Message
 from folora_q.data.tokens import TEMPLATE_ERRORS, prompt_ids
 from folora_q.errors import RunFailed, UserError, first_line
+from folora_q.models.adapters import adapter_off
 from folora_q.subject.load import nothing_to_compare
 
 # Below this, sampling is greedy: the most likely token has all of the probability, if the division can be made at all.
@@ -121,7 +122,7 @@ class Chatter:
 
         def write() -> None:
             try:
-                bare = model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext()
+                bare = adapter_off(model) if base and isinstance(model, PeftModel) else nullcontext()
                 # One at a time: an answer that was given up may still be at its last token, without its adapter.
                 with self._turn, bare:
                     model.generate(

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from folora_q.errors import UserError
+from folora_q.models.adapters import adapter_off
 
 
 class Contrast:
@@ -56,7 +57,7 @@ class Contrast:
         elif head_only and not self.switches_head:
             yield self.model
         else:
-            with self.adapted.disable_adapter():
+            with adapter_off(self.adapted):
                 yield self.model
 
     @contextmanager

@@ -88,7 +88,8 @@ def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGa
     """
     found: dict[str, dict[str, float]] = {}
     for pair in pairs:
-        gate = gates[pair.name]
+        if (gate := gates.get(pair.name)) is None:
+            continue
         weight = dequantize_module_weight(pair.module.get_base_layer()).float()
         if isinstance(pair.module.get_base_layer(), Conv1D):
             weight = weight.T

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,24 +84,41 @@ def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
 
 
 def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], leading: bool = True) -> None:
-    """Put each A where its gate lets most pass, with the norm that it has.
+    """Put each A where its gate lets most pass, with the norm that it has; an A without a gate stays.
 
     B is zero, so the model stays as it is; but until A moves, all that B learns acts on A's rows.
 
     Args:
-        leading: its rows become the leading directions, orthonormal but for their length. Rows that find none left, or
-            all if False, are A's own passed through the gate.
+        leading: its rows become the leading directions, orthonormal but for their length. Rows that find none left are
+            A's own, passed through the gate and made orthogonal to the others. If False, all are A's own, gated.
     """
     with torch.no_grad():
         for pair in pairs:
-            gate, norm = gates[pair.name], pair.a.norm()
+            if (gate := gates.get(pair.name)) is None:
+                continue
+            norm = pair.a.norm()
             rows = gate.apply(pair.a)
-            rows = rows * (norm / rows.norm())  # by one exactly where all passes
             found = gate.leading_rows(len(rows) if leading else 0)
             if len(found):
-                rows[: len(found)] = found * (norm / len(rows) ** 0.5)
-                rows *= norm / rows.norm()
-            pair.a.copy_(rows)
+                rest = torch.linalg.qr(torch.cat([found, rows[len(found) :]]).T).Q.T[len(found) :]
+                rows = torch.zeros_like(rows)  # more rows than inputs: the last have nowhere to go
+                rows[: len(found) + len(rest)] = torch.cat([found, rest])
+            pair.a.copy_(rows * (norm / rows.norm()))  # by one exactly where all passes
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """Switch the adapter off while this lasts; the one place that calls `disable_adapter`.
+
+    When PEFT switches it on again it sets `requires_grad` on all of its weights, a frozen A too (huggingface/peft#3447).
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
 
 
 def freeze_first(pairs: Sequence[AdapterPair]) -> None:

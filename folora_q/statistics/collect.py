@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,7 +27,7 @@ from folora_q.core import (
 from folora_q.data.halving import Halving, ran_out, rows_of
 from folora_q.data.tokens import Batch
 from folora_q.errors import RunFailed, first_line
-from folora_q.models.adapters import AdapterPair
+from folora_q.models.adapters import AdapterPair, adapter_off
 from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.progress import Clock
 from folora_q.recipe.schema import GateSection
@@ -49,6 +51,8 @@ def build_gates(
 ) -> dict[str, SpectralGate]:
     """The gate of every adapted layer, by the layer's name; layers that read the same tensor share one object.
 
+    A layer that no token reaches has no gate.
+
     Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out. Tokens
     count by the gradient that they have in the loss of what counts (`gate.covariance: fisher`), or all alike where a
     token that counts is predicted from them. Where memory runs out, the text is read again in smaller batches.
@@ -59,11 +63,11 @@ def build_gates(
         recompute: keep no activations for the backward pass but the layers' inputs.
 
     Raises:
-        RunFailed: an activation or a gradient is not finite, or a layer is given no token; the layer is named.
+        RunFailed: an activation or a gradient is not finite; the layer is named.
     """
     modules = {pair.name: pair.module for pair in pairs}
     model.eval()
-    with model.disable_adapter():
+    with adapter_off(model):
         groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
         columns = columns_held(section)
         needed = {group[0]: modules[group[0]].in_features * columns * BYTES / GIB for group in groups}
@@ -78,8 +82,10 @@ def build_gates(
     torch.cuda.empty_cache()  # blocks as large as a batch of text would split badly in training; nothing without CUDA
     if len(shares) > 1:
         clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
-    by_layer = {name: found[group[0]] for group in groups for name in group}
-    return {name: by_layer[name] for name in modules}
+    by_layer = {name: found[group[0]] for group in groups if group[0] in found for name in group}
+    if idle := [name for name in modules if name not in by_layer]:
+        clock.note(f"no token of the text reaches {len(idle)} adapted layers, such as {idle[0]}: they have no gate")
+    return {name: by_layer[name] for name in modules if name in by_layer}
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,20 @@ class Reading:
     on_progress: Callable[[int], None] = lambda _: None
     halving: Halving = field(default_factory=lambda: Halving("taking statistics of"))
 
-    def stream(self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]]) -> dict[str, Sink]:
-        """So many sinks that have seen a text; where memory runs out, new ones see it again in smaller batches."""
+    def stream(
+        self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
+    ) -> dict[str, Sink]:
+        """Sinks that have seen a text; where memory runs out, new ones see it again in smaller batches.
+
+        Args:
+            count: how many sinks there are, for the error.
+            draw: as in `feed`.
+        """
         while True:
             sinks: dict[str, Sink] = {}
             try:
                 sinks = new_sinks()
-                self.feed(text, sinks)
+                self.feed(text, sinks, draw=draw)
                 return sinks
             except RuntimeError as error:
                 if not ran_out(error):
@@ -120,13 +133,20 @@ class Reading:
             self.halving.halve(rows, text[0].input_ids.shape[1])
 
     def feed(
-        self, text: Text, sinks: Mapping[str, Sink], of: Callable[[torch.Tensor], torch.Tensor] = lambda marks: marks
+        self,
+        text: Text,
+        sinks: Mapping[str, Sink],
+        of: Callable[[torch.Tensor], torch.Tensor] = lambda marks: marks,
+        draw: int | None = None,
     ) -> None:
         """Show the sinks a text.
 
         Args:
             of: of the tokens that would count, (b, t), those that do.
+            draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
+                weighted statistics the Fisher information; None takes the text's labels (the empirical Fisher).
         """
+        labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
         seen, learned = (
             sum(int(x.sum()) for x in marks)
@@ -141,57 +161,65 @@ class Reading:
                     part = rows_of(batch, start, start + size)
                     mask[0] = of(part.attention_mask if self.weighted else part.predicting)
                     if self.weighted:
-                        _backward(self.model.get_base_model(), part, unit)
+                        _backward(self.model.get_base_model(), part, unit, labels)
                     else:
                         ids, seen_by = part.input_ids, part.attention_mask
                         self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
                 self.on_progress(1)
 
 
-def _backward(model: PreTrainedModel, part: Batch, unit: float) -> None:
-    """The gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time."""
+def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Generator | None = None) -> None:
+    """Compute the gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time.
+
+    Args:
+        labels: draws each token's label from the model's own distribution, in place of the text's.
+    """
     hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.predicting]
     wanted = part.targets
     if len(wanted) == 0:
         return
     states = hidden.detach().requires_grad_()
     for rows in chunks(len(wanted)):
-        (unit * cross_entropy(head_logits(model, states[rows]), wanted[rows], reduction="sum")).backward()
+        logits = head_logits(model, states[rows])
+        targets = wanted[rows]
+        if labels is not None:
+            targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels)[:, 0]
+        (unit * cross_entropy(logits, targets, reduction="sum")).backward()
     hidden.backward(states.grad)
 
 
 @contextmanager
 def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
-    """Gradients reach every layer's output, though no weight is trained; the mode stays evaluation, without dropout."""
+    """Let gradients reach every layer's output, though no weight is trained.
+
+    The mode stays evaluation in every module: a layer that transformers is to recompute must be in training mode, and
+    some (OPT) then apply dropout. So the layers' forward passes are checkpointed here.
+    """
     inner = model.get_base_model()
     embedding = inner.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-    was_on = any(layer.gradient_checkpointing for layer in layers)
-    if recompute and not was_on:
-        _checkpointing(inner, "enable")({"use_reentrant": False})
+    layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)] if recompute else []
+    own = {layer: layer.__dict__.get("forward") for layer in layers}  # hooks of accelerate set one
     for layer in layers:
-        layer.training = recompute  # what they look at; not what is in them
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         with torch.enable_grad():
             yield
     finally:
         handle.remove()
-        for layer in layers:
-            layer.training = False
-        if recompute and not was_on:
-            _checkpointing(inner, "disable")()
-
-
-def _checkpointing(model: PreTrainedModel, what: str) -> Callable[..., None]:
-    """transformers renamed it; versions that we support have one name or both."""
-    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
+        for layer, forward in own.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _gates_of(
     widths: Mapping[str, int], reading: Reading, texts: tuple[Text, Text], section: GateSection
 ) -> dict[str, SpectralGate]:
-    """The gates of some layers' inputs: a reading for sketches, one for exact quotients, one for each refinement."""
+    """The gates of some layers' inputs: a reading for sketches, one for exact quotients, one for each refinement.
+
+    A layer that no token of one of the texts reaches, such as an idle expert, has none.
+    """
     device = reading.model.device
     dtype = getattr(torch, section.basis_dtype_on(device.type == "cuda"))
 
@@ -201,18 +229,31 @@ def _gates_of(
             for name, width in widths.items()
         }
 
+    # Each reading draws other labels of the proxy text: those that chose a basis are not those that its Grams count.
+    def draws(number: int) -> tuple[int | None, None]:
+        return number if reading.weighted else None, None
+
     covariances = [
-        {name: sketch.covariance() for name, sketch in reading.stream(text, len(widths), new_sketches).items()}
-        for text in texts
+        {
+            name: sketch.covariance()
+            for name, sketch in reading.stream(text, len(widths), new_sketches, draw).items()
+            if sketch.count > 0
+        }
+        for text, draw in zip(texts, draws(0), strict=True)
     ]
+    widths = {name: width for name, width in widths.items() if all(name in found for found in covariances)}
     both = {name: tuple(found[name] for found in covariances) for name in widths}
     bases = {name: joint_basis(*both[name]) for name in widths}
     gates: dict[str, SpectralGate] = {}
-    for _, with_image in section.readings:
+    for number, (_, with_image) in enumerate(section.readings, 1):
         # One text's projections are gone before the other's are made.
-        projected = [_projected(text, reading, bases, device, with_image) for text in texts]
+        projected = [
+            _projected(text, reading, bases, device, with_image, draw)
+            for text, draw in zip(texts, draws(number), strict=True)
+        ]
         for name in widths:
-            grams, images = zip(*(found.pop(name) for found in projected), strict=True)
+            grams, images, traces = zip(*(found.pop(name) for found in projected), strict=True)
+            both[name] = tuple(replace(seen, trace=trace) for seen, trace in zip(both[name], traces, strict=True))
             gates[name] = _solved(name, section, both[name], bases[name], grams)
             if with_image:
                 of = units(*both[name], section.covariance == "fisher")
@@ -224,16 +265,21 @@ def _gates_of(
 
 
 def _projected(
-    text: Text, reading: Reading, bases: Mapping[str, torch.Tensor], device: torch.device, with_image: bool
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """PᵀΣP, and ΣP if wanted, of a text in each basis."""
+    text: Text,
+    reading: Reading,
+    bases: Mapping[str, torch.Tensor],
+    device: torch.device,
+    with_image: bool,
+    draw: int | None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None, float]]:
+    """PᵀΣP, ΣP if wanted, and tr Σ, of a text in each basis."""
 
     def new_projections() -> dict[str, Sink]:
         return {name: ProjectedCovariance(basis, with_image, device=device) for name, basis in bases.items()}
 
     return {
-        name: (sink.mean(), sink.mean_image() if with_image else None)
-        for name, sink in reading.stream(text, len(bases), new_projections).items()
+        name: (sink.mean(), sink.mean_image() if with_image else None, sink.energy / sink.count)
+        for name, sink in reading.stream(text, len(bases), new_projections, draw).items()
     }
 
 

@@ -66,7 +66,7 @@ class GatedTrainer(DurableTrainer):
         section = self.gate_section
         if self.optimizer is not None or self.gates is None or section.rule == "frozen":
             return super().create_optimizer(model)
-        pairs = adapter_pairs(self.model)
+        pairs = [pair for pair in adapter_pairs(self.model) if pair.name in self.gates]
         adapters = [(pair.a, pair.b, self.gates[pair.name]) for pair in pairs]
         if section.rule == "step":
             self.optimizer = self.gated = GatedOptimizer(
@@ -150,9 +150,10 @@ class GatedTrainer(DurableTrainer):
 
     def energy_kept(self) -> dict[str, dict[str, float]]:
         """By layer, the share of its steps' energy that the gate let pass, of "a" and "b"; empty if none was."""
-        if self.gated is None:
+        if self.gated is None or self.gates is None:
             return {}
-        return dict(zip((pair.name for pair in adapter_pairs(self.model)), self.gated.energy_kept(), strict=True))
+        names = [pair.name for pair in adapter_pairs(self.model) if pair.name in self.gates]
+        return dict(zip(names, self.gated.energy_kept(), strict=True))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside a checkpoint: the card with the numbers is written with the adapter."""

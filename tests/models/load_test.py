@@ -123,25 +123,28 @@ def test_unknown_target_modules_are_the_users_mistake(tiny_folder: Path) -> None
 
 
 @pytest.mark.parametrize("leading", [False, True])
-def test_a_gated_start_keeps_the_norm_and_the_model_as_it_is(tiny_folder: Path, leading: bool) -> None:
+@pytest.mark.parametrize("r", [4, 12])
+def test_a_gated_start_keeps_the_norm_and_the_model_as_it_is(tiny_folder: Path, leading: bool, r: int) -> None:
     base = load(tiny_folder, Hardware(torch.device("cpu"), torch.float32, "a test"))
     with torch.no_grad():
         expected = base.model(input_ids=IDS).logits
-    model = attach_adapter(base, AdapterSection(r=4), seed=0)
+    model = attach_adapter(base, AdapterSection(r=r), seed=0)
     pairs = adapter_pairs(model)
-    gates = {pair.name: random_gate(pair.module.in_features) for pair in pairs}
+    gates = {pair.name: random_gate(pair.module.in_features) for pair in pairs[1:]}
     before = {pair.name: pair.a.detach().clone() for pair in pairs}
     start_gated(pairs, gates, leading)
-    for pair in pairs:
+    assert torch.equal(pairs[0].a, before[pairs[0].name]), "a layer without a gate keeps its start"
+    for pair in pairs[1:]:
         gate, old = gates[pair.name], before[pair.name]
         assert torch.isclose(pair.a.norm(), old.norm())
-        rows = gate.apply(old)
-        if leading:
-            found = gate.leading_rows(4)
-            assert len(found) > 0
-            rows = torch.cat([found, rows[len(found) :]])
-        cosine = torch.nn.functional.cosine_similarity(pair.a, rows, dim=1)
         assert not torch.allclose(pair.a, old, rtol=1e-2)
+        if leading:
+            found = gate.leading_rows(r)
+            assert 0 < len(found) <= r
+            gram = pair.a @ pair.a.T * (r / old.norm() ** 2)
+            assert torch.allclose(gram, torch.eye(r), atol=1e-5), "orthogonal and equally long, found or not"
+        rows = found if leading else gate.apply(old)
+        cosine = torch.nn.functional.cosine_similarity(pair.a[: len(rows)], rows, dim=1)
         assert torch.allclose(cosine, torch.ones_like(cosine), atol=1e-5)
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, expected)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.linalg import eigh
 from torch.nn.functional import cross_entropy
+from transformers import OPTConfig, OPTForCausalLM
 
-from folora_q.core import CovarianceSketch
+from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed
 from folora_q.models.adapters import adapter_pairs, attach_adapter
@@ -17,7 +19,7 @@ from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.progress import Clock
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
-from folora_q.statistics.collect import build_gates
+from folora_q.statistics.collect import Reading, build_gates
 from folora_q.statistics.hooks import feeding, shared_inputs
 from folora_q.statistics.store import load_gates, save_gates
 from tests.conftest import Silent, random_gate
@@ -146,15 +148,74 @@ def test_fisher_covariances_are_those_of_autograd_in_one_unit(model, name: str, 
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU, labels))
     section = FULL.model_copy(update={"covariance": "fisher"})
     gate = build_gates(model, adapter_pairs(model), *texts, section, Clock(Silent()), recompute=recompute)[name]
-    penalty, utility = fisher(model, name, proxy, proxy), fisher(model, name, task, labels)
-    unit = penalty.diagonal().mean()
-    basis = gate.basis.double()
-    for gram, expected in ((gate.penalty_gram, penalty), (gate.utility_gram, utility)):
-        found = basis @ gram @ basis.T
-        assert torch.allclose(found, expected / unit, atol=2e-3 * float(expected.abs().max() / unit))
+    utility, basis = fisher(model, name, task, labels), gate.basis.double()
+    found = basis @ gate.utility_gram @ basis.T
+    unit = float(utility.trace() / found.trace())  # the mean variance of the penalty, which is drawn
+    assert torch.allclose(found, utility / unit, atol=2e-3 * float(utility.abs().max() / unit))
+    assert float(gate.penalty_gram.trace()) == pytest.approx(len(basis), rel=1e-3), "in units of its own mean variance"
     assert gate.utility_ridge == pytest.approx(0.05 * float(utility.diagonal().mean() / unit), rel=1e-3)
     assert not any(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def exact_fisher(model, name: str, texts: list[list[int]]) -> torch.Tensor:
+    """E over labels that the model itself gives, of Σ over tokens of ‖g‖² x xᵀ, by the Jacobian of every position."""
+    base = model.get_base_model()
+    layer = base.get_submodule(name)
+    total, count = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64), 0
+    for ids in texts:
+        kept = []
+        handle = layer.register_forward_hook(lambda _, args, output, kept=kept: kept.extend((args[0], output)))
+        with torch.enable_grad(), model.disable_adapter():
+            embedded = base.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+            logits = base(inputs_embeds=embedded).logits[0, :-1]
+        handle.remove()
+        x, output = kept
+        for position in logits:
+            p = position.detach().softmax(-1)
+            # Of the loss with label y: p - e_y, which comes with probability p_y.
+            cotangents = p.sqrt()[:, None] * (p - torch.eye(len(p)))
+            (g,) = torch.autograd.grad(position, output, cotangents, retain_graph=True, is_grads_batched=True)
+            weights = g.double().square().sum((0, 1, 3))  # over labels and outputs, by token
+            total += (x[0].detach().double().T * weights) @ x[0].detach().double()
+        count += len(logits)
+    return total / count
+
+
+def test_labels_of_the_penalty_are_drawn_from_the_model(model) -> None:
+    name, text = "model.layers.1.mlp.down_proj", [ids[:7] for ids in sequences(1, 3)]
+    layers = {pair.name: pair.module for pair in adapter_pairs(model)}
+    width = layers[name].in_features
+
+    def found(draws: list[int | None]) -> torch.Tensor:
+        sink = ProjectedCovariance(torch.eye(width))
+        for draw in draws:
+            Reading(model, layers, [[name]], weighted=True).feed(list(batches(text, 3, CPU)), {name: sink}, draw=draw)
+        return sink.mean()
+
+    model.eval()
+    with model.disable_adapter():
+        drawn, again, of_the_text = found(list(range(60))), found(list(range(60))), found([None])
+    expected = exact_fisher(model, name, text)
+    assert torch.equal(drawn, again), "a seed always gives the same labels"
+    of_drawn, of_text = (float((each - expected).norm() / expected.norm()) for each in (drawn, of_the_text))
+    assert of_drawn < 0.05 and 3 * of_drawn < of_text, (of_drawn, of_text)
+
+
+def test_statistics_are_free_of_dropout_where_activations_are_recomputed(tmp_path: Path) -> None:
+    """OPT's layers apply dropout by their own `training`, which makes transformers recompute them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 260}
+    opt = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.5)).eval()
+    model = get_peft_model(opt, LoraConfig(r=2, target_modules=["fc1", "fc2"], task_type="CAUSAL_LM"))
+    text = list(batches(sequences(1), 4, CPU))
+    gates = [
+        build_gates(model, adapter_pairs(model), text, text, FULL, Clock(Silent()), recompute=recompute)
+        for recompute in (False, True, True)
+    ]
+    for name, gate in gates[0].items():
+        assert all(torch.allclose(gate.penalty_gram, other[name].penalty_gram, atol=1e-4) for other in gates[1:])
+    assert all("forward" not in layer.__dict__ for layer in opt.model.decoder.layers)
 
 
 def test_refinements_find_larger_quotients_and_the_gate_stays_as_small(model) -> None:

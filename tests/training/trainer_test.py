@@ -14,13 +14,15 @@ from folora_q.data.encode import Encoder
 from folora_q.data.formats import Example
 from folora_q.data.read import read_task_data
 from folora_q.data.tokenized import tokenize
-from folora_q.data.tokens import IGNORED, prompt_ids
+from folora_q.data.tokens import IGNORED, batches, prompt_ids
 from folora_q.errors import RunFailed
+from folora_q.evaluation.compare import HeldOutText
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import Recipe, load_recipe
 from folora_q.training.callbacks import Reporting
+from folora_q.training.checkpoints import checkpoint_path
 from folora_q.training.trainer import GatedTrainer, build_trainer
 from tests.conftest import random_gate
 
@@ -154,6 +156,47 @@ def test_rule_spectral_trains_with_the_papers_optimizer(recipe_file: Path) -> No
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]
+
+
+class Gradients(TrainerCallback):
+    """Whether any A has a gradient or could get one, at every step."""
+
+    def __init__(self) -> None:
+        self.of_a: list[bool] = []
+
+    def on_pre_optimizer_step(self, *_, model: torch.nn.Module, **__) -> None:
+        self.of_a.append(any(pair.a.grad is not None or pair.a.requires_grad for pair in adapter_pairs(model)))
+
+
+def frozen_run(recipe_file: Path, overrides: list[str], checkpoint: int | None = None) -> tuple[list, list, list]:
+    """Train with rule frozen: whether A was trained, the lines of metrics, and every A and B in the end."""
+    recipe = load_recipe(recipe_file, ["gate.rule=frozen", "logging.logging_steps=1", *overrides])
+    gradients, lines = Gradients(), []
+    trainer = trainer_of(recipe, [gradients, Reporting(lambda n: None, lines.append)])
+    text = list(batches([row["input_ids"] for row in trainer.train_dataset], 4, CPU.device))
+    trainer.own_text = HeldOutText("own text", "own", text)
+    trainer.gate_with(gates_of(trainer, 1.0))
+    trainer.train(checkpoint_path(Path(recipe.training.output_dir), checkpoint) if checkpoint else None)
+    weights = [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)]
+    return gradients.of_a, [line for line in lines if "grad_norm" in line], weights
+
+
+def test_a_frozen_a_stays_frozen_and_measuring_changes_nothing(recipe_file: Path) -> None:
+    """PEFT sets `requires_grad` on every adapter weight where an adapter is switched off and on (peft#3447)."""
+    of_a, plain, weights = frozen_run(recipe_file, [])
+    of_measured, measured, same_weights = frozen_run(recipe_file, ["evaluation.steps=1"])
+    assert of_a == of_measured == [False] * 5
+    for one, two in zip(plain, measured, strict=True):
+        assert (one["loss"], one["grad_norm"]) == (two["loss"], two["grad_norm"])
+    assert all(torch.equal(x, y) for x, y in zip(weights, same_weights, strict=True))
+
+
+def test_a_frozen_a_stays_frozen_where_a_run_is_resumed(recipe_file: Path) -> None:
+    of_a, lines, weights = frozen_run(recipe_file, ["training.save_steps=3"])
+    of_resumed, rest, same_weights = frozen_run(recipe_file, ["training.save_steps=3"], checkpoint=3)
+    assert of_a == [False] * 5 and of_resumed == [False] * 2
+    assert [line["grad_norm"] for line in rest] == [line["grad_norm"] for line in lines[3:]]
+    assert all(torch.equal(x, y) for x, y in zip(weights, same_weights, strict=True))
 
 
 def test_the_fast_loss_on_a_cpu_is_trls_loss(recipe_file: Path) -> None:

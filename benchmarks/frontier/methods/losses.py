@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method, Step
 from folora_q.data.tokens import batches
+from folora_q.models.adapters import adapter_off
 from folora_q.models.logits import head_logits, hidden_states
 
 # Where the base gives the right token all but this, what is left of its distribution is noise.
@@ -30,7 +31,7 @@ class TMKL(Method):
 
     def penalty(self, ground: Ground, model: PeftModel, step: Step) -> Tensor | None:
         inner = model.get_base_model()
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), adapter_off(model):
             hidden = hidden_states(inner, step.input_ids, step.attention_mask)[:, :-1][step.counted]
             of_base = head_logits(inner, hidden)
         return self.weight * non_target_kl(of_base, step.logits, step.wanted)
