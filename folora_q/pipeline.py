@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ def _run(
         model, tokenizer, data.train.sequences, data.heldout.sequences, recipe, hardware, folder.path, tell=clock.note
     )
     trainer.own_text = _few(recipe, base, proxy_heldout)
+    trainer.real_text = _few_windows(recipe, measured_on)
     if recipe.training.packing:
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
     if recipe.gate.enabled:
@@ -229,6 +231,13 @@ def _few(recipe: Recipe, base: LoadedModel, proxy: Sequence[ProxySample]) -> Hel
     ids = [sample.ids for sample in proxy[: recipe.evaluation.num_proxy_samples]]
     both = [*ids, *crops(ids, recipe.proxy.seed)]
     return HeldOutText("own text", "own", list(batches(both, recipe.evaluation.batch_size, base.model.device)))
+
+
+def _few_windows(recipe: Recipe, on: HeldOut) -> list[HeldOutText]:
+    """Some windows of each general text, for the rise of its loss during training."""
+    section = recipe.evaluation
+    count = math.ceil(section.num_proxy_samples / section.batch_size)
+    return [replace(text, batches=text.batches[:count]) for text in on.texts if text.kind == "general"]
 
 
 def _gate(

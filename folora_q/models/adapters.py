@@ -110,7 +110,7 @@ def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate],
 def adapter_off(model: PeftModel) -> Iterator[None]:
     """Switch the adapter off while this lasts; the one place that calls `disable_adapter`.
 
-    When PEFT switches it on again it sets `requires_grad` on all of its weights, a frozen A too (huggingface/peft#3447).
+    When PEFT switches it on again, all of its weights get `requires_grad`, a frozen A too (huggingface/peft#3447).
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

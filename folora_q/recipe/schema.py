@@ -17,6 +17,10 @@ BY_RULE: dict[str, dict[str, Any]] = {
     "step": {"places": ["a_start", "a_step", "b_step"], "ridge": 0.01, "utility_ridge": 0.01},
     "spectral": {"places": ["a_start", "a_step"], "ridge": 0.01, "utility_ridge": 0.01},
 }
+# The peak learning rate of each rule, and of plain QLoRA, unless a recipe says otherwise (docs/frontier.md).
+LEARNING_RATES = {"plain": 2e-4, "frozen": 1e-3, "step": 4e-3, "spectral": 1e-3}
+# A gate's sketches keep so many directions at least, and twice as many as the adapter has rows: its rows are the best.
+RANK, RANK_PER_ROW = 64, 2
 # Names of transformers (a test holds that they are): those that need nothing besides what we install.
 Optimizer = Literal[
     "auto",
@@ -122,8 +126,8 @@ class GateSection(Section):
     utility_ridge: NonNegative = BY_RULE["frozen"]["utility_ridge"]
     """Added to the task covariance: with ridge, directions in neither text count as equally useful and costly. Left
     out: 0.01 for rules step and spectral."""
-    rank: PositiveInt = 64
-    """Directions that each sketch keeps."""
+    rank: PositiveInt = RANK
+    """Directions that each sketch keeps. Left out: 64, or twice adapter.r where that is more."""
     oversampling: Annotated[int, Field(ge=0)] = 16
     """Sketch columns beyond the rank."""
     second_pass: bool = True
@@ -199,8 +203,8 @@ class TrainingSection(Section):
 
     output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     """The run folder, relative to where the command is given."""
-    learning_rate: Positive = 2e-4
-    """Peak learning rate."""
+    learning_rate: Positive = LEARNING_RATES["frozen"]
+    """Peak learning rate. Left out: 4e-3 for rule step, 1e-3 for spectral, 2e-4 with gate.enabled: false."""
     num_train_epochs: Positive = 1.0
     """Passes over the training rows, unless max_steps is set."""
     max_steps: PositiveInt | None = None
@@ -287,13 +291,13 @@ class EvaluationSection(Section):
     batch_size: PositiveInt = 16
     """Sequences measured at a time."""
     steps: PositiveInt | None = None
-    """Steps between two measurements during training, of the held-out loss and the KL; unset: after it only."""
+    """Steps between two measurements during training: held-out loss, KL, loss on general text; unset: after it only."""
     num_proxy_samples: PositiveInt = 16
-    """So many of the held-out samples are measured for the KL during training; after it, all are."""
+    """So many of the held-out samples, and windows of general text, are measured during training; after it, all are."""
     max_kl: Positive | None = None
     """Stop when KL(base ‖ tuned) exceeds this, in nats per token, and keep the best checkpoint within; needs steps."""
     general_text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] | None = None
-    """Text files for PEFT's `forgetting` (loss after - before), relative to the recipe; unset: public-domain prose."""
+    """Text files for `forgetting` (loss after - before), relative to the recipe; unset: public-domain prose."""
     general_prompts: str | None = None
     """A text file with a prompt a line, answered by base and tuned model for you to read; unset: six packaged ones."""
 
@@ -355,6 +359,21 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
     logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_follow_other_sections(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        adapter, gate, training = (given.get(name) or {} for name in ("adapter", "gate", "training"))
+        if not all(isinstance(section, dict) for section in (adapter, gate, training)):
+            return given
+        rows, rule = adapter.get("r"), gate.get("rule", "frozen") if gate.get("enabled", True) else "plain"
+        if isinstance(rows, int) and RANK_PER_ROW * rows > RANK:
+            gate = {"rank": RANK_PER_ROW * rows} | gate
+        if isinstance(rule, str) and rule in LEARNING_RATES and training:
+            training = {"learning_rate": LEARNING_RATES[rule]} | training
+        return given | {name: section for name, section in (("gate", gate), ("training", training)) if section}
 
     @model_validator(mode="after")
     def _spectral_is_its_own_optimizer(self) -> Recipe:

@@ -52,7 +52,7 @@ class TextResult:
         name: for people: "task", "own text", "own text, cut", or a file's name.
         kind: task, own (sampled from the base itself) or general.
         texts, tokens: how many texts, and how many predictions in them were compared.
-        loss: cross-entropy; of general text the change is PEFT's `forgetting`.
+        loss: cross-entropy; of general text the change is called forgetting.
         kl: KL(base ‖ tuned) over the whole vocabulary.
         top1_agreement: how often both find the same token most likely, between 0 and 1.
     """

@@ -44,6 +44,7 @@ class DurableTrainer(SFTTrainer):
     Attributes:
         heldout: the task's rows that `evaluate` takes the loss of.
         own_text: text of the base's own that it takes the KL on; None takes none.
+        real_text: general text, of which it says how much the loss has risen.
         exceeded: the step and the KL at which training stopped for its limit.
         micro_batches, measuring: halve what does not fit into memory.
         skipped: the steps that were left out.
@@ -53,6 +54,7 @@ class DurableTrainer(SFTTrainer):
 
     heldout: Sequence[Batch]
     own_text: HeldOutText | None = None
+    real_text: Sequence[HeldOutText] = ()
     exceeded: tuple[int, float] | None = None
     micro_batches: MicroBatches
     measuring: Halving
@@ -121,8 +123,8 @@ class DurableTrainer(SFTTrainer):
             if self.args.eval_strategy != "no":
                 self.model.eval()  # where B is no longer zero, dropout shows
                 mean_loss(self.model.get_base_model(), self.heldout[:1], halving=self.measuring)
-                if self.own_text is not None:
-                    first = replace(self.own_text, batches=self.own_text.batches[:1])
+                for text in (*([self.own_text] if self.own_text is not None else []), *self.real_text):
+                    first = replace(text, batches=text.batches[:1])
                     compare(Contrast(self.model), first, halving=self.measuring)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.kept if self.saves else 0)

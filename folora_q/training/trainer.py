@@ -91,7 +91,9 @@ class GatedTrainer(DurableTrainer):
         return self.optimizer
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """The held-out loss, and the KL from the base, in nats per token, as they are measured after training.
+        """The held-out loss, KL from the base and rise of the loss on real text, as they are measured after training.
+
+        All are in nats per token. Where real text got worse beyond doubt (95 %), a line says so.
 
         The Trainer's own loss is a mean over batches, whatever they hold, and keeps their logits.
         """
@@ -104,6 +106,14 @@ class GatedTrainer(DurableTrainer):
             metrics[f"{metric_key_prefix}_kl"] = own.kl.value
             metrics[f"{metric_key_prefix}_top1_agreement"] = own.top1_agreement.value
             within = self.max_kl is None or own.kl.value <= self.max_kl
+        for text in self.real_text:
+            rise = compare(Contrast(self.model), text, halving=self.measuring).loss.change
+            metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
+            if rise.low > 0:
+                self.skipped.tell(
+                    f"step {self.state.global_step}: real text got worse: the loss on {text.name} rose by "
+                    f"{rise.value:.4f} nats per token (95 % interval {rise.low:.4f} to {rise.high:.4f})"
+                )
         self.log(dict(metrics))
         # The Trainer keeps the checkpoint with the least of this: one over the limit never is.
         metrics[f"{metric_key_prefix}_{BEST}"] = loss if within else math.inf

@@ -7,6 +7,7 @@ import yaml
 
 from folora_q.errors import UserError
 from folora_q.recipe import load_recipe
+from folora_q.recipe.schema import LEARNING_RATES
 
 MINIMAL = """\
 model:
@@ -115,6 +116,26 @@ def test_bad_overrides_are_refused(write, override: str) -> None:
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert f"no recipe at {tmp_path / 'gone.yaml'}" in refusal(tmp_path / "gone.yaml").message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate", "rank"),
+    [
+        ([], LEARNING_RATES["frozen"], 64),
+        (["gate.rule=step"], LEARNING_RATES["step"], 64),
+        (["gate.rule=spectral"], LEARNING_RATES["spectral"], 64),
+        (["gate.enabled=false"], LEARNING_RATES["plain"], 64),
+        (["gate.enabled=false", "training.learning_rate=0.5"], 0.5, 64),
+        (["adapter.r=32"], LEARNING_RATES["frozen"], 64),
+        (["adapter.r=48"], LEARNING_RATES["frozen"], 96),
+        (["adapter.r=48", "gate.rank=8"], LEARNING_RATES["frozen"], 8),
+    ],
+)
+def test_rate_and_rank_follow_the_rule_and_the_adapter_unless_they_are_given(
+    write, overrides: list[str], rate: float, rank: int
+) -> None:
+    recipe = load_recipe(write(MINIMAL), overrides)
+    assert (recipe.training.learning_rate, recipe.gate.rank) == (rate, rank)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from folora_q.data.tokenized import tokenize
 from folora_q.data.tokens import IGNORED, batches, prompt_ids
 from folora_q.errors import RunFailed
 from folora_q.evaluation.compare import HeldOutText
-from folora_q.models.adapters import adapter_pairs, attach_adapter
+from folora_q.evaluation.loss import mean_loss
+from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import Recipe, load_recipe
@@ -197,6 +198,28 @@ def test_a_frozen_a_stays_frozen_where_a_run_is_resumed(recipe_file: Path) -> No
     assert of_a == [False] * 5 and of_resumed == [False] * 2
     assert [line["grad_norm"] for line in rest] == [line["grad_norm"] for line in lines[3:]]
     assert all(torch.equal(x, y) for x, y in zip(weights, same_weights, strict=True))
+
+
+def test_real_text_is_measured_on_the_way_and_a_line_says_when_it_gets_worse(recipe_file: Path) -> None:
+    lines, told = [], []
+    trainer = trainer_of(load_recipe(recipe_file, ["evaluation.steps=5"]), [Reporting(lambda n: None, lines.append)])
+    # A random model finds no text likely but what it would say itself.
+    starts = torch.arange(8)[:, None] + 40
+    rows = trainer.model.generate(input_ids=starts, do_sample=False, min_new_tokens=30, max_new_tokens=30).tolist()
+    trainer.real_text = [HeldOutText("prose", "general", list(batches(rows, 4, CPU.device)))]
+    trainer.skipped.tell = told.append
+    trainer.train()
+    assert [line["eval_rise_prose"] for line in lines if "eval_rise_prose" in line][0] == 0.0, "B is zero"
+    for pair in adapter_pairs(trainer.model):
+        torch.nn.init.normal_(pair.b, std=5.0)
+    told.clear()
+    rise = trainer.evaluate()["eval_rise_prose"]
+    after = mean_loss(trainer.model.get_base_model(), trainer.real_text[0].batches)
+    with adapter_off(trainer.model):
+        before = mean_loss(trainer.model.get_base_model(), trainer.real_text[0].batches)
+    assert rise == pytest.approx(after - before, abs=1e-5) and rise > 0.1
+    [line] = told
+    assert line.startswith(f"step 5: real text got worse: the loss on prose rose by {rise:.4f} nats per token")
 
 
 def test_the_fast_loss_on_a_cpu_is_trls_loss(recipe_file: Path) -> None:
