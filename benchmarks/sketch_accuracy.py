@@ -110,9 +110,9 @@ def captured() -> None:
 
 def _captured(model, readers, text: Sequence[Batch], rank: int, done) -> dict[str, float]:
     sketches = {name: CovarianceSketch(module.in_features, rank, OVERSAMPLING) for name, module in readers.items()}
-    with torch.no_grad(), model.disable_adapter(), feeding(readers, sketches) as mask:
+    with torch.no_grad(), model.disable_adapter(), feeding(readers, sketches) as counted:
         for batch in text:
-            mask[0] = batch.attention_mask
+            counted.mask = batch.attention_mask
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
             done(1)
     return {name: sketch.covariance().captured for name, sketch in sketches.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,13 @@ from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, hel
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import write_card
 from folora_q.files import atomic_write, commit_directory
-from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter, start_gated
+from folora_q.models.adapters import (
+    AdapterPair,
+    adapter_pairs,
+    attach_adapter,
+    save_adapter,
+    start,
+)
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
 from folora_q.models.logits import check_head
@@ -42,8 +48,9 @@ from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.lock import locked
 from folora_q.runs.manifest import new_manifest
 from folora_q.runs.results import AnswerResult, Evaluation, LayerResult, answer_lines, to_json
-from folora_q.statistics.collect import build_gates
+from folora_q.statistics.collect import build_gates, row_penalties
 from folora_q.statistics.store import gate_results, load_gates, save_gates
+from folora_q.statistics.texts import penalty_text, public_windows
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.packing import check_packing
@@ -192,7 +199,7 @@ def _run(
     if recipe.training.packing:
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
     if recipe.gate.enabled:
-        _gate(recipe, base, model, trainer, data.train, proxy, folder, clock, resumed)
+        _gate(recipe, base, model, trainer, data.train, proxy, proxy_heldout, folder, clock, resumed)
         folder.remember(manifest, folder.gates)
 
     _train(trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
@@ -247,6 +254,7 @@ def _gate(
     trainer: GatedTrainer,
     task: Tokenized,
     proxy: Sequence[ProxySample],
+    heldout: Sequence[ProxySample],
     folder: RunFolder,
     clock: Clock,
     resumed: Resumption | None,
@@ -261,10 +269,30 @@ def _gate(
         if resumed is not None:
             resumed.require_gates(folder.gates)
     clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
-    atomic_write(folder.gate_results, to_json(gate_results(gates)))
-    if "a_start" in recipe.gate.places:  # a checkpoint then brings its own A
-        start_gated(pairs, gates, leading=recipe.gate.start == "leading")
+    start(pairs, gates, recipe.gate)  # a checkpoint then brings its own A
+    penalties = _penalties(recipe, model, pairs, gates, (proxy[: len(heldout)], heldout), clock)
+    atomic_write(folder.gate_results, to_json(gate_results(gates, penalties)))
     trainer.gate_with(gates)
+
+
+def _penalties(
+    recipe: Recipe,
+    model: PeftModel,
+    pairs: Sequence[AdapterPair],
+    gates: Mapping[str, SpectralGate],
+    samples: tuple[Sequence[ProxySample], Sequence[ProxySample]],
+    clock: Clock,
+) -> dict[str, tuple[float, float]]:
+    """What A's rows cost on texts that the gates were made of, and on as many that they were not."""
+    size, device = recipe.statistics_batch_size, model.device
+    seen, unseen = (list(batches([sample.ids for sample in of], size, device)) for of in samples)
+    recompute = recipe.training.recomputes_on(device.type == "cuda")
+    penalties = row_penalties(model, pairs, gates, (seen, unseen), recipe.gate, clock, recompute)
+    inside, outside = (sum(both[of] for both in penalties.values()) for of in (0, 1))
+    if outside > 0 and inside > 0:
+        told = f"A's directions cost {outside / inside:.2g} times as much on held-out text as on the text of the gates"
+        clock.note(told)
+    return penalties
 
 
 def _measured_gates(
@@ -283,7 +311,11 @@ def _measured_gates(
     task_text = list(batches(sampled["input_ids"], size, device, sampled["labels"]))
     # Another seed than the held-out crops': the same offsets would be no error, but need not be.
     whole = [sample.ids for sample in proxy]
-    proxy_text = list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device))
+    proxy_text = penalty_text(
+        written=list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device)),
+        public=list(batches(public_windows(base.tokenizer), size, device)),
+        share=recipe.proxy.public_share,
+    )
     recompute = recipe.training.recomputes_on(device.type == "cuda")
     return build_gates(
         model, pairs, proxy_text, task_text, recipe.gate, clock, recipe.proxy.statistics_memory, recompute

@@ -35,6 +35,7 @@ from folora_q.recipe import Recipe
 from folora_q.recipe.schema import GateSection
 from folora_q.statistics.collect import build_gates
 from folora_q.statistics.store import load_gates, save_gates
+from folora_q.statistics.texts import penalty_text, public_windows
 
 DATA = Path(__file__).parent / "data"
 RANK, ALPHA = 16, 16
@@ -72,6 +73,8 @@ class Ground:
         self.device_name = str(hardware.facts()["name"])
         loaded = load_model(recipe.model, hardware, self.tokenizer)
         self.base: PreTrainedModel = loaded.model
+        if self.base.device.type == "cpu":
+            decode(self.base)
         samples = read_samples(written(recipe), self.base.get_input_embeddings().weight.shape[0]) or kept_or_sampled(
             self.base, self.tokenizer, loaded.fingerprint, str(hardware.dtype), recipe.proxy, clock
         )
@@ -92,8 +95,6 @@ class Ground:
             for text in self.on.texts
         ]
         self.questions = Questions(self.tokenizer, recipe.evaluation.batch_size)
-        if self.base.device.type == "cpu":
-            decode(self.base)
         self._sketches: dict[str, dict[str, SpectralGate]] = {}
         self._gates: dict[str, dict[str, SpectralGate]] = {}
         self._measured: dict[str, dict[str, Positions]] = {}
@@ -127,6 +128,7 @@ class Ground:
         kind: type[SpectralGate] = SpectralGate,
         treatment: str = "plain",
         covariance: str | None = None,
+        public: float = 0.0,
     ) -> dict[str, SpectralGate]:
         """The gates of a model's layers. Statistics are taken once for settings that share them.
 
@@ -136,17 +138,18 @@ class Ground:
             kind: the class of the gates.
             treatment: of exact covariances (benchmarks/frontier/covariances.py).
             covariance: of exact ones, in place of the section's; "rows" is the papers', prompts and all.
+            public: the share of packaged public text in Σp.
         """
         covariance = covariance or section.covariance
         shape = section.model_dump(include={"floor", "sharpness", *STATISTICS})
-        name = f"{key} {kind.__name__} {treatment} {covariance} {sorted(shape.items())}"
+        name = f"{key} {public} {kind.__name__} {treatment} {covariance} {sorted(shape.items())}"
         if name not in self._gates:
             found: Mapping[str, SpectralGate | tuple[Covariance, Covariance]]
             if section.rank < DENSE:
-                found = self._sketched(model, section, proxy, key)
+                found = self._sketched(model, section, proxy, key, public)
             else:
                 self._gates.clear()  # exact ones take gigabytes
-                found = self.exact_covariances(model, covariance, proxy, key, treatment)
+                found = self.exact_covariances(model, covariance, proxy, key, treatment, public)
             # The problem of an exact covariance takes seconds to solve, a strength nothing.
             shaped = {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
             gates: dict[str, SpectralGate] = {}
@@ -180,16 +183,23 @@ class Ground:
         proxy: Sequence[Sequence[int]] | None = None,
         key: str = "own",
         treatment: str = "plain",
+        public: float = 0.0,
     ) -> Mapping[str, tuple[Covariance, Covariance]]:
         """By the recipe's `gate.covariance`; or of whole "rows", in which prompts count too."""
-        return Made(*self._positions(model, covariance, proxy, key), TREATMENTS[treatment])
+        return Made(*self._positions(model, covariance, proxy, key, public), TREATMENTS[treatment])
 
     def _positions(
-        self, model: PeftModel, covariance: str, proxy: Sequence[Sequence[int]] | None = None, key: str = "own"
+        self,
+        model: PeftModel,
+        covariance: str,
+        proxy: Sequence[Sequence[int]] | None = None,
+        key: str = "own",
+        public: float = 0.0,
     ) -> list[dict[str, Positions]]:
         """Of the proxy text and of the task's, read once."""
         sides = []
-        for name, text in zip((key, "task"), self._texts(proxy, rows=covariance == "rows"), strict=True):
+        texts = self._texts(proxy, covariance == "rows", public)
+        for name, text in zip((f"{key} {public}", "task"), texts, strict=True):
             name = f"{name} {covariance}"
             if name not in self._measured:
                 self._measured[name] = measure(model, text, weighted=covariance == "fisher")
@@ -197,11 +207,11 @@ class Ground:
         return sides
 
     def _sketched(
-        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None, key: str
+        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None, key: str, public: float
     ) -> dict[str, SpectralGate]:
-        name = f"{key} {sorted(section.model_dump(include=STATISTICS).items())}"
+        name = f"{key} {public} {sorted(section.model_dump(include=STATISTICS).items())}"
         if name not in self._sketches:
-            texts = self._texts(proxy, rows=False)
+            texts = self._texts(proxy, False, public)
             tokens = [[batch.input_ids.tolist(), batch.labels.tolist()] for text in texts for batch in text]
             path = self.kept / f"{digest([self.recipe.model.model_dump(mode='json'), name, tokens])}.safetensors"
             if path.exists():
@@ -212,14 +222,18 @@ class Ground:
                 save_gates(path, self._sketches[name])
         return self._sketches[name]
 
-    def _texts(self, proxy: Sequence[Sequence[int]] | None, rows: bool) -> tuple[list[Batch], list[Batch]]:
+    def _texts(
+        self, proxy: Sequence[Sequence[int]] | None, rows: bool, public: float = 0.0
+    ) -> tuple[list[Batch], list[Batch]]:
         """Proxy text and the task's, as statistics are taken of them."""
         ids, labels = self.rows()
         chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
         sequences, learned = [ids[i] for i in chosen], None if rows else [labels[i] for i in chosen]
         proxy = self.shown(self.own) if proxy is None else proxy
         device = self.base.device
-        return list(batches(proxy, BATCH_SIZE, device)), list(batches(sequences, BATCH_SIZE, device, learned))
+        others = list(batches(public_windows(self.tokenizer), BATCH_SIZE, device))
+        written = penalty_text(list(batches(proxy, BATCH_SIZE, device)), others, public)
+        return written, list(batches(sequences, BATCH_SIZE, device, learned))
 
 
 def _exact(penalty: Covariance, utility: Covariance, section: GateSection, covariance: str) -> dict[str, Any]:

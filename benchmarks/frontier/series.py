@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.frontier.ground import DENSE
+from benchmarks.frontier.ground import DENSE, RANK
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.methods.gated import FoLoRA, FrozenGated, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
 from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
@@ -14,6 +14,7 @@ from benchmarks.frontier.methods.oplora import OPLoRA
 from benchmarks.frontier.methods.starts import CorDA, SCLoRA
 
 RATES = (3e-4, 1e-3, 3e-3)
+OURS_RATES = (1e-4, 3e-4, 1e-3)
 # λ and the learning rate rise together (docs/method.md).
 STRENGTHS = {
     1.0: (1e-3, 3e-3),
@@ -25,10 +26,11 @@ STRENGTHS = {
 OURS = 64.0  # of the control, as of `Gated`
 ABLATED_RATE = 3e-3
 
-# The product's default rule; `Gated` has `step`.
+# The product's default rule; `Gated` has `step`. Without the gate on B's steps its rows are equally long.
 FROZEN: dict[str, object] = {"rule": "frozen"}
+EQUAL: dict[str, object] = FROZEN | {"places": ["a_start"], "ridge": 1e-4, "utility_ridge": 1e-4}
 # As it was before its ridges were chosen; its ablations are of that.
-COARSE: dict[str, object] = FROZEN | {"ridge": 0.01, "utility_ridge": 0.01}
+COARSE: dict[str, object] = EQUAL | {"ridge": 0.01, "utility_ridge": 0.01}
 # What ablations are called that change A frozen.
 OF_FROZEN = "A frozen: "
 # Settings of `Gated` itself; others are the recipe's.
@@ -52,10 +54,11 @@ def methods() -> list[Series]:
     return [
         Series("LoRA", [LoRA(rate) for rate in (1e-4, *RATES)]),
         *ours,
-        Series("gated, A frozen", [Gated(rate, gate=FROZEN) for rate in (1e-3, 3e-3, 1e-2)]),
-        Series("gated, A frozen, rank 32", [FrozenGated(rate) for rate in (1e-3, 3e-3, 6e-3)]),
+        Series("ours", [FrozenGated(rate) for rate in OURS_RATES]),
+        Series("ours, rank 16", [FrozenGated(rate, r=RANK) for rate in OURS_RATES]),
+        Series("ours, rows equally long", [FrozenGated(rate, gate=EQUAL) for rate in OURS_RATES]),
+        Series("gated, A frozen", [Gated(rate, gate=EQUAL) for rate in (1e-3, 3e-3, 1e-2)]),
         Series("gated, A frozen, ridge 0.01", [Gated(rate, gate=COARSE) for rate in (1e-3, 3e-3, 1e-2)]),
-        Series("gated, A frozen, ridge 0.01, rank 32", [FrozenGated(rate, gate=COARSE) for rate in (1e-3, 3e-3, 6e-3)]),
         Series("control: γ shuffled, λ 64", [ShuffledGated(rate) for rate in STRENGTHS[OURS]]),
         Series("TMKL", [TMKL(rate) for rate in RATES]),
         Series("replay (CFS)", [Replay(rate) for rate in RATES]),
@@ -136,5 +139,5 @@ def quick() -> list[Series]:
     """Few points, of what shares its statistics."""
     return [
         Series("LoRA", [LoRA(rate) for rate in RATES]),
-        Series("gated, A frozen", [Gated(rate, gate=FROZEN) for rate in RATES[1:]]),
+        Series("ours", [FrozenGated(rate) for rate in OURS_RATES[:2]]),
     ]

@@ -36,6 +36,7 @@ class SpectralGate:
         quotients: γ, (m,) float64 descending.
         complement_quotient: γ of every direction outside the basis.
         values: s(γ), (m,) float64, and complement_value for the complement.
+        unit: the mean variance that Σp was divided by, which makes the penalties of several layers comparable.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class SpectralGate:
         gate_lambda: float,
         floor: float,
         sharpness: float,
+        unit: float = 1.0,
     ) -> None:
         if ridge <= 0 or utility_ridge < 0:
             raise ValueError(f"need ridge > 0 and utility_ridge >= 0, got {ridge} and {utility_ridge}")
@@ -63,6 +65,7 @@ class SpectralGate:
         self.penalty_tail, self.utility_tail = float(penalty_tail), float(utility_tail)
         self.ridge, self.utility_ridge = float(ridge), float(utility_ridge)
         self.gate_lambda, self.floor, self.sharpness = float(gate_lambda), float(floor), float(sharpness)
+        self.unit = float(unit)
 
         identity = torch.eye(self.penalty_gram.shape[0], dtype=torch.float64)
         self.quotients, self.vectors = generalized_eigenproblem(
@@ -124,6 +127,7 @@ class SpectralGate:
             gate_lambda=gate_lambda,
             floor=floor,
             sharpness=sharpness,
+            unit=of_penalty,
         )
 
     @property
@@ -206,6 +210,17 @@ class SpectralGate:
         vectors = self.basis.double().cpu() @ self.vectors[:, order[:count]]
         return torch.linalg.qr(vectors).Q.T.to(self.basis.device, torch.float32)
 
+    def gated_rows(self, count: int) -> Tensor:
+        """The leading directions, each as long as its share of a step, (at most count, d) float32.
+
+        Row i is √γᵢ vᵢ / √unit. As rows of a frozen A they make Adam's step of B, whose entries are equally long, a
+        step in spectral coordinates (docs/method.md, section 3) with direction i gated by √γᵢ: of all shares this buys
+        the most task gain Σ sᵢ √uᵢ for a penalty Σ sᵢ² pᵢ, within a layer and, by the unit, over layers.
+        """
+        shares = (self.quotients[:count] / self.unit).sqrt()
+        rows = self.basis.double().cpu() @ (self.vectors[:, :count] * shares)
+        return rows.T.to(self.basis.device, torch.float32)
+
     def penalty(self, rows: Tensor) -> Tensor:
         """tr(rows Σp rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
         return self._trace(rows, self.penalty_gram, self.penalty_tail)
@@ -267,6 +282,7 @@ class SpectralGate:
             "gate_lambda": self.gate_lambda,
             "floor": self.floor,
             "sharpness": self.sharpness,
+            "unit": self.unit,
         }
 
     @classmethod

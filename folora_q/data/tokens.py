@@ -22,11 +22,15 @@ TEMPLATE_ERRORS = (
 
 
 class Batch(NamedTuple):
-    """Right-padded sequences: ids and mask (b, t), labels (b, t) with IGNORED where a token does not count."""
+    """Right-padded sequences: ids and mask (b, t), labels (b, t) with IGNORED where a token does not count.
+
+    Statistics count each token `weight` times.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    weight: float = 1.0
 
     @property
     def predicting(self) -> Tensor:

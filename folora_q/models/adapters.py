@@ -17,7 +17,7 @@ from folora_q.core import SpectralGate
 from folora_q.errors import UserError
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
-from folora_q.recipe.schema import AdapterSection, ExportSection
+from folora_q.recipe.schema import AdapterSection, ExportSection, GateSection
 
 ADAPTER = "default"
 
@@ -104,6 +104,37 @@ def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate],
                 rows = torch.zeros_like(rows)  # more rows than inputs: the last have nowhere to go
                 rows[: len(found) + len(rest)] = torch.cat([found, rest])
             pair.a.copy_(rows * (norm / rows.norm()))  # by one exactly where all passes
+
+
+def start_in_shares(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], across_layers: bool) -> None:
+    """Put each A's rows into its gate's directions, each as long as the share of a step that its direction gets.
+
+    With A frozen and B trained by Adam, whose steps are as long in every column of B, this gates Adam's steps direction
+    by direction (docs/method.md, section 4). Where a gate has fewer directions than A has rows, the last rows are zero.
+
+    Args:
+        across_layers: lengths are to one scale in all layers, and all of A's keep the norm that they had together; if
+            False, each keeps its own.
+    """
+    gated = [pair for pair in pairs if pair.name in gates]
+    before = torch.stack([pair.a.detach().norm() for pair in gated]).square()
+    with torch.no_grad():
+        for pair in gated:
+            rows = gates[pair.name].gated_rows(len(pair.a))
+            pair.a.zero_()
+            pair.a[: len(rows)] = rows
+        after = torch.stack([pair.a.norm() for pair in gated]).square()
+        scales = (before.sum() / after.sum()).expand_as(before) if across_layers else before / after
+        for pair, scale in zip(gated, scales.sqrt().tolist(), strict=True):
+            pair.a.mul_(scale)
+
+
+def start(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], section: GateSection) -> None:
+    """Give every A the start that the recipe's gate says."""
+    if section.scales_rows:
+        start_in_shares(pairs, gates, across_layers=section.covariance == "fisher")
+    elif "a_start" in section.places:
+        start_gated(pairs, gates, leading=section.start == "leading")
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section:
 
 def settings_of_text(section: ProxySection) -> dict[str, Any]:
     """Those that change the text."""
-    return section.model_dump(mode="json", exclude={"statistics_memory"})
+    return section.model_dump(mode="json", exclude={"statistics_memory", "public_share"})
 
 
 def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) -> None:

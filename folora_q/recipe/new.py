@@ -58,8 +58,8 @@ model:
   model_name_or_path: {dump_yaml(answers.model, flow=True)} ## a hub id, a folder, or a .gguf file; loaded in 4 bits
 
 adapter:
-  r: 16 ## rank; higher learns more and takes more memory
-  lora_alpha: 16 ## the adapter's output is scaled by lora_alpha / r
+  r: 32 ## rank; higher learns more and takes more memory
+  lora_alpha: 32 ## the adapter's output is scaled by lora_alpha / r
 
 data:
   train_dataset: {dump_yaml(answers.data, flow=True)} ## a file, a folder, a glob, a hub id, or a list of them
@@ -75,11 +75,11 @@ proxy: ## text that the model writes itself: what it should not forget
 
 gate:
   enabled: true ## false is plain QLoRA; then set training.learning_rate to 2e-4
-  rule: frozen ## only B learns, where own text loses least; step: A too
+  rule: frozen ## only B learns, each direction by its share; step: A too
 
 training:
   output_dir: {dump_yaml(answers.output_dir, flow=True)}
-  learning_rate: 2e-3 ## about ten times plain LoRA's: only B learns, where little is lost
+  learning_rate: 1e-4 ## half plain LoRA's: the gate's directions hold more of the gradient
   num_train_epochs: 1
   per_device_train_batch_size: {micro_batch}
   gradient_accumulation_steps: {accumulation} ## {micro_batch} x {accumulation} sequences in a step

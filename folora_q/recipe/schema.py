@@ -13,14 +13,21 @@ from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt
 Place = Literal["a_start", "a_step", "b_step"]
 # What each rule of the gate has, unless a recipe says otherwise.
 BY_RULE: dict[str, dict[str, Any]] = {
-    "frozen": {"places": ["a_start"], "ridge": 1e-4, "utility_ridge": 1e-4},
+    "frozen": {"places": ["a_start", "b_step"], "ridge": 0.1, "utility_ridge": 1e-4},
     "step": {"places": ["a_start", "a_step", "b_step"], "ridge": 0.01, "utility_ridge": 0.01},
     "spectral": {"places": ["a_start", "a_step"], "ridge": 0.01, "utility_ridge": 0.01},
 }
 # The peak learning rate of each rule, and of plain QLoRA, unless a recipe says otherwise (docs/frontier.md).
-LEARNING_RATES = {"plain": 2e-4, "frozen": 1e-3, "step": 4e-3, "spectral": 1e-3}
+LEARNING_RATES = {"plain": 2e-4, "frozen": 1e-4, "step": 4e-3, "spectral": 1e-3}
 # A gate's sketches keep so many directions at least, and twice as many as the adapter has rows: its rows are the best.
 RANK, RANK_PER_ROW = 64, 2
+
+
+def sketch_rank(rows: int) -> int:
+    """How many directions the sketches keep, for adapters of so many rows, unless a recipe says otherwise."""
+    return max(RANK, RANK_PER_ROW * rows)
+
+
 # Names of transformers (a test holds that they are): those that need nothing besides what we install.
 Optimizer = Literal[
     "auto",
@@ -66,16 +73,22 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The LoRA adapter, trained and saved in float32."""
 
-    r: PositiveInt = 16
-    """Rank of the adapter."""
-    lora_alpha: Positive = 16
-    """The adapter's output is scaled by lora_alpha / r."""
+    r: PositiveInt = 32
+    """Rank of the adapter. With gate.rule frozen B alone is trained, so 32 has as many weights as 16 elsewhere."""
+    lora_alpha: Positive = 32
+    """The adapter's output is scaled by lora_alpha / r. Left out: r, a scale of 1."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Which linear layers get an adapter: all of the transformer, or a list of name endings."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_of_one(cls, given: Any) -> Any:
+        rows = given.get("r") if isinstance(given, dict) else None
+        return {"lora_alpha": rows} | given if isinstance(rows, int) and rows > 0 else given
 
 
 class ProxySection(Section):
@@ -95,6 +108,8 @@ class ProxySection(Section):
     """The paper's filters against degenerate text: duplicates, short samples, runs, few distinct tokens or 4-grams."""
     batch_size: PositiveInt = 32
     """Sequences sampled at a time."""
+    public_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of packaged public text (prose, languages, tables, code) in the penalty; the rest is what was sampled."""
     statistics_memory: Positive | None = None
     """GiB for the sketches; layers that do not fit come after the others, reading the text again; unset: no limit."""
     seed: Seed = 0
@@ -107,11 +122,12 @@ class GateSection(Section):
     enabled: bool = True
     """false is plain QLoRA with the same seeds and data order."""
     rule: Literal["frozen", "step", "spectral"] = "frozen"
-    """frozen: A stays at its gated start and only B learns: the least memory and time. step: both learn, and any
-    optimizer's step passes through the gate. spectral: Adam in the gate's coordinates, as in the paper."""
+    """frozen: A stays in the leading directions and only B learns, each direction by its share of Adam's step: the
+    least memory and time. step: both learn, and any optimizer's step passes through the gate. spectral: Adam in the
+    gate's coordinates, as in the paper."""
     places: list[Place] = BY_RULE["frozen"]["places"]
-    """Where it acts: on A's start, on A's steps, on B's steps. Left out: the start for rule frozen, all for step, the
-    first two for spectral."""
+    """Where it acts: on A's start, on A's steps, on B's steps. Left out: the start and B's steps for rule frozen (with
+    start: random the start alone), all for step, the first two for spectral."""
     start: Literal["leading", "random"] = "leading"
     """Of A: in the r directions of largest quotient; or where PEFT puts it at random, passed through the gate."""
     gate_lambda: NonNegative = 64.0
@@ -161,6 +177,11 @@ class GateSection(Section):
         return "bfloat16" if gpu else "float32"
 
     @property
+    def scales_rows(self) -> bool:
+        """Whether B's steps are gated by the lengths of a frozen A's rows."""
+        return self.rule == "frozen" and "b_step" in self.places
+
+    @property
     def reshaped(self) -> dict[str, float]:
         """Of what shapes s(γ) that which is not as by default, with the defaults."""
         defaults = {name: type(self).model_fields[name].default for name in ("gate_lambda", "floor", "sharpness")}
@@ -175,8 +196,13 @@ class GateSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _by_the_rule(cls, given: Any) -> Any:
-        rule = given.get("rule") if isinstance(given, dict) else None
-        return BY_RULE[rule] | given if isinstance(rule, str) and rule in BY_RULE else given
+        if not isinstance(given, dict):
+            return given
+        rule = given.get("rule", "frozen")
+        defaults = BY_RULE[rule] if isinstance(rule, str) and rule in BY_RULE else {}
+        if rule == "frozen" and given.get("start") == "random":
+            defaults = defaults | {"places": ["a_start"]}  # rows that PEFT drew have no quotient each
+        return defaults | given
 
     @model_validator(mode="after")
     def _settings_suit_the_rule(self) -> GateSection:
@@ -184,9 +210,11 @@ class GateSection(Section):
             return self
         if self.rule == "frozen" and self.start == "leading" and self.reshaped:
             name = next(iter(self.reshaped))
-            raise ValueError(f"rule frozen gates no step, so gate.{name} says nothing: set gate.rule to step")
-        if self.rule == "frozen" and self.places != ["a_start"]:
-            raise ValueError("rule frozen gates A's start and no step: set gate.rule to step, or leave gate.places out")
+            raise ValueError(f"rule frozen gates by the quotient alone, without gate.{name}: set gate.rule to step")
+        if self.rule == "frozen" and ("a_start" not in self.places or "a_step" in self.places):
+            raise ValueError("rule frozen takes no step of A: set gate.rule to step, or leave gate.places out")
+        if self.rule == "frozen" and self.start == "random" and "b_step" in self.places:
+            raise ValueError("with gate.start random no row has a quotient to gate B's steps by: leave gate.places out")
         if self.rule == "step" and not {"a_step", "b_step"} & set(self.places):
             raise ValueError("rule step gates no step with these gate.places: add a_step or b_step, or leave them out")
         if self.rule == "spectral" and "b_step" in self.places:
@@ -369,8 +397,8 @@ class Recipe(Section):
         if not all(isinstance(section, dict) for section in (adapter, gate, training)):
             return given
         rows, rule = adapter.get("r"), gate.get("rule", "frozen") if gate.get("enabled", True) else "plain"
-        if isinstance(rows, int) and RANK_PER_ROW * rows > RANK:
-            gate = {"rank": RANK_PER_ROW * rows} | gate
+        if isinstance(rows, int) and sketch_rank(rows) > RANK:
+            gate = {"rank": sketch_rank(rows)} | gate
         if isinstance(rule, str) and rule in LEARNING_RATES and training:
             training = {"learning_rate": LEARNING_RATES[rule]} | training
         return given | {name: section for name, section in (("gate", gate), ("training", training)) if section}

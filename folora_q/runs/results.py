@@ -116,6 +116,8 @@ class GateResult:
         modules: the adapted layers that share it.
         dim: width of their input; len(quotients) of its directions are resolved, the rest is the complement.
         quotients: γ, descending. values: the gate's s(γ).
+        penalty: of the rows that A starts in, tr(A Σp Aᵀ), on the text that the gate was made of.
+        heldout_penalty: the same on text that no gate has seen; if it is many times `penalty`, more text is needed.
     """
 
     modules: Checked[str]
@@ -125,6 +127,8 @@ class GateResult:
     values: Checked[float]
     complement_quotient: float
     complement_value: float
+    penalty: float | None = None
+    heldout_penalty: float | None = None
 
     @property
     def mean_value(self) -> float:

@@ -88,6 +88,45 @@ def build_gates(
     return {name: by_layer[name] for name in modules if name in by_layer}
 
 
+def row_penalties(
+    model: PeftModel,
+    pairs: Sequence[AdapterPair],
+    gates: Mapping[str, SpectralGate],
+    texts: tuple[Text, Text],
+    section: GateSection,
+    clock: Clock,
+    recompute: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """tr(A Σ Aᵀ) of the rows that A has now, for each of two texts, by layer: one that the gates were made of, one not.
+
+    In units of the loss with `gate.covariance: fisher`, as a mean over the layers that share a gate. Directions were
+    chosen where the first text has least, so the second number is the honest one.
+    """
+    first_reader = {}  # of each gate
+    for pair in pairs:
+        if pair.name in gates:
+            first_reader.setdefault(id(gates[pair.name]), pair)
+    groups = [[name for name, gate in gates.items() if id(gate) == key] for key in first_reader]
+    rows = {pair.name: pair.a.detach().T for pair in first_reader.values()}
+    modules = {pair.name: pair.module for pair in pairs}
+
+    def new_sinks() -> dict[str, Sink]:
+        return {name: ProjectedCovariance(a, device=model.device) for name, a in rows.items()}
+
+    model.eval()
+    with adapter_off(model), clock.stage("penalty of A's rows, in sample and held out", sum(map(len, texts))) as done:
+        halving = Halving("taking statistics of", clock.note)
+        reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, halving)
+        draw = 0 if reading.weighted else None
+        both = [reading.stream(text, len(rows), new_sinks, draw) for text in texts]
+    return {
+        name: tuple(float(sinks[group[0]].mean().trace()) for sinks in both)
+        for group in groups
+        if all(sinks[group[0]].count for sinks in both)
+        for name in group
+    }
+
+
 @dataclass(frozen=True)
 class Reading:
     """How text is read: what is fed to the sinks of layers' inputs, each known by its first reader.
@@ -154,12 +193,13 @@ class Reading:
         )
         unit = (seen / max(learned, 1)) ** 0.5  # sinks take the mean over all tokens
         watching = weighing(self.modules, by_module) if self.weighted else feeding(self.modules, sinks)
-        with watching as mask, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
+        with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
             for batch in text:
                 rows = len(batch.input_ids)
                 for start in range(0, rows, size := self.halving.fitting(rows)):
                     part = rows_of(batch, start, start + size)
-                    mask[0] = of(part.attention_mask if self.weighted else part.predicting)
+                    counted.mask = of(part.attention_mask if self.weighted else part.predicting)
+                    counted.weight = part.weight
                     if self.weighted:
                         _backward(self.model.get_base_model(), part, unit, labels)
                     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +17,14 @@ class TokenSink(Protocol):
     """Takes tokens: a sketch, or a projection."""
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None: ...
+
+
+@dataclass
+class Counted:
+    """Which tokens of a forward pass count, (b, t), None for all, and how many times each."""
+
+    mask: Tensor | None = None
+    weight: float = 1.0
 
 
 def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor) -> list[list[str]]:
@@ -45,20 +54,21 @@ def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids:
 
 
 @contextmanager
-def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[list[Tensor | None]]:
+def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
     """While this lasts, every forward pass feeds each module's input to its sink.
 
     Yields:
-        A list of one: set its item to the tokens that count, (b, t), before each forward pass; None counts all.
+        What counts, to be set before each forward pass.
 
     Raises:
         RunFailed: an input is not finite; the module is named.
     """
-    current: list[Tensor | None] = [None]
+    current = Counted()
 
     def feed(name: str, x: Tensor) -> None:
         try:
-            sinks[name].update(x, _fitting(current[0], x))
+            x = x if current.weight == 1 else x.float() * current.weight**0.5
+            sinks[name].update(x, _fitting(current.mask, x))
         except ValueError as error:
             raise RunFailed(f"{error}, at the input of {name}") from error
 
@@ -67,7 +77,7 @@ def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) ->
 
 
 @contextmanager
-def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[list[Tensor | None]]:
+def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
     """As `feeding`, in the backward pass: each token is fed times ‖g‖, g the gradient at the module's output.
 
     The sum over tokens of ‖g‖² x xᵀ is what the loss's Fisher information has to say of the directions that a module
@@ -76,12 +86,12 @@ def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -
     Args:
         sinks: by module; several may share one.
     """
-    current: list[Tensor | None] = [None]
+    current = Counted()
 
     def feed(name: str, x: Tensor, gradient: Tensor) -> None:
         weights = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True, dtype=torch.float32)
         try:
-            sinks[name].update(x.float() * weights, _fitting(current[0], x))
+            sinks[name].update(x.float() * weights * current.weight**0.5, _fitting(current.mask, x))
         except ValueError as error:
             raise RunFailed(f"the gradient behind {name} holds a NaN or an infinity") from error
 

@@ -20,7 +20,7 @@ from folora_q.runs.results import GateResult
 
 # What a gate is made of (`SpectralGate.state_dict`).
 TENSORS = {"basis", "penalty_gram", "utility_gram"}
-SETTINGS = {"penalty_tail", "utility_tail", "ridge", "utility_ridge", "gate_lambda", "floor", "sharpness"}
+SETTINGS = {"penalty_tail", "utility_tail", "ridge", "utility_ridge", "gate_lambda", "floor", "sharpness", "unit"}
 
 
 def save_gates(path: Path, gates: Mapping[str, SpectralGate]) -> None:
@@ -88,8 +88,15 @@ def _gate(number: int, entry: Any, tensors: dict[str, Tensor]) -> tuple[list[str
     return modules, SpectralGate.from_state_dict(tensors | settings)
 
 
-def gate_results(gates: Mapping[str, SpectralGate]) -> list[GateResult]:
-    """Quotients and values of every distinct gate."""
+def gate_results(
+    gates: Mapping[str, SpectralGate], penalties: Mapping[str, tuple[float, float]] | None = None
+) -> list[GateResult]:
+    """Quotients and values of every distinct gate.
+
+    Args:
+        penalties: of A's rows, by layer: on the text of the gates, and held out (`row_penalties`).
+    """
+    penalties = penalties or {}
     return [
         GateResult(
             modules=modules,
@@ -99,6 +106,8 @@ def gate_results(gates: Mapping[str, SpectralGate]) -> list[GateResult]:
             values=gate.values.tolist(),
             complement_quotient=gate.complement_quotient,
             complement_value=gate.complement_value,
+            penalty=penalties[modules[0]][0] if modules[0] in penalties else None,
+            heldout_penalty=penalties[modules[0]][1] if modules[0] in penalties else None,
         )
         for gate, modules in _distinct(gates)
     ]

@@ -111,13 +111,16 @@ def test_every_method_learns_and_leaves_the_base_as_it_was(ground: Ground, metho
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_frozen_a_of_another_rank_keeps_its_start_and_scale(ground: Ground) -> None:
+def test_ours_starts_as_the_product_does_at_any_rank(ground: Ground) -> None:
     method, model = tuned(ground, FrozenGated(1e-2, r=8))
-    for pair in adapter_pairs(model):
-        rows = method.of_layers[pair.name].leading_rows(8)
+    pairs = adapter_pairs(model)
+    scales = []
+    for pair in pairs:
+        rows = method.of_layers[pair.name].gated_rows(8)
         assert pair.a.shape[0] == 8 and pair.scale == 1.0 and not pair.a.requires_grad
-        # As `start_gated` made it, in the span of the leading directions.
-        assert torch.linalg.matrix_rank(torch.cat([rows, pair.a.detach()]), rtol=1e-4) == 8
+        scales.append(float(pair.a.norm() / rows.norm()))
+        assert torch.allclose(pair.a, rows * scales[-1], atol=1e-5)
+    assert max(scales) / min(scales) < 1 + 1e-4, "one scale for all layers"
     release(method, model)
 
 

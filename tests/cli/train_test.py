@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -85,6 +86,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     gates = read_gate_results(folder / "gates.json")
     assert sorted(name for gate in gates for name in gate.modules) == sorted(layer.name for layer in found.layers)
     assert all(0 < gate.mean_value < 1 and gate.gate_lambda == 64 for gate in gates)
+    assert all(gate.penalty > 0 and gate.heldout_penalty > 0 for gate in gates)
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["training"] * 4
@@ -104,6 +106,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert f"{found.text('task').loss.tuned.value:.4f}" in text
     assert f"chat {folder} --base" in text and f"merge {folder}\n" in text
     assert "✓ training" in talk
+    assert re.search(r"A's directions cost [\d.e+]+ times as much on held-out text as on the text of the gates", talk)
     assert "\x1b[" not in text + talk, "no colours without a terminal"
     for noise in ("Loading weights", "Tokenizing", "Warning", "it/s", "kernels-community", "Writing model"):
         assert noise not in text + talk

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import eigh
 
 from folora_q.core import CovarianceSketch, LowRankCovariance, SpectralGate, joint_basis
 from folora_q.core.spectrum import generalized_eigenproblem
@@ -257,6 +258,40 @@ def test_leading_rows_span_the_largest_quotients_of_the_dense_problem(seed, rank
         utility + SETTINGS["utility_ridge"] * identity, penalty + SETTINGS["ridge"] * identity
     )
     np.testing.assert_allclose(inside, wanted[: len(found)], rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@given(seed=st.integers(0, 99), count=st.integers(1, D))
+@quick
+def test_gated_rows_are_spectral_coordinates_times_their_share(seed, count, scale) -> None:
+    """Of the dense problem, in the units of the activations: rows √γᵢ vᵢ with vᵢᵀ(Σp + τI)vⱼ = 1 if i = j, else 0."""
+    penalty, utility = covariance(seed, D, scale=scale), covariance(seed + 1, D, scale=scale)
+    gate = SpectralGate.from_covariances(penalty, utility, ridge=0.1, utility_ridge=0.02, one_unit=True)
+    found = gate.gated_rows(count).double().numpy()
+    sp, st_ = penalty.dense().numpy(), utility.dense().numpy()
+    h = sp + 0.1 * np.trace(sp) / D * np.eye(D)
+    u = st_ + 0.02 * np.trace(st_) / D * np.eye(D)
+    gamma = eigh(u, h, eigvals_only=True)[::-1][:count]
+    np.testing.assert_allclose(found @ h @ found.T, np.diag(gamma), atol=1e-5 * gamma.max())
+    np.testing.assert_allclose(found @ u @ found.T, np.diag(gamma**2), atol=1e-5 * gamma.max() ** 2)
+
+
+def test_no_lengths_of_rows_buy_more_gain_for_a_penalty() -> None:
+    """Adam's steps are equally long in every coordinate, so the gain of shares s is Σ sᵢ √uᵢ, the penalty Σ sᵢ² pᵢ."""
+    gate = gate_of(rank=D)
+    a = gate.gated_rows(8).double()
+    penalty, utility = gate.forms(a)
+    p = penalty.diagonal() + gate.ridge * a.square().sum(1)
+    u = utility.diagonal() + gate.utility_ridge * a.square().sum(1)
+
+    def worth(shares: torch.Tensor) -> float:
+        return float((shares * u.sqrt()).sum() ** 2 / (shares.square() * p).sum())
+
+    best = worth(torch.ones(8, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    others = [torch.rand(8, generator=generator, dtype=torch.float64) + 0.1 for _ in range(200)]
+    assert all(worth(shares) < best for shares in others)
+    assert best == pytest.approx(float(gate.quotients[:8].sum()), rel=1e-5)
 
 
 def test_a_gate_that_lets_all_pass_alike_has_no_leading_rows() -> None:

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from folora_q.errors import RunFailed, UserError
 from folora_q.models import demo
-from folora_q.models.adapters import adapter_pairs, attach_adapter, keep_in_float32, save_adapter, start_gated
+from folora_q.models.adapters import (
+    adapter_pairs,
+    attach_adapter,
+    keep_in_float32,
+    save_adapter,
+    start_gated,
+    start_in_shares,
+)
 from folora_q.models.gguf import convert_gguf
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, load_unquantized
@@ -148,6 +155,39 @@ def test_a_gated_start_keeps_the_norm_and_the_model_as_it_is(tiny_folder: Path, 
         assert torch.allclose(cosine, torch.ones_like(cosine), atol=1e-5)
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("across_layers", [False, True])
+def test_rows_in_shares_keep_the_norm_and_the_proportions_of_their_gates(
+    tiny_folder: Path, across_layers: bool
+) -> None:
+    model = attach_adapter(load(tiny_folder), AdapterSection(r=4), seed=0)
+    pairs = adapter_pairs(model)
+    gates = {pair.name: random_gate(pair.module.in_features) for pair in pairs[1:]}
+    for number, gate in enumerate(gates.values()):
+        gate.unit = 1.0 + number  # layers differ in what a step costs
+    before = {pair.name: pair.a.detach().clone() for pair in pairs}
+    start_in_shares(pairs, gates, across_layers)
+    assert torch.equal(pairs[0].a, before[pairs[0].name]), "a layer without a gate keeps its start"
+    scales = []
+    for pair in pairs[1:]:
+        rows = gates[pair.name].gated_rows(4)
+        scales.append(float(pair.a.norm() / rows.norm()))
+        assert torch.allclose(pair.a, rows * scales[-1], atol=1e-6)
+        assert across_layers or torch.isclose(pair.a.norm(), before[pair.name].norm())
+    assert (max(scales) / min(scales) < 1 + 1e-5) is across_layers
+    norms = [sum(float(a.square().sum()) for a in of) for of in ([p.a for p in pairs], list(before.values()))]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_rows_for_which_a_gate_has_no_direction_are_zero(tiny_folder: Path) -> None:
+    model = attach_adapter(load(tiny_folder), AdapterSection(r=40), seed=0)
+    pairs = adapter_pairs(model)
+    gates = {pair.name: random_gate(pair.module.in_features) for pair in pairs}
+    start_in_shares(pairs, gates, across_layers=True)
+    for pair in pairs:
+        found = len(gates[pair.name].quotients)
+        assert found < 40 and bool((pair.a[:found].norm(dim=1) > 0).all()) and float(pair.a[found:].abs().max()) == 0
 
 
 def test_a_saved_adapter_names_its_base_and_loads_in_plain_peft(tiny_folder: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import yaml
 
 from folora_q.errors import UserError
 from folora_q.recipe import load_recipe
-from folora_q.recipe.schema import LEARNING_RATES
+from folora_q.recipe.schema import BY_RULE, LEARNING_RATES
 
+FROZEN = (BY_RULE["frozen"]["ridge"], BY_RULE["frozen"]["utility_ridge"])
 MINIMAL = """\
 model:
   model_name_or_path: some/model
@@ -99,9 +100,10 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
         (MINIMAL + "gate: {rule: spectral, places: [a_step, b_step]}\n", "rule spectral leaves B to AdamW"),
         (MINIMAL + "gate: {rule: spectral, places: [a_start]}\n", "rule spectral needs a_step"),
         (MINIMAL + "gate: {rule: step, places: [a_start]}\n", "rule step gates no step with these gate.places"),
-        (MINIMAL + "gate: {places: [a_start, a_step]}\n", "rule frozen gates A's start and no step"),
-        (MINIMAL + "gate: {gate_lambda: 16}\n", "so gate.gate_lambda says nothing: set gate.rule to step"),
-        (MINIMAL + "gate: {sharpness: 2}\n", "so gate.sharpness says nothing: set gate.rule to step"),
+        (MINIMAL + "gate: {places: [a_start, a_step]}\n", "rule frozen takes no step of A"),
+        (MINIMAL + "gate: {start: random, places: [a_start, b_step]}\n", "no row has a quotient to gate B's steps by"),
+        (MINIMAL + "gate: {gate_lambda: 16}\n", "without gate.gate_lambda: set gate.rule to step"),
+        (MINIMAL + "gate: {sharpness: 2}\n", "without gate.sharpness: set gate.rule to step"),
         (MINIMAL + "  optim: sgd\ngate: {rule: spectral, places: [a_step]}\n", "training.optim: adamw_torch, not"),
     ],
 )
@@ -141,13 +143,14 @@ def test_rate_and_rank_follow_the_rule_and_the_adapter_unless_they_are_given(
 @pytest.mark.parametrize(
     ("gate", "places", "ridges"),
     [
-        ("{}", ["a_start"], (1e-4, 1e-4)),
+        ("{}", ["a_start", "b_step"], FROZEN),
         ("{rule: step}", ["a_start", "a_step", "b_step"], (0.01, 0.01)),
         ("{rule: step, places: [b_step], utility_ridge: 0}", ["b_step"], (0.01, 0.0)),
         ("{rule: spectral}", ["a_start", "a_step"], (0.01, 0.01)),
-        ("{start: random, gate_lambda: 16}", ["a_start"], (1e-4, 1e-4)),
-        ("{rule: frozen, ridge: 0.1}", ["a_start"], (0.1, 1e-4)),
-        ("{enabled: false, gate_lambda: 16}", ["a_start"], (1e-4, 1e-4)),
+        ("{places: [a_start]}", ["a_start"], FROZEN),
+        ("{start: random, gate_lambda: 16}", ["a_start"], FROZEN),
+        ("{rule: frozen, ridge: 0.2}", ["a_start", "b_step"], (0.2, FROZEN[1])),
+        ("{enabled: false, gate_lambda: 16}", ["a_start", "b_step"], FROZEN),
     ],
 )
 def test_places_and_ridges_are_the_rules_unless_they_are_given(

@@ -10,6 +10,7 @@ import yaml
 
 from folora_q.recipe import Recipe, load_recipe
 from folora_q.recipe.paths import HUB_ID
+from folora_q.recipe.schema import LEARNING_RATES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(FOLDER.glob("*.yaml"))
@@ -110,10 +111,11 @@ def test_the_size_in_the_name_is_the_models(path: Path) -> None:
 
 
 @each_by_card
-def test_the_gate_is_on_and_its_learning_rate_is_raised(path: Path) -> None:
+def test_the_gate_is_on_with_the_default_rate(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.gate.enabled and recipe.gate.rule == "frozen"
-    assert 1e-3 <= recipe.training.learning_rate <= 2e-3
+    assert recipe.training.learning_rate == LEARNING_RATES["frozen"]
+    assert recipe.adapter.r == recipe.adapter.lora_alpha == (32 if "-8gb-" in path.stem else 64)
     assert recipe.proxy.source == "mixed" and recipe.proxy.num_samples == 256
 
 

@@ -19,7 +19,7 @@ from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.progress import Clock
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
-from folora_q.statistics.collect import Reading, build_gates
+from folora_q.statistics.collect import Reading, build_gates, row_penalties
 from folora_q.statistics.hooks import feeding, shared_inputs
 from folora_q.statistics.store import load_gates, save_gates
 from tests.conftest import Silent, random_gate
@@ -240,8 +240,32 @@ def test_refinements_find_larger_quotients_and_the_gate_stays_as_small(model) ->
         )
 
 
-def test_layers_with_one_input_share_one_gate(model) -> None:
+def test_the_penalty_of_as_rows_is_that_of_the_dense_covariance_of_each_text(model) -> None:
+    seen, unseen = sequences(1), sequences(3)
+    texts = [list(batches(text, 4, CPU)) for text in (seen, unseen)]
     section = GateSection(rank=4, oversampling=4, **ACTIVATION)
+    gates = build_gates(model, adapter_pairs(model), texts[0], texts[1], section, Clock(Silent()))
+    gates.pop("model.layers.1.mlp.down_proj")  # as if no token had reached it
+    found = row_penalties(model, adapter_pairs(model), gates, tuple(texts), section, Clock(Silent()))
+    assert found.keys() == gates.keys()
+    base = model.get_base_model()
+    for pair in adapter_pairs(model):
+        for number, text in enumerate((seen, unseen)):
+            given: list[torch.Tensor] = []
+            handle = base.get_submodule(pair.name).register_forward_pre_hook(lambda _, args, g=given: g.append(args[0]))
+            with torch.no_grad(), model.disable_adapter():
+                for ids in text:
+                    model(input_ids=torch.tensor([ids]))
+            handle.remove()
+            x = torch.cat([each[0, :-1] for each in given]).double()  # the tokens from which one is predicted
+            first = next(p for p in adapter_pairs(model) if gates.get(p.name) is gates.get(pair.name))
+            if pair.name in found:
+                expected = float((x @ first.a.detach().double().T).square().sum() / len(x))
+                assert found[pair.name][number] == pytest.approx(expected, rel=1e-3)
+
+
+def test_layers_with_one_input_share_one_gate(model) -> None:
+    section = GateSection(rank=4, oversampling=4, ridge=0.1, utility_ridge=0.1, **ACTIVATION)
     text = list(batches(sequences(1), 4, CPU))
     gates = build_gates(model, adapter_pairs(model), text, text, section, Clock(Silent()))
     layer = "model.layers.0.self_attn."
@@ -301,8 +325,8 @@ def test_a_mask_of_another_shape_masks_nothing() -> None:
     """Experts are given tokens picked out of the batch, (n, d): the batch's mask (b, t) says nothing about them."""
     layer = torch.nn.Linear(8, 8)
     sketch = CovarianceSketch(8, 4)
-    with feeding({"expert": layer}, {"expert": sketch}) as mask:
-        mask[0] = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    with feeding({"expert": layer}, {"expert": sketch}) as counted:
+        counted.mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         layer(torch.randn(2, 3, 8))
         assert sketch.count == 3
         layer(torch.randn(5, 8))

@@ -18,8 +18,8 @@ from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.data.windows import crops
 from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
-from folora_q.models.adapters import freeze_first, start_gated
-from folora_q.recipe.schema import GateSection
+from folora_q.models.adapters import freeze_first, start
+from folora_q.recipe.schema import GateSection, sketch_rank
 
 
 @dataclass
@@ -72,9 +72,11 @@ class Gated(Method):
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         key = f"{self.proxy}{self.num_samples or ''}"
-        self.of_layers = ground.gates(model, self.section, self.text(ground), key, self.kind, self.treatment)
-        if "a_start" in self.section.places:
-            start_gated(pairs, self.of_layers, leading=self.section.start == "leading")
+        public = ground.recipe.proxy.public_share if self.proxy == "own" else 0.0
+        self.of_layers = ground.gates(
+            model, self.section, self.text(ground), key, self.kind, self.treatment, public=public
+        )
+        start(pairs, self.of_layers, self.section)
         if self.section.rule == "frozen":
             freeze_first(pairs)
 
@@ -96,14 +98,18 @@ class Gated(Method):
 
 @dataclass
 class FrozenGated(Gated):
-    """`gate.rule: frozen`, with an adapter of any rank: it trains half the parameters, so rank 32 costs what 16 did.
+    """`gate.rule: frozen`, with an adapter of any rank.
 
     Attributes:
         r: the adapter's rank; its scale stays as it is.
     """
 
     gate: dict[str, object] = field(default_factory=lambda: {"rule": "frozen"})
-    r: int = 2 * RANK
+    r: int = 4 * RANK
+
+    @property
+    def section(self) -> GateSection:
+        return GateSection(**{"rank": sketch_rank(self.r)} | self.gate)
 
     def lora(self, ground: Ground) -> dict[str, Any]:
         return {"r": self.r, "lora_alpha": ALPHA * self.r // RANK}

@@ -1,0 +1,38 @@
+"""The text that must stay as it is: what the base model wrote itself, and packaged public text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.tokens import Batch
+
+# Openings of public-domain works by a dozen authors in four languages, and passages of other kinds (news, a recipe, a
+# letter, tables, SQL, code in three languages) written for this file. None of it is measured on.
+PUBLIC_TEXT = Path(__file__).with_name("public.txt")
+WINDOW, SHORTEST_WINDOW = 128, 16  # tokens
+
+
+def penalty_text(written: Sequence[Batch], public: Sequence[Batch], share: float) -> list[Batch]:
+    """What Σp is taken of: text that the model wrote, and public text, weighted by token.
+
+    Args:
+        share: of the penalty, that of the public text. The mean weight of a token is 1.
+    """
+    if share == 0:
+        return list(written)
+    tokens = [sum(int(batch.attention_mask.sum()) for batch in text) for text in (written, public)]
+    return [
+        batch._replace(weight=of * sum(tokens) / count)
+        for text, of, count in zip((written, public), (1 - share, share), tokens, strict=True)
+        for batch in text
+    ]
+
+
+def public_windows(tokenizer: Tokenizer) -> list[list[int]]:
+    """The packaged public text in windows of tokens; a last one that is short is left out."""
+    ids = tokenizer(PUBLIC_TEXT.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
+    return [window for window in windows if len(window) >= SHORTEST_WINDOW]
