@@ -148,7 +148,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     recipe = {
         "model": {"model_name_or_path": str(model), "dtype": "float32"},
-        "adapter": {"r": 4},
+        "adapter": {"r": 4, "lora_alpha": 16},
         "data": {"train_dataset": "train.jsonl", "eval_dataset": "heldout.jsonl"},
         "proxy": {"source": "mixed", "num_samples": 4, "num_heldout_samples": 2, "max_new_tokens": 24},
         "gate": {"rule": "step", "rank": 8, "oversampling": 4, "num_task_samples": 6, "refresh_every": 2},

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from folora_q.cli.console import out, print_table
 from folora_q.errors import UserError
-from folora_q.report.gates import find_gates, mean_value, passing, shared_by
+from folora_q.report.gates import find_gates, heldout_penalties, mean_value, passing, shared_by
 from folora_q.report.layers import Quantity, Scale, gate_quantities, layer_quantities, place_of, scale_of
 from folora_q.report.record import Run, load_run
 from folora_q.report.text import number, short, visible
@@ -27,6 +27,8 @@ RANGE_WIDTH = 20
 # Of a gate's directions: the first and the last, unless all are asked for.
 FIRST, LAST = 24, 4
 BAR_WIDTH = 24
+# A held-out penalty of so many times the other says that the directions fit their text by chance.
+MUCH_OVERFITTED = 3.0
 
 
 @click.command("inspect")
@@ -79,12 +81,21 @@ def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
     together = f"; {escape(visible(' and '.join(shared)))} share one, as they read one input" if shared else ""
     out.print(f"\n{len(run.gates):,} gates for {modules:,} layers{together}", soft_wrap=True)
     if rows is not None:
-        told = f"A reads the {rows} directions of largest γ of each, and stays there: no step passes a gate"
-        out.print(told, soft_wrap=True)
+        told = f"A reads the {rows} directions of largest γ of each, and stays there"
+        shares = "; of Adam's steps each direction gets a share of √γ" if run.rows_scaled else ": no step passes a gate"
+        out.print(told + shares, soft_wrap=True)
     elif directions:
         out.print(
             f"{over:,} of {directions:,} directions ({over / directions:.1%}) pass more than half of their step; "
             f"the mean share is {mean_value(run.gates):.1%}",
+            soft_wrap=True,
+        )
+    if (penalties := heldout_penalties(run.gates)) is not None:
+        inside, outside = penalties
+        out.print(
+            f"a step along A's rows costs {short(outside / inside)} times as much on held-out model-generated text as "
+            "on the text that the gates were made of"
+            + ("; more proxy.num_samples bring them together" if outside > MUCH_OVERFITTED * inside else ""),
             soft_wrap=True,
         )
     example = escape(visible(run.gates[0].modules[0])) if run.gates[0].modules else "NAME"

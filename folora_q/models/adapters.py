@@ -106,33 +106,31 @@ def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate],
             pair.a.copy_(rows * (norm / rows.norm()))  # by one exactly where all passes
 
 
-def start_in_shares(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], across_layers: bool) -> None:
+def start_in_shares(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], in_nats: bool) -> None:
     """Put each A's rows into its gate's directions, each as long as the share of a step that its direction gets.
 
     With A frozen and B trained by Adam, whose steps are as long in every column of B, this gates Adam's steps direction
     by direction (docs/method.md, section 4). Where a gate has fewer directions than A has rows, the last rows are zero.
 
     Args:
-        across_layers: lengths are to one scale in all layers, and all of A's keep the norm that they had together; if
-            False, each keeps its own.
+        in_nats: the gates' units are those of the loss, so lengths are to one scale in all layers: the squared shares
+            of all directions, γ, add up to 1, and a step of rate η costs ½ η² nats to second order. If False, each A
+            keeps the norm that it had.
     """
     gated = [pair for pair in pairs if pair.name in gates]
-    before = torch.stack([pair.a.detach().norm() for pair in gated]).square()
+    total = sum(float(gates[pair.name].quotients[: len(pair.a)].sum()) for pair in gated)
     with torch.no_grad():
         for pair in gated:
+            norm = pair.a.norm()
             rows = gates[pair.name].gated_rows(len(pair.a))
             pair.a.zero_()
-            pair.a[: len(rows)] = rows
-        after = torch.stack([pair.a.norm() for pair in gated]).square()
-        scales = (before.sum() / after.sum()).expand_as(before) if across_layers else before / after
-        for pair, scale in zip(gated, scales.sqrt().tolist(), strict=True):
-            pair.a.mul_(scale)
+            pair.a[: len(rows)] = rows * (total**-0.5 if in_nats else norm / rows.norm())
 
 
 def start(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], section: GateSection) -> None:
     """Give every A the start that the recipe's gate says."""
     if section.scales_rows:
-        start_in_shares(pairs, gates, across_layers=section.covariance == "fisher")
+        start_in_shares(pairs, gates, in_nats=section.covariance == "fisher")
     elif "a_start" in section.places:
         start_gated(pairs, gates, leading=section.start == "leading")
 

@@ -79,7 +79,7 @@ gate:
 
 training:
   output_dir: {dump_yaml(answers.output_dir, flow=True)}
-  learning_rate: 1e-4 ## half plain LoRA's: the gate's directions hold more of the gradient
+  learning_rate: 2e-3 ## in units of the KL that a step costs; plain QLoRA's is 2e-4
   num_train_epochs: 1
   per_device_train_batch_size: {micro_batch}
   gradient_accumulation_steps: {accumulation} ## {micro_batch} x {accumulation} sequences in a step

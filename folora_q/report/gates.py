@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -59,6 +60,13 @@ def mean_value(gates: Sequence[GateResult]) -> float:
     """The share of a step that passes, over all directions of all gates."""
     known = [gate for gate in gates if gate.dim > 0]
     return sum(gate.mean_value * gate.dim for gate in known) / sum(gate.dim for gate in known)
+
+
+def heldout_penalties(gates: Sequence[GateResult]) -> tuple[float, float] | None:
+    """The penalty of A's rows over all gates: on the gates' own text, and on held-out text; None where not measured."""
+    known = [gate for gate in gates if gate.penalty is not None and gate.heldout_penalty is not None]
+    inside, outside = (sum(getattr(gate, name) for gate in known) for name in ("penalty", "heldout_penalty"))
+    return (inside, outside) if 0 < inside < math.inf and 0 < outside < math.inf else None
 
 
 def _matches(name: str, asked: str) -> bool:

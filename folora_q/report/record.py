@@ -91,6 +91,13 @@ class Run:
         return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
 
     @property
+    def rows_scaled(self) -> bool:
+        """With rule frozen, whether the lengths of A's rows gate B's steps."""
+        gate = self.recipe.get("gate")
+        places = gate.get("places") if isinstance(gate, dict) else None
+        return self.rows_placed is not None and isinstance(places, list) and "b_step" in places
+
+    @property
     def finished(self) -> bool:
         """Whether all is there that was to be: a run, or the evaluation of an adapter from elsewhere."""
         return self.status in ("complete", "evaluation") and self.evaluation is not None

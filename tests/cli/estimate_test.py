@@ -32,7 +32,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_without_a_card_it_says_which_fit(model: str, capfd) -> None:
     assert run("estimate", RECIPE, model, "gate.batch_size=16") == 0
     text = capfd.readouterr().out
-    assert "7.25 billion parameters, 96% in 4 bits; 22.0 million trained" in text
+    assert "7.25 billion parameters, 96% in 4 bits; 44.0 million trained" in text
     assert " 24 GB " in text and "fits, " in text
     for name in ("4-bit weights", "gradients", "sketches", "KV cache", "CUDA context", "host memory", "disk"):
         assert name in text

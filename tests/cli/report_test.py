@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 import folora_q
 from folora_q.cli.app import main
@@ -207,6 +208,19 @@ def test_inspect_shows_one_gate_in_detail(tmp_path: Path, capfd) -> None:
     assert "did you mean down_proj" in capfd.readouterr().err
 
 
+def test_rows_in_shares_and_their_penalty_are_told(tmp_path: Path, capfd) -> None:
+    folder = write_run(tmp_path / "demo", Shape(layers=2))
+    recipe = yaml.safe_load(folder.recipe.read_text("utf-8"))
+    recipe["gate"] |= {"rule": "frozen", "places": ["a_start", "b_step"]}
+    folder.recipe.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    gates = [replace(gate, heldout_penalty=0.6) for gate in read_gate_results(folder.gate_results)]
+    folder.gate_results.write_text(to_json([*gates[1:], replace(gates[0], penalty=None)]), encoding="utf-8")
+    assert run("inspect", folder.path) == 0
+    text = capfd.readouterr().out
+    assert "and stays there; of Adam's steps each direction gets a share of √γ" in text
+    assert "costs 1.2 times as much on held-out model-generated text" in text and "num_samples" not in text
+
+
 def test_where_a_is_frozen_no_share_of_a_step_is_told(tmp_path: Path, capfd) -> None:
     folder = write_run(tmp_path / "demo", Shape(layers=3))
     recipe = folder.recipe.read_text("utf-8")
@@ -214,7 +228,10 @@ def test_where_a_is_frozen_no_share_of_a_step_is_told(tmp_path: Path, capfd) -> 
     assert run("inspect", folder.path) == 0
     text = capfd.readouterr().out
     assert "demo: where the gate bites (A frozen)" in text and "Top quotient γ" in text
-    assert "A reads the 16 directions of largest γ of each" in text
+    assert "A reads the 16 directions of largest γ of each, and stays there: no step passes a gate" in text
+    assert (
+        "A's rows costs 3.5 times as much on held-out model-generated text" in text and "more proxy.num_samples" in text
+    )
     assert "Mean gate value" not in text and "pass more than half" not in text and "λ" not in text
     assert run("inspect", folder.path, "--module", "1.mlp.down_proj") == 0
     text = capfd.readouterr().out

@@ -136,13 +136,15 @@ def test_the_state_is_as_large_as_the_optimizers(name: str, tmp_path) -> None:
 
 
 def test_paged_states_may_go_to_the_host() -> None:
-    recipe = a_recipe(training={"optim": "paged_adamw_8bit"})
+    recipe = a_recipe(training={"optim": "paged_adamw_8bit"}, adapter={"r": 16})
     how = arithmetic(recipe, MISTRAL, on_gpu=True)
     resident, pages = optimizer_state(recipe, MISTRAL, how, on_gpu=True)
     trained = adapter_parameters(MISTRAL, how)
     assert pages == 32 * 3 * 2 * 16 * 14_336  # those of 100,000 numbers and more
     assert resident + pages == pytest.approx(2 * trained, rel=0.05)
-    plain, none = optimizer_state(a_recipe(training={"optim": "adamw_torch"}), MISTRAL, how, on_gpu=True)
+    plain, none = optimizer_state(
+        a_recipe(training={"optim": "adamw_torch"}, adapter={"r": 16}), MISTRAL, how, on_gpu=True
+    )
     assert (plain, none) == (8 * trained, 0)
 
 

@@ -104,7 +104,7 @@ def test_adapters_are_float32_on_every_linear_layer_and_start_from_the_seed(tiny
     assert [pair.name for pair in pairs][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     assert len(pairs) == 14
     assert {p.dtype for pair in pairs for p in (pair.a, pair.b)} == {torch.float32}
-    assert all(pair.b.abs().max() == 0 and pair.scale == 16 / 4 for pair in pairs)
+    assert all(pair.b.abs().max() == 0 and pair.scale == 1.0 for pair in pairs)
     again, other = (
         adapter_pairs(attach_adapter(load(tiny_folder, CPU_BF16), AdapterSection(r=4), seed=seed)) for seed in (5, 6)
     )
@@ -157,34 +157,32 @@ def test_a_gated_start_keeps_the_norm_and_the_model_as_it_is(tiny_folder: Path, 
         assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
-@pytest.mark.parametrize("across_layers", [False, True])
-def test_rows_in_shares_keep_the_norm_and_the_proportions_of_their_gates(
-    tiny_folder: Path, across_layers: bool
-) -> None:
+@pytest.mark.parametrize("in_nats", [False, True])
+def test_rows_in_shares_have_the_proportions_of_their_gates(tiny_folder: Path, in_nats: bool) -> None:
     model = attach_adapter(load(tiny_folder), AdapterSection(r=4), seed=0)
     pairs = adapter_pairs(model)
     gates = {pair.name: random_gate(pair.module.in_features) for pair in pairs[1:]}
     for number, gate in enumerate(gates.values()):
         gate.unit = 1.0 + number  # layers differ in what a step costs
     before = {pair.name: pair.a.detach().clone() for pair in pairs}
-    start_in_shares(pairs, gates, across_layers)
+    start_in_shares(pairs, gates, in_nats)
     assert torch.equal(pairs[0].a, before[pairs[0].name]), "a layer without a gate keeps its start"
-    scales = []
+    scales, cost = [], 0.0
     for pair in pairs[1:]:
-        rows = gates[pair.name].gated_rows(4)
+        gate, rows = gates[pair.name], gates[pair.name].gated_rows(4)
         scales.append(float(pair.a.norm() / rows.norm()))
         assert torch.allclose(pair.a, rows * scales[-1], atol=1e-6)
-        assert across_layers or torch.isclose(pair.a.norm(), before[pair.name].norm())
-    assert (max(scales) / min(scales) < 1 + 1e-5) is across_layers
-    norms = [sum(float(a.square().sum()) for a in of) for of in ([p.a for p in pairs], list(before.values()))]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        assert in_nats or torch.isclose(pair.a.norm(), before[pair.name].norm())
+        cost += gate.unit * float(gate.penalty(pair.a) + gate.ridge * pair.a.double().square().sum())
+    assert (max(scales) / min(scales) < 1 + 1e-5) is in_nats
+    assert not in_nats or cost == pytest.approx(1.0, rel=1e-4), "a step of rate 1 costs half a nat"
 
 
 def test_rows_for_which_a_gate_has_no_direction_are_zero(tiny_folder: Path) -> None:
     model = attach_adapter(load(tiny_folder), AdapterSection(r=40), seed=0)
     pairs = adapter_pairs(model)
     gates = {pair.name: random_gate(pair.module.in_features) for pair in pairs}
-    start_in_shares(pairs, gates, across_layers=True)
+    start_in_shares(pairs, gates, in_nats=True)
     for pair in pairs:
         found = len(gates[pair.name].quotients)
         assert found < 40 and bool((pair.a[:found].norm(dim=1) > 0).all()) and float(pair.a[found:].abs().max()) == 0

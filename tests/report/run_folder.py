@@ -117,6 +117,8 @@ def gates(shape: Shape) -> list[GateResult]:
                     modules=[f"model.layers.{layer}.{kind}" for kind in kinds],
                     dim=dim,
                     gate_lambda=GATE_LAMBDA,
+                    penalty=0.5,
+                    heldout_penalty=1.75,
                     quotients=quotients,
                     values=[quotient / (quotient + GATE_LAMBDA) for quotient in quotients],
                     complement_quotient=0.9 + 0.2 * depth,
