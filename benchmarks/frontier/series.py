@@ -57,7 +57,7 @@ def methods() -> list[Series]:
         Series("LoRA", [LoRA(rate) for rate in (1e-4, USUAL_RATE, *RATES)]),
         *ours,
         Series("ours", [FrozenGated(rate) for rate in OURS_RATES]),
-        Series("ours, rank 16", [FrozenGated(rate, r=RANK) for rate in OURS_RATES]),
+        Series("ours, rank 64", [FrozenGated(rate, r=4 * RANK) for rate in OURS_RATES]),
         Series("ours, rows equally long", [FrozenGated(rate, gate=EQUAL) for rate in (1e-4, *RATES[:2])]),
         Series("gated, A frozen", [Gated(rate, gate=EQUAL) for rate in (1e-3, 3e-3, 1e-2)]),
         Series("gated, A frozen, ridge 0.01", [Gated(rate, gate=COARSE) for rate in (1e-3, 3e-3, 1e-2)]),

@@ -105,7 +105,7 @@ class FrozenGated(Gated):
     """
 
     gate: dict[str, object] = field(default_factory=lambda: {"rule": "frozen"})
-    r: int = 4 * RANK
+    r: int = 2 * RANK
 
     @property
     def section(self) -> GateSection:
