@@ -55,6 +55,9 @@ def main() -> None:
 @click.option("--series", "wanted", multiple=True, help="These series alone, by name or a part of it.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", type=int, help="Optimizer steps of a run.")
+@click.option(
+    "--human-eval", is_flag=True, help="Solve HumanEval's problems with each model; for models that write code."
+)
 @click.option("--workers", default=1, show_default=True, help="Processes at once; on a CPU one a core.")
 @click.option("--worker", "number", type=int, hidden=True)
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
@@ -66,6 +69,7 @@ def run(
     wanted: tuple[str, ...],
     seeds: int,
     steps: int | None,
+    human_eval: bool,
     workers: int,
     number: int | None,
     output: Path,
@@ -92,6 +96,7 @@ def run(
             seeds=range(1 if quick else seeds),
             steps=steps,
             output=output,
+            human_eval=human_eval,
             share=(number or 0, workers),
         )
         run_plan(plan, ConsoleProgress(), lambda line: err.print(line))

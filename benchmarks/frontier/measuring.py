@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from benchmarks.frontier.ground import Ground
+from benchmarks.frontier.human_eval import Problem, pass_rate
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.task import greedy_answers
 from folora_q.models.adapters import adapter_pairs
@@ -28,13 +30,18 @@ class Measured:
     exact: float | None
     accuracy: float
     update_norm: float
+    human_eval: float | None = None  # pass@1
 
 
 class Yardstick:
-    """Measures one model after another on the same text. The base's last hidden states are kept: a few megabytes."""
+    """Measures one model after another on the same text. The base's last hidden states are kept: a few megabytes.
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground = ground
+    Args:
+        problems: of HumanEval, to be solved too.
+    """
+
+    def __init__(self, ground: Ground, problems: Sequence[Problem] = ()) -> None:
+        self.ground, self.problems = ground, problems
         self.of_base = {text.name: _states(ground.base, text) for text in ground.on.texts}
         self.base = self.measure(ground.base)
 
@@ -58,7 +65,10 @@ class Yardstick:
             )
             exact = sum(ground.scorer(a, q.reference) for a, q in zip(answers, asked, strict=True)) / len(asked)
         norm = update_norm(ground, model) if isinstance(model, PeftModel) else 0.0
-        return Measured(losses, kls, exact, ground.questions.accuracy(inner), norm)
+        passed = None
+        if self.problems:
+            passed = pass_rate(inner, ground.tokenizer, self.problems, ground.recipe.evaluation.batch_size)
+        return Measured(losses, kls, exact, ground.questions.accuracy(inner), norm, passed)
 
     @torch.no_grad()
     def _compared(self, model: PreTrainedModel, text: HeldOutText, tuned: Tensor) -> tuple[float, float]:
@@ -66,10 +76,10 @@ class Yardstick:
         wanted, base = self.of_base[text.name]
         loss = kl = 0.0
         for part in chunks(len(wanted)):
-            log_q = log_softmax(head_logits(model, tuned[part]), -1)
+            log_q = log_softmax(head_logits(model, tuned[part], exact=True), -1)
             loss -= float(log_q.gather(-1, wanted[part, None]).sum())
             if text.kind == "own":
-                log_p = log_softmax(head_logits(self.ground.base, base[part]), -1)
+                log_p = log_softmax(head_logits(self.ground.base, base[part], exact=True), -1)
                 kl += float((log_p.exp() * (log_p - log_q)).sum())
         return loss / len(wanted), kl / len(wanted)
 

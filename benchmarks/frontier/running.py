@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.frontier.ground import Ground
+from benchmarks.frontier.human_eval import problems
 from benchmarks.frontier.measuring import Yardstick
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.results import Key, Result, Setting, write
@@ -24,6 +25,7 @@ class Plan:
     """What is to be run on a task.
 
     Attributes:
+        human_eval: solve HumanEval's problems with each model too.
         share: (n, of): every of-th run from the n-th on, so that processes can share the work.
     """
 
@@ -33,6 +35,7 @@ class Plan:
     seeds: Sequence[int]
     steps: int
     output: Path
+    human_eval: bool = False
     share: tuple[int, int] = (0, 1)
 
 
@@ -51,7 +54,7 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
         return
     ground = Ground(recipe, plan.output, Clock(progress))
     with ground.clock.stage("measuring the base", None):
-        yardstick = Yardstick(ground)
+        yardstick = Yardstick(ground, problems() if plan.human_eval else ())
     for number, (path, key, series, point) in enumerate(missing, 1):
         name = f"{on.task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}"
         # A copy: a method keeps what it computes for one run.
@@ -81,5 +84,6 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
         write(path, key, result)
         tell(
             f"{name}: task {result.task_loss:.4f}, KL {result.kl:.4f}, rise {result.mean_rise:+.4f}, ‖ΔW‖ "
-            f"{measured.update_norm:.2f}, exact {measured.exact}, right {measured.accuracy:.3f}, {cost.seconds:.0f} s"
+            f"{measured.update_norm:.2f}, exact {measured.exact}, right {measured.accuracy:.3f}, HumanEval "
+            f"{measured.human_eval} (base {yardstick.base.human_eval}), {cost.seconds:.0f} s"
         )

@@ -56,8 +56,10 @@ SAMPLING, SAMPLING_MIXTURE = 4 + 4, 4 + 4 + 4 + 8 + 4 + 4
 READ_ROWS, READ_BYTES = 512, 4 + 8
 # Tensors (n, h) of a layer in a pass without gradients: the embeddings, the residual, and what a norm makes of it.
 STREAMS = 3
-# Positions whose logits are compared at once, and the float32 tensors of that size (folora_q.evaluation).
-COMPARED, COMPARED_TENSORS = 128, 5
+# Positions whose logits are compared at once, and the float32 tensors of that size (folora_q.evaluation); in statistics
+# labels are drawn from as many. Rows of the head in float32 at a time (folora_q.models.logits).
+COMPARED, COMPARED_TENSORS, WEIGHED_TENSORS = 128, 6, 4
+HEAD_ROWS = 4_096
 # General text is read in windows of so many tokens (folora_q.evaluation.evaluate).
 GENERAL_WINDOW = 256
 
@@ -183,7 +185,8 @@ class _Run:
         inputs = sum(space.count * space.width for space in spaces) // depth * how.compute * batch.tokens
         stored, passing = at_backward(shape, batch, how, self.checkpointing)
         forward = (kept_with_checkpointing if self.checkpointing else kept)(shape, batch, how)
-        head = COMPARED * shape.vocabulary * (how.compute + 3 * FLOAT32) + 2 * batch.tokens * shape.hidden * how.compute
+        logits = COMPARED * shape.vocabulary * (how.compute + WEIGHED_TENSORS * FLOAT32)
+        head = logits + 2 * batch.tokens * shape.hidden * how.compute
         # A layer's input in float32, weighted and not, beside what a sketch takes of it.
         fed = 2 * FLOAT32 * batch.tokens * widest + READ_ROWS * widest * READ_BYTES
         return max(forward + head, stored + inputs + max(passing, fed)) + self.decoded
@@ -247,7 +250,7 @@ class _Run:
             batch.tokens * (middle * (2 * c + 2 * FLOAT32) + shape.hidden * (STREAMS * c + c + FLOAT32)) + self.decoded
         )
         hidden = 2 * batch.tokens * shape.hidden * c
-        compared = COMPARED * shape.vocabulary * (c + FLOAT32 * COMPARED_TENSORS)
+        compared = FLOAT32 * (COMPARED * shape.vocabulary * COMPARED_TENSORS + HEAD_ROWS * shape.hidden)
         drift = batch.tokens * (middle * (3 * c + FLOAT32) + shape.hidden * (STREAMS * c + FLOAT32))
         answering = self._generating(section.batch_size, length + section.max_new_tokens)
         moments = [

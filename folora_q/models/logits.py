@@ -12,8 +12,8 @@ from folora_q.errors import RunFailed
 
 # Positions whose logits stand in memory at once: 128 x 128k words in float32 are 64 MiB.
 CHUNK = 128
-# Rows of the head's weight that are converted to float32 at a time: 16k x 4,096 are 256 MiB.
-HEAD_ROWS = 16_384
+# Rows of the head's weight that are converted to float32 at a time: 4k x 4,096 are 64 MiB.
+HEAD_ROWS = 4_096
 # Logits of one model computed in two ways, in bfloat16: relative to their largest.
 HEAD_TOLERANCE = 0.02
 

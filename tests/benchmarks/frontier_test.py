@@ -14,6 +14,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch.nn.functional import cross_entropy, log_softmax
 
+from benchmarks.frontier import human_eval
 from benchmarks.frontier.__main__ import HERE, TASKS
 from benchmarks.frontier.costs import measure
 from benchmarks.frontier.drift import drift, drifts
@@ -122,6 +123,12 @@ def test_ours_starts_as_the_product_does_at_any_rank(ground: Ground) -> None:
         assert torch.allclose(pair.a, rows * scales[-1], atol=1e-5)
     assert max(scales) / min(scales) < 1 + 1e-4, "one scale for all layers"
     release(method, model)
+
+
+def test_humaneval_is_solved_where_it_is_asked_for(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(human_eval, "MAX_NEW_TOKENS", 8)
+    assert Yardstick(ground, human_eval.problems()[:3]).base.human_eval == 0.0, "a random model writes no function"
+    assert Yardstick(ground).base.human_eval is None
 
 
 def test_numbers_are_those_of_the_product(ground: Ground) -> None:
