@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy.linalg import eigh
 from torch import nn
 
 from folora_q.core import CovarianceSketch, GatedOptimizer, SpectralAdamW, SpectralGate
@@ -180,6 +181,34 @@ def test_a_gated_row_is_no_longer_than_the_step_was(scale: float) -> None:
     optimizer.step()
     step = (model.a.detach() - before).norm(dim=1)
     assert torch.allclose(step, torch.full_like(step, scale), rtol=2e-1 if scale < 1e-3 else 1e-4)
+
+
+def test_rows_in_shares_are_adam_in_spectral_coordinates_gated_direction_by_direction() -> None:
+    """A frozen at √γᵢ vᵢ with plain Adam on B makes the ΔW of FoLoRA's lines for B: Ḡ = G V, step times √γ, back by Vᵀ.
+
+    (2606.00132, section 3, for a ΔW = B̄ Vᵀ with the spectral coordinates B̄; the reference is dense and in float64.)
+    """
+    count, lr = 6, 0.05
+    both = covariance(0, rank=D), covariance(1, rank=D)
+    ours = SpectralGate.from_covariances(*both, ridge=0.1, utility_ridge=0.02, one_unit=True)
+    rows = ours.gated_rows(count).double()
+    b = nn.Parameter(torch.zeros(OUT, count, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([b], lr=lr, weight_decay=0.0, eps=1e-12)
+
+    penalty, utility = (each.dense().numpy() for each in both)
+    unit = np.trace(penalty) / D
+    h = penalty + 0.1 * unit * np.eye(D)
+    u = utility + 0.02 * np.trace(utility) / D * np.eye(D)
+    gamma, v = eigh(u, h)
+    gamma, v = gamma[::-1][:count], v[:, ::-1][:, :count]
+    coordinates, adam = np.zeros((OUT, count)), dense.Adam(eps=1e-12)
+    target = Y.T @ X / len(X)
+    for _ in range(5):
+        b.grad = (b.detach() @ rows - target) @ rows.T
+        optimizer.step()
+        gradient = coordinates @ v.T - target.numpy()  # of ΔW
+        coordinates = coordinates - lr * adam.direction(gradient @ v) * np.sqrt(gamma)
+        np.testing.assert_allclose((b.detach() @ rows).numpy(), coordinates @ v.T, rtol=1e-4, atol=1e-6)
 
 
 def test_parameters_without_a_gradient_stay_and_nothing_breaks() -> None:
