@@ -33,6 +33,8 @@ def command(path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bo
     out.print(f"[green]✓[/] {escape(str(path))} is valid", soft_wrap=True)
     for name, text in facts:
         out.print(f"  [dim]{name:9}[/] {escape(text)}", soft_wrap=True)
+    if recipe.rate_advice is not None:
+        out.print(f"  [yellow]note[/]      {escape(recipe.rate_advice)}", soft_wrap=True)
 
 
 def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,8 @@ BY_RULE: dict[str, dict[str, Any]] = {
 }
 # The peak learning rate of each rule, and of plain QLoRA, unless a recipe says otherwise (docs/frontier.md).
 LEARNING_RATES = {"plain": 2e-4, "frozen": 2e-3, "step": 4e-3, "spectral": 1e-3}
+# A rate so many times the gate's default, or so much less, is likely another method's.
+FAR_RATE = 5
 # A gate's sketches keep so many directions at least, and twice as many as the adapter has rows: its rows are the best.
 RANK, RANK_PER_ROW = 64, 2
 
@@ -411,6 +413,20 @@ class Recipe(Section):
                 f"gate.rule spectral is an AdamW of its own: training.optim: adamw_torch, not {self.training.optim}"
             )
         return self
+
+    @property
+    def rate_advice(self) -> str | None:
+        """A sentence where the learning rate is far from the gate's default, as plain LoRA's rates are."""
+        rate, default = self.training.learning_rate, LEARNING_RATES["frozen"]
+        if not self.gate.enabled or not self.gate.scales_rows or self.gate.covariance != "fisher":
+            return None
+        if default / FAR_RATE < rate < default * FAR_RATE:
+            return None
+        how = "little is learned" if rate < default else "much is forgotten"
+        return (
+            f"training.learning_rate {rate:g} is far from {default:g}, the default of gate.rule frozen, whose rate is "
+            f"in units of the KL that a step costs: with it {how}"
+        )
 
     def statistics_batch_size(self, length: int) -> int:
         """Sequences of this length, at most, that statistics are taken of at a time.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,24 @@ def test_rate_and_rank_follow_the_rule_and_the_adapter_unless_they_are_given(
 ) -> None:
     recipe = load_recipe(write(MINIMAL), overrides)
     assert (recipe.training.learning_rate, recipe.gate.rank) == (rate, rank)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], None),
+        (["training.learning_rate=1e-3"], None),
+        (["training.learning_rate=2e-4"], "learning_rate 0.0002 is far from 0.002, .*: with it little is learned"),
+        (["training.learning_rate=0.01"], "learning_rate 0.01 is far from 0.002, .*: with it much is forgotten"),
+        (["training.learning_rate=2e-4", "gate.enabled=false"], None),
+        (["training.learning_rate=2e-4", "gate.rule=step"], None),
+        (["training.learning_rate=2e-4", "gate.places=[a_start]"], None),
+        (["training.learning_rate=2e-4", "gate.covariance=activation"], None),
+    ],
+)
+def test_a_rate_of_another_method_is_told(write, overrides: list[str], told: str | None) -> None:
+    advice = load_recipe(write(MINIMAL), overrides).rate_advice
+    assert advice is None if told is None else re.search(told, advice)
 
 
 @pytest.mark.parametrize(
