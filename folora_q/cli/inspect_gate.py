@@ -27,7 +27,7 @@ RANGE_WIDTH = 20
 # Of a gate's directions: the first and the last, unless all are asked for.
 FIRST, LAST = 24, 4
 BAR_WIDTH = 24
-# A held-out penalty of so many times the other says that the directions fit their text by chance.
+# Above this ratio of held-out to in-sample penalty the directions are overfitted to the sampled text.
 MUCH_OVERFITTED = 3.0
 
 
@@ -93,9 +93,8 @@ def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
     if (penalties := heldout_penalties(run.gates)) is not None:
         inside, outside = penalties
         out.print(
-            f"a step along A's rows costs {short(outside / inside)} times as much on held-out model-generated text as "
-            "on the text that the gates were made of"
-            + ("; more proxy.num_samples bring them together" if outside > MUCH_OVERFITTED * inside else ""),
+            f"penalty of A's rows on held-out model-generated text: {short(outside / inside)} times the in-sample penalty"
+            + ("; raise proxy.num_samples" if outside > MUCH_OVERFITTED * inside else ""),
             soft_wrap=True,
         )
     example = escape(visible(run.gates[0].modules[0])) if run.gates[0].modules else "NAME"

@@ -19,14 +19,14 @@ BY_RULE: dict[str, dict[str, Any]] = {
 }
 # The peak learning rate of each rule, and of plain QLoRA, unless a recipe says otherwise (docs/frontier.md).
 LEARNING_RATES = {"plain": 2e-4, "frozen": 2e-3, "step": 4e-3, "spectral": 1e-3}
-# A rate so many times the gate's default, or so much less, is likely another method's.
+# A rate this many times above or below the gate's default is likely to be meant for another method.
 FAR_RATE = 5
-# A gate's sketches keep so many directions at least, and twice as many as the adapter has rows: its rows are the best.
+# Least number of directions in a sketch, and directions per row of the adapter, which takes the best of them.
 RANK, RANK_PER_ROW = 64, 2
 
 
 def sketch_rank(rows: int) -> int:
-    """How many directions the sketches keep, for adapters of so many rows, unless a recipe says otherwise."""
+    """Number of directions that sketches keep for an adapter of this rank, unless a recipe sets it."""
     return max(RANK, RANK_PER_ROW * rows)
 
 
@@ -324,7 +324,7 @@ class EvaluationSection(Section):
     steps: PositiveInt | None = None
     """Steps between two measurements during training: held-out loss, KL, loss on general text; unset: after it only."""
     num_proxy_samples: PositiveInt = 16
-    """So many of the held-out samples, and windows of general text, are measured during training; after it, all are."""
+    """Number of held-out samples, and of windows of general text, measured during training; after it, all are."""
     max_kl: Positive | None = None
     """Stop when KL(base ‖ tuned) exceeds this, in nats per token, and keep the best checkpoint within; needs steps."""
     general_text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] | None = None

@@ -63,7 +63,7 @@ def mean_value(gates: Sequence[GateResult]) -> float:
 
 
 def heldout_penalties(gates: Sequence[GateResult]) -> tuple[float, float] | None:
-    """The penalty of A's rows over all gates: on the gates' own text, and on held-out text; None where not measured."""
+    """The penalty of A's rows summed over all gates, in sample and held out; None if it was not measured."""
     known = [gate for gate in gates if gate.penalty is not None and gate.heldout_penalty is not None]
     inside, outside = (sum(getattr(gate, name) for gate in known) for name in ("penalty", "heldout_penalty"))
     return (inside, outside) if 0 < inside < math.inf and 0 < outside < math.inf else None

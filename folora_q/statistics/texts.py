@@ -1,4 +1,4 @@
-"""The text that must stay as it is: what the base model wrote itself, and packaged public text."""
+"""The text whose predictions should not change: model-generated text and packaged public text."""
 
 from __future__ import annotations
 

@@ -106,7 +106,9 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert f"{found.text('task').loss.tuned.value:.4f}" in text
     assert f"chat {folder} --base" in text and f"merge {folder}\n" in text
     assert "✓ training" in talk
-    assert re.search(r"A's directions cost [\d.e+]+ times as much on held-out text as on the text of the gates", talk)
+    assert re.search(
+        r"penalty of A's directions on held-out model-generated text: [\d.e+]+ times the in-sample penalty", talk
+    )
     assert "\x1b[" not in text + talk, "no colours without a terminal"
     for noise in ("Loading weights", "Tokenizing", "Warning", "it/s", "kernels-community", "Writing model"):
         assert noise not in text + talk
