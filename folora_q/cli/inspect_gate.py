@@ -92,8 +92,9 @@ def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
         )
     if (penalties := heldout_penalties(run.gates)) is not None:
         inside, outside = penalties
+        ratio = f"{outside / inside:,.1f}"
         out.print(
-            f"penalty of A's rows on held-out model-generated text: {short(outside / inside)} times the in-sample penalty"
+            f"penalty of A's rows on held-out model-generated text: {ratio} times the in-sample penalty"
             + ("; raise proxy.num_samples" if outside > MUCH_OVERFITTED * inside else ""),
             soft_wrap=True,
         )
