@@ -107,7 +107,8 @@ def _print_result(result: MergeResult) -> None:
         table.add_row("KL, nats per token", f"{merged.kl:.2g}", f"{base.kl:.2g}")
         table.add_row("same most likely token", f"{merged.agreement:.1%}", f"{base.agreement:.1%}")
         print_table(table)
-        explained = "" if found.rounding is None else f"; rounding alone explains {found.rounding:.3g} of the mean"
+        noise = "" if found.rounding is None else f", and its noise explains {found.rounding:.3g} of the mean"
+        explained = f"; rounding keeps {found.kept:.1%} of the update{noise}"
         out.print(
             f"{found.weights} weights changed, each to the nearest number of its dtype{explained}", soft_wrap=True
         )

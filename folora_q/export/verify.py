@@ -2,9 +2,10 @@
 
 1. Every merged weight is read back and compared with W + Σ wᵢ sᵢ Bᵢ Aᵢ in float64: each number must be the nearest one
    that its dtype has. A scale off by a hundredth, a module left out or two matrices swapped are seen here.
-2. Logits on held-out text, merged against PEFT's adapter on its base: their mean difference must be that of rounding,
-   which is measured by rounding the same weights another way; and less than the adapter's own effect, or the merged
-   model is the base.
+2. Logits on held-out text, merged against PEFT's adapter on its base: their mean difference must be that of rounding:
+   of its noise, measured by rounding the same weights another way, and of the share of the update that it swallows,
+   since a change of less than half the distance between two numbers is rounded away; and less than the adapter's own
+   effect, or the merged model is the base.
 """
 
 from __future__ import annotations
@@ -56,6 +57,19 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class CheckedWeights:
+    """What comparing the weights found.
+
+    Attributes:
+        changed: how many weights differ from the base's, and are what they should be.
+        kept: the share of the update that is left after rounding, ⟨ΔW stored, ΔW⟩ / ‖ΔW‖², over all weights.
+    """
+
+    changed: int
+    kept: float = 1.0
+
+
+@dataclass(frozen=True)
 class Verification:
     """What was found.
 
@@ -64,6 +78,7 @@ class Verification:
         merged: adapter on its base against the merged model.
         base_difference: adapter on its base against the bare base.
         rounding: mean logit difference that another rounding of the same weights makes; None in float32.
+        kept: the share of the update that rounding to the stored dtype keeps.
         tokens: how many predictions were compared.
         failures: sentences; empty if the merged model is the adapter.
     """
@@ -74,22 +89,23 @@ class Verification:
     rounding: float | None
     tokens: int
     failures: list[str]
+    kept: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """For merge.json."""
         return {"verified": not self.failures, **asdict(self)}
 
 
-def check_weights(merge: Merge, folder: Path, on_progress: Callable[[int], None] = lambda weights: None) -> int:
+def check_weights(
+    merge: Merge, folder: Path, on_progress: Callable[[int], None] = lambda weights: None
+) -> CheckedWeights:
     """Compare every weight on the disk with what it should be, in float64.
-
-    Returns:
-        How many weights the merge changed.
 
     Raises:
         RunFailed: one is not the nearest that its dtype has, or a changed one is the base's; the weight is named.
     """
     merged = open_checkpoint(folder, merge.trust)
+    stored = whole = 0.0  # ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²
     if merged.tensors.keys() != merge.base.tensors.keys():
         odd = sorted(merged.tensors.keys() ^ merge.base.tensors.keys())[0]
         raise RunFailed(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
@@ -101,16 +117,20 @@ def check_weights(merge: Merge, folder: Path, on_progress: Callable[[int], None]
             raise RunFailed(
                 f"{name} has the shape {tuple(found.shape)} in the merged model, {tuple(base.shape)} in the base"
             )
-        wrong = _wrong(merge, name, base, found)
+        wrong, *sums = _compared(merge, name, base, found)
         if wrong:
             raise RunFailed(f"the merged {name} is not the base's plus the adapter's change: {wrong}")
+        stored, whole = stored + sums[0], whole + sums[1]
         on_progress(1)
-    return len(merge.changed)
+    return CheckedWeights(len(merge.changed), stored / whole if whole else 1.0)
 
 
-def _wrong(merge: Merge, name: str, base: Tensor, found: Tensor) -> str | None:
+def _compared(merge: Merge, name: str, base: Tensor, found: Tensor) -> tuple[str | None, float, float]:
+    """What is wrong with a weight, if anything; ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²."""
     if not base.is_floating_point():
-        return None if torch.equal(base, found) else "it is no number that is rounded, and was changed"
+        wrong = None if torch.equal(base, found) else "it is no number that is rounded, and was changed"
+        return wrong, 0.0, 0.0
+    stored = whole = 0.0
     deltas = [(share * delta.scale, delta) for share, delta in merge.deltas(name)]
     changed = not deltas
     for start in range(0, max(len(base), 1), ROWS):
@@ -126,9 +146,14 @@ def _wrong(merge: Merge, name: str, base: Tensor, found: Tensor) -> str | None:
         actual = found[rows] if base.ndim else found
         error = (actual.double() - expected).abs() - allowed
         if bool((error > 0).any()):
-            return f"a number is off by {float((actual.double() - expected).abs().max()):.3g}, more than rounding"
+            most = float((actual.double() - expected).abs().max())
+            return f"a number is off by {most:.3g}, more than rounding", 0.0, 0.0
+        if deltas:
+            change = expected - base[rows].double()
+            stored += float(((actual.double() - base[rows].double()) * change).sum())
+            whole += float(change.square().sum())
         changed = changed or not torch.equal(actual, (base[rows] if base.ndim else base).to(found.dtype))
-    return None if changed else "it is the base's"
+    return (None if changed else "it is the base's"), stored, whole
 
 
 def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +166,7 @@ def check_outputs(
     merge: Merge,
     folder: Path,
     texts: Sequence[Sequence[int]],
-    weights: int,
+    weights: CheckedWeights,
     compute: torch.dtype = torch.float32,
     on_progress: Callable[[int], None] = lambda models: None,
 ) -> Verification:
@@ -166,7 +191,8 @@ def check_outputs(
     on_progress(1)
     found, effect = compare_logits(tuned, merged), compare_logits(tuned, bare)
     factor = ROUNDING_FACTOR if compute == torch.float32 else COMPUTING_FACTOR
-    limit = FLOAT32_MEAN if rounding is None else factor * rounding
+    swallowed = max(1 - weights.kept, 0.0) * effect.mean
+    limit = FLOAT32_MEAN if rounding is None else factor * (rounding + swallowed)
     failures = []
     if not (found.mean <= limit and (rounding is not None or found.kl <= FLOAT32_KL)):
         failures.append(
@@ -178,7 +204,7 @@ def check_outputs(
             f"the merged model could be the base: the adapter's own effect on logits is {effect.mean:.3g} on average, "
             f"the merged model is {found.mean:.3g} from the adapter"
         )
-    return Verification(weights, found, effect, rounding, len(tuned), failures)
+    return Verification(weights.changed, found, effect, rounding, len(tuned), failures, weights.kept)
 
 
 def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:

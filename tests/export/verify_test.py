@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from folora_q.errors import RunFailed
 from folora_q.export.merge import Merge, write_merged
-from folora_q.export.verify import check_outputs, check_weights
+from folora_q.export.verify import CheckedWeights, check_outputs, check_weights
 from folora_q.models.checkpoint import INDEX, open_checkpoint
 from tests.export.merge_test import merge_of
 from tests.export.models import save_adapter, sharded_llama, sharded_qwen
@@ -53,11 +53,33 @@ def test_a_right_merge_passes(base: Path, adapter: Path, tmp_path: Path, dtype: 
     changed = check_weights(merge, folder)
     found = check_outputs(merge, folder, TEXTS, changed)
     assert found.failures == []
-    assert (changed, found.tokens) == (14, sum(map(len, TEXTS)) - 3)
+    assert (changed.changed, found.tokens) == (14, sum(map(len, TEXTS)) - 3)
     assert found.merged.mean < 0.1 * found.base_difference.mean
     assert found.merged.kl < 1e-2 * found.base_difference.kl
     if dtype == torch.float32:
         assert found.rounding is None and found.merged.largest <= 1e-4 and found.merged.kl <= 1e-9
+
+
+@pytest.mark.parametrize("size", [0.0005, 0.001])
+def test_what_rounding_leaves_of_small_updates_is_measured(base: Path, tmp_path: Path, size: float) -> None:
+    """A change of less than half the distance between two numbers is rounded away: no noise, but a smaller update."""
+    adapter = save_adapter(base, tmp_path / "adapter", size=size)
+    kept = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        merge = merge_of(base, (adapter, 1.0), weights="dequantized", dtype=dtype)
+        folder = merged(merge, tmp_path / str(dtype))
+        checked = check_weights(merge, folder)
+        tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        stored = exact = 0.0
+        for name in merge.changed:
+            update = sum(share * delta.dense(torch.float64) for share, delta in merge.deltas(name))
+            stored += float(((tensors[name].double() - merge.base_weight(name).double()) * update).sum())
+            exact += float(update.square().sum())
+        assert checked.kept == pytest.approx(stored / exact, rel=1e-3)
+        kept[dtype] = checked.kept
+        found = check_outputs(merge, folder, TEXTS, checked)
+        assert not any("is not the adapter" in failure for failure in found.failures) and found.kept == checked.kept
+    assert kept[torch.float32] == pytest.approx(1, abs=1e-3) and kept[torch.bfloat16] < 0.99
 
 
 def test_a_right_merge_passes_where_memory_is_for_16_bits_alone(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -66,7 +88,7 @@ def test_a_right_merge_passes_where_memory_is_for_16_bits_alone(base: Path, adap
         folder = merged(merge, tmp_path / weights)
         assert check_outputs(merge, folder, TEXTS, check_weights(merge, folder), torch.bfloat16).failures == []
     folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "base")
-    assert check_outputs(merge_of(base, (adapter, 1.0)), folder, TEXTS, 0, torch.bfloat16).failures
+    assert check_outputs(merge_of(base, (adapter, 1.0)), folder, TEXTS, CheckedWeights(0), torch.bfloat16).failures
 
 
 def test_tied_embeddings_and_several_adapters_pass(tmp_path: Path) -> None:
@@ -92,7 +114,7 @@ def test_a_module_left_out_is_found(base: Path, adapter: Path, tmp_path: Path, d
     with pytest.raises(RunFailed, match=f"the merged {SQUARE} "):
         check_weights(merge, folder)
     if dtype != torch.bfloat16:  # whose rounding says as much as one small module of fourteen: the numbers tell
-        found = check_outputs(merge, folder, TEXTS, 13)
+        found = check_outputs(merge, folder, TEXTS, CheckedWeights(13))
         assert any("is not the adapter" in failure for failure in found.failures)
 
 
@@ -105,7 +127,7 @@ def test_halves_that_were_swapped_are_found(base: Path, adapter: Path, tmp_path:
     sabotage(folder, SQUARE, lambda _: swapped)
     with pytest.raises(RunFailed, match=f"the merged {SQUARE} "):
         check_weights(merge, folder)
-    found = check_outputs(merge, folder, TEXTS, 14)
+    found = check_outputs(merge, folder, TEXTS, CheckedWeights(14))
     assert any("is not the adapter" in failure for failure in found.failures)
 
 
@@ -114,7 +136,7 @@ def test_the_base_under_another_name_is_found(base: Path, adapter: Path, tmp_pat
     folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "merged")
     with pytest.raises(RunFailed, match="is not the base's plus the adapter's change"):
         check_weights(merge, folder)
-    found = check_outputs(merge, folder, TEXTS, 0)
+    found = check_outputs(merge, folder, TEXTS, CheckedWeights(0))
     assert any("could be the base" in failure for failure in found.failures)
 
 
@@ -124,7 +146,9 @@ def test_an_adapter_that_changes_nothing_is_told(base: Path, tmp_path: Path) -> 
     folder = merged(merge, tmp_path / "merged")
     with pytest.raises(RunFailed, match="it is the base's"):
         check_weights(merge, folder)
-    assert any("could be the base" in failure for failure in check_outputs(merge, folder, TEXTS, 0).failures)
+    assert any(
+        "could be the base" in failure for failure in check_outputs(merge, folder, TEXTS, CheckedWeights(0)).failures
+    )
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
