@@ -21,6 +21,8 @@ from folora_q.runs.results import GateResult
 # What a gate is made of (`SpectralGate.state_dict`).
 TENSORS = {"basis", "penalty_gram", "utility_gram"}
 SETTINGS = {"penalty_tail", "utility_tail", "ridge", "utility_ridge", "gate_lambda", "floor", "sharpness", "unit"}
+# What gates of versions before it had leave out.
+LATER = {"unit": 1.0}
 
 
 def save_gates(path: Path, gates: Mapping[str, SpectralGate]) -> None:
@@ -73,7 +75,8 @@ def _gate(number: int, entry: Any, tensors: dict[str, Tensor]) -> tuple[list[str
     modules, settings = (entry.get(key) for key in ("modules", "settings")) if isinstance(entry, dict) else (None, None)
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise ValueError(f"gate {number} names no layers")
-    if not isinstance(settings, dict) or settings.keys() != SETTINGS or None in map(finite, settings.values()):
+    settings = LATER | settings if isinstance(settings, dict) else {}
+    if settings.keys() != SETTINGS or None in map(finite, settings.values()):
         raise ValueError(f"gate {number} needs the numbers {', '.join(sorted(SETTINGS))}")
     if tensors.keys() != TENSORS:
         raise ValueError(f"gate {number} needs the tensors {', '.join(sorted(TENSORS))}")
