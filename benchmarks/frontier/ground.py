@@ -47,6 +47,8 @@ SEED = 0
 BATCH_SIZE = 16
 # What a gate's statistics depend on.
 STATISTICS = {"covariance", "rank", "oversampling", "ridge", "utility_ridge", "second_pass", "refinements"}
+# Of the penalty's text; before 2026-11-29 they were the text's own. Keeps those statistics and runs apart.
+LABELS = "drawn"
 # As a rank: exact covariances in place of sketches.
 DENSE = 1_000_000
 
@@ -209,7 +211,7 @@ class Ground:
     def _sketched(
         self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None, key: str, public: float
     ) -> dict[str, SpectralGate]:
-        name = f"{key} {public} {sorted(section.model_dump(include=STATISTICS).items())}"
+        name = f"{key} {public} {LABELS} {sorted(section.model_dump(include=STATISTICS).items())}"
         if name not in self._sketches:
             texts = self._texts(proxy, False, public)
             tokens = [[batch.input_ids.tolist(), batch.labels.tolist()] for text in texts for batch in text]

@@ -12,7 +12,7 @@ from folora_q.files import atomic_write
 from folora_q.recipe import Recipe
 
 # Raised when the same settings come to give other numbers.
-FORMAT = 2
+FORMAT = 1
 
 
 @dataclass(frozen=True)

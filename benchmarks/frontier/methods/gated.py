@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.frontier.ground import ALPHA, DENSE, RANK, SEED, pairs_with
+from benchmarks.frontier.ground import ALPHA, DENSE, LABELS, RANK, SEED, pairs_with
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
@@ -49,7 +49,7 @@ class Gated(Method):
 
     def settings(self) -> dict[str, Any]:
         # The recipe's defaults too: when they change, these are other runs.
-        return super().settings() | {"gate": self.section.model_dump()}
+        return super().settings() | {"gate": self.section.model_dump(), "labels": LABELS}
 
     def text(self, ground: Ground) -> list[Sequence[int]]:
         """The proxy text, as sequences."""
