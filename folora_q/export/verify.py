@@ -192,7 +192,7 @@ def check_outputs(
     found, effect = compare_logits(tuned, merged), compare_logits(tuned, bare)
     factor = ROUNDING_FACTOR if compute == torch.float32 else COMPUTING_FACTOR
     swallowed = max(1 - weights.kept, 0.0) * effect.mean
-    limit = FLOAT32_MEAN if rounding is None else factor * (rounding + swallowed)
+    limit = FLOAT32_MEAN if rounding is None else factor * rounding + ROUNDING_FACTOR * swallowed
     failures = []
     if not (found.mean <= limit and (rounding is not None or found.kl <= FLOAT32_KL)):
         failures.append(
