@@ -1,15 +1,12 @@
 """Who forgets least, at equal gain on the task? Methods over their learning rates, on one 4-bit base and the same data.
 
-    .venv/bin/python -m benchmarks.frontier run --quick      one task, five runs of 20 steps: some twelve minutes
-    .venv/bin/python -m benchmarks.frontier run              everything: some 60 runs for each seed of a task
-    .venv/bin/python -m benchmarks.frontier run --ablations  ours with its parts changed one by one
+    .venv/bin/python -m benchmarks.frontier run --quick      one task, five runs of 19 steps
+    .venv/bin/python -m benchmarks.frontier run              everything: some 70 runs for each seed of a task
     .venv/bin/python -m benchmarks.frontier costs            time and peak memory of each method's steps
-    .venv/bin/python -m benchmarks.frontier drift            which drift on own text predicts the KL
-    .venv/bin/python -m benchmarks.frontier table            docs/frontier.md and its plots, from what has been run
+    .venv/bin/python -m benchmarks.frontier table            tables of all results, or with --docs frontier.md
 
-What has been run is kept in --output, a file a run; the command goes on where it was stopped. Overrides go to the
-task's recipe: `model.model_name_or_path=...` takes another model. Runs of other recipes are made anew and never mixed:
-give `table` the overrides that `run` had.
+Every run writes a file into --output, and a run whose file exists is not repeated. Overrides go to the task's recipe:
+`model.model_name_or_path=...` takes another model. Runs of different recipes are never mixed.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -30,8 +27,9 @@ from folora_q.errors import FoloraError
 quiet_libraries()  # before they are imported
 
 HERE = Path(__file__).parent
-TASKS = ("skill", "style", "bookings")
-STEPS, QUICK_STEPS = 80, 20
+TASKS = ("skill", "style", "bookings", "code", "mathematics", "constraints")
+# Until the held-out loss stops falling, or three epochs.
+EPOCHS, QUICK_EPOCHS = 3.0, 0.25
 # Less text to read and to measure on; in so few steps no answer comes out wholly right, so none is asked for.
 QUICK = (
     "proxy.num_samples=16",
@@ -50,11 +48,12 @@ def main() -> None:
 @main.command()
 @click.argument("overrides", nargs=-1)
 @click.option("--quick", is_flag=True, help="Few points, 20 steps, one seed, one task, less text.")
-@click.option("--ablations", is_flag=True, help="Ours with its parts changed, in place of the methods.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="This task alone.")
 @click.option("--series", "wanted", multiple=True, help="These series alone, by name or a part of it.")
+@click.option("--rate", "rates", type=float, multiple=True, help="These learning rates alone, where a series has them.")
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--steps", type=int, help="Optimizer steps of a run.")
+@click.option("--epochs", type=float, help="How often a run sees every training row.")
+@click.option("--points", default=6, show_default=True, help="How often a run is measured during training.")
 @click.option(
     "--human-eval", is_flag=True, help="Solve HumanEval's problems with each model; for models that write code."
 )
@@ -64,11 +63,12 @@ def main() -> None:
 def run(
     overrides: tuple[str, ...],
     quick: bool,
-    ablations: bool,
     tasks: tuple[str, ...],
     wanted: tuple[str, ...],
+    rates: tuple[float, ...],
     seeds: int,
-    steps: int | None,
+    epochs: float | None,
+    points: int,
     human_eval: bool,
     workers: int,
     number: int | None,
@@ -83,26 +83,29 @@ def run(
     from benchmarks.frontier import series
     from benchmarks.frontier.running import Plan, run_plan
 
-    chosen = series.quick() if quick else series.ablations() if ablations else series.methods()
+    chosen = series.quick() if quick else series.methods()
     overrides = (*QUICK, *overrides) if quick else overrides
-    steps = steps or (QUICK_STEPS if quick else STEPS)
+    epochs = epochs or (QUICK_EPOCHS if quick else EPOCHS)
     names = {s.name for s in chosen}
     chosen = [s for s in chosen if not wanted or any(s.name == w or (w not in names and w in s.name) for w in wanted)]
+    if rates:
+        chosen = [replace(s, points=[p for p in s.points if p.learning_rate in rates]) for s in chosen]
     for task in tasks or TASKS[: 1 if quick else None]:
         plan = Plan(
             recipe=HERE / f"{task}.yaml",
             overrides=overrides,
             series=chosen,
             seeds=range(1 if quick else seeds),
-            steps=steps,
+            epochs=epochs,
             output=output,
+            points=points,
             human_eval=human_eval,
             share=(number or 0, workers),
         )
         run_plan(plan, ConsoleProgress(), lambda line: err.print(line))
     if quick and number in (None, 0):
-        command = ["table", *overrides, "--steps", str(steps), "--output", str(output)]
-        err.print(f"now: .venv/bin/python -m benchmarks.frontier {shlex.join(command)}", soft_wrap=True)
+        command = shlex.join(["table", "--output", str(output)])
+        err.print(f"now: .venv/bin/python -m benchmarks.frontier {command}", soft_wrap=True)
 
 
 @main.command()
@@ -128,38 +131,19 @@ def costs(
 
 
 @main.command()
-@click.argument("overrides", nargs=-1)
-@click.option("--task", default=TASKS[0], type=click.Choice(TASKS), show_default=True)
-@click.option("--steps", default=STEPS, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-def drift(overrides: tuple[str, ...], task: str, steps: int, output: Path) -> None:
-    """Compare the drift on the base's own text, plain and Fisher-weighted, with the KL that is measured."""
-    from benchmarks.frontier.drift import drifts
-    from benchmarks.frontier.ground import Ground
-    from folora_q.progress import Clock
-    from folora_q.recipe import load_recipe
-
-    ground = Ground(load_recipe(HERE / f"{task}.yaml", list(overrides)), output, Clock(ConsoleProgress()))
-    for found in drifts(ground, steps):
-        click.echo(
-            f"{found.method}: drift {found.plain:.1f}, weighted {found.weighted:.2f}, KL {found.kl:.4f}, "
-            f"task loss {found.task_loss:.4f}"
-        )
-
-
-@main.command()
-@click.argument("overrides", nargs=-1)
-@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-@click.option("--steps", default=STEPS, show_default=True)
 @click.option("--docs", type=click.Path(path_type=Path), help="Write frontier.md and the plots into this folder.")
-def table(overrides: tuple[str, ...], output: Path, steps: int, docs: Path | None) -> None:
-    """Show what has been run with these overrides."""
-    from benchmarks.frontier.results import Setting
+@click.option("--keep", is_flag=True, help="Add the runs to those that the repository keeps.")
+def table(output: Path, docs: Path | None, keep: bool) -> None:
+    """Show what has been run, with the runs that the repository keeps."""
+    from benchmarks.frontier.results import KEPT, read_all
     from benchmarks.frontier.tables import show
-    from folora_q.recipe import load_recipe
+    from folora_q.files import atomic_write
 
-    paths = [HERE / f"{task}.yaml" for task in TASKS]
-    show(output, [Setting.of(path, load_recipe(path, list(overrides))) for path in paths], steps, docs)
+    lines, found = read_all(output)
+    show(found, docs)
+    if keep:
+        atomic_write(KEPT, "".join(f"{lines[name]}\n" for name in sorted(lines)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Curves made comparable: what a method forgets at a given task loss, and at a given size of its update.
+"""Curves made comparable: what a method forgets at a given task loss.
 
-A learning rate that is too small forgets nothing because it learns nothing, so no two runs are compared as they are. A
-method's curve goes through the runs that no other of its runs beats in both task loss and forgetting. Between them task
-loss and KL are interpolated in logarithms, everything else along the logarithm of the task loss. A method that did not
-learn so much has no value; of one that learnt more in each of its runs, the least of them bounds what it forgets.
+A run that learned less forgets less, so no two runs are compared as they are. A method's curve goes through those
+points along its runs that no other of its points beats in both task loss and forgetting. Between them task loss and KL
+are interpolated in logarithms, everything else along the logarithm of the task loss. A method that did not learn as
+much has no value; of one that learned more at each point, the point of least gain bounds what it forgets.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Curve:
-    """The efficient runs of a method with one seed, by task loss, ascending."""
+    """The efficient points of a method with one seed, by task loss, ascending."""
 
     runs: tuple[Result, ...]
 
     @classmethod
     def of(cls, runs: Iterable[Result]) -> Curve:
-        """Through the runs that are efficient in task loss and KL."""
+        """Through the points along these runs that are efficient in task loss and KL."""
+        runs = [point for run in runs for point in run.along()]
         runs = sorted((run for run in runs if math.isfinite(run.task_loss)), key=lambda run: (run.task_loss, run.kl))
         kept: list[Result] = []
         for run in runs:
@@ -40,36 +41,14 @@ class Curve:
         return cls(tuple(kept))
 
     def at_task_loss(self, loss: float, value: Value, log: bool = False) -> float:
-        """A value where the curve has this task loss; NaN where it is not reached; beyond its end the last run's."""
+        """A value where the curve has this task loss; NaN where it is not reached; beyond its end the last point's."""
         if self.ends_before(loss):
             loss = self.runs[-1].task_loss
         return _between([run.task_loss for run in self.runs], [value(run) for run in self.runs], loss, log)
 
     def ends_before(self, loss: float) -> bool:
-        """Whether every run learnt more: values there are bounds."""
+        """Whether every point has learned more: values there are bounds."""
         return bool(self.runs) and self.runs[-1].task_loss < loss
-
-    def mean_log_ratio(self, other: Curve, value: Value, points: int = 64) -> float:
-        """The area between two curves: the mean of log(value / other's) over the task losses that both reach.
-
-        NaN where they share none.
-        """
-        low = max(self.runs[0].task_loss, other.runs[0].task_loss)
-        high = min(self.runs[-1].task_loss, other.runs[-1].task_loss)
-        if not low < high:
-            return math.nan
-        losses = np.geomspace(low, high, points)  # ends exactly there
-        ratios = [
-            math.log(max(self.at_task_loss(x, value, True), LEAST) / max(other.at_task_loss(x, value, True), LEAST))
-            for x in losses
-        ]
-        return float(np.mean(ratios))
-
-
-def at_update_norm(runs: Sequence[Result], norm: float, value: Value, log: bool = False) -> float:
-    """A value where a method's update has this size, over all of its runs; NaN outside of their range."""
-    runs = sorted(runs, key=lambda run: run.tuned["update_norm"])
-    return _between([run.tuned["update_norm"] for run in runs], [value(run) for run in runs], norm, log)
 
 
 def _between(x: Sequence[float], y: Sequence[float], at: float, log: bool) -> float:
@@ -84,13 +63,13 @@ def _between(x: Sequence[float], y: Sequence[float], at: float, log: bool) -> fl
 def wanted_loss(plain: Sequence[Result], share: float) -> float:
     """The task loss at which a share of the gain is made that plain LoRA makes at its best learning rate."""
     before = plain[0].base["loss"]["task"]
-    best = min(run.task_loss for run in plain)
-    return before - share * (before - best)
+    return before - share * (before - min(run.task_loss for run in plain))
 
 
-def kept_accuracy(run: Result) -> float:
-    """Right answers as a share of the base's, not above one: a benchmark that rises has not kept more."""
-    return min(run.tuned["accuracy"] / run.base["accuracy"], 1.0)
+def gain(run: Result, plain: Sequence[Result]) -> float:
+    """The fall of the task loss, as a share of plain LoRA's at its best learning rate."""
+    before = plain[0].base["loss"]["task"]
+    return (before - run.task_loss) / (before - min(each.task_loss for each in plain))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from peft import PeftModel
+
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.methods.lora import LoRA
@@ -102,12 +104,13 @@ def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, tim
     (series,) = [series for series in methods() if series.name == name]
     ground = Ground(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, Clock(ConsoleProgress()))
 
-    def let_go() -> None:
-        ground.forget()
-        gc.collect()
+    def let_go(step: int, _: PeftModel) -> None:
+        if step == 0:
+            ground.forget()
+            gc.collect()
 
     def cost(method: Method, steps: int = STEPS) -> Cost:
-        model, taken = train(ground, method, seed=0, steps=steps, prepared=let_go)
+        model, taken = train(ground, method, seed=0, steps=steps, watch=let_go)
         release(method, model)
         return taken
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from benchmarks.frontier.covariances import TREATMENTS, Covariance, Made, Positions, measure
+from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
-from benchmarks.frontier.results import digest
+from benchmarks.frontier.results import digest, model_name
 from benchmarks.frontier.texts import real_texts
 from folora_q.core import SpectralGate
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
@@ -39,6 +37,7 @@ from folora_q.statistics.texts import penalty_text, public_windows
 
 DATA = Path(__file__).parent / "data"
 RANK, ALPHA = 16, 16
+COMMON = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # Of each general text, so many batches are measured.
 GENERAL_BATCHES = 1
 # Shared by all runs: the calibration's choice of task rows, the crops of sampled text.
@@ -47,10 +46,6 @@ SEED = 0
 BATCH_SIZE = 16
 # What a gate's statistics depend on.
 STATISTICS = {"covariance", "rank", "oversampling", "ridge", "utility_ridge", "second_pass", "refinements"}
-# Of the penalty's text; before 2026-11-29 they were the text's own. Keeps those statistics and runs apart.
-LABELS = "drawn"
-# As a rank: exact covariances in place of sketches.
-DENSE = 1_000_000
 
 
 class Ground:
@@ -59,7 +54,6 @@ class Ground:
     Attributes:
         base: the model that is tuned. On a CPU its 4-bit weights are held decoded: the same numbers, and faster.
         own: texts that the base wrote, as tokens; none of them is measured on.
-        sources: where each began: "bos" or "chat".
         on: what is measured on.
         device_name: where it all runs, for the record.
     """
@@ -82,7 +76,6 @@ class Ground:
         )
         ids = [sample.ids for sample in samples]
         self.own, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]
-        self.sources = [sample.source for sample in samples]
         self.on: HeldOut = held_out(
             self.tokenizer,
             evaluation,
@@ -98,8 +91,7 @@ class Ground:
         ]
         self.questions = Questions(self.tokenizer, recipe.evaluation.batch_size)
         self._sketches: dict[str, dict[str, SpectralGate]] = {}
-        self._gates: dict[str, dict[str, SpectralGate]] = {}
-        self._measured: dict[str, dict[str, Positions]] = {}
+        self._covariances: Covariances | None = None
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """The training rows: tokens, and labels."""
@@ -107,115 +99,66 @@ class Ground:
         return rows["input_ids"][:], rows["labels"][:]
 
     def tuned(self, seed: int, sixteen_bit: bool = False, **lora: object) -> PeftModel:
-        """The base with a new adapter in float32; on a copy of it in 16 bits where a method changes weights."""
+        """The base with a new LoRA adapter in float32; on a copy of it in 16 bits where a method changes weights."""
+        settings = {"r": RANK, "lora_alpha": ALPHA} | lora
+        return self.adapted(seed, LoraConfig(**COMMON | settings), sixteen_bit)
+
+    def adapted(self, seed: int, config: PeftConfig, sixteen_bit: bool = False) -> PeftModel:
+        """The base with a new adapter of any kind."""
         base = copy.deepcopy(self.base) if sixteen_bit else self.base
         if sixteen_bit:
             decode(base)
         set_seed(seed)
-        settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
-        model = get_peft_model(base, LoraConfig(**settings))
+        model = get_peft_model(base, config)
         keep_in_float32(model)
         return model
+
+    def gates(
+        self, model: PeftModel, section: GateSection, kind: type[SpectralGate] = SpectralGate
+    ) -> dict[str, SpectralGate]:
+        """The gates of a model's layers, as the product makes them. Settings that share statistics collect them once.
+
+        Args:
+            kind: the class of the gates.
+        """
+        shape = {"gate_lambda": section.gate_lambda, "floor": section.floor, "sharpness": section.sharpness}
+        gates: dict[int, SpectralGate] = {}
+        found = self._sketched(model, section)
+        for gate in found.values():
+            if id(gate) not in gates:
+                gates[id(gate)] = kind.from_state_dict(gate.state_dict() | shape).to(self.base.device)
+        return {layer: gates[id(gate)] for layer, gate in found.items()}
+
+    def covariances(self, model: PeftModel) -> Covariances:
+        """Σp and Σt of every layer's input as the papers have them: all tokens of whole rows count alike.
+
+        Σp is of model-generated text alone.
+        """
+        if self._covariances is None:
+            generated = list(batches(self.shown(self.own), BATCH_SIZE, self.base.device))
+            ids, _ = self._task_rows()
+            task = list(batches(ids, BATCH_SIZE, self.base.device))
+            self._covariances = Covariances(measure(model, generated), measure(model, task))
+        return self._covariances
+
+    def forget(self) -> None:
+        """Let go of all statistics."""
+        self._sketches.clear()
+        self._covariances = None
 
     def shown(self, own: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """Texts from their start, and then all of them cut, as the pipeline takes statistics of them."""
         return [*own, *crops(own, SEED + 1)]
 
-    def gates(
-        self,
-        model: PeftModel,
-        section: GateSection,
-        proxy: Sequence[Sequence[int]] | None = None,
-        key: str = "own",
-        kind: type[SpectralGate] = SpectralGate,
-        treatment: str = "plain",
-        covariance: str | None = None,
-        public: float = 0.0,
-    ) -> dict[str, SpectralGate]:
-        """The gates of a model's layers. Statistics are taken once for settings that share them.
-
-        Args:
-            section: its rank DENSE takes exact covariances in place of sketches.
-            proxy, key: other proxy text than the usual, and a name for it.
-            kind: the class of the gates.
-            treatment: of exact covariances (benchmarks/frontier/covariances.py).
-            covariance: of exact ones, in place of the section's; "rows" is the papers', prompts and all.
-            public: the share of packaged public text in Σp.
-        """
-        covariance = covariance or section.covariance
-        shape = section.model_dump(include={"floor", "sharpness", *STATISTICS})
-        name = f"{key} {public} {kind.__name__} {treatment} {covariance} {sorted(shape.items())}"
-        if name not in self._gates:
-            found: Mapping[str, SpectralGate | tuple[Covariance, Covariance]]
-            if section.rank < DENSE:
-                found = self._sketched(model, section, proxy, key, public)
-            else:
-                self._gates.clear()  # exact ones take gigabytes
-                found = self.exact_covariances(model, covariance, proxy, key, treatment, public)
-            # The problem of an exact covariance takes seconds to solve, a strength nothing.
-            shaped = {"gate_lambda": 0.0, "floor": section.floor, "sharpness": section.sharpness}
-            gates: dict[str, SpectralGate] = {}
-            last = None
-            for layer, of in found.items():
-                if of is not last:
-                    state = of.state_dict() if isinstance(of, SpectralGate) else _exact(*of, section, covariance)
-                    last, gate = of, kind.from_state_dict(state | shaped).to(self.base.device)
-                gates[layer] = gate
-            self._gates[name] = gates
-        strong = {id(gate): gate.with_lambda(section.gate_lambda) for gate in self._gates[name].values()}
-        return {layer: strong[id(gate)] for layer, gate in self._gates[name].items()}
-
-    def covariances(self, model: PeftModel) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Σp and Σt of every layer's input, exact (d, d) in float64, each divided by its own mean variance.
-
-        As the papers have them: all tokens of whole rows count alike.
-        """
-        penalty, utility = self._positions(model, "rows")
-        return Made(penalty, utility, lambda *both: tuple(each.normalized for each in TREATMENTS["plain"](*both)))
-
-    def forget(self) -> None:
-        """Let go of all statistics."""
-        for kept in (self._sketches, self._gates, self._measured):
-            kept.clear()
-
-    def exact_covariances(
-        self,
-        model: PeftModel,
-        covariance: str,
-        proxy: Sequence[Sequence[int]] | None = None,
-        key: str = "own",
-        treatment: str = "plain",
-        public: float = 0.0,
-    ) -> Mapping[str, tuple[Covariance, Covariance]]:
-        """By the recipe's `gate.covariance`; or of whole "rows", in which prompts count too."""
-        return Made(*self._positions(model, covariance, proxy, key, public), TREATMENTS[treatment])
-
-    def _positions(
-        self,
-        model: PeftModel,
-        covariance: str,
-        proxy: Sequence[Sequence[int]] | None = None,
-        key: str = "own",
-        public: float = 0.0,
-    ) -> list[dict[str, Positions]]:
-        """Of the proxy text and of the task's, read once."""
-        sides = []
-        texts = self._texts(proxy, covariance == "rows", public)
-        for name, text in zip((f"{key} {public}", "task"), texts, strict=True):
-            name = f"{name} {covariance}"
-            if name not in self._measured:
-                self._measured[name] = measure(model, text, weighted=covariance == "fisher")
-            sides.append(self._measured[name])
-        return sides
-
-    def _sketched(
-        self, model: PeftModel, section: GateSection, proxy: Sequence[Sequence[int]] | None, key: str, public: float
-    ) -> dict[str, SpectralGate]:
-        name = f"{key} {public} {LABELS} {sorted(section.model_dump(include=STATISTICS).items())}"
+    def _sketched(self, model: PeftModel, section: GateSection) -> dict[str, SpectralGate]:
+        share = self.recipe.proxy.public_share
+        name = f"{share} {sorted(section.model_dump(include=STATISTICS).items())}"
         if name not in self._sketches:
-            texts = self._texts(proxy, False, public)
+            texts = self._texts(share)
             tokens = [[batch.input_ids.tolist(), batch.labels.tolist()] for text in texts for batch in text]
-            path = self.kept / f"{digest([self.recipe.model.model_dump(mode='json'), name, tokens])}.safetensors"
+            model_settings = self.recipe.model.model_dump(mode="json") | {"name": model_name(self.recipe)}
+            del model_settings["model_name_or_path"]
+            path = self.kept / f"{digest([model_settings, name, tokens])}.safetensors"
             if path.exists():
                 self._sketches[name] = load_gates(path, self.base.device)
             else:
@@ -224,37 +167,25 @@ class Ground:
                 save_gates(path, self._sketches[name])
         return self._sketches[name]
 
-    def _texts(
-        self, proxy: Sequence[Sequence[int]] | None, rows: bool, public: float = 0.0
-    ) -> tuple[list[Batch], list[Batch]]:
-        """Proxy text and the task's, as statistics are taken of them."""
+    def _texts(self, public_share: float) -> tuple[list[Batch], list[Batch]]:
+        """The penalty's text and the task's, as the product collects statistics of them."""
+        device = self.base.device
+        generated = list(batches(self.shown(self.own), BATCH_SIZE, device))
+        public = list(batches(public_windows(self.tokenizer), BATCH_SIZE, device))
+        ids, labels = self._task_rows()
+        return penalty_text(generated, public, public_share), list(batches(ids, BATCH_SIZE, device, labels))
+
+    def _task_rows(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The training rows that statistics are collected of: tokens, and labels."""
         ids, labels = self.rows()
         chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
-        sequences, learned = [ids[i] for i in chosen], None if rows else [labels[i] for i in chosen]
-        proxy = self.shown(self.own) if proxy is None else proxy
-        device = self.base.device
-        others = list(batches(public_windows(self.tokenizer), BATCH_SIZE, device))
-        written = penalty_text(list(batches(proxy, BATCH_SIZE, device)), others, public)
-        return written, list(batches(sequences, BATCH_SIZE, device, learned))
-
-
-def _exact(penalty: Covariance, utility: Covariance, section: GateSection, covariance: str) -> dict[str, Any]:
-    """The state of a gate whose basis is the whole space; nothing lies outside, so its tails are not used."""
-    unit = penalty.unit if covariance == "fisher" else utility.unit
-    return {
-        "basis": torch.eye(len(penalty.matrix)),
-        "penalty_gram": penalty.normalized,
-        "utility_gram": utility.matrix / unit,
-        "penalty_tail": 1.0,
-        "utility_tail": 1.0,
-        "ridge": section.ridge,
-        "utility_ridge": section.utility_ridge * utility.unit / unit,
-    }
+        return [ids[i] for i in chosen], [labels[i] for i in chosen]
 
 
 def written(recipe: Recipe) -> Path:
     """Where a model's own text lies beside the tasks: other processors sample other text, and runs are compared."""
-    return DATA / f"own-{digest([recipe.model.model_name_or_path, settings_of_text(recipe.proxy)])}.jsonl"
+    name = model_name(recipe)
+    return DATA / f"own-{Path(name).stem}-{digest([name, settings_of_text(recipe.proxy)])}.jsonl"
 
 
 def decode(model: nn.Module) -> None:

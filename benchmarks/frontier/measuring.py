@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.oft import OFTLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -17,19 +19,21 @@ from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.human_eval import Problem, pass_rate
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.task import greedy_answers
-from folora_q.models.adapters import adapter_pairs
 from folora_q.models.logits import chunks, head_logits, hidden_states
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Losses in nats per token, KL(base ‖ tuned) in nats per token, shares; ‖ΔW‖ over all adapted layers."""
+    """Losses and KL(base ‖ tuned) in nats per token, shares of right answers; ‖ΔW‖ over all adapted layers.
+
+    None is what was not asked for.
+    """
 
     loss: dict[str, float]  # by text
-    kl: dict[str, float]  # on text of the base's own
-    exact: float | None
-    accuracy: float
+    kl: dict[str, float]  # on text that the base generated
     update_norm: float
+    exact: float | None = None
+    accuracy: float | None = None
     human_eval: float | None = None  # pass@1
 
 
@@ -47,15 +51,8 @@ class Yardstick:
 
     def measure(self, model: PreTrainedModel | PeftModel) -> Measured:
         """Everything of one model; the base itself has a KL and a ‖ΔW‖ of zero."""
-        ground = self.ground
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        model.eval()
-        losses, kls = {}, {}
-        for text in ground.on.texts:
-            states = _states(inner, text)[1] if model is not ground.base else self.of_base[text.name][1]
-            losses[text.name], kl = self._compared(inner, text, states)
-            if text.kind == "own":
-                kls[text.name] = kl
+        ground, inner = self.ground, _inner(model)
+        measured = self.losses(model)
         exact = None
         if ground.scorer is not None:
             asked = [question for question in ground.on.questions if question.reference is not None]
@@ -64,11 +61,21 @@ class Yardstick:
                 inner, ground.tokenizer, [q.ids for q in asked], settings.max_new_tokens, settings.batch_size
             )
             exact = sum(ground.scorer(a, q.reference) for a, q in zip(answers, asked, strict=True)) / len(asked)
-        norm = update_norm(ground, model) if isinstance(model, PeftModel) else 0.0
         passed = None
         if self.problems:
             passed = pass_rate(inner, ground.tokenizer, self.problems, ground.recipe.evaluation.batch_size)
-        return Measured(losses, kls, exact, ground.questions.accuracy(inner), norm, passed)
+        return replace(measured, exact=exact, accuracy=ground.questions.accuracy(inner), human_eval=passed)
+
+    def losses(self, model: PreTrainedModel | PeftModel) -> Measured:
+        """What can be measured often: losses, KL and ‖ΔW‖."""
+        model.eval()
+        losses, kls = {}, {}
+        for text in self.ground.on.texts:
+            states = _states(_inner(model), text)[1] if model is not self.ground.base else self.of_base[text.name][1]
+            losses[text.name], kl = self._compared(_inner(model), text, states)
+            if text.kind == "own":
+                kls[text.name] = kl
+        return Measured(losses, kls, update_norm(self.ground, model) if isinstance(model, PeftModel) else 0.0)
 
     @torch.no_grad()
     def _compared(self, model: PreTrainedModel, text: HeldOutText, tuned: Tensor) -> tuple[float, float]:
@@ -82,6 +89,10 @@ class Yardstick:
                 log_p = log_softmax(head_logits(self.ground.base, base[part], exact=True), -1)
                 kl += float((log_p.exp() * (log_p - log_q)).sum())
         return loss / len(wanted), kl / len(wanted)
+
+
+def _inner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @torch.no_grad()
@@ -98,13 +109,15 @@ def _states(model: PreTrainedModel, text: HeldOutText) -> tuple[Tensor, Tensor]:
 def update_norm(ground: Ground, model: PeftModel) -> float:
     """‖W' - W‖ over all adapted layers, W' what the tuned layer computes with and W the base's own."""
     total = 0.0
-    for pair in adapter_pairs(model):
-        layer = pair.module.get_base_layer()
-        untouched = ground.base.get_submodule(pair.name)
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer | OFTLayer):
+            continue
+        untouched = ground.base.get_submodule(name)
         before = dequantize_module_weight(getattr(untouched, "base_layer", untouched)).float()
-        held = dequantize_module_weight(layer).float()
-        after = held + pair.scale * (pair.b @ pair.a)
-        if magnitudes := getattr(pair.module, "lora_magnitude_vector", None):  # DoRA
+        held = dequantize_module_weight(layer.get_base_layer()).float()
+        change = layer.get_delta_weight("default").float()
+        after = held @ change.T if isinstance(layer, OFTLayer) else held + change  # OFT's is a rotation of the inputs
+        if magnitudes := getattr(layer, "lora_magnitude_vector", None):  # DoRA
             after = after * (magnitudes["default"].weight / after.norm(dim=1))[:, None]
         total += float((after - before).square().sum())
     return math.sqrt(total)

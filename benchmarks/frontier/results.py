@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from folora_q.recipe import Recipe
 
 # Raised when the same settings come to give other numbers.
 FORMAT = 1
+KEPT = Path(__file__).parent / "results" / "runs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Setting:
     """What runs must share to be compared.
 
     Attributes:
+        model: its name, without the folder that it lies in.
         recipe: a digest of all that the task's recipe says, the model too.
     """
 
@@ -32,19 +34,20 @@ class Setting:
         """The setting of a task's recipe, read from this path; the same in another clone."""
         # The benchmark does not write the output folder.
         said = recipe.model_dump(mode="json", exclude_unset=True, exclude={"training": {"output_dir"}})
+        said["model"]["model_name_or_path"] = model_name(recipe)
         here = json.dumps(f"{path.parent.absolute()}/")[1:-1]
         portable = json.loads(json.dumps(said).replace(here, ""))
-        return cls(recipe.model.model_name_or_path, path.stem, digest(portable))
+        return cls(model_name(recipe), path.stem, digest(portable))
 
 
 @dataclass(frozen=True)
 class Key:
-    """A run: a method's settings, with a seed, for so many steps."""
+    """A run: a method's settings, with a seed, for so many epochs."""
 
     on: Setting
     method: dict[str, Any]
     seed: int
-    steps: int
+    epochs: float
 
     def path(self, folder: Path) -> Path:
         return folder / f"{digest(asdict(self))}.json"
@@ -52,7 +55,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run measured, beside the base; `seconds` and `peak_bytes` are of the training alone."""
+    """What a run measured, and the base: each a `Measured` as a dict.
+
+    Attributes:
+        tuned: with the adapter of the lowest held-out task loss.
+        best_step: the optimizer step that it is of.
+        path: what was measured during training, by step; losses and KL alone.
+        seconds: of the training alone.
+    """
 
     series: str
     learning_rate: float
@@ -63,8 +73,9 @@ class Result:
     tuned: dict[str, Any]
     preparing: float
     seconds: float
-    peak_bytes: int | None
     device: str = "CPU"
+    best_step: int = 0
+    path: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def task_loss(self) -> float:
@@ -72,7 +83,7 @@ class Result:
 
     @property
     def kl(self) -> float:
-        """From the base, on held-out text of its own: the mean of whole and cut."""
+        """From the base, on held-out text that it generated: the mean of whole and cut texts."""
         return (self.tuned["kl"]["own text"] + self.tuned["kl"]["own text, cut"]) / 2
 
     def rise(self, text: str) -> float:
@@ -88,6 +99,15 @@ class Result:
         """Over the kinds of general text; a text that got better counts as one that stayed as it was."""
         return sum(max(self.rise(name), 0.0) for name in self.general) / len(self.general)
 
+    def along(self) -> list[Result]:
+        """The run as it was at each point where it was measured."""
+        return [replace(self, tuned=measured, best_step=int(step), path={}) for step, measured in self.path.items()]
+
+
+def model_name(recipe: Recipe) -> str:
+    """The same wherever the model lies."""
+    return Path(recipe.model.model_name_or_path).name
+
 
 def digest(settings: Any) -> str:
     """A name for what makes a file what it is."""
@@ -95,16 +115,38 @@ def digest(settings: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What is compared in one table; runs of other recipes or lengths are never mixed."""
+
+    model: str
+    task: str
+    epochs: float
+    recipe: str
+
+    def __str__(self) -> str:
+        return f"{self.task}, {Path(self.model).stem}, {self.epochs:g} epochs"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.task}-{Path(self.model).stem}-{self.epochs:g}"
+
+
 def write(path: Path, key: Key, result: Result) -> None:
     atomic_write(path, json.dumps({"key": asdict(key), "result": asdict(result)}, default=str) + "\n")
 
 
-def kept(folder: Path, on: Setting) -> list[str]:
-    """The lines that were written of runs on this setting."""
-    lines = [path.read_text("utf-8") for path in sorted(folder.glob("*.json"))]
-    return [line for line in lines if json.loads(line)["key"].get("on") == asdict(on)]
-
-
-def read(line: str) -> Result:
-    """What `write` wrote."""
-    return Result(**json.loads(line)["result"])
+def read_all(output: Path, kept: Path = KEPT) -> tuple[dict[str, str], dict[Cell, list[Result]]]:
+    """Every run in a folder, and those that the repository keeps: their lines by name, and what they measured."""
+    lines = {}
+    if kept.exists():
+        for line in kept.read_text("utf-8").splitlines():
+            lines[digest(json.loads(line)["key"])] = line
+    lines |= {path.stem: path.read_text("utf-8").strip() for path in sorted(output.glob("*.json"))}
+    found: dict[Cell, list[Result]] = {}
+    for line in lines.values():
+        row = json.loads(line)
+        on = row["key"]["on"]
+        cell = Cell(on["model"], on["task"], row["key"]["epochs"], on["recipe"])
+        found.setdefault(cell, []).append(Result(**row["result"]))
+    return lines, found

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from peft import PeftModel
+from torch import Tensor
+
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.human_eval import problems
-from benchmarks.frontier.measuring import Yardstick
+from benchmarks.frontier.measuring import Measured, Yardstick
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.results import Key, Result, Setting, write
 from benchmarks.frontier.series import Series
@@ -25,6 +30,8 @@ class Plan:
     """What is to be run on a task.
 
     Attributes:
+        epochs: how often each run sees every training row.
+        points: how often each run is measured during training, at equal distances and at the end.
         human_eval: solve HumanEval's problems with each model too.
         share: (n, of): every of-th run from the n-th on, so that processes can share the work.
     """
@@ -33,39 +40,73 @@ class Plan:
     overrides: Sequence[str]
     series: Sequence[Series]
     seeds: Sequence[int]
-    steps: int
+    epochs: float
     output: Path
+    points: int = 6
     human_eval: bool = False
     share: tuple[int, int] = (0, 1)
 
 
+class BestPoint:
+    """Measures a run during training, and keeps the adapter of the lowest held-out task loss."""
+
+    def __init__(self, yardstick: Yardstick, steps: int, points: int) -> None:
+        self.yardstick = yardstick
+        self.at = {math.ceil(steps * (n + 1) / points) for n in range(points)}
+        self.path: dict[int, Measured] = {}
+        self.step, self.loss = 0, math.inf
+        self._weights: dict[str, Tensor] = {}
+
+    def __call__(self, step: int, model: PeftModel) -> None:
+        """Measure, if it is time."""
+        if step not in self.at:
+            return
+        self.path[step] = measured = self.yardstick.losses(model)
+        if measured.loss["task"] < self.loss:
+            self.step, self.loss = step, measured.loss["task"]
+            self._weights = {name: p.detach().clone() for name, p in _trained(model)}
+
+    @torch.no_grad()
+    def restore(self, model: PeftModel) -> None:
+        """Put the best adapter back."""
+        for name, parameter in _trained(model):
+            parameter.copy_(self._weights[name])
+
+
+def _trained(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> None:
-    """Make every run of the plan whose file is not there."""
+    """Make every run of the plan whose file does not exist."""
     recipe = load_recipe(plan.recipe, list(plan.overrides))
     on = Setting.of(plan.recipe, recipe)
     wanted: list[tuple[Path, Key, Series, Method]] = []
     for seed in plan.seeds:
         for series in plan.series:
             for point in series.points:
-                key = Key(on, point.settings(), seed, plan.steps)
+                key = Key(on, point.settings(), seed, plan.epochs)
                 wanted.append((key.path(plan.output), key, series, point))
     missing = [run for run in wanted if not run[0].exists()][plan.share[0] :: plan.share[1]]
     if not missing:
         return
     ground = Ground(recipe, plan.output, Clock(progress))
+    steps = max(1, round(plan.epochs * len(ground.rows()[0]) / recipe.training.per_device_train_batch_size))
     with ground.clock.stage("measuring the base", None):
         yardstick = Yardstick(ground, problems() if plan.human_eval else ())
     for number, (path, key, series, point) in enumerate(missing, 1):
         name = f"{on.task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}"
+        best = BestPoint(yardstick, steps, plan.points)
         # A copy: a method keeps what it computes for one run.
         try:
-            model, cost = train(ground, dataclasses.replace(point), key.seed, plan.steps)
+            model, cost = train(ground, dataclasses.replace(point), key.seed, steps, best)
         except (RunFailed, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not ran_out(error):
                 raise
             tell(f"{name}: {first_line(error)}")
             ground.forget()  # whole covariances and gates of the methods before may be what leaves no room
             continue
+        best.restore(model)
         measured = yardstick.measure(model)
         release(point, model)
         result = Result(
@@ -73,17 +114,19 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
             point.learning_rate,
             on.task,
             key.seed,
-            plan.steps,
+            steps,
             asdict(yardstick.base),
             asdict(measured),
             preparing=cost.preparing,
             seconds=cost.seconds,
-            peak_bytes=cost.peak_bytes,
             device=ground.device_name,
+            best_step=best.step,
+            path={step: asdict(point) for step, point in best.path.items()},
         )
         write(path, key, result)
         tell(
-            f"{name}: task {result.task_loss:.4f}, KL {result.kl:.4f}, rise {result.mean_rise:+.4f}, ‖ΔW‖ "
-            f"{measured.update_norm:.2f}, exact {measured.exact}, right {measured.accuracy:.3f}, HumanEval "
-            f"{measured.human_eval} (base {yardstick.base.human_eval}), {cost.seconds:.0f} s"
+            f"{name}: best at step {best.step} of {steps}: task {result.task_loss:.4f}, KL {result.kl:.4f}, rise "
+            f"{result.mean_rise:+.4f}, ‖ΔW‖ {measured.update_norm:.2f}, exact {measured.exact}, right "
+            f"{measured.accuracy:.3f}, HumanEval {measured.human_eval} (base {yardstick.base.human_eval}), "
+            f"{cost.seconds:.0f} s"
         )

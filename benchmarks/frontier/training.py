@@ -28,8 +28,8 @@ MAX_GRAD_NORM = 1.0
 class Cost:
     """What training took; `preparing` is what a method does before the first step.
 
-    Seconds are of the processor on a CPU, where other processes may run, else of the wall. Statistics are not in them:
-    they are taken once for all methods.
+    Seconds are of the processor on a CPU, where other processes may run, else of the wall. They leave out the
+    statistics, which are collected once for all methods, and what is measured during training.
     """
 
     preparing: float
@@ -37,50 +37,52 @@ class Cost:
     peak_bytes: int | None
 
 
+# Called before the first step (0) and after each step, with the number of steps made and the model.
+Watch = Callable[[int, PeftModel], None]
+
+
 def train(
-    ground: Ground, method: Method, seed: int, steps: int, prepared: Callable[[], None] = lambda: None
+    ground: Ground, method: Method, seed: int, steps: int, watch: Watch = lambda step, model: None
 ) -> tuple[PeftModel, Cost]:
     """A tuned model. Where it fails, the base is as it was.
-
-    Args:
-        prepared: called before the first step.
 
     Raises:
         RunFailed: the loss is not finite.
     """
-    model = ground.tuned(seed, method.sixteen_bit, **method.lora(ground))
+    model = method.tuned(ground, seed)
     try:
-        return model, _trained(ground, method, model, seed, steps, prepared)
+        return model, _trained(ground, method, model, seed, steps, watch)
     except Exception:
         release(method, model)
         raise
 
 
-def _trained(
-    ground: Ground, method: Method, model: PeftModel, seed: int, steps: int, prepared: Callable[[], None]
-) -> Cost:
+def _trained(ground: Ground, method: Method, model: PeftModel, seed: int, steps: int, watch: Watch) -> Cost:
     pairs = adapter_pairs(model)
+    device = ground.base.device.type
     meter = PeakMemory(ground.base.device)
-    clock = time.process_time if ground.base.device.type == "cpu" else time.perf_counter
+    clock = time.process_time if device == "cpu" else time.perf_counter
     began = clock()
     method.start(ground, model, pairs)
     optimizer = method.optimizer(ground, model, pairs)
-    done = clock()
-    prepared()
-    start = clock()
+    preparing, seconds = clock() - began, 0.0
+    watch(0, model)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = model.get_base_model()
+    # Float32 adapters on a 16-bit base compute in 16 bits, as under the product's Trainer on a GPU.
+    sixteen_bit = torch.autocast(device, ground.base.dtype, enabled=ground.base.dtype != torch.float32)
     meter.reset()
     for number, batch in zip(range(steps), shuffled(ground, seed), strict=False):
+        start = clock()
         targets = batch.labels[:, 1:]
         counted = targets != IGNORED
-        hidden = hidden_states(inner, batch.input_ids, batch.attention_mask)[:, :-1][counted]
-        step = Step(
-            number, batch.input_ids, batch.attention_mask, counted, targets[counted], head_logits(inner, hidden)
-        )
-        loss = cross_entropy(step.logits, step.wanted)
-        penalty = method.penalty(ground, model, step)
+        with sixteen_bit:
+            hidden = hidden_states(inner, batch.input_ids, batch.attention_mask)[:, :-1][counted]
+            logits = head_logits(inner, hidden)
+            step = Step(number, batch.input_ids, batch.attention_mask, counted, targets[counted], logits)
+            loss = cross_entropy(step.logits, step.wanted)
+            penalty = method.penalty(ground, model, step)
         if penalty is not None:
             loss = loss + penalty
         if not torch.isfinite(loss):
@@ -91,7 +93,9 @@ def _trained(
         schedule.step()
         optimizer.zero_grad()
         method.after_step(pairs)
-    return Cost(done - began, clock() - start, meter.peak())
+        seconds += clock() - start
+        watch(number + 1, model)
+    return Cost(preparing, seconds, meter.peak())
 
 
 def release(method: Method, model: PeftModel) -> None:

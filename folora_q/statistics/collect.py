@@ -171,17 +171,10 @@ class Reading:
             rows = max(self.halving.fitting(len(batch.input_ids)) for batch in text)
             self.halving.halve(rows, text[0].input_ids.shape[1])
 
-    def feed(
-        self,
-        text: Text,
-        sinks: Mapping[str, Sink],
-        of: Callable[[torch.Tensor], torch.Tensor] = lambda marks: marks,
-        draw: int | None = None,
-    ) -> None:
+    def feed(self, text: Text, sinks: Mapping[str, Sink], draw: int | None = None) -> None:
         """Show the sinks a text.
 
         Args:
-            of: of the tokens that would count, (b, t), those that do.
             draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
                 weighted statistics the Fisher information; None takes the text's labels (the empirical Fisher).
         """
@@ -198,7 +191,7 @@ class Reading:
                 rows = len(batch.input_ids)
                 for start in range(0, rows, size := self.halving.fitting(rows)):
                     part = rows_of(batch, start, start + size)
-                    counted.mask = of(part.attention_mask if self.weighted else part.predicting)
+                    counted.mask = part.attention_mask if self.weighted else part.predicting
                     counted.weight = part.weight
                     if self.weighted:
                         _backward(self.model.get_base_model(), part, unit, labels)

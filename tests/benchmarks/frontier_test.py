@@ -9,26 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.oft import OFTLayer
 from torch.nn.functional import cross_entropy, log_softmax
 
 from benchmarks.frontier import human_eval
 from benchmarks.frontier.__main__ import HERE, TASKS
 from benchmarks.frontier.costs import measure
-from benchmarks.frontier.drift import drift, drifts
 from benchmarks.frontier.ground import Ground, decode, written
-from benchmarks.frontier.measuring import Yardstick, update_norm
+from benchmarks.frontier.measuring import Measured, Yardstick, update_norm
 from benchmarks.frontier.methods.base import Method
-from benchmarks.frontier.methods.gated import FoLoRA, FrozenGated, Gated, PenaltyOnly, ShuffledGated, UtilityOnly
+from benchmarks.frontier.methods.gated import FoLoRA, Gated, PenaltyOnly, SharesShuffled, UtilityOnly
 from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
-from benchmarks.frontier.methods.losses import TMKL, Replay, non_target_kl
-from benchmarks.frontier.methods.null_space import ContrastiveLoRA, LoRANull
+from benchmarks.frontier.methods.losses import TMKL, BaseKL, Replay, non_target_kl
+from benchmarks.frontier.methods.null_space import EVA, ContrastiveLoRA, LoRANull
 from benchmarks.frontier.methods.oplora import OPLoRA
+from benchmarks.frontier.methods.orthogonal import OFT
 from benchmarks.frontier.methods.starts import DAMPING, CorDA, FoLoRAStart, SCLoRA
 from benchmarks.frontier.questions import log_likelihoods
-from benchmarks.frontier.running import Plan, run_plan
+from benchmarks.frontier.running import BestPoint, Plan, run_plan
 from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
 from folora_q.core import SpectralGate
@@ -58,15 +60,16 @@ EVERY = [
     TMKL(1e-2),
     Replay(1e-2),
     FoLoRA(1e-2),
+    BaseKL(1e-2),
+    EVA(1e-2),
+    OFT(1e-2, block_size=8),
     Gated(1e-2),
-    ShuffledGated(1e-2),
+    Gated(1e-2, r=8),
+    Gated(1e-2, gate={"rule": "step"}, r=8),
+    Gated(1e-2, gate={"rule": "spectral", "places": ["a_start", "a_step"]}, r=8),
+    SharesShuffled(1e-2, r=8),
     PenaltyOnly(1e-2),
     UtilityOnly(1e-2),
-    Gated(1e-2, gate={"rule": "spectral", "places": ["a_start", "a_step"]}),
-    Gated(1e-2, gate={"rule": "frozen"}),
-    FrozenGated(1e-2, r=8),
-    Gated(1e-2, proxy="prose"),
-    Gated(1e-2, proxy="random", num_samples=4),
 ]
 
 
@@ -96,7 +99,7 @@ def tuned(ground: Ground, method: Method, steps: int = 3):
     return method, model
 
 
-@pytest.mark.parametrize("method", EVERY, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'proxy', '')}")
+@pytest.mark.parametrize("method", EVERY, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'r', '')}")
 def test_every_method_learns_and_leaves_the_base_as_it_was(ground: Ground, method: Method) -> None:
     before = {name: weight.clone() for name, weight in ground.base.state_dict().items()}
     text = next(text for text in ground.on.texts if text.kind == "task")
@@ -113,7 +116,7 @@ def test_every_method_learns_and_leaves_the_base_as_it_was(ground: Ground, metho
 
 
 def test_ours_starts_as_the_product_does_at_any_rank(ground: Ground) -> None:
-    method, model = tuned(ground, FrozenGated(1e-2, r=8))
+    method, model = tuned(ground, Gated(1e-2, r=8))
     pairs = adapter_pairs(model)
     scales = []
     for pair in pairs:
@@ -145,11 +148,11 @@ def test_numbers_are_those_of_the_product(ground: Ground) -> None:
     release(method, model)
 
 
-@pytest.mark.parametrize("method", [LoRA(1e-2), DoRA(1e-2), CorDA(1e-2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [LoRA(1e-2), DoRA(1e-2), CorDA(1e-2), OFT(1e-2, 8)], ids=lambda m: type(m).__name__)
 def test_the_norm_of_an_update_is_that_of_the_merged_weights(ground: Ground, method: Method) -> None:
     method, model = tuned(ground, method)
     found = update_norm(ground, model)
-    names = [pair.name for pair in adapter_pairs(model)]
+    names = [name for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer | OFTLayer)]
     before = {name: getattr(m := ground.base.get_submodule(name), "base_layer", m).weight.clone() for name in names}
     merged = model.merge_and_unload()
     total = sum(float((merged.get_submodule(name).weight - before[name]).square().sum()) for name in names)
@@ -310,30 +313,57 @@ def _empty_step():
     return Step(0, nothing, nothing, nothing, nothing, nothing)
 
 
-def test_shuffling_deals_the_same_values_to_other_directions(ground: Ground) -> None:
-    model = ground.tuned(seed=0)
-    shuffled, straight = (
-        ground.gates(model, ShuffledGated(1e-2).section, kind=kind) for kind in (ShuffledGated.kind, Gated.kind)
-    )
-    for name in straight:
-        mine, its = straight[name], shuffled[name]
-        assert torch.equal(mine.values.sort().values, its.values.sort().values)
-        assert not torch.equal(mine.values, its.values)
-        assert torch.allclose(
-            torch.linalg.eigvals(its.dense()).real.sort().values, mine.values.sort().values, atol=1e-4
-        )
-    model.unload()
+def test_the_kl_to_the_base_is_added(ground: Ground) -> None:
+    method, model = tuned(ground, BaseKL(1e-2, weight=2.0))
+    text = method.own[0]
+    ids = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+    with torch.no_grad():
+        log_q = log_softmax(model(**ids).logits[:, :-1], -1)
+        with model.disable_adapter():
+            log_p = log_softmax(model(**ids).logits[:, :-1], -1)
+    at = text.labels[:, 1:] != -100
+    expected = 2 * (log_p.exp() * (log_p - log_q)).sum(-1)[at].mean()
+    step = dataclasses.replace(_empty_step(), number=len(method.own))
+    found = method.penalty(ground, model, step)
+    assert float(found) == pytest.approx(float(expected), rel=1e-3) and float(found) > 0 and found.requires_grad
+    release(method, model)
+
+
+def test_shuffling_deals_the_same_shares_to_other_directions(ground: Ground) -> None:
+    rows = []
+    for kind in (Gated, SharesShuffled):
+        method, model = tuned(ground, kind(1e-2, r=8))
+        rows.append([pair.a.clone() for pair in adapter_pairs(model)])
+        release(method, model)
+    lengths = [torch.cat([a.norm(dim=1) for a in each]) for each in rows]
+    assert torch.allclose(lengths[0].sort().values, lengths[1].sort().values, rtol=1e-5)
+    assert not torch.allclose(*lengths, rtol=0.1)
+    for straight, shuffled in zip(*rows, strict=True):
+        assert torch.allclose(torch.nn.functional.cosine_similarity(straight, shuffled), torch.ones(8), atol=1e-5)
 
 
 def test_one_sided_gates_depend_on_one_covariance(ground: Ground) -> None:
     model = ground.tuned(seed=0)
-    both = ground.gates(model, Gated(1e-2).section)
+    section = Gated(1e-2).section
+    both = ground.gates(model, section)
     for method, gram in ((PenaltyOnly, "penalty_gram"), (UtilityOnly, "utility_gram")):
-        for name, gate in ground.gates(model, Gated(1e-2).section, kind=method.kind).items():
+        for name, gate in ground.gates(model, section, kind=method.kind).items():
             kept, other = (gram, {"penalty_gram": "utility_gram", "utility_gram": "penalty_gram"}[gram])
             assert torch.equal(getattr(gate, kept), getattr(both[name], kept))
             assert torch.equal(getattr(gate, other), torch.eye(len(getattr(gate, other)), dtype=torch.float64))
     model.unload()
+
+
+def test_eva_reads_the_tasks_leading_directions_and_goes_on_learning_them(ground: Ground) -> None:
+    method, model = tuned(ground, EVA(1e-6))
+    covariances = ground.covariances(model)
+    for pair in adapter_pairs(model):
+        _, utility = covariances[pair.name]
+        a = pair.a.detach().double().cpu()
+        most = torch.linalg.eigvalsh(utility)[-len(a) :].sum()
+        assert torch.trace(a @ utility @ a.T) / a.square().sum() * len(a) == pytest.approx(float(most), rel=1e-2)
+        assert pair.a.requires_grad
+    release(method, model)
 
 
 def test_choices_side_by_side_are_as_likely_as_each_alone(ground: Ground) -> None:
@@ -351,15 +381,6 @@ def test_choices_side_by_side_are_as_likely_as_each_alone(ground: Ground) -> Non
     accuracy = ground.questions.accuracy(ground.base)
     answers = [question.answer for rows in ground.questions.batches for question in rows]
     assert 0 < accuracy < 1 and len(answers) == 170
-
-
-def test_drift_is_that_of_the_dense_update(ground: Ground) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5), (3, 2), (9, 5)))
-    expected = (x @ (b @ a).T).square().sum()
-    assert drift({"layer": (a, b)}, {"layer": x.T @ x}) == pytest.approx(float(expected))
-    small, large = drifts(ground, steps=3, methods=[LoRA(1e-4), LoRA(1e-2)])
-    assert 0 < small.plain < large.plain and 0 < small.weighted < large.weighted and 0 < small.kl < large.kl
 
 
 def test_sketched_statistics_are_kept_for_the_next_process(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,21 +401,6 @@ def test_sketched_statistics_are_kept_for_the_next_process(ground: Ground, monke
     assert all(torch.equal(first[layer].quotients, second[layer].quotients) for layer in first)
     with pytest.raises(AssertionError, match="taken again"):
         gates(again, ridge=0.5)
-
-
-def test_the_base_s_own_text_is_read_as_the_name_says(ground: Ground) -> None:
-    def text(proxy: str) -> list[tuple[int, ...]]:
-        return [tuple(ids) for ids in Gated(1e-2, proxy=proxy).text(ground)]
-
-    own, whole, cut, twice = (text(proxy) for proxy in ("own", "whole", "cut", "cut twice"))
-    assert own == whole + cut and whole == [tuple(ids) for ids in ground.own]
-    assert twice[: len(own)] == own and len(twice) == 3 * len(whole)
-    for cropped in (cut, twice[len(own) :]):
-        for crop, ids in zip(cropped, whole, strict=True):
-            assert 0 < len(crop) < len(ids) and ids[-len(crop) :] == crop
-    assert twice[len(own) :] != cut
-    bos, chat = text("bos"), text("chat")
-    assert {*bos[: len(bos) // 2], *chat[: len(chat) // 2]} == {*whole} and bos and chat
 
 
 def test_own_text_that_was_written_down_is_taken(
@@ -435,17 +441,37 @@ def test_a_run_that_is_there_is_not_made_again(
     def told(*overrides: str, seeds: int = 1) -> list[str]:
         lines: list[str] = []
         settings = ["training.max_length=64", "evaluation.num_answers=2", *overrides]
-        plan = Plan(recipe, settings, [Series("LoRA", [LoRA(1e-2)])], range(seeds), 2, tmp_path / "runs")
+        plan = Plan(recipe, settings, [Series("LoRA", [LoRA(1e-2)])], range(seeds), 1.0, tmp_path / "runs", points=2)
         run_plan(plan, Silent(), lines.append)
         return lines
 
     (line,) = told()
-    assert line.startswith("recipe 1/1: LoRA, lr 0.01, seed 0: task ")
+    assert line.startswith("recipe 1/1: LoRA, lr 0.01, seed 0: best at step ") and " of 3: task " in line
     assert told() == []
     (line,) = told(seeds=2)
     assert ", seed 1: " in line
     assert len(told("training.per_device_train_batch_size=2")) == 1, "another recipe, another run"
     assert len(list((tmp_path / "runs").glob("*.json"))) == 3
+
+
+def test_the_adapter_of_the_lowest_held_out_loss_is_restored(ground: Ground) -> None:
+    yardstick = Yardstick(ground)
+    real: list[Measured] = []
+    told = iter((3.0, 1.0, 2.0, 4.0))  # as if it rose again
+
+    class Rising(Yardstick):
+        def losses(self, model: PeftModel) -> Measured:
+            real.append(yardstick.losses(model))
+            return dataclasses.replace(real[-1], loss=real[-1].loss | {"task": next(told, 0.0)})
+
+    rising = Rising.__new__(Rising)
+    best = BestPoint(rising, steps=12, points=4)
+    model, _ = train(ground, LoRA(1e-2), 0, 12, best)
+    assert list(best.path) == [3, 6, 9, 12] and (best.step, best.loss) == (6, 1.0)
+    assert yardstick.losses(model) == real[3] != real[1]
+    best.restore(model)
+    assert yardstick.losses(model) == real[1]
+    model.unload()
 
 
 @dataclasses.dataclass

@@ -30,8 +30,12 @@ class Method:
         return {"method": type(self).__name__, **asdict(self)}
 
     def lora(self, ground: Ground) -> dict[str, Any]:
-        """What `peft.LoraConfig` is given beside rank, alpha and modules."""
+        """Settings of `peft.LoraConfig` that differ from plain LoRA's."""
         return {}
+
+    def tuned(self, ground: Ground, seed: int) -> PeftModel:
+        """The base with a new adapter."""
+        return ground.tuned(seed, self.sixteen_bit, **self.lora(ground))
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         """Change the adapter, or the base under it, before the first step."""

@@ -1,8 +1,7 @@
-"""Ours, its parts taken away one by one, its control with shuffled quotients, and the paper's own rule."""
+"""Ours, controls that take parts of it away, and the paper's own rule."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,14 +11,15 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.frontier.ground import ALPHA, DENSE, LABELS, RANK, SEED, pairs_with
+from benchmarks.frontier.ground import ALPHA, RANK, pairs_with
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
-from folora_q.data.windows import crops
-from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
 from folora_q.models.adapters import freeze_first, start
 from folora_q.recipe.schema import GateSection, sketch_rank
+
+# Of the mean variance; the paper gives none.
+DENSE_RIDGE = 0.01
 
 
 @dataclass
@@ -27,55 +27,27 @@ class Gated(Method):
     """The recipe's gate around AdamW (docs/method.md, section 4).
 
     Attributes:
-        gate_lambda: λ.
-        gate: other settings of the recipe's section `gate`; its rule is `step` unless it is given here.
-        proxy: text of which Σp is taken: the base's own ("own"), it whole or cut alone ("whole", "cut"), with a second
-            crop of each text ("cut twice"), what it wrote from BOS or as a chat ("bos", "chat"), public-domain prose
-            ("prose"), or random tokens ("random").
-        num_samples: so many texts, in place of all.
-        treatment: of exact covariances (benchmarks/frontier/covariances.py).
+        gate: settings of the recipe's section `gate`.
+        r: the adapter's rank; its scale alpha / r stays as it is.
     """
 
-    gate_lambda: float = 64.0
-    gate: dict[str, object] = field(default_factory=dict)
-    proxy: str = "own"
-    num_samples: int | None = None
-    treatment: str = "plain"
+    gate: dict[str, object] = field(default_factory=lambda: {"rule": "frozen"})
+    r: int = 2 * RANK
     kind: ClassVar[type[SpectralGate]] = SpectralGate
 
     @property
     def section(self) -> GateSection:
-        return GateSection(**{"rule": "step", "gate_lambda": self.gate_lambda} | self.gate)
+        return GateSection(**{"rank": sketch_rank(self.r)} | self.gate)
 
     def settings(self) -> dict[str, Any]:
         # The recipe's defaults too: when they change, these are other runs.
-        return super().settings() | {"gate": self.section.model_dump(), "labels": LABELS}
+        return super().settings() | {"gate": self.section.model_dump()}
 
-    def text(self, ground: Ground) -> list[Sequence[int]]:
-        """The proxy text, as sequences."""
-        own = ground.own[: self.num_samples]
-        lengths = [len(ids) for ids in own]
-        if self.proxy == "own":
-            return ground.shown(own)
-        if self.proxy in ("bos", "chat"):
-            return ground.shown([ids for ids, source in zip(own, ground.sources, strict=False) if source == self.proxy])
-        if self.proxy in ("whole", "cut"):
-            half = slice(len(own)) if self.proxy == "whole" else slice(len(own), None)
-            return ground.shown(own)[half]
-        if self.proxy == "cut twice":
-            return [*ground.shown(own), *crops(own, SEED + 2)]
-        if self.proxy == "prose":
-            # From its end: its beginning is measured on.
-            return text_windows(GENERAL_TEXT, ground.tokenizer, max(lengths))[::-1][: len(own)]
-        chance = random.Random(0)
-        return [[chance.randrange(len(ground.tokenizer)) for _ in range(length)] for length in lengths]
+    def lora(self, ground: Ground) -> dict[str, Any]:
+        return {"r": self.r, "lora_alpha": ALPHA * self.r // RANK}
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
-        key = f"{self.proxy}{self.num_samples or ''}"
-        public = ground.recipe.proxy.public_share if self.proxy == "own" else 0.0
-        self.of_layers = ground.gates(
-            model, self.section, self.text(ground), key, self.kind, self.treatment, public=public
-        )
+        self.of_layers = ground.gates(model, self.section, self.kind)
         start(pairs, self.of_layers, self.section)
         if self.section.rule == "frozen":
             freeze_first(pairs)
@@ -97,41 +69,17 @@ class Gated(Method):
 
 
 @dataclass
-class FrozenGated(Gated):
-    """`gate.rule: frozen`, with an adapter of any rank.
+class SharesShuffled(Gated):
+    """The control: the same directions and the same shares of a step, but each direction gets another one's share."""
 
-    Attributes:
-        r: the adapter's rank; its scale stays as it is.
-    """
-
-    gate: dict[str, object] = field(default_factory=lambda: {"rule": "frozen"})
-    r: int = 2 * RANK
-
-    @property
-    def section(self) -> GateSection:
-        return GateSection(**{"rank": sketch_rank(self.r)} | self.gate)
-
-    def lora(self, ground: Ground) -> dict[str, Any]:
-        return {"r": self.r, "lora_alpha": ALPHA * self.r // RANK}
-
-
-class ShuffledGate(SpectralGate):
-    """A gate whose values are as they were, but each belongs to another direction than the one it was made for."""
-
-    def gate_of(self, quotients: Tensor) -> Tensor:
-        values = super().gate_of(quotients)
-        if values.ndim == 0:
-            return values
-        order = torch.randperm(values.shape[-1], generator=torch.Generator().manual_seed(values.shape[-1]))
-        return values[..., order]
-
-
-@dataclass
-class ShuffledGated(Gated):
-    """The decisive control: the same operators' values, dealt to random directions, over the whole space."""
-
-    gate: dict[str, object] = field(default_factory=lambda: {"rank": DENSE, "second_pass": False})
-    kind: ClassVar[type[SpectralGate]] = ShuffledGate
+    def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
+        super().start(ground, model, pairs)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            lengths = torch.cat([pair.a.norm(dim=1) for pair in pairs])
+            dealt = lengths[torch.randperm(len(lengths), generator=generator).to(lengths.device)]
+            for pair, others in zip(pairs, dealt.split([len(pair.a) for pair in pairs]), strict=True):
+                pair.a.mul_((others / pair.a.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))[:, None])
 
 
 class PenaltyOnlyGate(SpectralGate):
@@ -143,7 +91,7 @@ class PenaltyOnlyGate(SpectralGate):
 
 
 class UtilityOnlyGate(SpectralGate):
-    """γ measures the utility alone: every direction counts as equally costly."""
+    """γ measures the utility alone: every direction counts as equally costly (Σp = I)."""
 
     def __init__(self, **state: Any) -> None:
         even = torch.eye(len(state["penalty_gram"]), dtype=torch.float64)
@@ -172,5 +120,29 @@ class FoLoRA(FoLoRAStart):
     floor: float = 0.3
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        section = GateSection(rule="spectral", rank=DENSE, gate_lambda=self.gate_lambda, floor=self.floor)
-        return SpectralAdamW(pairs_with(ground.gates(model, section, covariance="rows"), pairs), lr=self.learning_rate)
+        covariances = ground.covariances(model)
+        gates: dict[str, SpectralGate] = {}
+        last: tuple[Tensor, Tensor] | None = None
+        for pair in pairs:
+            if (both := covariances[pair.name]) is not last:
+                last, gate = both, dense_gate(*both, self.gate_lambda, self.floor).to(ground.base.device)
+            gates[pair.name] = gate
+        return SpectralAdamW(pairs_with(gates, pairs), lr=self.learning_rate)
+
+
+def dense_gate(penalty: Tensor, utility: Tensor, gate_lambda: float, floor: float) -> SpectralGate:
+    """A gate whose basis is the whole space; nothing lies outside, so its tails are not used."""
+    return SpectralGate.from_state_dict(
+        {
+            "basis": torch.eye(len(penalty)),
+            "penalty_gram": penalty,
+            "utility_gram": utility,
+            "penalty_tail": 1.0,
+            "utility_tail": 1.0,
+            "ridge": DENSE_RIDGE,
+            "utility_ridge": DENSE_RIDGE,
+            "gate_lambda": gate_lambda,
+            "floor": floor,
+            "sharpness": 1.0,
+        }
+    )

@@ -1,4 +1,4 @@
-"""Methods that add to the loss: the base's distribution on the task's text, or its own text again."""
+"""Methods that add to the loss: the base's distribution on the task's text, or text that it generated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method, Step
-from folora_q.data.tokens import batches
+from folora_q.data.tokens import Batch, batches
 from folora_q.models.adapters import adapter_off
 from folora_q.models.logits import head_logits, hidden_states
 
@@ -59,6 +59,26 @@ class Replay(Method):
         self.own = [next(batches(own[i : i + size], size, ground.base.device)) for i in range(0, len(own), size)]
 
     def penalty(self, ground: Ground, model: PeftModel, step: Step) -> Tensor | None:
-        inner, text = model.get_base_model(), self.own[step.number % len(self.own)]
-        hidden = hidden_states(inner, text.input_ids, text.attention_mask)[text.predicting]
-        return self.weight * cross_entropy(head_logits(inner, hidden), text.targets)
+        text = self.own[step.number % len(self.own)]
+        return self.weight * cross_entropy(_logits(model, text), text.targets)
+
+
+@dataclass
+class BaseKL(Replay):
+    """CE on the task + λ KL(base ‖ tuned) on text that the base generated, as many rows of it a step.
+
+    The base is the same model with the adapter off.
+    """
+
+    def penalty(self, ground: Ground, model: PeftModel, step: Step) -> Tensor | None:
+        text = self.own[step.number % len(self.own)]
+        with torch.no_grad(), adapter_off(model):
+            log_p = log_softmax(_logits(model, text), -1)
+        log_q = log_softmax(_logits(model, text), -1)
+        return self.weight * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _logits(model: PeftModel, text: Batch) -> Tensor:
+    """At the positions from which a token of the text is predicted, (n, vocabulary)."""
+    inner = model.get_base_model()
+    return head_logits(inner, hidden_states(inner, text.input_ids, text.attention_mask)[text.predicting])

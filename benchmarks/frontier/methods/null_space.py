@@ -1,4 +1,4 @@
-"""Methods whose A reads directions chosen before training, and stays there: LoRA-Null, and frozen top-γ rows."""
+"""Methods whose A starts in directions chosen before training: LoRA-Null, frozen top-γ rows, and EVA."""
 
 from __future__ import annotations
 
@@ -55,3 +55,16 @@ class ContrastiveLoRA(LoRANull):
         metric = penalty + self.ridge * torch.eye(len(penalty), dtype=penalty.dtype)
         _, vectors = generalized_eigenproblem(utility, metric)
         return torch.linalg.qr(vectors[:, :rank]).Q.T
+
+
+@dataclass
+class EVA(LoRANull):
+    """EVA's start, arXiv 2410.07170: A's rows are the leading directions of the task's inputs, as if Σp were I.
+
+    Both matrices learn. Every layer has the same rank (its redistribution of ranks is left out).
+    """
+
+    freeze_a: bool = False
+
+    def rows(self, penalty: Tensor, utility: Tensor, rank: int) -> Tensor:
+        return torch.linalg.eigh(utility).eigenvectors[:, -rank:].T.flip(0)
