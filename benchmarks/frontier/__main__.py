@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.frontier run --quick      one task, five runs of 19 steps
     .venv/bin/python -m benchmarks.frontier run              everything: some 70 runs for each seed of a task
     .venv/bin/python -m benchmarks.frontier costs            time and peak memory of each method's steps
-    .venv/bin/python -m benchmarks.frontier table            tables of all results, or with --docs frontier.md
+    .venv/bin/python -m benchmarks.frontier table            tables of all results; --docs writes the pages
 
 Every run writes a file into --output, and a run whose file exists is not repeated. Overrides go to the task's recipe:
 `model.model_name_or_path=...` takes another model. Runs of different recipes are never mixed.
@@ -132,16 +132,16 @@ def costs(
 
 @main.command()
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-@click.option("--docs", type=click.Path(path_type=Path), help="Write frontier.md and the plots into this folder.")
+@click.option("--docs", is_flag=True, help="Write docs/frontier.md, its plots, and README's table and picture.")
 @click.option("--keep", is_flag=True, help="Add the runs to those that the repository keeps.")
-def table(output: Path, docs: Path | None, keep: bool) -> None:
+def table(output: Path, docs: bool, keep: bool) -> None:
     """Show what has been run, with the runs that the repository keeps."""
     from benchmarks.frontier.results import KEPT, read_all
     from benchmarks.frontier.tables import show
     from folora_q.files import atomic_write
 
     lines, found = read_all(output)
-    show(found, docs)
+    show(found, HERE.parent.parent if docs else None)
     if keep:
         atomic_write(KEPT, "".join(f"{lines[name]}\n" for name in sorted(lines)))
 

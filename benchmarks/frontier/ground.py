@@ -18,6 +18,7 @@ from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
 from benchmarks.frontier.texts import real_texts
 from folora_q.core import SpectralGate
+from folora_q.data.halving import rows_of
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
@@ -38,8 +39,8 @@ from folora_q.statistics.texts import penalty_text, public_windows
 DATA = Path(__file__).parent / "data"
 RANK, ALPHA = 16, 16
 COMMON = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-# Of each general text, so many batches are measured.
-GENERAL_BATCHES = 1
+# Rows of each text that are measured: the task's held-out rows, and windows of each general text.
+MEASURED_ROWS = {"task": 48, "general": 12}
 # Shared by all runs: the calibration's choice of task rows, the crops of sampled text.
 SEED = 0
 # Sequences that statistics are taken of at a time.
@@ -86,7 +87,9 @@ class Ground:
             max_length=recipe.training.max_length,
         )
         self.on.texts[:] = [
-            replace(text, batches=text.batches[:GENERAL_BATCHES]) if text.kind == "general" else text
+            replace(text, batches=_first_rows(text.batches, MEASURED_ROWS[text.kind]))
+            if text.kind in MEASURED_ROWS
+            else text
             for text in self.on.texts
         ]
         self.questions = Questions(self.tokenizer, recipe.evaluation.batch_size)
@@ -180,6 +183,16 @@ class Ground:
         ids, labels = self.rows()
         chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
         return [ids[i] for i in chosen], [labels[i] for i in chosen]
+
+
+def _first_rows(text: Sequence[Batch], count: int) -> list[Batch]:
+    found = []
+    for batch in text:
+        found.append(rows_of(batch, 0, count))
+        count -= len(batch.input_ids)
+        if count <= 0:
+            break
+    return found
 
 
 def written(recipe: Recipe) -> Path:

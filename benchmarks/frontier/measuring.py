@@ -49,10 +49,15 @@ class Yardstick:
         self.of_base = {text.name: _states(ground.base, text) for text in ground.on.texts}
         self.base = self.measure(ground.base)
 
-    def measure(self, model: PreTrainedModel | PeftModel) -> Measured:
-        """Everything of one model; the base itself has a KL and a ‖ΔW‖ of zero."""
+    def measure(self, model: PreTrainedModel | PeftModel, losses: Measured | None = None) -> Measured:
+        """Everything of one model; the base itself has a KL and a ‖ΔW‖ of zero.
+
+        Args:
+            losses: those of the model, if they are known.
+        """
         ground, inner = self.ground, _inner(model)
-        measured = self.losses(model)
+        model.eval()
+        measured = losses or self.losses(model)
         exact = None
         if ground.scorer is not None:
             asked = [question for question in ground.on.questions if question.reference is not None]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.frontier.comparing import LEAST, PLAIN
-from benchmarks.frontier.results import Result
+from benchmarks.frontier.results import Cell, Result
 from benchmarks.frontier.series import methods
 
 # A method looks the same on every task. Plain LoRA and ours stand out.
@@ -21,32 +22,49 @@ COLOURS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
     """KL, and the mean rise of the loss on real text, over the task loss."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    _curves(axes[0], results, lambda run: max(run.kl, LEAST))
+    _curves(axes[1], results, lambda run: run.mean_rise)
+    for axis, label in zip(axes, ("KL(base ‖ tuned), nats per token", "rise of the loss on real text"), strict=True):
+        axis.set_ylabel(label)
+    axes[0].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_summary(found: Mapping[Cell, Sequence[Result]], path: Path) -> None:
+    """KL over the task loss, a panel for each model and task: plain LoRA and ours."""
+    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), layout="constrained", squeeze=False)
+    for axis, (cell, results) in zip(axes[0], found.items(), strict=True):
+        _curves(axis, [run for run in results if run.series in STRONG], lambda run: max(run.kl, LEAST))
+        axis.set_yscale("log")
+        axis.set_title(f"{cell.task}, {Path(cell.model).stem}", fontsize=10)
+    axes[0][0].set_ylabel("forgotten: KL(base ‖ tuned)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _curves(axis: Axes, results: Sequence[Result], value: Callable[[Result], float]) -> None:
     named = set()
     for run in results:
         strong, points = run.series in STRONG, run.along()
         place = OTHERS.index(run.series) if run.series in OTHERS else 0
-        colour = STRONG.get(run.series) or COLOURS(place % 10)
-        for axis, value in zip(axes, (lambda r: max(r.kl, LEAST), lambda r: r.mean_rise), strict=True):
-            axis.plot(
-                [point.task_loss for point in points],
-                [value(point) for point in points],
-                color=colour,
-                linewidth=1.8 if strong else 0.8,
-                marker="o" if strong else MARKERS[place % len(MARKERS)],
-                markersize=4 if strong else 3,
-                label=run.series if run.series not in named else None,
-            )
+        axis.plot(
+            [point.task_loss for point in points],
+            [value(point) for point in points],
+            color=STRONG.get(run.series) or COLOURS(place % 10),
+            linewidth=1.8 if strong else 0.8,
+            marker="o" if strong else MARKERS[place % len(MARKERS)],
+            markersize=4 if strong else 3,
+            label=run.series if run.series not in named else None,
+        )
         named.add(run.series)
-    for axis, label in zip(axes, ("KL(base ‖ tuned), nats per token", "rise of the loss on real text"), strict=True):
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter("{x:.3g}")
-        axis.set_xlabel("held-out task loss (learned more: left)")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.2)
-    axes[0].set_yscale("log")
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter("{x:.3g}")
+    axis.set_xlabel("held-out task loss (learned more: left)")
+    axis.grid(alpha=0.2)

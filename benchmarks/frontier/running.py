@@ -107,7 +107,7 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
             ground.forget()  # whole covariances and gates of the methods before may be what leaves no room
             continue
         best.restore(model)
-        measured = yardstick.measure(model)
+        measured = yardstick.measure(model, best.path[best.step])
         release(point, model)
         result = Result(
             series.name,

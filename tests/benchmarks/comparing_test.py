@@ -13,17 +13,23 @@ import pytest
 from benchmarks.frontier.__main__ import HERE
 from benchmarks.frontier.comparing import Curve, Spread, gain, wanted_loss
 from benchmarks.frontier.results import Cell, Key, Result, Setting, read_all, write
-from benchmarks.frontier.tables import BEGIN, END, at_equal_loss, ends, show
+from benchmarks.frontier.series import USUAL_RATE
+from benchmarks.frontier.tables import BEGIN, DEFAULT_RATE, END, at_equal_loss, ends, show
 from folora_q.errors import UserError
 from folora_q.recipe import load_recipe
 
 STYLE = Setting("folder/model.gguf", "style", "as it is")
+GENERAL = ("prose", "manual", "code")
 CELL = Cell("folder/model.gguf", "style", 3.0, "as it is")
-BASE = {"loss": {"task": 4.0, "own text": 1.0, "own text, cut": 1.0, "prose": 3.0}, "exact": None, "accuracy": 0.4}
+BASE = {
+    "loss": {"task": 4.0, "own text": 1.0, "own text, cut": 1.0} | dict.fromkeys(GENERAL, 3.0),
+    "exact": None,
+    "accuracy": 0.4,
+}
 
 
 def point(loss: float, kl: float) -> dict:
-    texts = {"task": loss, "own text": 1.0, "own text, cut": 1.0, "prose": 3.0 + kl}
+    texts = {"task": loss, "own text": 1.0, "own text, cut": 1.0} | dict.fromkeys(GENERAL, 3.0 + kl)
     scores = {"exact": None, "accuracy": 0.35, "human_eval": None}
     return {"loss": texts, "kl": {"own text": kl, "own text, cut": kl}, "update_norm": 1.0} | scores
 
@@ -141,19 +147,28 @@ def test_a_setting_is_all_that_a_recipe_says_and_the_same_in_another_clone(tmp_p
         assert setting(HERE, override) != setting(HERE)
 
 
-def test_the_page_gets_tables_and_plots_of_what_was_run(tmp_path: Path) -> None:
-    page = tmp_path / "frontier.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    other = replace(CELL, recipe="other")
-    found = {CELL: [power("LoRA", 0.5), power("ours", 0.1)], other: [power("ours", 2.0)]}
-    show(found, tmp_path)
-    text = page.read_text("utf-8")
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("at its lowest held-out loss") == 2 and text.count("at equal task loss") == 1
-    assert "| ours | 1 | 100.0% | " in text and "(frontier-style-model-3.png)" in text
-    assert (tmp_path / "frontier-style-model-3.png").read_bytes().startswith(b"\x89PNG")
-    show(found, tmp_path)
-    assert page.read_text("utf-8") == text
+def test_the_pages_get_tables_and_plots_of_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs").mkdir()
+    pages = {tmp_path / "docs" / "frontier.md": ("summary", "tables"), tmp_path / "README.md": ("summary",)}
+    for page, parts in pages.items():
+        sections = "between\n".join(f"{BEGIN.format(part)}\nold\n{END}\n" for part in parts)
+        page.write_text(f"before\n{sections}after\n", encoding="utf-8")
+    monkeypatch.setattr("benchmarks.frontier.tables.README_CELLS", {(CELL.task, CELL.model)})
+    usual, other = replace(power("LoRA", 0.5), learning_rate=USUAL_RATE), replace(CELL, task="skill")
+    found = {
+        CELL: [usual, power("LoRA", 0.6), replace(power("ours", 0.1), learning_rate=DEFAULT_RATE)],
+        other: [power("ours", 2.0)],
+    }
+    for _ in range(2):
+        show(found, tmp_path)
+        text, readme = (page.read_text("utf-8") for page in pages)
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "between" in text
+        assert text.count("at its lowest held-out loss") == 2 and text.count("at equal task loss") == 1
+        assert "| ours | 1 | 100.0% | " in text and "(frontier-style-model-3.png)" in text
+        assert readme.count("| **gated, by default** | 100.0% | 0.1000 | +0.1000 |") == 1 and "skill" not in readme
+        assert readme.count("plain QLoRA, 0.0002 | ") == 1
+    for image in "frontier-style-model-3.png", "images/frontier.png":
+        assert (tmp_path / "docs" / image).read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_a_run_the_table_says_what_to_do() -> None:
