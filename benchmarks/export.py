@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2Fo
 from folora_q.data.prepare import chat_template, tokenize_task
 from folora_q.data.read import read_task_data
 from folora_q.data.tokens import batches
-from folora_q.evaluation.loss import GENERAL_TEXT, mean_loss, text_windows
+from folora_q.evaluation.loss import GENERAL_TEXTS, mean_loss, text_windows
 from folora_q.export.texts import check_texts
 from folora_q.export.verify import Difference, compare_logits, logits_of
 from folora_q.merging import MergeRequest, adapter_folder, run_merge
@@ -185,7 +185,7 @@ def _compare(run: Path, scratch: Path) -> list[Row]:
     task = read_task_data(recipe.data, recipe.training.seed)
     heldout = tokenize_task(recipe, task, tokenizer, Clock(progress)).heldout.sequences
     texts = check_texts(adapter, tokenizer).sequences
-    general = text_windows(GENERAL_TEXT, tokenizer, 256)
+    general = text_windows(GENERAL_TEXTS["prose"], tokenizer, 256)
     base = load_model(recipe.model, choose_hardware(recipe.model.dtype), tokenizer)
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
     bare = logits_of(base.model, texts, vocabulary)
@@ -226,7 +226,7 @@ def _tuned_qwen(scratch: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    texts = text_windows(GENERAL_TEXT, tokenizer, 128)
+    texts = text_windows(GENERAL_TEXTS["prose"], tokenizer, 128)
     texts = [[tokenizer.bos_token_id, *ids] for ids in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     progress = ConsoleProgress()

@@ -137,9 +137,9 @@ def write_recipe(folder: Path, model: Path) -> Path:
 
     import yaml
 
-    from folora_q.evaluation.evaluate import GENERAL_TEXT
+    from folora_q.evaluation.loss import GENERAL_TEXTS
 
-    (folder / "prose.txt").write_text(GENERAL_TEXT.read_text("utf-8")[:2000], encoding="utf-8")
+    (folder / "prose.txt").write_text(GENERAL_TEXTS["prose"].read_text("utf-8")[:2000], encoding="utf-8")
     for name, rows in (("train.jsonl", range(12)), ("heldout.jsonl", range(20, 24))):
         lines = [
             {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}

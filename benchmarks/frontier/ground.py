@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
-from benchmarks.frontier.texts import real_texts
 from folora_q.core import SpectralGate
 from folora_q.data.halving import rows_of
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
@@ -62,7 +61,7 @@ class Ground:
     def __init__(self, recipe: Recipe, folder: Path, clock: Clock) -> None:
         self.recipe, self.clock, self.kept = recipe, clock, folder / "gates"
         self.scorer = make_scorer(recipe.evaluation, allow_code=False)
-        evaluation = recipe.evaluation.model_copy(update={"general_text": list(map(str, real_texts(folder / "texts")))})
+        evaluation = recipe.evaluation.model_copy(update={"general_text": None})  # the packaged ones
         task = read_task(recipe, clock)
         self.tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
         self.data: TaskTokens = tokenize_task(recipe, task, self.tokenizer, clock)

@@ -17,7 +17,7 @@ from folora_q.data.windows import crops
 from folora_q.evaluation.compare import HeldOutText, compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.drift import adapted_layers, measured_drift, update_norm
-from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
+from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Question,
@@ -98,7 +98,7 @@ def held_out(
 def general_texts(section: EvaluationSection) -> dict[str, Path]:
     """The files of general text, by a name for people that no two share."""
     if section.general_text is None:
-        return {"prose": GENERAL_TEXT}
+        return GENERAL_TEXTS
     paths = [Path(name) for name in section.general_text]
     stems = [path.stem for path in paths]
     return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}

@@ -15,7 +15,9 @@ from folora_q.data.tokens import Batch
 from folora_q.errors import UserError
 from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
 
-GENERAL_TEXT = Path(__file__).with_name("general.txt")
+# Three kinds of text that no run trains on, by the name that tables show. Training may improve one kind and harm the
+# others: after Shakespeare, prose got better and code worse.
+GENERAL_TEXTS = {name: Path(__file__).parent / "general" / f"{name}.txt" for name in ("prose", "manual", "code")}
 
 
 def mean_loss(

@@ -12,7 +12,7 @@ from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat
 from folora_q.data.read import read_task_data
 from folora_q.errors import UserError
-from folora_q.evaluation.loss import GENERAL_TEXT, text_windows
+from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.proxy.cache import read_samples
 from folora_q.recipe import Recipe
 from folora_q.runs.folder import RunFolder
@@ -32,7 +32,7 @@ class CheckTexts:
 
 def check_texts(adapter: Path, tokenizer: Tokenizer) -> CheckTexts:
     """Held-out task rows and held-out sampled text of the run that an adapter lies in, and general text always."""
-    general = [ids for ids in text_windows(GENERAL_TEXT, tokenizer, LENGTH)][:SEQUENCES]
+    general = [ids for ids in text_windows(GENERAL_TEXTS["prose"], tokenizer, LENGTH)][:SEQUENCES]
     run = RunFolder(adapter.parent)
     if not run.manifest.exists() or adapter != run.adapter:
         return CheckTexts(general, "general text")

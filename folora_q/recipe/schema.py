@@ -328,7 +328,7 @@ class EvaluationSection(Section):
     max_kl: Positive | None = None
     """Stop when KL(base ‖ tuned) exceeds this, in nats per token, and keep the best checkpoint within; needs steps."""
     general_text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] | None = None
-    """Text files for `forgetting` (loss after - before), relative to the recipe; unset: public-domain prose."""
+    """Text files on which forgetting (loss after - before) is measured; unset: packaged prose, manual pages, code."""
     general_prompts: str | None = None
     """A text file with a prompt a line, answered by base and tuned model for you to read; unset: six packaged ones."""
 

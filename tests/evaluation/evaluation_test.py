@@ -16,7 +16,8 @@ from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.compare import HeldOutText, compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.drift import measured_drift
-from folora_q.evaluation.loss import GENERAL_TEXT, mean_loss, text_windows
+from folora_q.evaluation.evaluate import general_texts
+from folora_q.evaluation.loss import GENERAL_TEXTS, mean_loss, text_windows
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     answer_both,
@@ -181,10 +182,18 @@ def test_windows_cover_the_text_once(tiny_folder: Path, tmp_path: Path) -> None:
         text_windows(tmp_path / "gone.txt", tokenizer, 40)
 
 
-def test_the_packaged_text_is_plain_and_has_its_sources_beside_it() -> None:
-    text = GENERAL_TEXT.read_text("ascii")
-    assert 10_000 < len(text) < 20_000
-    assert "Gutenberg" in GENERAL_TEXT.with_name("general.SOURCES.md").read_text("utf-8")
+def test_the_packaged_texts_are_as_long_as_each_other_and_name_their_sources() -> None:
+    assert list(GENERAL_TEXTS) == ["prose", "manual", "code"]
+    sizes = [len(path.read_text("utf-8")) for path in GENERAL_TEXTS.values()]
+    assert min(sizes) == max(sizes) > 10_000
+    assert GENERAL_TEXTS["code"].read_text("utf-8").count("\ndef ") > 5
+    sources = GENERAL_TEXTS["prose"].with_name("SOURCES.md").read_text("utf-8")
+    assert all(path.name in sources for path in GENERAL_TEXTS.values())
+
+
+def test_all_packaged_texts_are_measured_unless_a_recipe_names_its_own() -> None:
+    assert general_texts(EvaluationSection()) == GENERAL_TEXTS
+    assert list(general_texts(EvaluationSection(general_text=["a/one.txt", "b/two.txt"]))) == ["one", "two"]
 
 
 def test_a_tokenizer_needs_no_padding_token_to_answer(tuned, base: LoadedModel) -> None:
