@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -19,12 +20,15 @@ OTHERS = [series.name for series in methods() if series.name not in STRONG]
 COLOURS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
 
 
+VALUES: tuple[Callable[[Result], float], ...] = (lambda run: max(run.kl, LEAST), lambda run: run.mean_rise)
+LABELS = ("KL(base ‖ tuned), nats per token", "rise of the loss on real text")
+
+
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
     """KL, and the mean rise of the loss on real text, over the task loss."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    _curves(axes[0], results, lambda run: max(run.kl, LEAST))
-    _curves(axes[1], results, lambda run: run.mean_rise)
-    for axis, label in zip(axes, ("KL(base ‖ tuned), nats per token", "rise of the loss on real text"), strict=True):
+    for axis, value, label in zip(axes, VALUES, LABELS, strict=True):
+        _curves(axis, results, value)
         axis.set_ylabel(label)
     axes[0].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -34,14 +38,27 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 
 
 def draw_summary(found: Mapping[Cell, Sequence[Result]], path: Path) -> None:
-    """KL over the task loss, a panel for each model and task: plain LoRA and ours."""
-    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4), layout="constrained", squeeze=False)
-    for axis, (cell, results) in zip(axes[0], found.items(), strict=True):
-        _curves(axis, [run for run in results if run.series in STRONG], lambda run: max(run.kl, LEAST))
-        axis.set_yscale("log")
-        axis.set_title(f"{cell.task}, {Path(cell.model).stem}", fontsize=10)
-    axes[0][0].set_ylabel("forgotten: KL(base ‖ tuned)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    """KL and rise over the task loss, a column for each model and task: plain LoRA and ours, with their rates."""
+    figure, axes = plt.subplots(2, len(found), figsize=(5 * len(found), 6.5), layout="constrained", squeeze=False)
+    labelled: dict[str, Artist] = {}
+    for column, (cell, results) in zip(axes.T, found.items(), strict=True):
+        shown = [run for run in results if run.series in STRONG]
+        for axis, value in zip(column, VALUES, strict=True):
+            _curves(axis, shown, value)
+            for run in shown:
+                last = run.along()[-1]
+                text = f"{run.learning_rate * 1e3:g}e-3"
+                axis.annotate(
+                    text, (last.task_loss, value(last)), xytext=(4, 4), textcoords="offset points", fontsize=7
+                )
+            handles, labels = axis.get_legend_handles_labels()
+            labelled |= dict(zip(labels, handles, strict=True))
+        column[0].set_yscale("log")
+        column[0].set_xlabel("")
+        column[0].set_title(f"{cell.task}, {Path(cell.model).stem}", fontsize=10)
+    for axis, label in zip(axes[:, 0], LABELS, strict=True):
+        axis.set_ylabel(label)
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=9)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from folora_q.files import atomic_write
 from folora_q.recipe import Recipe
 
@@ -78,6 +80,11 @@ class Result:
     path: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def rate(self) -> str:
+        """The learning rate, for people."""
+        return rate_text(self.learning_rate)
+
+    @property
     def task_loss(self) -> float:
         return self.tuned["loss"]["task"]
 
@@ -102,6 +109,11 @@ class Result:
     def along(self) -> list[Result]:
         """The run as it was at each point where it was measured."""
         return [replace(self, tuned=measured, best_step=int(step), path={}) for step, measured in self.path.items()]
+
+
+def rate_text(rate: float) -> str:
+    """2e-4 for 0.0002."""
+    return np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
 def model_name(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.frontier.comparing import PLAIN, Curve, Spread, gain, wanted_loss
 from benchmarks.frontier.plot import draw, draw_summary
-from benchmarks.frontier.results import Cell, Result
+from benchmarks.frontier.results import Cell, Result, rate_text
 from benchmarks.frontier.series import USUAL_RATE, methods
 from folora_q.cli.console import out
 from folora_q.errors import UserError
@@ -110,9 +110,9 @@ def summarize(found: dict[Cell, list[Result]]) -> Shown:
         scores = [_share(base["accuracy"]), _share(base["human_eval"])]
         rows.append([f"**{cell.task}**, {Path(cell.model).stem}", "base", "0", "0", "0", "0", "0", *scores])
         best = min(plain, key=lambda run: run.task_loss).learning_rate
-        shown = {f"plain QLoRA, {USUAL_RATE:g}": (PLAIN, USUAL_RATE)}
+        shown = {f"plain QLoRA, {rate_text(USUAL_RATE)}": (PLAIN, USUAL_RATE)}
         if best != USUAL_RATE:
-            shown[f"plain QLoRA, {best:g} (its best)"] = (PLAIN, best)
+            shown[f"plain QLoRA, {rate_text(best)} (its best)"] = (PLAIN, best)
         shown |= {"**gated, by default**": ("ours", DEFAULT_RATE), "gated, rank 64": ("ours, rank 64", DEFAULT_RATE)}
         for name, (series, rate) in shown.items():
             runs = [run for run in results if (run.series, run.learning_rate) == (series, rate)]
@@ -148,7 +148,7 @@ def ends(cell: Cell, results: Sequence[Result]) -> Shown:
         rows.append(
             [
                 f"{run.series} ¹" if run.series in SIXTEEN_BIT else run.series,
-                f"{run.learning_rate:g}" + (f" (seed {run.seed})" if run.seed else ""),
+                run.rate + (f" (seed {run.seed})" if run.seed else ""),
                 f"{run.best_step} of {run.steps}",
                 f"{run.task_loss:.4f}",
                 f"{gain(run, plain):.1%}" if plain else "–",
