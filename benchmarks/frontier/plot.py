@@ -47,9 +47,8 @@ def draw_summary(found: Mapping[Cell, Sequence[Result]], path: Path) -> None:
             _curves(axis, shown, value)
             for run in shown:
                 last = run.along()[-1]
-                text = f"{run.learning_rate * 1e3:g}e-3"
                 axis.annotate(
-                    text, (last.task_loss, value(last)), xytext=(4, 4), textcoords="offset points", fontsize=7
+                    run.rate, (last.task_loss, value(last)), xytext=(4, 4), textcoords="offset points", fontsize=7
                 )
             handles, labels = axis.get_legend_handles_labels()
             labelled |= dict(zip(labels, handles, strict=True))
@@ -80,7 +79,7 @@ def _curves(axis: Axes, results: Sequence[Result], value: Callable[[Result], flo
         )
         named.add(run.series)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
+    axis.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:.3g}")
     axis.set_xlabel("held-out task loss (learned more: left)")

@@ -32,6 +32,12 @@ README_CELLS = {
     ("style", "SmolLM2-135M-Instruct"),
     ("bookings", "qwen2.5-coder-0.5b-instruct.gguf"),
 }
+# What the summary shows: a name, the series, the rate that it is run with unless one chooses, and what that is called.
+SUMMARIZED = (
+    ("plain QLoRA", PLAIN, USUAL_RATE, "usual"),
+    ("**gated**", "ours", DEFAULT_RATE, "default"),
+    ("gated, rank 64", "ours, rank 64", DEFAULT_RATE, "default"),
+)
 Rows = list[list[str]]
 
 
@@ -99,7 +105,7 @@ def _replace(page: Path, parts: dict[str, str]) -> None:
 
 
 def summarize(found: dict[Cell, list[Result]]) -> Shown:
-    """Plain QLoRA at its usual and at its best rate, and ours as by default; the mean over seeds."""
+    """Plain QLoRA and ours, each at its usual rate and at that of its lowest task loss; the mean over seeds."""
     columns = ["task", "method", "gain", "KL", "rise: prose", "manual", "code", "questions", "HumanEval"]
     rows: Rows = []
     for cell, results in found.items():
@@ -109,11 +115,13 @@ def summarize(found: dict[Cell, list[Result]]) -> Shown:
         base = plain[0].base
         scores = [_share(base["accuracy"]), _share(base["human_eval"])]
         rows.append([f"**{cell.task}**, {Path(cell.model).stem}", "base", "0", "0", "0", "0", "0", *scores])
-        best = min(plain, key=lambda run: run.task_loss).learning_rate
-        shown = {f"plain QLoRA, {rate_text(USUAL_RATE)}": (PLAIN, USUAL_RATE)}
-        if best != USUAL_RATE:
-            shown[f"plain QLoRA, {rate_text(best)} (its best)"] = (PLAIN, best)
-        shown |= {"**gated, by default**": ("ours", DEFAULT_RATE), "gated, rank 64": ("ours, rank 64", DEFAULT_RATE)}
+        shown: dict[str, tuple[str, float]] = {}
+        for name, series, usual, called in SUMMARIZED:
+            rates = {run.learning_rate: run.task_loss for run in results if run.series == series}
+            if usual in rates:
+                shown[f"{name}, {rate_text(usual)} ({called})"] = (series, usual)
+            if rates and (best := min(rates, key=rates.__getitem__)) != usual:
+                shown[f"{name}, {rate_text(best)} (best)"] = (series, best)
         for name, (series, rate) in shown.items():
             runs = [run for run in results if (run.series, run.learning_rate) == (series, rate)]
             if not runs:

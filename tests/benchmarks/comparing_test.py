@@ -165,8 +165,8 @@ def test_the_pages_get_tables_and_plots_of_what_was_run(tmp_path: Path, monkeypa
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "between" in text
         assert text.count("at its lowest held-out loss") == 2 and text.count("at equal task loss") == 1
         assert "| ours | 1 | 100.0% | " in text and "(frontier-style-model-3.png)" in text
-        assert readme.count("| **gated, by default** | 100.0% | 0.1000 | +0.1000 |") == 1 and "skill" not in readme
-        assert readme.count("plain QLoRA, 2e-4 | ") == 1
+        assert readme.count("| **gated**, 2e-3 (default) | 100.0% | 0.1000 | +0.1000 |") == 1 and "skill" not in readme
+        assert readme.count("plain QLoRA, 2e-4 (usual) | ") == 1
     for image in "frontier-style-model-3.png", "images/frontier.png":
         assert (tmp_path / "docs" / image).read_bytes().startswith(b"\x89PNG")
 
