@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.core import SpectralGate
+from folora_q.data.halving import first_rows
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.sources import source_files
 from folora_q.data.tokenized import Tokenized
@@ -243,10 +244,10 @@ def _few(recipe: Recipe, base: LoadedModel, proxy: Sequence[ProxySample]) -> Hel
 
 
 def _few_windows(recipe: Recipe, on: HeldOut) -> list[HeldOutText]:
-    """Some windows of each general text, for the rise of its loss during training."""
-    section = recipe.evaluation
-    count = math.ceil(section.num_proxy_samples / section.batch_size)
-    return [replace(text, batches=text.batches[:count]) for text in on.texts if text.kind == "general"]
+    """The first windows of each general text, as many of each, for the rise of its loss during training."""
+    texts = [text for text in on.texts if text.kind == "general"]
+    count = math.ceil(recipe.evaluation.num_proxy_samples / max(len(texts), 1))
+    return [replace(text, batches=first_rows(text.batches, count)) for text in texts]
 
 
 def _gate(

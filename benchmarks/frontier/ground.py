@@ -17,7 +17,7 @@ from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
 from folora_q.core import SpectralGate
-from folora_q.data.halving import rows_of
+from folora_q.data.halving import first_rows
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
@@ -86,7 +86,7 @@ class Ground:
             max_length=recipe.training.max_length,
         )
         self.on.texts[:] = [
-            replace(text, batches=_first_rows(text.batches, MEASURED_ROWS[text.kind]))
+            replace(text, batches=first_rows(text.batches, MEASURED_ROWS[text.kind]))
             if text.kind in MEASURED_ROWS
             else text
             for text in self.on.texts
@@ -182,16 +182,6 @@ class Ground:
         ids, labels = self.rows()
         chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
         return [ids[i] for i in chosen], [labels[i] for i in chosen]
-
-
-def _first_rows(text: Sequence[Batch], count: int) -> list[Batch]:
-    found = []
-    for batch in text:
-        found.append(rows_of(batch, 0, count))
-        count -= len(batch.input_ids)
-        if count <= 0:
-            break
-    return found
 
 
 def written(recipe: Recipe) -> Path:

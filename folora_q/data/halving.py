@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -92,6 +92,17 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     if start == 0 and stop >= len(batch.input_ids):
         return batch
     return Batch(**rows_of_inputs(batch._asdict(), start, stop))
+
+
+def first_rows(text: Sequence[Batch], count: int) -> list[Batch]:
+    """The first sequences of a text, in the batches that they are in."""
+    found: list[Batch] = []
+    for batch in text:
+        if count <= 0:
+            break
+        found.append(rows_of(batch, 0, count))
+        count -= len(batch.input_ids)
+    return found
 
 
 def rows_of_inputs(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:

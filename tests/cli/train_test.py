@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert stages["training"]["seconds"] > 0
 
     found = measured(folder)
-    assert [text.name for text in found.texts] == ["task", "own text", "own text, cut", "prose"]
+    assert [text.name for text in found.texts] == ["task", "own text", "own text, cut", "prose", "manual", "code"]
     assert found.text("own text").kl.value > 0 and found.text("own text").texts == 2
     assert found.text("task").loss.change.high < 0
     assert found.text("task").tokens == 40, "of four rows the completions and their end"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folora_q.data.halving import Halving, ran_out, rows_of
+from folora_q.data.halving import Halving, first_rows, ran_out, rows_of
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed
 
@@ -64,3 +64,5 @@ def test_parts_of_a_batch_lose_the_padding_that_only_others_needed() -> None:
     assert part.input_ids.tolist() == [[5, 6], [7, 0]]
     assert part.labels.tolist() == [[IGNORED, 6], [7, IGNORED]]
     assert rows_of(batch, 0, 3) is batch
+    assert [len(part.input_ids) for part in first_rows([batch, batch, batch], 5)] == [3, 2]
+    assert first_rows([batch], 9) == [batch] and first_rows([batch], 0) == []
