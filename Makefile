@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv, with the versions of constraints.txt
-# make demo    the main job on a real model: about a quarter of an hour on two CPU cores
+# make demo    the main job on a real model: about half an hour on two CPU cores
 # make test    every test
 PYTHON ?= python3
 VENV := .venv
