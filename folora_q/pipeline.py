@@ -244,7 +244,7 @@ def _few(recipe: Recipe, base: LoadedModel, proxy: Sequence[ProxySample]) -> Hel
 
 
 def _few_windows(recipe: Recipe, on: HeldOut) -> list[HeldOutText]:
-    """The first windows of each general text, as many of each, for the rise of its loss during training."""
+    """The first windows of each general text, the same number of each, for the rise of its loss during training."""
     texts = [text for text in on.texts if text.kind == "general"]
     count = math.ceil(recipe.evaluation.num_proxy_samples / max(len(texts), 1))
     return [replace(text, batches=first_rows(text.batches, count)) for text in texts]

@@ -47,7 +47,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("overrides", nargs=-1)
-@click.option("--quick", is_flag=True, help="Few points, 20 steps, one seed, one task, less text.")
+@click.option("--quick", is_flag=True, help="A few methods, a quarter of an epoch, one seed, one task, less text.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="This task alone.")
 @click.option("--series", "wanted", multiple=True, help="These series alone, by name or a part of it.")
 @click.option("--rate", "rates", type=float, multiple=True, help="These learning rates alone, where a series has them.")

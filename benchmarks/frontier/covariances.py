@@ -1,4 +1,4 @@
-"""Exact covariances of what layers read, by which other methods are defined.
+"""Exact covariances of layers' inputs, from which other methods are computed.
 
 A 7B model's take tens of gigabytes. So they are summed a few layers at a time, held on the host in float32, as they
 were summed, and made into float64 matrices for one layer at a time.

@@ -158,9 +158,8 @@ class Ground:
         if name not in self._sketches:
             texts = self._texts(share)
             tokens = [[batch.input_ids.tolist(), batch.labels.tolist()] for text in texts for batch in text]
-            model_settings = self.recipe.model.model_dump(mode="json") | {"name": model_name(self.recipe)}
-            del model_settings["model_name_or_path"]
-            path = self.kept / f"{digest([model_settings, name, tokens])}.safetensors"
+            loaded_as = self.recipe.model.model_dump(mode="json", exclude={"model_name_or_path"})
+            path = self.kept / f"{digest([model_name(self.recipe), loaded_as, name, tokens])}.safetensors"
             if path.exists():
                 self._sketches[name] = load_gates(path, self.base.device)
             else:

@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Key:
-    """A run: a method's settings, with a seed, for so many epochs."""
+    """What makes a run what it is: the method's settings, the seed and the number of epochs."""
 
     on: Setting
     method: dict[str, Any]

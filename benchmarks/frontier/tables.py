@@ -1,4 +1,4 @@
-"""The tables and plots of what has been run."""
+"""Tables and plots of all results."""
 
 from __future__ import annotations
 
@@ -117,15 +117,14 @@ def summarize(found: dict[Cell, list[Result]]) -> Shown:
         rows.append([f"**{cell.task}**, {Path(cell.model).stem}", "base", "0", "0", "0", "0", "0", *scores])
         shown: dict[str, tuple[str, float]] = {}
         for name, series, usual, called in SUMMARIZED:
-            rates = {run.learning_rate: run.task_loss for run in results if run.series == series}
-            if usual in rates:
+            of_series = [run for run in results if run.series == series]
+            if any(run.learning_rate == usual for run in of_series):
                 shown[f"{name}, {rate_text(usual)} ({called})"] = (series, usual)
-            if rates and (best := min(rates, key=rates.__getitem__)) != usual:
-                shown[f"{name}, {rate_text(best)} (best)"] = (series, best)
+            best = min(of_series, key=lambda run: run.task_loss, default=None)
+            if best is not None and best.learning_rate != usual:
+                shown[f"{name}, {best.rate} (best)"] = (series, best.learning_rate)
         for name, (series, rate) in shown.items():
             runs = [run for run in results if (run.series, run.learning_rate) == (series, rate)]
-            if not runs:
-                continue
             gains = [gain(run, [p for p in plain if p.seed == run.seed] or plain) for run in runs]
             values = [f"{fmean(gains):.1%}", f"{fmean(run.kl for run in runs):.4f}"]
             values += [f"{fmean(run.rise(kind) for run in runs):+.4f}" for kind in ("prose", "manual", "code")]

