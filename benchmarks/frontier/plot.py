@@ -54,7 +54,7 @@ def draw_summary(found: Mapping[Cell, Sequence[Result]], path: Path) -> None:
             labelled |= dict(zip(labels, handles, strict=True))
         column[0].set_yscale("log")
         column[0].set_xlabel("")
-        column[0].set_title(f"{cell.task}, {Path(cell.model).stem}", fontsize=10)
+        column[0].set_title(f"{cell.on.task}, {Path(cell.on.model).stem}", fontsize=10)
     for axis, label in zip(axes[:, 0], LABELS, strict=True):
         axis.set_ylabel(label)
     figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=9)

@@ -131,17 +131,15 @@ def digest(settings: Any) -> str:
 class Cell:
     """What is compared in one table; runs of other recipes or lengths are never mixed."""
 
-    model: str
-    task: str
+    on: Setting
     epochs: float
-    recipe: str
 
     def __str__(self) -> str:
-        return f"{self.task}, {Path(self.model).stem}, {self.epochs:g} epochs"
+        return f"{self.on.task}, {Path(self.on.model).stem}, {self.epochs:g} epochs"
 
     @property
     def slug(self) -> str:
-        return f"{self.task}-{Path(self.model).stem}-{self.epochs:g}"
+        return f"{self.on.task}-{Path(self.on.model).stem}-{self.epochs:g}"
 
 
 def write(path: Path, key: Key, result: Result) -> None:
@@ -158,7 +156,6 @@ def read_all(output: Path, kept: Path = KEPT) -> tuple[dict[str, str], dict[Cell
     found: dict[Cell, list[Result]] = {}
     for line in lines.values():
         row = json.loads(line)
-        on = row["key"]["on"]
-        cell = Cell(on["model"], on["task"], row["key"]["epochs"], on["recipe"])
+        cell = Cell(Setting(**row["key"]["on"]), row["key"]["epochs"])
         found.setdefault(cell, []).append(Result(**row["result"]))
     return lines, found

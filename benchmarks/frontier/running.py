@@ -58,10 +58,16 @@ class BestPoint:
         self._weights: dict[str, Tensor] = {}
 
     def __call__(self, step: int, model: PeftModel) -> None:
-        """Measure, if it is time."""
+        """Measure, if it is time.
+
+        Raises:
+            RunFailed: the held-out task loss is not finite.
+        """
         if step not in self.at:
             return
         self.path[step] = measured = self.yardstick.losses(model)
+        if not math.isfinite(measured.loss["task"]):
+            raise RunFailed(f"the held-out loss is not finite after {step} steps")
         if measured.loss["task"] < self.loss:
             self.step, self.loss = step, measured.loss["task"]
             self._weights = {name: p.detach().clone() for name, p in _trained(model)}

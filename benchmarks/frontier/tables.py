@@ -90,7 +90,7 @@ def show(found: dict[Cell, list[Result]], root: Path | None) -> None:
             text.append(f"![{cell}](frontier-{cell.slug}.png)\n")
     if root is not None:
         _replace(root / "docs" / "frontier.md", {"summary": summary.body(), "tables": "\n".join(text)})
-        in_readme = {cell: results for cell, results in found.items() if (cell.task, cell.model) in README_CELLS}
+        in_readme = {cell: results for cell, results in found.items() if (cell.on.task, cell.on.model) in README_CELLS}
         _replace(root / "README.md", {"summary": summarize(in_readme).body()})
         draw_summary(in_readme, root / "docs" / "images" / "frontier.png")
 
@@ -114,7 +114,7 @@ def summarize(found: dict[Cell, list[Result]]) -> Shown:
             continue
         base = plain[0].base
         scores = [_share(base["accuracy"]), _share(base["human_eval"])]
-        rows.append([f"**{cell.task}**, {Path(cell.model).stem}", "base", "0", "0", "0", "0", "0", *scores])
+        rows.append([f"**{cell.on.task}**, {Path(cell.on.model).stem}", "base", "0", "0", "0", "0", "0", *scores])
         shown: dict[str, tuple[str, float]] = {}
         for name, series, usual, called in SUMMARIZED:
             of_series = [run for run in results if run.series == series]

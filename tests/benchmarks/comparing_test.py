@@ -20,7 +20,7 @@ from folora_q.recipe import load_recipe
 
 STYLE = Setting("folder/model.gguf", "style", "as it is")
 GENERAL = ("prose", "manual", "code")
-CELL = Cell("folder/model.gguf", "style", 3.0, "as it is")
+CELL = Cell(STYLE, 3.0)
 BASE = {
     "loss": {"task": 4.0, "own text": 1.0, "own text, cut": 1.0} | dict.fromkeys(GENERAL, 3.0),
     "exact": None,
@@ -153,8 +153,8 @@ def test_the_pages_get_tables_and_plots_of_what_was_run(tmp_path: Path, monkeypa
     for page, parts in pages.items():
         sections = "between\n".join(f"{BEGIN.format(part)}\nold\n{END}\n" for part in parts)
         page.write_text(f"before\n{sections}after\n", encoding="utf-8")
-    monkeypatch.setattr("benchmarks.frontier.tables.README_CELLS", {(CELL.task, CELL.model)})
-    usual, other = replace(power("LoRA", 0.5), learning_rate=USUAL_RATE), replace(CELL, task="skill")
+    monkeypatch.setattr("benchmarks.frontier.tables.README_CELLS", {(STYLE.task, STYLE.model)})
+    usual, other = replace(power("LoRA", 0.5), learning_rate=USUAL_RATE), replace(CELL, on=replace(STYLE, task="skill"))
     found = {
         CELL: [usual, power("LoRA", 0.6), replace(power("ours", 0.1), learning_rate=DEFAULT_RATE)],
         other: [power("ours", 2.0)],

@@ -34,6 +34,7 @@ from benchmarks.frontier.running import BestPoint, Plan, run_plan
 from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
 from folora_q.core import SpectralGate
+from folora_q.errors import RunFailed
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.models.adapters import AdapterPair, adapter_pairs
@@ -471,6 +472,9 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_restored(ground: Ground) -> 
     assert yardstick.losses(model) == real[3] != real[1]
     best.restore(model)
     assert yardstick.losses(model) == real[1]
+    told = iter((math.nan,))
+    with pytest.raises(RunFailed, match="not finite after 3 steps"):
+        best(3, model)
     model.unload()
 
 
