@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.core import SpectralGate
 from folora_q.data.halving import first_rows
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
-from folora_q.data.sources import source_files
+from folora_q.data.sources import find
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
@@ -121,7 +121,7 @@ def _run_here(
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
-    manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
+    manifest = new_manifest(recipe, {name: path for source in sources for name, path in find(source).files().items()})
     hardware = choose_hardware(recipe.model.dtype)
     manifest |= {"data": data.summary(), "hardware": hardware.reason, "computing": hardware.facts()}
     if trust != NOTHING:

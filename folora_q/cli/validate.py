@@ -11,10 +11,11 @@ from rich.markup import escape
 from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
 from folora_q.data.read import examine
+from folora_q.data.sources import HUB_SPLIT
 from folora_q.data.templates import read_template
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import Source
-from folora_q.recipe.paths import is_hub_dataset
+from folora_q.recipe.paths import is_hub_dataset, is_remote
 
 # Enough rows to know a file's shape by; reading all is --all-rows.
 FIRST_ROWS = 1000
@@ -69,9 +70,12 @@ def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
 
 def _source(source: Source, recipe: Recipe, rows: int | None) -> str:
     if is_hub_dataset(source):
-        return f"{source.path} ({source.split}) from the hub, not looked at"
+        return f"{source.path} ({source.split or HUB_SPLIT}) from the hub, not looked at"
+    if is_remote(source.path):
+        return f"{source.path}, not looked at: `folora-q preview` reads it"
     facts = examine(source, rows, recipe.data.on_error)
+    passed_over = f"; {facts.passed_over}" if facts.passed_over is not None else ""
     if facts.read != rows:
-        return f"{source.path}: {facts.rows:,} rows of `{facts.shape}`"
+        return f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{passed_over}"
     usable = "" if facts.rows == facts.read else f"{facts.rows:,} of "
-    return f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`"
+    return f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`{passed_over}"
