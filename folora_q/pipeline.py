@@ -20,6 +20,7 @@ from folora_q.data.sources import find
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
+from folora_q.distributed import require_one_process
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.drift import predicted_drift
@@ -89,8 +90,10 @@ def run_training(
 
     Raises:
         UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
+            Or this is one of several processes; found before anything is written.
         RunFailed: the run could not go on.
     """
+    require_one_process()
     clock = Clock(progress)
     target = Path(recipe.training.output_dir)
     with locked(target, clock.note):
@@ -164,6 +167,8 @@ def _run(
 ) -> RunResult:
     clock.meter = PeakMemory(hardware.device)
     clock.note(f"computing in {hardware}")
+    if hardware.others is not None:
+        clock.note(hardware.others)
 
     with clock.stage("loading the model in 4 bits", None):
         base = load_model(recipe.model, hardware, tokenizer, trust)

@@ -174,6 +174,12 @@ class GatedTrainer(DurableTrainer):
         return head.compute_loss(model, inputs, *args, **kwargs)
 
 
+def on_one_device(config: SFTConfig) -> None:
+    """Keep transformers from using every GPU that it sees: it would copy the model, and train on larger batches."""
+    _ = config.device  # counts them
+    config._n_gpu = min(config.n_gpu, 1)
+
+
 def build_trainer(
     model: PeftModel,
     tokenizer: Tokenizer,
@@ -241,6 +247,7 @@ def build_trainer(
         )
     except ValueError as error:
         raise UserError(f"section `training`: {str(error).splitlines()[0]}") from error
+    on_one_device(config)
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
