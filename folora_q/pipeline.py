@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.core import SpectralGate
+from folora_q.data.advice import size_warnings
 from folora_q.data.halving import first_rows
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.sources import find
@@ -44,7 +45,7 @@ from folora_q.private import conceal
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample
-from folora_q.recipe.schema import Recipe
+from folora_q.recipe.schema import Recipe, TrainingSection
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.lock import locked
@@ -57,17 +58,19 @@ from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.packing import check_packing
 from folora_q.training.resume import Resumption, go_on, read_earlier
+from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, build_trainer
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run learned, forgot and cost."""
+    """What a run learned, forgot and cost, and why its numbers may say little."""
 
     folder: Path
     evaluation: Evaluation
     answers: list[AnswerResult]
     stages: list[Stage]
+    warnings: list[str]
 
 
 def run_training(
@@ -124,9 +127,17 @@ def _run_here(
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
+    warnings = size_warnings(recipe, data)
+    for warning in warnings:
+        clock.note(f"warning: {warning}")
     manifest = new_manifest(recipe, {name: path for source in sources for name, path in find(source).files().items()})
     hardware = choose_hardware(recipe.model.dtype)
-    manifest |= {"data": data.summary(), "hardware": hardware.reason, "computing": hardware.facts()}
+    manifest |= {
+        "data": data.summary(),
+        "warnings": warnings,
+        "hardware": hardware.reason,
+        "computing": hardware.facts(),
+    }
     if trust != NOTHING:
         manifest["allowed"] = trust.flags()
     resumed = None
@@ -210,7 +221,7 @@ def _run(
         _gate(recipe, base, model, trainer, data.train, proxy, proxy_heldout, folder, clock, resumed)
         folder.remember(manifest, folder.gates)
 
-    _train(trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
+    _train(recipe.training, trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
 
     contrast = Contrast(model)
     texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
@@ -224,7 +235,7 @@ def _run(
     folder.write_manifest(manifest)
     if not trainer.saves:
         discard_after(folder.path, 0)  # the one at the end of training, or those of a signal
-    return RunResult(folder.path, evaluation, answers, list(clock.stages.values()))
+    return RunResult(folder.path, evaluation, answers, list(clock.stages.values()), manifest["warnings"])
 
 
 def _proxy_text(
@@ -330,10 +341,12 @@ def _measured_gates(
     )
 
 
-def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: Path | None) -> None:
-    arguments = trainer.args
-    per_epoch = len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps
-    steps = arguments.max_steps if arguments.max_steps > 0 else max(1, round(per_epoch * arguments.num_train_epochs))
+def _train(
+    training: TrainingSection, trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: Path | None
+) -> None:
+    steps = training.steps_for(len(trainer.train_dataset))
+    if (warmup := warmup_of(training.warmup_steps, steps)) < int(training.warmup_steps):
+        clock.note(f"training.warmup_steps: {warmup} of {steps} steps, at most a third, not {training.warmup_steps:g}")
 
     def record(line: dict[str, Any]) -> None:
         folder.append_metrics({"stage": "training", **line})
@@ -348,6 +361,7 @@ def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: P
         with stopping.listening():
             trainer.train(checkpoint)
     trainer.conclude(steps, clock.note)
+    trainer.require_learned()
 
 
 def _layers(contrast: Contrast, trainer: GatedTrainer, on: HeldOut, clock: Clock) -> list[LayerResult]:

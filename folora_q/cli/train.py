@@ -97,6 +97,8 @@ def _print_result(result: RunResult, recipe: Recipe) -> None:
     print_evaluation(result.evaluation, f"What was learned, what was forgotten ({title})")
     for answer in [answer for answer in result.answers if answer.kind == "task"][:1]:
         print_answer(answer)
+    for warning in result.warnings:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     longest = sorted(result.stages, key=lambda stage: -stage.seconds)[:3]
     out.print(
         f"\n{duration(sum(stage.seconds for stage in result.stages))} in all: "
