@@ -97,6 +97,8 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         loaded = load_subject(subject, request.dtype, bits, against, compare=True, trust=request.trust)
     clock.meter = PeakMemory(loaded.hardware.device)
     clock.note(f"{subject.kind}, {loaded.held}")
+    if loaded.hardware.others is not None:
+        clock.note(loaded.hardware.others)
     if request.recipe is not None and (template := chat_template(request.recipe)) is not None:
         loaded.tokenizer.chat_template = template
     contrast = Contrast(loaded.model, loaded.base)

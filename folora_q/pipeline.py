@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +15,22 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.core import SpectralGate
+from folora_q.data.advice import size_warnings
+from folora_q.data.formats import Example, Text
 from folora_q.data.halving import first_rows
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
-from folora_q.data.sources import source_files
+from folora_q.data.sources import find
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
+from folora_q.distributed import require_one_process
+from folora_q.errors import FoloraError, RunFailed, first_line
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.task import Scorer, make_scorer
-from folora_q.export.card import write_card
+from folora_q.export.card import CARD, write_card
 from folora_q.files import atomic_write, commit_directory
 from folora_q.models.adapters import (
     AdapterPair,
@@ -43,7 +48,7 @@ from folora_q.private import conceal
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample
-from folora_q.recipe.schema import Recipe
+from folora_q.recipe.schema import EvaluationSection, Recipe, TrainingSection
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.lock import locked
@@ -56,17 +61,19 @@ from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.packing import check_packing
 from folora_q.training.resume import Resumption, go_on, read_earlier
+from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, build_trainer
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run learned, forgot and cost."""
+    """What a run learned, forgot and cost, and why its numbers may say little."""
 
     folder: Path
     evaluation: Evaluation
     answers: list[AnswerResult]
     stages: list[Stage]
+    warnings: list[str]
 
 
 def run_training(
@@ -89,8 +96,10 @@ def run_training(
 
     Raises:
         UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
-        RunFailed: the run could not go on.
+            Or this is one of several processes; found before anything is written.
+        RunFailed: the run could not go on. Where its evaluation failed, the adapter that was trained is kept.
     """
+    require_one_process()
     clock = Clock(progress)
     target = Path(recipe.training.output_dir)
     with locked(target, clock.note):
@@ -117,13 +126,22 @@ def _run_here(
     if recipe.training.packing:
         require_packable(recipe.model, trust)
     task = read_task(recipe, clock)
+    _try(scorer, task.heldout)
     require_loadable(recipe.model, trust)
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
-    manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
+    warnings = size_warnings(recipe, data)
+    for warning in warnings:
+        clock.note(f"warning: {warning}")
+    manifest = new_manifest(recipe, {name: path for source in sources for name, path in find(source).files().items()})
     hardware = choose_hardware(recipe.model.dtype)
-    manifest |= {"data": data.summary(), "hardware": hardware.reason, "computing": hardware.facts()}
+    manifest |= {
+        "data": data.summary(),
+        "warnings": warnings,
+        "hardware": hardware.reason,
+        "computing": hardware.facts(),
+    }
     if trust != NOTHING:
         manifest["allowed"] = trust.flags()
     resumed = None
@@ -164,6 +182,8 @@ def _run(
 ) -> RunResult:
     clock.meter = PeakMemory(hardware.device)
     clock.note(f"computing in {hardware}")
+    if hardware.others is not None:
+        clock.note(hardware.others)
 
     with clock.stage("loading the model in 4 bits", None):
         base = load_model(recipe.model, hardware, tokenizer, trust)
@@ -205,21 +225,26 @@ def _run(
         _gate(recipe, base, model, trainer, data.train, proxy, proxy_heldout, folder, clock, resumed)
         folder.remember(manifest, folder.gates)
 
-    _train(trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
+    _train(recipe.training, trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
+
+    _save(recipe, base, model, folder)  # before the evaluation, which can fail and must not cost what was trained
 
     contrast = Contrast(model)
-    texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
-    layers = _layers(contrast, trainer, measured_on, clock)
+    try:
+        texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
+        layers = _layers(contrast, trainer, measured_on, clock)
+    except Exception as error:
+        raise _evaluation_failed(error, folder, recipe.evaluation, trust) from error
     held = f"4 bits ({recipe.model.bnb_4bit_quant_type}), computing in {hardware}"
     evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)
     atomic_write(folder.evaluation, to_json(evaluation))
     folder.write_lines(folder.answers, answer_lines(answers))
-    _save(recipe, base, model, folder, evaluation)
+    write_card(folder.adapter / CARD, recipe, base, evaluation)
     manifest |= {"status": "complete", "stages": clock.to_list()}
     folder.write_manifest(manifest)
     if not trainer.saves:
         discard_after(folder.path, 0)  # the one at the end of training, or those of a signal
-    return RunResult(folder.path, evaluation, answers, list(clock.stages.values()))
+    return RunResult(folder.path, evaluation, answers, list(clock.stages.values()), manifest["warnings"])
 
 
 def _proxy_text(
@@ -325,10 +350,12 @@ def _measured_gates(
     )
 
 
-def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: Path | None) -> None:
-    arguments = trainer.args
-    per_epoch = len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps
-    steps = arguments.max_steps if arguments.max_steps > 0 else max(1, round(per_epoch * arguments.num_train_epochs))
+def _train(
+    training: TrainingSection, trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: Path | None
+) -> None:
+    steps = training.steps_for(len(trainer.train_dataset))
+    if (warmup := warmup_of(training.warmup_steps, steps)) < int(training.warmup_steps):
+        clock.note(f"training.warmup_steps: {warmup} of {steps} steps, at most a third, not {training.warmup_steps:g}")
 
     def record(line: dict[str, Any]) -> None:
         folder.append_metrics({"stage": "training", **line})
@@ -343,6 +370,7 @@ def _train(trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: P
         with stopping.listening():
             trainer.train(checkpoint)
     trainer.conclude(steps, clock.note)
+    trainer.require_learned()
 
 
 def _layers(contrast: Contrast, trainer: GatedTrainer, on: HeldOut, clock: Clock) -> list[LayerResult]:
@@ -351,9 +379,29 @@ def _layers(contrast: Contrast, trainer: GatedTrainer, on: HeldOut, clock: Clock
     return evaluate_layers(contrast, on, clock, predicted, trainer.energy_kept())
 
 
-def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder, evaluation: Evaluation) -> None:
+def _try(scorer: Scorer | None, heldout: Sequence[Example]) -> None:
+    """Score one reference against itself: a function that fails on it is found before anything is trained."""
+    questions = (example for example in heldout if not isinstance(example, Text))
+    if scorer is not None and (first := next(questions, None)) is not None and first.reference is not None:
+        scorer(first.reference, first.reference)
+
+
+def _evaluation_failed(error: Exception, folder: RunFolder, section: EvaluationSection, trust: Trust) -> RunFailed:
+    """What to raise where the evaluation failed: what is kept, and how it is repeated without training again."""
+    reason = error.message if isinstance(error, FoloraError) else f"{type(error).__name__}: {first_line(error)}"
+    options = [*["--allow-code"] * (section.metric == "function"), *trust.flags()]
+    line = shlex.join(["folora-q", "eval", str(folder.path), *options])
+    helps = f"{error.hint}; " if isinstance(error, FoloraError) and error.hint else ""
+    return RunFailed(
+        f"the evaluation failed: {reason}; the adapter that was trained is in {folder.adapter}",
+        f"{helps}`{line}` repeats the evaluation alone; `folora-q train` with --resume repeats it and ends the run",
+    )
+
+
+def _save(recipe: Recipe, base: LoadedModel, model: PeftModel, folder: RunFolder) -> None:
+    """The adapter, with a card that has no numbers yet."""
     with commit_directory(folder.adapter) as staging:
         save_adapter(model, base, recipe.export, staging)
         base.tokenizer.save_pretrained(staging)
         base.model.generation_config.save_pretrained(staging)
-        write_card(staging / "README.md", recipe, base, evaluation)
+        write_card(staging / CARD, recipe, base, None)

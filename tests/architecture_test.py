@@ -17,7 +17,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 # A room may import rooms of earlier tiers and itself, never a sibling.
 TIERS = [
     {"errors", "files", "private", "progress", "reading", "folora_q"},
-    {"core", "recipe"},
+    {"core", "distributed", "recipe"},
     {"models", "data", "runs", "memory"},
     {"proxy", "statistics", "evaluation"},
     {"training", "export", "report"},
@@ -76,6 +76,7 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
     [
         "import folora_q",
         "import folora_q.errors, folora_q.files",
+        "import folora_q.distributed",
         "import folora_q.recipe",
         "import folora_q.cli.app",
         "import folora_q.cli.train",

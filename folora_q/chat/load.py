@@ -13,7 +13,7 @@ from folora_q.errors import UserError
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.reading import read_text
 from folora_q.recipe.dataset import DataSection
-from folora_q.recipe.paths import is_hub_dataset
+from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_answers
@@ -70,7 +70,7 @@ def _trained(run: RunFolder) -> list[list[Message]]:
     try:
         recipe = parse_yaml(read_text(run.recipe, 4 * LONGEST))[0]
         source = DataSection.model_validate(recipe["data"]).train_dataset[0]
-        if is_hub_dataset(source):
+        if is_hub_dataset(source) or is_remote(source.path):
             return []
         rows = [row for row in islice(read_source(source), FIRST_ROWS) if isinstance(row, Row)]
         examples = [to_example(row, shape_of(row, source), source) for row in rows]

@@ -20,7 +20,7 @@ from folora_q.files import atomic_write
 from folora_q.recipe.dataset import Shape, Source
 from folora_q.recipe.json_schema import json_schema
 from folora_q.recipe.new import Answers, Card, new_recipe
-from folora_q.recipe.paths import HUB_ID
+from folora_q.recipe.paths import HUB_ID, is_remote
 from folora_q.recipe.shipped import SCHEMA_FILE
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
@@ -31,7 +31,7 @@ FIRST_ROWS = 100
 @click.command("init")
 @click.argument("path", default="recipe.yaml", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--model", help=f"A hub id, a folder or a .gguf file, e.g. {MODEL}.")
-@click.option("--data", help="Your rows: a file, a folder, a glob or a hub id.")
+@click.option("--data", help="Your rows: a file, a folder, a glob, an address or a hub id.")
 @click.option("--gpu", type=click.Choice(CARDS), help="Memory of your card in GB, or cpu.")
 @click.option("--output-dir", help="The run folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
@@ -63,6 +63,8 @@ def command(
 
 def _look_at(data: str, folder: Path) -> tuple[Shape, str]:
     """The shape of the rows, and the path as the recipe should have it: relative to its own folder."""
+    if is_remote(data):
+        return examine(Source(path=data), FIRST_ROWS, "raise").shape, data
     path = Path(data).expanduser().resolve()
     if not path.exists() and HUB_ID.fullmatch(data):
         return "messages", data

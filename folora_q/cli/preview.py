@@ -51,6 +51,7 @@ def command(
 ) -> None:
     """Show examples as the model will see them: learned tokens in green, the others dim. No model is loaded."""
     with starting(settings["debug"], "Transformers") as progress:
+        from folora_q.data.advice import size_warnings
         from folora_q.data.prepare import chat_template, read_task, tokenize_task
         from folora_q.models.tokenizer import load_tokenizer
     clock = Clock(progress)
@@ -71,6 +72,8 @@ def command(
         out.print(_coloured(runs if full else _shortened(runs)), soft_wrap=True)
     _print_lengths(rows["input_ids"][:])
     _print_left_out(recipe, data, half)
+    for warning in size_warnings(recipe, data):
+        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 def _runs(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[str, bool]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import rich_click as click
@@ -10,11 +11,13 @@ from rich.markup import escape
 
 from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
-from folora_q.data.read import examine
+from folora_q.data.read import SourceFacts, examine
+from folora_q.data.sources import HUB_SPLIT
 from folora_q.data.templates import read_template
 from folora_q.recipe import Recipe
-from folora_q.recipe.dataset import Source
-from folora_q.recipe.paths import is_hub_dataset
+from folora_q.recipe.dataset import DataSection, Source
+from folora_q.recipe.paths import is_hub_dataset, is_remote
+from folora_q.recipe.size_advice import heldout_advice, step_advice
 
 # Enough rows to know a file's shape by; reading all is --all-rows.
 FIRST_ROWS = 1000
@@ -29,22 +32,60 @@ def command(path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bo
     """Check a RECIPE, its files and its data's rows. Nothing is downloaded, and no model is loaded."""
     if recipe.data.chat_template is not None:
         read_template(recipe.data.chat_template)
-    facts = list(_facts(recipe, None if all_rows else FIRST_ROWS))
+    rows = None if all_rows else FIRST_ROWS
+    data = recipe.data
+    train, heldout = ([_look_at(source, rows, data) for source in given or []] for given in _sources(data))
+    facts = list(_facts(recipe, train, heldout))
     out.print(f"[green]✓[/] {escape(str(path))} is valid", soft_wrap=True)
     for name, text in facts:
         out.print(f"  [dim]{name:9}[/] {escape(text)}", soft_wrap=True)
+    for warning in _size_warnings(recipe, train, heldout):
+        out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
     if recipe.rate_advice is not None:
         out.print(f"  [yellow]note[/]      {escape(recipe.rate_advice)}", soft_wrap=True)
 
 
-def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a source.
+
+    Attributes:
+        text: for people.
+        facts: None where it was not looked at.
+        whole: all of its rows were read.
+    """
+
+    text: str
+    facts: SourceFacts | None = None
+    whole: bool = False
+
+
+def _sources(data: DataSection) -> tuple[list[Source], list[Source] | None]:
+    return data.train_dataset, data.eval_dataset
+
+
+def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
+    if is_hub_dataset(source):
+        return Look(f"{source.path} ({source.split or HUB_SPLIT}) from the hub, not looked at")
+    if is_remote(source.path):
+        return Look(f"{source.path}, not looked at: `folora-q preview` reads it")
+    facts = examine(source, rows, data.on_error)
+    passed_over = f"; {facts.passed_over}" if facts.passed_over is not None else ""
+    if facts.read != rows:
+        return Look(f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{passed_over}", facts, whole=True)
+    usable = "" if facts.rows == facts.read else f"{facts.rows:,} of "
+    text = f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`{passed_over}"
+    return Look(text, facts)
+
+
+def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> Iterator[tuple[str, str]]:
     training, gate = recipe.training, recipe.gate
     yield "model", f"{recipe.model.model_name_or_path}, in 4 bits ({recipe.model.bnb_4bit_quant_type})"
-    yield from (("train", _source(source, recipe, rows)) for source in recipe.data.train_dataset)
+    yield from (("train", look.text) for look in train)
     if recipe.data.eval_dataset is None:
         share = recipe.data.eval_size
         yield "held out", f"{share:.0%} of these rows" if share < 1 else f"{share:g} of these rows"
-    yield from (("held out", _source(source, recipe, rows)) for source in recipe.data.eval_dataset or [])
+    yield from (("held out", look.text) for look in heldout)
     evaluation = recipe.evaluation
     others = {
         "template": [recipe.data.chat_template],
@@ -67,11 +108,22 @@ def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
     yield "run", training.output_dir + taken
 
 
-def _source(source: Source, recipe: Recipe, rows: int | None) -> str:
-    if is_hub_dataset(source):
-        return f"{source.path} ({source.split}) from the hub, not looked at"
-    facts = examine(source, rows, recipe.data.on_error)
-    if facts.read != rows:
-        return f"{source.path}: {facts.rows:,} rows of `{facts.shape}`"
-    usable = "" if facts.rows == facts.read else f"{facts.rows:,} of "
-    return f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`"
+def _size_warnings(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> list[str]:
+    """Warnings about few rows, where a row is a sequence and all of them were read; `preview` and `train` know more."""
+    looks = [*train, *heldout]
+    if recipe.training.packing or not all(look.whole and look.facts and look.facts.shape != "text" for look in looks):
+        return []
+    data, size = recipe.data, recipe.data.eval_size
+    rows = [look.facts.rows for look in train if look.facts]
+    share = [max(1, round(count * size)) if size < 1 else 0 for count in rows]
+    held = sum(share) if size < 1 else int(size)
+    left = [count - out for count, out in zip(rows, share, strict=True)]
+    if data.eval_dataset is not None:
+        held, left = sum(look.facts.rows for look in heldout if look.facts), rows
+    weighted = sum(count * source.weight for count, source in zip(left, data.train_dataset, strict=True))
+    trained = round(weighted) - (held if data.eval_dataset is None and size >= 1 else 0)
+    found = (
+        step_advice(recipe.training, max(1, min(trained, data.max_train_samples or trained))),
+        heldout_advice(data, trained, min(held, data.max_eval_samples or held)),
+    )
+    return [advice for advice in found if advice is not None]

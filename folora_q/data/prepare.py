@@ -62,6 +62,8 @@ def read_task(recipe: Recipe, clock: Clock) -> TaskData:
         task = read_task_data(recipe.data, recipe.training.seed)
     for facts in task.facts:
         clock.note(f"{facts.path}: {facts.rows:,} rows of `{facts.shape}`")
+        if facts.passed_over is not None:
+            clock.note(f"{facts.path}: {facts.passed_over}")
     if task.skipped:
         clock.note(f"{len(task.skipped):,} rows skipped; the first: {task.skipped[0].message}")
     if task.repeated:

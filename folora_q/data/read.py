@@ -10,9 +10,12 @@ from pathlib import Path
 
 from folora_q.data.formats import Example, Text, content_of, shape_of, to_example
 from folora_q.data.rows import RowError, Sieve
-from folora_q.data.sources import read_source
+from folora_q.data.sources import find, read_source
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Shape, Source
+
+# So many files that are not read for one reason are named; run.json has them all.
+MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,24 @@ class SourceFacts:
         shape: that of its rows.
         rows: how many can be used.
         read: how many there were.
+        unread: what lies in its folder and is not read, with the reason.
     """
 
     path: str
     shape: Shape
     rows: int
     read: int
+    unread: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed_over(self) -> str | None:
+        """What is not read, by reason, for people; None if there is nothing."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.unread.items():
+            by_reason.setdefault(reason, []).append(name)
+        if not by_reason:
+            return None
+        return "not read: " + "; ".join(f"{_some(names)} ({reason})" for reason, names in by_reason.items())
 
 
 @dataclass(frozen=True)
@@ -91,13 +106,19 @@ def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
     return facts[0]
 
 
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
 def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | None = None) -> list[Example]:
     found: list[Shape] = []
     columns: set[str] = set()
     skipped_before = len(sieve.skipped)
+    there = find(source)
 
     def examples() -> Iterator[Example | RowError]:
-        for row in sieve.pass_on(islice(read_source(source), most)):
+        for row in sieve.pass_on(islice(read_source(source, there), most)):
             columns.update(row.values)
             try:
                 shape = shape_of(row, source)
@@ -125,7 +146,7 @@ def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | No
             f"no row of {source.path} has the column `{unknown[0][:40]}`, which `fields` names",
             f"its columns are {', '.join(sorted(columns)[:8])}",
         )
-    facts.append(SourceFacts(source.path, found[0], len(usable), len(usable) + len(skipped)))
+    facts.append(SourceFacts(source.path, found[0], len(usable), len(usable) + len(skipped), there.unread))
     return usable
 
 

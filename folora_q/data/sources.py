@@ -1,22 +1,53 @@
-"""Where rows come from: a file, a folder, a glob, or a dataset on a hub."""
+"""Where rows come from: a file, a folder, a glob, an address that fsspec reaches, or a dataset on a hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
+from folora_q.data.files import DataFile
+from folora_q.data.folders import Choice, choose, names_in
 from folora_q.data.readers import READERS, Rows, read_file
+from folora_q.data.remote import Remote, file_name
 from folora_q.data.rows import Row
+from folora_q.data.saved import SPLITS, SavedDataset, read_splits
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.dataset import Source
-from folora_q.recipe.paths import is_hub_dataset, matching_files
+from folora_q.recipe.paths import is_hub_dataset, is_remote, matching_files, matching_folders
 
-# In a folder these are data only where nothing else is: a README often lies beside the data.
-PROSE = (".txt", ".md")
+# The split of a hub dataset that names none.
+HUB_SPLIT = "train"
 
 
-def read_source(source: Source) -> Rows:
+@dataclass(frozen=True)
+class Found:
+    """What a source stands for on this machine; nothing for a hub dataset.
+
+    Attributes:
+        parts: what is read, in order.
+        unread: what lies there too and is not read, with the reason.
+    """
+
+    parts: list[DataFile | SavedDataset] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+
+    def files(self) -> dict[str, Path]:
+        """Every file that is read, by the name that messages have for it."""
+        files: dict[str, Path] = {}
+        for part in self.parts:
+            if isinstance(part, DataFile):
+                files[part.name] = part.path
+            else:
+                files |= {f"{part.name}/{file.relative_to(part.path).as_posix()}": file for file in part.files()}
+        return files
+
+
+def read_source(source: Source, found: Found | None = None) -> Rows:
     """The rows of a source in order; those that cannot be read come as RowErrors in their places.
+
+    Args:
+        found: what it stands for, if that is known already.
 
     Raises:
         UserError: there is nothing to read, or it cannot be read at all.
@@ -24,48 +55,90 @@ def read_source(source: Source) -> Rows:
     if is_hub_dataset(source):
         yield from _read_hub(source)
         return
-    for path in source_files(source):
+    for part in (found or find(source)).parts:
         rows = 0
-        for row in read_file(path):
+        for row in read_file(part) if isinstance(part, DataFile) else part.rows():
             rows += 1
             yield row
         if not rows:
-            raise UserError(f"{path} holds no rows")
+            raise UserError(f"{part.name} holds no rows")
 
 
-def source_files(source: Source) -> list[Path]:
-    """The files that a local source stands for, sorted; none for a hub dataset.
+def find(source: Source) -> Found:
+    """What a source stands for; what lies elsewhere is fetched.
 
     Raises:
-        UserError: there are none.
+        UserError: there is nothing, it cannot be reached, or it is not clear which split is meant.
     """
     if is_hub_dataset(source):
-        return []
+        return Found()
+    if is_remote(source.path):
+        return _find_remote(source)
     path = Path(source.path)
     if path.is_file():
-        return [path]
+        return Found([DataFile(path, str(path))])
     if not path.is_dir():
-        return matching_files(path)
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and file.suffix.lower() in READERS
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    tables = [file for file in files if file.suffix.lower() not in PROSE]
-    if not files:
-        raise UserError(f"the folder {path} holds no data file", f"data files end in {', '.join(READERS)}")
-    return tables or files
+        files = [DataFile(match, str(match)) for match in matching_files(path)]
+        return Found(files, {f"{folder}/": "a folder: name it, or use **" for folder in matching_folders(path)})
+    names, unread = names_in(path)
+    splits = {parent: read_splits(path / parent / SPLITS) for parent in _parents_of(SPLITS, names)}
+    choice = choose(str(path), names, splits, source.split)
+    _require_data(f"the folder {path}", choice)
+    files = [DataFile(path / name, str(path / name)) for name in choice.files]
+    saved = [SavedDataset(path / name, str(path / name)) for name in choice.saved]
+    return Found([*saved, *files], choice.unread | unread)
+
+
+def _find_remote(source: Source) -> Found:
+    remote = Remote(source.path)
+    there = remote.names()
+    if list(there) == [""]:
+        return Found([DataFile(remote.fetch(there[""], file_name(source.path)), source.path)])
+
+    def file(name: str) -> DataFile:
+        return DataFile(remote.fetch(there[name], name), f"{remote.protocol}://{there[name]}")
+
+    if remote.is_pattern:
+        return Found([file(name) for name in there])
+    around = f"{remote.protocol}://{remote.path}"
+    splits = {
+        parent: read_splits(remote.fetch(there[name], name))
+        for parent in _parents_of(SPLITS, there)
+        if (name := str(PurePosixPath(parent) / SPLITS))
+    }
+    choice = choose(source.path, there, splits, source.split)
+    _require_data(source.path, choice)
+    others = {*choice.files, *choice.unread}
+    saved: list[DataFile | SavedDataset] = []
+    for folder in choice.saved:
+        parts = [name for name in there if str(PurePosixPath(name).parent) == folder and name not in others]
+        copies = [remote.fetch(there[name], name) for name in parts]
+        saved.append(SavedDataset(copies[0].parent, around if folder == "." else f"{around}/{folder}"))
+    return Found([*saved, *map(file, choice.files)], choice.unread)
+
+
+def _parents_of(name: str, names: Iterable[str]) -> list[str]:
+    """The folders, relative to the one that is looked at, in which a file of this name lies."""
+    return [str(PurePosixPath(each).parent) for each in names if PurePosixPath(each).name == name]
+
+
+def _require_data(place: str, choice: Choice) -> None:
+    if not choice.files and not choice.saved:
+        there = ", ".join(sorted(choice.unread)[:5])
+        raise UserError(
+            f"{place} holds no data file",
+            f"data files end in {', '.join(READERS)}" + (f"; it holds {there}" if there else ""),
+        )
 
 
 def _read_hub(source: Source) -> Iterator[Row]:
     import datasets
 
+    split = source.split or HUB_SPLIT
     try:
-        dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        dataset = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
         for number, values in enumerate(dataset, 1):
-            yield Row(f"{source.path} ({source.split}) row {number}", values)
+            yield Row(f"{source.path} ({split}) row {number}", values)
     except Exception as error:  # the hub client raises whatever its transport does
         reason = first_line(error)
         raise UserError(

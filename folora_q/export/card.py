@@ -21,9 +21,16 @@ from folora_q.recipe.paths import HUB_MODEL, is_hub_dataset
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.results import Evaluation
 
+# Its file, in an adapter's folder.
+CARD = "README.md"
 
-def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evaluation) -> None:
-    """A card in place of PEFT's, whose body is placeholders."""
+
+def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evaluation | None) -> None:
+    """A card in place of PEFT's, whose body is placeholders.
+
+    Args:
+        evaluation: None where nothing was measured, or not yet.
+    """
     is_hub_id = _is_hub_id(base.name)
     head = ModelCardData(
         base_model=base.name if is_hub_id else None,
@@ -34,7 +41,7 @@ def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evalua
     atomic_write(path, f"---\n{head.to_yaml()}\n---\n{_body(recipe, base, evaluation)}")
 
 
-def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation) -> str:
+def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation | None) -> str:
     gate = recipe.gate
     method = (
         f"gated ({gate.words}, floor {gate.floor:g}, sketches of rank {gate.rank})"
@@ -54,12 +61,7 @@ Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.b
 
 ## What it learned, what it forgot
 
-| held-out text | base | tuned | change (95 % interval) |
-|---|---|---|---|
-{_rows(evaluation)}
-
-Loss and KL are in nats per token; intervals are bootstrapped over texts. "Own text" was sampled from the base model and
-held out from training.
+{NOT_MEASURED if evaluation is None else _table(evaluation)}
 
 ```python
 from peft import PeftModel
@@ -69,6 +71,19 @@ base = AutoModelForCausalLM.from_pretrained({json.dumps(base.name)})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
+
+
+NOT_MEASURED = "Not measured: the run ended before its evaluation did."
+
+
+def _table(evaluation: Evaluation) -> str:
+    return f"""\
+| held-out text | base | tuned | change (95 % interval) |
+|---|---|---|---|
+{_rows(evaluation)}
+
+Loss and KL are in nats per token; intervals are bootstrapped over texts. "Own text" was sampled from the base model and
+held out from training."""
 
 
 def _rows(evaluation: Evaluation) -> str:

@@ -14,11 +14,16 @@ STATUS, CLEAR_REFS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/cle
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where the model runs and in which precision it computes."""
+    """Where the model runs and in which precision it computes.
+
+    Attributes:
+        others: which of several GPUs this is, and how another is chosen; None where there are no others.
+    """
 
     device: torch.device
     dtype: torch.dtype
     reason: str
+    others: str | None = None
 
     def __str__(self) -> str:
         """For people, e.g. "bfloat16 on CPU, which has bfloat16 instructions"."""
@@ -36,11 +41,12 @@ class Hardware:
 
 
 def choose_hardware(dtype: str = "auto") -> Hardware:
-    """The first GPU if there is one, and the fastest compute dtype that is safe there.
+    """The first visible GPU if there is one, and the fastest compute dtype that is safe there.
 
     Args:
         dtype: "auto", or a dtype's name, which is then taken as it is.
     """
+    others = None
     if torch.cuda.is_available():
         device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
         automatic = (
@@ -48,6 +54,10 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
             if torch.cuda.is_bf16_supported(including_emulation=False)
             else (torch.float16, "which has no bfloat16")
         )
+        if (count := torch.cuda.device_count()) > 1:
+            others = (
+                f"{count} GPUs are visible, and {device}, {name}, alone is used; CUDA_VISIBLE_DEVICES chooses another"
+            )
     else:
         device, name = torch.device("cpu"), "CPU"
         automatic = (
@@ -56,8 +66,8 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
             else (torch.float32, "which has no bfloat16 instructions")
         )
     if dtype != "auto":
-        return Hardware(device, getattr(torch, dtype), f"{name}, {dtype} as the recipe says")
-    return Hardware(device, automatic[0], f"{name}, {automatic[1]}")
+        return Hardware(device, getattr(torch, dtype), f"{name}, {dtype} as the recipe says", others)
+    return Hardware(device, automatic[0], f"{name}, {automatic[1]}", others)
 
 
 class PeakMemory:

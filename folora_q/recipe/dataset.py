@@ -19,11 +19,13 @@ class Source(Section):
     """One source of rows."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md), a folder or a glob of them, or a dataset's hub id."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; texts also as .gz, .zst, .bz2 or .xz), a folder or a glob
+    of them, a folder of `save_to_disk`, an address such as s3://bucket/rows.jsonl, or a dataset's hub id."""
     name: str | None = None
     """The configuration of a hub dataset, e.g. main."""
-    split: str = "train"
-    """The split of a hub dataset; slices such as train[:10%] work."""
+    split: str | None = None
+    """The split of a hub dataset, where slices such as train[:10%] work, or of a folder of `save_to_disk`. Left out:
+    train, or the only one."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0

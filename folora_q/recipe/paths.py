@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import Source
@@ -16,6 +18,12 @@ Key = tuple[str | int, ...]
 
 # Endings of data files that can be read.
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+# Of text that is compressed, behind those.
+COMPRESSED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
+# Addresses of data, and what they are read by: fsspec's own names for filesystems that are elsewhere.
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+WEB = ("http", "https")
+REMOTE = (*WEB, *"s3 s3a gs gcs az abfs abfss adl hf oss oci ftp sftp ssh smb hdfs webhdfs github memory".split())
 TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
 LONGEST_QUOTE = 400
 MOST_FINDINGS = 30
@@ -36,16 +44,30 @@ PACKAGES = {
 }
 
 
+def is_remote(path: str) -> bool:
+    """Whether data lie at an address, such as s3://bucket/rows.jsonl."""
+    return ADDRESS.match(path) is not None
+
+
 def is_hub_dataset(source: Source) -> bool:
     """Whether a checked source is read from a hub: every local path was made absolute."""
-    return not Path(source.path).is_absolute()
+    return not is_remote(source.path) and not Path(source.path).is_absolute()
 
 
 def matching_files(path: Path) -> list[Path]:
     """Files that an absolute pattern matches; ** stands for any number of folders."""
+    return [match for match in _matching(path) if match.is_file()]
+
+
+def matching_folders(path: Path) -> list[Path]:
+    """Folders that an absolute pattern matches; none for one with **, which looks into them."""
+    return [] if "**" in path.parts else [match for match in _matching(path) if match.is_dir()]
+
+
+def _matching(path: Path) -> list[Path]:
     root = Path(path.anchor)
     try:
-        return sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+        return sorted(root.glob(str(path.relative_to(root))))
     except (ValueError, OSError, NotImplementedError):  # no pattern, or one with a name that is too long
         return []
 
@@ -152,14 +174,37 @@ def _function(folder: Path, value: str) -> str:
 
 
 def _data(folder: Path, value: str) -> str:
+    if value.lower().startswith("file://"):
+        value = url2pathname(urlsplit(value).path)
+    if is_remote(value):
+        return _remote(value)
     path = _absolute(folder, value)
     if exists(path):
         return str(path)
     if any(mark in value for mark in "*?["):
         raise LookupError(f"no file matches {short(path)}")
-    if HUB_ID.fullmatch(value) and path.suffix not in DATA_ENDINGS:
+    if HUB_ID.fullmatch(value) and path.suffix not in (*DATA_ENDINGS, *COMPRESSED_ENDINGS):
         return value
     raise LookupError(f"no file at {short(path)}{_near(path)}")
+
+
+def _remote(address: str) -> str:
+    """An address, of which nothing is known before it is read but whether it can be."""
+    from fsspec.registry import known_implementations
+
+    protocol = address.partition("://")[0].lower()
+    known = known_implementations.get(protocol)
+    if known is None or protocol not in REMOTE:
+        names = ", ".join(REMOTE)
+        raise LookupError(f"{short(address)} cannot be read: {protocol} is none of {names}; download what is there")
+    if "::" in address:
+        raise LookupError(f"{short(address)} is a chain of addresses (::): download what it stands for")
+    package = known["class"].partition(".")[0]
+    if find_spec(package) is None:
+        raise LookupError(
+            f"{short(address)} needs the package {package}, which is not installed: pip install {package}"
+        )
+    return address
 
 
 def _model(folder: Path, value: str) -> str:

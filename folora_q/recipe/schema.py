@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -255,7 +256,7 @@ class TrainingSection(Section):
     lr_scheduler_type: Scheduler = "cosine"
     """The learning rate's schedule."""
     warmup_steps: NonNegative = 0.03
-    """Steps of warm-up; below 1 it is a share of all steps."""
+    """Steps of warm-up; below 1 it is a share of all steps. At most a third of them, and the first step has a rate."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay on the adapter."""
     max_grad_norm: NonNegative = 1.0
@@ -290,6 +291,13 @@ class TrainingSection(Section):
     """A loss is smaller if it is so by more than this."""
     seed: Seed = 0
     """Of the adapter's start, the data order, the split and dropout."""
+
+    def steps_for(self, sequences: int) -> int:
+        """Optimizer steps of a run on so many sequences, as transformers counts them."""
+        if self.max_steps is not None:
+            return self.max_steps
+        passes = ceil(sequences / self.per_device_train_batch_size)
+        return ceil(self.num_train_epochs * max(1, ceil(passes / self.gradient_accumulation_steps)))
 
     def optimizer_on(self, gpu: bool) -> str:
         """What `optim` stands for on a GPU, or on a CPU."""

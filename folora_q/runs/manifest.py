@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,19 +17,20 @@ from folora_q.recipe.schema import Recipe
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
-def new_manifest(recipe: Recipe, data: Sequence[Path]) -> dict[str, Any]:
+def new_manifest(recipe: Recipe, data: Mapping[str, Path]) -> dict[str, Any]:
     """The content of run.json when a run begins: its status, time, seeds, versions and the SHA-256 of its data.
 
     Args:
-        data: the files that the recipe's data come from.
+        data: the files that the recipe's data come from, by name.
 
     Raises:
         UserError: a file that the recipe names cannot be read.
     """
     evaluation = recipe.evaluation
-    named = [*map(str, data), *(evaluation.general_text or []), evaluation.general_prompts]
+    named = [*(evaluation.general_text or []), evaluation.general_prompts]
     if evaluation.metric == "function":
         named.append(evaluation.metric_function.rpartition(":")[0])
+    files = {**data, **{name: Path(name) for name in named if name is not None}}
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -37,12 +38,12 @@ def new_manifest(recipe: Recipe, data: Sequence[Path]) -> dict[str, Any]:
         # Our own from here: a checkout that is not installed has no metadata.
         "versions": {"python": platform.python_version(), "folora-q": __version__}
         | {name: version(name) for name in PACKAGES},
-        "data_sha256": {name: _checksum(name) for name in named if name is not None},
+        "data_sha256": {name: _checksum(name, path) for name, path in files.items()},
     }
 
 
-def _checksum(name: str) -> str:
+def _checksum(name: str, path: Path) -> str:
     try:
-        return sha256(Path(name))
+        return sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error

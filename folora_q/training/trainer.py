@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset
@@ -29,6 +30,7 @@ from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.training.callbacks import BeforeTraining
 from folora_q.training.durable import DurableTrainer
 from folora_q.training.guards import MicroBatches, SkippedSteps
+from folora_q.training.schedule import rising_from_the_first_step, warmup_of
 
 # Its name in transformers before 5.20 and since.
 FIELDS = SFTConfig.__dataclass_fields__
@@ -90,6 +92,14 @@ class GatedTrainer(DurableTrainer):
         )
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        made = self.lr_scheduler is None
+        self.args.warmup_steps = warmup = warmup_of(self.args.warmup_steps, num_training_steps)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if made:
+            self.lr_scheduler = scheduler = rising_from_the_first_step(scheduler, warmup)
+        return scheduler
+
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """The held-out loss, KL from the base and rise of the loss on real text, as they are measured after training.
 
@@ -147,6 +157,23 @@ class GatedTrainer(DurableTrainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             tell(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
 
+    def require_learned(self) -> None:
+        """See that the adapter is no longer what it was: B begins at zero.
+
+        Raises:
+            RunFailed: nothing was learned.
+        """
+        if any(bool(pair.b.detach().any()) for pair in adapter_pairs(self.model)):
+            return
+        steps = self.state.global_step
+        if self.skipped.total >= steps:
+            hint = "every step was skipped, as metrics.jsonl says: lower training.learning_rate"
+        elif self.args.fp16:
+            hint = "its gradients may have overflowed in float16 each time: set model.dtype to float32"
+        else:
+            hint = "raise training.learning_rate, or take more steps (training.num_train_epochs, training.max_steps)"
+        raise RunFailed(f"nothing was learned in {steps} steps: B is zero in every layer", hint)
+
     def _rank_gates_failed(self, failures: int, error: Exception) -> None:
         self.skipped.tell(
             f"step {self.state.global_step + 1}: the gates of B could not be solved for, and the last ones stay "
@@ -172,6 +199,12 @@ class GatedTrainer(DurableTrainer):
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
         head = super() if self.args.device.type == "cuda" else super(SFTTrainer, self)
         return head.compute_loss(model, inputs, *args, **kwargs)
+
+
+def on_one_device(config: SFTConfig) -> None:
+    """Keep transformers from using every GPU that it sees: it would copy the model, and train on larger batches."""
+    _ = config.device  # counts them
+    config._n_gpu = min(config.n_gpu, 1)
 
 
 def build_trainer(
@@ -241,6 +274,7 @@ def build_trainer(
         )
     except ValueError as error:
         raise UserError(f"section `training`: {str(error).splitlines()[0]}") from error
+    on_one_device(config)
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}

@@ -245,7 +245,7 @@ def test_a_failure_is_one_line_and_its_folder_says_so(recipe_file: Path, tmp_pat
     assert not (tmp_path / "run").exists(), "found before anything is written"
     assert run("train", recipe_file, "training.learning_rate=1e30") == 1
     talk = capfd.readouterr().err
-    assert "error: 3 steps in a row could not be taken, the last of them step 5 (loss nan, " in talk
+    assert "error: 3 steps in a row could not be taken, the last of them step 4 (loss nan, " in talk
     assert "hint: lower training.learning_rate" in talk
     assert manifest(tmp_path / "run")["status"] == "failed"
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from folora_q.data.files import DataFile
 from folora_q.data.readers import READERS, read_file
 from folora_q.data.rows import Row, RowError, Sieve
 from folora_q.data.sources import read_source
@@ -32,7 +33,7 @@ def read(path: Path) -> Found:
     """Every row's place in the file with its values, or with what is wrong."""
     return [
         (row.where.removeprefix(str(path)).strip(), row.values if isinstance(row, Row) else row.reason)
-        for row in read_file(path)
+        for row in read_file(DataFile(path, str(path)))
     ]
 
 
@@ -158,7 +159,8 @@ def test_a_broken_line_is_an_error_in_its_place_and_the_others_are_rows(
 
 
 def test_the_column_of_a_line_that_breaks_off_is_its_end(tmp_path: Path) -> None:
-    assert read(write(tmp_path / "r.jsonl", '{"a":\n')) == [("line 1", "it is not JSON: Expecting value at column 6")]
+    reason = "it is not JSON: Expecting value at column 6; the line breaks off in the middle of an object"
+    assert read(write(tmp_path / "r.jsonl", '{"a":\n')) == [("line 1", reason)]
 
 
 def test_the_first_line_may_be_the_one_that_is_not_utf_8(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_a_stray_quote_on_line_4711_is_named_there(tmp_path: Path) -> None:
 def test_the_row_after_a_broken_header_is_no_header(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", '"prompt"s,completion\nprompt,completion\nx,y\n')
     with pytest.raises(UserError, match="line 1"):
-        list(Sieve(skip=True).pass_on(read_file(path)))
+        list(Sieve(skip=True).pass_on(read_file(DataFile(path, str(path)))))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_a_file_that_is_gone_or_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     for name, reason in (("gone.jsonl", "No such file or directory"), ("folder.jsonl", "Is a directory")):
         with pytest.raises(UserError) as caught:
-            list(read_file(tmp_path / name))
+            list(read_file(DataFile(tmp_path / name, str(tmp_path / name))))
         assert caught.value.message == f"cannot read {tmp_path / name}: {reason}"
 
 
@@ -317,7 +319,7 @@ def test_a_column_that_stands_twice_in_a_parquet_file_is_refused(tmp_path: Path)
 
 def test_a_row_error_names_its_place_and_says_how_to_skip(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", "{}\n{\n")
-    [row, error] = read_file(path)
+    [row, error] = read_file(DataFile(path, str(path)))
     assert row == Row(f"{path} line 1", {})
     assert isinstance(error, RowError) and error.message == f"{path} line 2: {error.reason}"
     assert error.hint is not None and "data.on_error: skip" in error.hint

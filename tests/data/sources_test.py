@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from datasets import Audio, Dataset
 
 from folora_q.data.read import read_task_data
 from folora_q.data.rows import Row
-from folora_q.data.sources import _read_hub, read_source, source_files
+from folora_q.data.sources import _read_hub, find, read_source
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Source
 from tests.data.rows import write_jsonl
@@ -30,7 +31,7 @@ def files(folder: Path, *names: str) -> None:
 
 
 def named(folder: Path, pattern: str = "") -> list[str]:
-    return [str(file.relative_to(folder)) for file in source_files(source(folder / pattern))]
+    return [str(part.path.relative_to(folder)) for part in find(source(folder / pattern)).parts]
 
 
 def test_a_folder_stands_for_its_tables_at_any_depth_sorted(tmp_path: Path) -> None:
@@ -83,6 +84,76 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -
     assert named(tmp_path, "rows[1].jsonl") == ["rows[1].jsonl"]
 
 
+def unread(folder: Path, pattern: str = "") -> dict[str, str]:
+    return {name.removeprefix(f"{folder}/"): reason for name, reason in find(source(folder / pattern)).unread.items()}
+
+
+def test_every_file_of_a_folder_is_read_or_named_with_the_reason(tmp_path: Path) -> None:
+    names = [
+        "b.jsonl",
+        "a/z.JSON.GZ",
+        "a/t.csv.zst",
+        "README.md",
+        "notes.txt.xz",
+        "a/model.safetensors",
+        "run",
+        "x.zip",
+    ]
+    names += [
+        ".hidden.jsonl",
+        ".git/x.jsonl",
+        "a/.cache/x.csv",
+        "b.jsonl.gz",
+        "p.parquet.gz",
+        "p.parquet",
+        "c.jsonl.lz4",
+    ]
+    files(tmp_path, *names, "out/x.tar.gz")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    ending = "no data file, by its ending"
+    assert named(tmp_path) == ["a/t.csv.zst", "a/z.JSON.GZ", "b.jsonl", "p.parquet"]
+    assert unread(tmp_path) == {
+        "README.md": "a text beside tables",
+        "notes.txt.xz": "a text beside tables",
+        "a/model.safetensors": ending,
+        "run": ending,
+        "c.jsonl.lz4": ending,
+        "x.zip": "it is an archive: unpack it",
+        "out/x.tar.gz": "it is an archive: unpack it",
+        ".hidden.jsonl": "hidden",
+        ".git/": "hidden",
+        "a/.cache/": "hidden",
+        "b.jsonl.gz": "its unpacked copy lies beside it",
+        "p.parquet.gz": ".parquet is compressed inside already: unpack it",
+        "linked/": "a link to a folder",
+        "gone.jsonl": "not a file, or a link to nothing",
+    }
+
+
+def test_compressed_files_of_a_folder_count(tmp_path: Path) -> None:
+    """A folder of which one half was compressed gave half of its rows, without a word."""
+    write_jsonl(tmp_path / "a.jsonl", QA)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    [facts] = read_task_data(DataSection(train_dataset=[str(tmp_path)], eval_size=1), seed=0).facts
+    assert (facts.rows, facts.unread, facts.passed_over) == (4, {}, None)
+
+
+def test_what_is_not_read_is_told_by_reason_and_a_thousand_names_are_some(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", QA)
+    files(tmp_path, "README.md", *(f"{number:04}.png" for number in range(1000)))
+    [facts] = read_task_data(DataSection(train_dataset=[str(tmp_path)], eval_size=1), seed=0).facts
+    told = facts.passed_over
+    assert told is not None and "0000.png, 0001.png, " in told and " and 990 more (no data file, by its ending)" in told
+    assert "README.md (a text beside tables)" in told and len(facts.unread) == 1001
+
+
+def test_a_folder_that_a_pattern_matches_is_named(tmp_path: Path) -> None:
+    files(tmp_path, "a.jsonl", "more/b.jsonl")
+    assert unread(tmp_path, "*") == {"more/": "a folder: name it, or use **"}
+    assert unread(tmp_path, "**/*.jsonl") == {}
+
+
 def test_rows_come_file_by_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "b.jsonl", [{"n": 3}])
     write_jsonl(tmp_path / "a.jsonl", [{"n": 1}, {"n": 2}])
@@ -126,7 +197,7 @@ def test_a_hub_dataset_has_rows_and_their_places_and_no_local_files(hub: Path) -
         Row("org/name (train) row 2", QA[1]),
     ]
     assert [row.where for row in read_source(source("org/name", split="train[1:]"))] == ["org/name (train[1:]) row 1"]
-    assert source_files(source("org/name")) == []
+    assert find(source("org/name")).parts == []
 
 
 def test_a_hub_datasets_configuration_and_split_are_chosen_by_name(hub: Path) -> None:

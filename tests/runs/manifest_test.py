@@ -23,7 +23,7 @@ def test_a_checkout_that_is_not_installed_knows_its_version(tmp_path: Path, monk
     recipe = Recipe.model_validate(
         {"model": {"model_name_or_path": "m"}, "data": {"train_dataset": str(data)}, "training": {"output_dir": "o"}}
     )
-    found = manifest.new_manifest(recipe, [data])
+    found = manifest.new_manifest(recipe, {str(data): data})
     assert found["versions"]["folora-q"] == folora_q.__version__
     assert found["versions"]["torch"] == version("torch")
     assert found["data_sha256"][str(data)] == hashlib.sha256(b"{}\n").hexdigest()

@@ -1,0 +1,24 @@
+"""What a recipe's data, once they are tokens, say about the length of the run and of its measurements."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from folora_q.data.formats import Text
+from folora_q.data.prepare import TaskTokens
+from folora_q.recipe.schema import Recipe
+from folora_q.recipe.size_advice import heldout_advice, step_advice
+
+
+def size_warnings(recipe: Recipe, data: TaskTokens) -> list[str]:
+    """Warnings about few steps and few held-out rows, each with the change that mends it."""
+    train, heldout = data.train.counts, data.heldout.counts
+    sequences = train.sequences
+    if recipe.training.packing:  # how well they go together is only known when they are packed
+        sequences = min(sequences, ceil(train.tokens / recipe.training.max_length))
+    plain_text = any(isinstance(example, Text) for example in data.task.heldout)
+    found = (
+        step_advice(recipe.training, sequences),
+        heldout_advice(recipe.data, train.sequences, heldout.sequences, plain_text),
+    )
+    return [advice for advice in found if advice is not None]

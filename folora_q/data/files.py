@@ -1,0 +1,113 @@
+"""A data file on this machine, perhaps compressed, under the name by which messages call it."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+from folora_q.errors import UserError, first_line
+from folora_q.recipe.paths import COMPRESSED_ENDINGS
+
+# Text is packed five to twenty times. So much more, and so much in all, is a file that is made to fill a memory.
+MOST_TIMES, MOST_UNPACKED = 100, 256 * 2**20
+DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of rows.
+
+    Attributes:
+        path: where its bytes are.
+        name: what messages call it: the path itself, or the address that it was fetched from.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def ending(self) -> str:
+        """What its rows are written in, e.g. ".jsonl", also of a compressed file."""
+        return ending_of(self.path.name)[0]
+
+    def open(self) -> BinaryIO:
+        """Its bytes, unpacked.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        compression = ending_of(self.path.name)[1]
+        file = self.path.open("rb")
+        if compression is None:
+            return file
+        guarded = _Unpacked(UNPACKERS[compression](file), file, self.path.stat().st_size, self.name)
+        return cast(BinaryIO, io.BufferedReader(guarded, 2**16))
+
+
+def ending_of(name: str) -> tuple[str, str | None]:
+    """The ending that says what rows are written in, and that of the compression around it, in small letters."""
+    path = Path(name.lower())
+    if path.suffix in COMPRESSED_ENDINGS:
+        return Path(path.stem).suffix, path.suffix
+    return path.suffix, None
+
+
+class _Unpacked(io.RawIOBase):
+    """Reads what an unpacker gives, within bounds.
+
+    Raises, in reading:
+        UserError: the file is damaged, or holds far more than any text that was packed.
+    """
+
+    def __init__(self, unpacker: IO[bytes], file: BinaryIO, packed: int, name: str) -> None:
+        self.unpacker, self.file, self.name = unpacker, file, name
+        self.most = max(MOST_UNPACKED, MOST_TIMES * packed)
+        self.taken = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            content = self.unpacker.read(len(buffer))
+        except DAMAGED as error:
+            raise UserError(
+                f"{self.name} is damaged or cut short: it cannot be unpacked beyond byte {self.taken:,} of what it "
+                f"holds ({first_line(error)})",
+                "make it again, or unpack what can be unpacked of it",
+            ) from None
+        self.taken += len(content)
+        if self.taken > self.most:
+            raise UserError(
+                f"{self.name} unpacks to over {self.most / 2**20:,.0f} MiB, {MOST_TIMES} times its own size",
+                "no text packs so well; if it is right all the same, unpack it yourself",
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.unpacker.close()
+            self.file.close()
+        super().close()
+
+
+def _zstd(file: BinaryIO) -> IO[bytes]:
+    import pyarrow
+
+    return cast(IO[bytes], pyarrow.CompressedInputStream(file, "zstd"))
+
+
+UNPACKERS: dict[str, Callable[[BinaryIO], IO[bytes]]] = {
+    ".gz": lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")),
+    ".zst": _zstd,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}

@@ -1,0 +1,123 @@
+"""What in a folder is read: by the names of its files, wherever they lie; nothing is passed over without a reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from folora_q.data.files import ending_of
+from folora_q.data.readers import UNKNOWN_ENDING, unreadable
+from folora_q.data.saved import INFO, SPLITS, STATE, choose_split
+
+# In a folder these are data only where nothing else is: a README often lies beside the data.
+PROSE = (".txt", ".md")
+# What `datasets` keeps beside .arrow files; none of it is a row.
+ABOUT_ARROW = (STATE, INFO, SPLITS, "dataset_infos.json")
+
+
+@dataclass
+class Choice:
+    """What is read of a folder, by names relative to it.
+
+    Attributes:
+        files: single files of rows, sorted.
+        saved: folders of `save_to_disk`, each a split; "." is the folder itself.
+        unread: what is not read, and why.
+    """
+
+    files: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+
+
+def names_in(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The files of a folder and of those below, and what of it is not looked into, with the reason."""
+    names: list[str] = []
+    unread: dict[str, str] = {}
+
+    def closed(error: OSError) -> None:
+        unread[_relative(Path(os.fsdecode(error.filename)), folder) + "/"] = f"a folder: {error.strerror}"
+
+    for place, folders, files in os.walk(folder, onerror=closed):
+        here = Path(place)
+        for name in list(folders):
+            below = here / name
+            reason = "hidden" if name.startswith(".") else "a link to a folder" if below.is_symlink() else None
+            if reason is not None:
+                folders.remove(name)
+                unread[_relative(below, folder) + "/"] = reason
+        for name in files:
+            relative = _relative(here / name, folder)
+            if (here / name).is_file():
+                names.append(relative)
+            else:
+                unread[relative] = "not a file, or a link to nothing"
+    return sorted(names), unread
+
+
+def choose(name: str, names: Iterable[str], splits: dict[str, list[str]], wanted: str | None) -> Choice:
+    """What to read of a folder that holds these files.
+
+    Args:
+        name: what messages call the folder.
+        names: relative to it.
+        splits: what each dataset_dict.json in it lists, by the folder that it lies in.
+        wanted: the split that the recipe names.
+
+    Raises:
+        UserError: it is not clear which split is meant.
+    """
+    known = set(names)
+    saved = {folder for folder in map(_parent, known) if {_inside(folder, STATE), _inside(folder, INFO)} <= known}
+    choice = Choice()
+    for folder, found in splits.items():
+        if there := [split for split in found if _inside(folder, split) in saved]:
+            split = choose_split(name if folder == "." else f"{name}/{folder}", there, wanted)
+            others = sorted({_inside(folder, other) for other in there} - {_inside(folder, split)})
+            choice.unread |= dict.fromkeys((f"{other}/" for other in others), f"another split than {split}")
+            saved -= set(others)
+            known = {each for each in known if not any(each.startswith(f"{other}/") for other in others)}
+    choice.saved = sorted(saved)
+    with_arrow = {_parent(each) for each in known if each.endswith(".arrow")} | saved | set(splits)
+    texts: list[str] = []
+    for each in sorted(known):
+        described = _parent(each) in with_arrow and PurePosixPath(each).name in ABOUT_ARROW
+        if _parent(each) in {*saved, *splits} and (described or each.endswith(".arrow")):
+            continue  # a part of what is read as a whole
+        if (reason := _reason(each, described, known)) is not None:
+            choice.unread[each] = reason
+        else:
+            (texts if ending_of(each)[0] in PROSE else choice.files).append(each)
+    if choice.files or choice.saved:
+        choice.unread |= dict.fromkeys(texts, "a text beside tables")
+    else:
+        choice.files = texts
+    return choice
+
+
+def _reason(name: str, described: bool, known: set[str]) -> str | None:
+    """Why a single file is not read; None if it is."""
+    if any(part.startswith(".") for part in PurePosixPath(name).parts):
+        return "hidden"
+    if described:
+        return "it describes .arrow files"
+    if (reason := unreadable(PurePosixPath(name).name)) is not None:
+        return "no data file, by its ending" if reason == UNKNOWN_ENDING else reason
+    compression = ending_of(name)[1]
+    if compression is not None and name[: -len(compression)] in known:
+        return "its unpacked copy lies beside it"
+    return None
+
+
+def _parent(name: str) -> str:
+    return str(PurePosixPath(name).parent)
+
+
+def _inside(folder: str, name: str) -> str:
+    return str(PurePosixPath(folder) / name)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()

@@ -1,0 +1,138 @@
+"""Data that lie elsewhere: fetched through fsspec, once for a process, and then read like any file."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+from folora_q.errors import UserError, first_line
+from folora_q.files import commit_file, free_bytes
+from folora_q.private import conceal
+from folora_q.recipe.paths import WEB
+
+BLOCK = 2**22
+# What a source that never ends must leave on the disk.
+KEPT_FREE = 2**30
+# Seconds without an answer, or without a byte, after which a web server is given up.
+PATIENCE = 60
+NOT_FOUND = 404
+
+
+class Remote:
+    """A place that fsspec reaches: a file, a folder or a pattern.
+
+    Args:
+        address: with its protocol, e.g. s3://bucket/rows.jsonl.
+
+    Raises:
+        UserError: the filesystem's package is missing.
+    """
+
+    def __init__(self, address: str) -> None:
+        import fsspec
+
+        self.address = address
+        self.protocol = address.partition("://")[0].lower()
+        try:
+            filesystem, path = fsspec.url_to_fs(address, **_options(self.protocol))
+        except Exception as error:
+            raise self._unreachable(error) from error
+        self.filesystem: Any = filesystem
+        self.path = path.rstrip("/")
+        # A web server has no folders, and there ? begins a query.
+        self.is_pattern = self.protocol not in WEB and any(mark in self.path for mark in "*?[")
+
+    def names(self) -> dict[str, str]:
+        """What is there: by a name relative to the folder, where the filesystem has it; "" is a single file.
+
+        Raises:
+            UserError: nothing is there, or it cannot be reached.
+        """
+        if self.protocol in WEB:
+            return {"": self.address}
+        try:
+            if self.is_pattern:
+                found = sorted(str(each) for each in self.filesystem.glob(self.path))
+                files = {each.lstrip("/"): each for each in found if self.filesystem.isfile(each)}
+            elif self.filesystem.isfile(self.path):
+                return {"": self.path}
+            else:
+                found = sorted(str(each) for each in self.filesystem.find(self.path))
+                files = {each.removeprefix(self.path).lstrip("/"): each for each in found}
+        except Exception as error:
+            raise self._unreachable(error) from error
+        if not files:
+            raise UserError(f"nothing is at {self.address}", "check the address, and what your account may read there")
+        return files
+
+    def fetch(self, where: str, name: str) -> Path:
+        """A copy on this machine, which lasts as long as this process.
+
+        Args:
+            where: as `names` gives it.
+            name: that the copy gets, below a folder of this address's own.
+
+        Raises:
+            UserError: it cannot be fetched, or the disk has no room.
+        """
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            raise UserError(f"{self.address} has a file whose name cannot be used here: {name[:100]!r}")
+        target = _folder_of(self.address) / name
+        if target.is_file():
+            return target
+        try:
+            with self.filesystem.open(where, "rb") as there, commit_file(target) as part, part.open("wb") as here:
+                while block := there.read(BLOCK):
+                    if free_bytes(target.parent) < KEPT_FREE:
+                        raise UserError(
+                            f"the disk has no room for {self.address} in {target.parent}",
+                            "set TMPDIR to a folder on another disk",
+                        )
+                    here.write(block)
+        except UserError:
+            raise
+        except Exception as error:  # every filesystem raises its own
+            raise self._unreachable(error) from error
+        return target
+
+    def _unreachable(self, error: BaseException) -> UserError:
+        while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+            error = error.__cause__  # fsspec says so of every web server that does not give the file
+        if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == NOT_FOUND:
+            return UserError(f"nothing is at {self.address}", "check the address")
+        package = isinstance(error, ImportError)
+        return UserError(
+            f"cannot read {self.address}: {conceal(first_line(error))}",
+            None
+            if package
+            else "check the address, the network and your credentials, or download it and name the file",
+        )
+
+
+def file_name(address: str) -> str:
+    """The name of the file that an address ends in."""
+    path = urlsplit(address).path if address.partition("://")[0].lower() in WEB else address
+    return unquote(PurePosixPath(path).name) or "data"
+
+
+@cache
+def _copies() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="folora-q-")
+
+
+def _folder_of(address: str) -> Path:
+    return Path(_copies().name) / sha256(address.encode()).hexdigest()[:16]
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """For a web server: no limit on the whole, which a large file needs, but on silence; and the proxy that is set."""
+    if protocol not in WEB:
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+    return {"client_kwargs": {"timeout": cast(Any, timeout), "trust_env": True}}

@@ -1,0 +1,64 @@
+"""Warnings about runs that are too short, or measured on too little, each with the change that mends it."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from folora_q.recipe.dataset import DataSection
+from folora_q.recipe.schema import TrainingSection
+
+# Fewer steps teach little, and a loss on fewer rows says little.
+FEW_STEPS, FEW_ROWS = 50, 20
+# The least that a step should see, where it is made smaller for more steps, and the most epochs that are proposed.
+LEAST_BATCH, MOST_EPOCHS = 4, 10
+
+
+def step_advice(training: TrainingSection, sequences: int) -> str | None:
+    """A sentence where a run on so many sequences has few steps; None where it has enough."""
+    steps = training.steps_for(sequences)
+    if steps >= FEW_STEPS:
+        return None
+    if training.max_steps is not None:
+        return f"{_steps(steps)} teach little: raise training.max_steps to {FEW_STEPS} or more"
+    found = f"{sequences:,} training sequences give {_steps(steps)}, which teach little: "
+    rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    least = ceil(min(LEAST_BATCH, rows * passes) / rows)
+    for fewer in range(passes - 1, least - 1, -1):
+        if (more := _with(training, fewer, training.num_train_epochs).steps_for(sequences)) >= FEW_STEPS:
+            return f"{found}set training.gradient_accumulation_steps to {fewer}, for {more} steps"
+    an_epoch = _with(training, least, 1).steps_for(sequences)
+    epochs = ceil(FEW_STEPS / an_epoch)
+    if epochs > MOST_EPOCHS:
+        return f"{found}add rows; with these, even {MOST_EPOCHS} epochs are {MOST_EPOCHS * an_epoch} steps"
+    changes = [f"training.gradient_accumulation_steps to {least}"] if least < passes else []
+    changes.append(f"training.num_train_epochs to {epochs}")
+    return f"{found}set {' and '.join(changes)}, for {epochs * an_epoch} steps"
+
+
+def heldout_advice(data: DataSection, train: int, heldout: int, plain_text: bool = False) -> str | None:
+    """A sentence where little is held out; None where it is enough.
+
+    Args:
+        train, heldout: sequences.
+        plain_text: they are pieces of documents, of which a share is held out rather than a number.
+    """
+    if heldout >= FEW_ROWS:
+        return None
+    found = f"{heldout} held-out rows are few: intervals are wide, and the best step is chance. "
+    if data.max_eval_samples is not None and data.max_eval_samples <= heldout:
+        return f"{found}Raise data.max_eval_samples to {FEW_ROWS} or more"
+    if data.eval_dataset is not None:
+        return f"{found}Name more of them in data.eval_dataset"
+    total = train + heldout
+    if total < 2 * FEW_ROWS:
+        return f"{found}Add rows, or name a data.eval_dataset"
+    size = f"{ceil(100 * FEW_ROWS / total) / 100:g}" if plain_text else f"{FEW_ROWS}"
+    return f"{found}Set data.eval_size to {size}"
+
+
+def _with(training: TrainingSection, passes: int, epochs: float) -> TrainingSection:
+    return training.model_copy(update={"gradient_accumulation_steps": passes, "num_train_epochs": epochs})
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"

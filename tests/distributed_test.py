@@ -1,0 +1,105 @@
+"""Several processes are refused, and of several GPUs one is used: before anything is written, and said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trl import SFTConfig
+
+from folora_q import pipeline
+from folora_q.cli.app import main
+from folora_q.distributed import require_one_process
+from folora_q.errors import UserError
+from folora_q.models.hardware import choose_hardware
+from folora_q.recipe import load_recipe
+from folora_q.training.trainer import on_one_device
+from tests.conftest import Silent
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("command", [["train"], ["train", "--resume"], ["train", "--overwrite"]])
+def test_one_of_several_processes_is_refused_before_anything_is_written(
+    recipe_file: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, variable: str, command: list[str]
+) -> None:
+    monkeypatch.setenv(variable, "4")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "failed"}')
+    before = everything(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main([command[0], str(recipe_file), *command[1:]])
+    assert caught.value.code == 2
+    talk = capfd.readouterr().err
+    assert f"error: this is one of 4 processes ({variable}=4), and folora-q works in one, on one GPU\n" in talk
+    assert "without torchrun" in talk and "✓" not in talk
+    assert everything(tmp_path) == before
+    assert (tmp_path / "run" / "run.json").read_text() == '{"status": "failed"}'
+
+
+def test_it_is_refused_where_the_run_is_started_from_python_too(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_file)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match="one of 2 processes"):
+        pipeline.run_training(recipe, Silent())
+    assert everything(tmp_path) == before
+
+
+def test_it_is_known_before_torch_is_imported(recipe_file: Path) -> None:
+    code = f"from folora_q.cli.app import main\nimport sys\ntry: main(['train', {str(recipe_file)!r}])\n"
+    code += "except SystemExit as end: assert end.code == 2\nassert 'torch' not in sys.modules"
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", ["1", "", "0", "many", "-3"])
+def test_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    require_one_process()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says where it sees two GPUs; none of them is computed on."""
+    answers = {"is_available": True, "device_count": 2, "current_device": 0, "set_device": None}
+    answers |= {"get_device_name": "NVIDIA GeForce RTX 3060", "is_bf16_supported": True}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+
+def test_of_two_gpus_one_is_used_and_said(two_gpus: None) -> None:
+    hardware = choose_hardware()
+    assert hardware.device == torch.device("cuda", 0)
+    assert hardware.others == (
+        "2 GPUs are visible, and cuda:0, NVIDIA GeForce RTX 3060, alone is used; CUDA_VISIBLE_DEVICES chooses another"
+    )
+    assert choose_hardware("float16").others == hardware.others
+
+
+def test_of_one_device_nothing_is_said(monkeypatch: pytest.MonkeyPatch, two_gpus: None) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_hardware().others is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_hardware().others is None
+
+
+def test_transformers_takes_one_gpu_of_two_and_the_batch_of_the_recipe(two_gpus: None, tmp_path: Path) -> None:
+    """It would wrap the model in DataParallel, and train on twice the sequences in half of the steps."""
+    config = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, bf16=True)
+    assert (config.n_gpu, config.train_batch_size) == (2, 8), "the trap that is avoided"
+    on_one_device(config)
+    assert (config.n_gpu, config.train_batch_size) == (1, 4)
+    on_a_cpu = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, bf16=False)
+    on_one_device(on_a_cpu)
+    assert (on_a_cpu.n_gpu, on_a_cpu.train_batch_size) == (0, 4)
