@@ -208,7 +208,7 @@ def _run(
     _train(trainer, folder, clock, resumed.checkpoint if resumed is not None else None)
 
     contrast = Contrast(model)
-    texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
+    texts, score, answers = evaluate(contrast, measured_on, recipe.evaluation, scorer, clock)
     layers = _layers(contrast, trainer, measured_on, clock)
     held = f"4 bits ({recipe.model.bnb_4bit_quant_type}), computing in {hardware}"
     evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)

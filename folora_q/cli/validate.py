@@ -72,6 +72,6 @@ def _source(source: Source, recipe: Recipe, rows: int | None) -> str:
         return f"{source.path} ({source.split}) from the hub, not looked at"
     facts = examine(source, rows, recipe.data.on_error)
     if facts.read != rows:
-        return f"{source.path}: {facts.rows:,} rows of `{facts.shape}`"
+        return f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{facts.unused_columns}"
     usable = "" if facts.rows == facts.read else f"{facts.rows:,} of "
-    return f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`"
+    return f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`{facts.unused_columns}"

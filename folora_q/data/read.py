@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from folora_q.data.formats import Example, Text, content_of, shape_of, to_example
+from folora_q.data.formats import Example, Text, content_of, shape_of, to_example, unused_columns
 from folora_q.data.rows import RowError, Sieve
 from folora_q.data.sources import read_source
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Shape, Source
+
+# So many names of columns are listed in a line.
+MOST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,21 @@ class SourceFacts:
         shape: that of its rows.
         rows: how many can be used.
         read: how many there were.
+        unused: columns that hold something which no example is made of.
     """
 
     path: str
     shape: Shape
     rows: int
     read: int
+    unused: tuple[str, ...] = ()
+
+    @property
+    def unused_columns(self) -> str:
+        """The columns that are not used, as the end of a sentence; "" where all are."""
+        names = ", ".join(name[:40] for name in self.unused[:MOST_COLUMNS])
+        more = f" and {len(self.unused) - MOST_COLUMNS} more" if len(self.unused) > MOST_COLUMNS else ""
+        return f"; not used: {names}{more}" if names else ""
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,13 @@ def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
 def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | None = None) -> list[Example]:
     found: list[Shape] = []
     columns: set[str] = set()
+    filled: set[str] = set()
     skipped_before = len(sieve.skipped)
 
     def examples() -> Iterator[Example | RowError]:
         for row in sieve.pass_on(islice(read_source(source), most)):
             columns.update(row.values)
+            filled.update(name for name, value in row.values.items() if value not in (None, "", [], {}))
             try:
                 shape = shape_of(row, source)
                 if found and shape != found[0]:
@@ -125,7 +139,8 @@ def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | No
             f"no row of {source.path} has the column `{unknown[0][:40]}`, which `fields` names",
             f"its columns are {', '.join(sorted(columns)[:8])}",
         )
-    facts.append(SourceFacts(source.path, found[0], len(usable), len(usable) + len(skipped)))
+    unused = tuple(unused_columns(filled, found[0], source))
+    facts.append(SourceFacts(source.path, found[0], len(usable), len(usable) + len(skipped), unused))
     return usable
 
 
