@@ -69,9 +69,9 @@ def parse_turns(value: Any, source: Source, where: str, column: str) -> list[Tur
         if reader.channel == "analysis":
             thought = "\n\n".join(filter(None, (thought, reader.text())))
             continue
-        turn = reader.turn(thought)
-        if thought is not None and turn.message["role"] != "assistant":
+        if thought is not None and reader.role != "assistant":
             raise RowError(where, f"`{column}[{index - 1}]` is a thought that no turn of the assistant's follows")
+        turn = reader.turn(thought)
         thought = None
         before = turns[-1] if turns else None
         if reader.calls_alone and before and before.message["role"] == "assistant":
