@@ -142,10 +142,9 @@ def _task(
             raise
         clock.note(f"the task is not measured: {error.message}")
         return None
-    if data.end_of_turn is not None:
-        for model in (contrast.model, contrast.other):
-            if model is not None:
-                stop_at(model, data.end_of_turn)
+    for model in (contrast.model, contrast.other):
+        for token in data.ends_of_turn if model is not None else []:
+            stop_at(model, token)
     return data
 
 

@@ -9,6 +9,7 @@ template narrow what is learned. TRL's training variants of templates are not us
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import date
 
 from jinja2 import TemplateSyntaxError
@@ -105,6 +106,20 @@ class Encoder:
             raise UserError(f"{self.template_name} fails on a question and an answer: {_sentence(error)}") from None
         except Unrenderable as error:
             raise UserError(f"{self.template_name} {error.reason}", error.hint) from None
+
+    def ends_of_turn(self, examples: Iterable[Example]) -> list[int]:
+        """The tokens that generation must stop at: that which ends a turn, and that which ends a call, if any calls."""
+        ends = [] if self.end_of_turn is None else [self.end_of_turn]
+        for chat in examples:
+            calling = [i for i in chat.learned if chat.messages[i].get("tool_calls")] if isinstance(chat, Chat) else []
+            if calling:
+                try:
+                    said = self.renderer.turn(chat.messages, calling[0], chat.tools).said
+                except (Unrenderable, *TEMPLATE_ERRORS):
+                    continue  # the row is refused where it is encoded
+                ends.append(self.renderer.ids(said.rstrip())[-1])
+                break
+        return list(dict.fromkeys(ends))
 
     def __call__(self, example: Example) -> list[Encoded]:
         """The sequences of one example; a chat may need several.

@@ -25,7 +25,7 @@ class TaskTokens:
     Attributes:
         task: what they were made of.
         marking: how the assistant's turns were found, where there are chats.
-        end_of_turn: the token that ends one.
+        ends_of_turn: the tokens that end one, and a call where there are any.
         renderer: what rendered them.
     """
 
@@ -33,7 +33,7 @@ class TaskTokens:
     train: Tokenized
     heldout: Tokenized
     marking: str | None
-    end_of_turn: int | None
+    ends_of_turn: list[int]
     renderer: Renderer
 
     def skipped(self) -> list[dict[str, str]]:
@@ -109,7 +109,9 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: C
             )
         clock.note(_described(half, training.max_length))
         halves.append(half)
-    return TaskTokens(task, *halves, encoder.marking, encoder.end_of_turn, encoder.renderer)
+    return TaskTokens(
+        task, *halves, encoder.marking, encoder.ends_of_turn((*task.train, *task.heldout)), encoder.renderer
+    )
 
 
 def _described(data: Tokenized, max_length: int) -> str:

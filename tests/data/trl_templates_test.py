@@ -236,3 +236,12 @@ def prompts_of(tokenizer: Tokenizer, messages: Messages, tools: Any) -> list[str
     """All that a program may ask with: the default prompt, and those that say whether to think."""
     settings = [{}, {"enable_thinking": False}, {"enable_thinking": True}]
     return [rendered(tokenizer, messages, tools, add_generation_prompt=True, **more) for more in settings]
+
+
+@pytest.mark.parametrize(("name", "ends"), [("gptoss", ["<|return|>", "<|call|>"]), ("qwen3", ["<|im_end|>"])])
+def test_generation_stops_at_the_end_of_a_call_too(name: str, ends: list[str]) -> None:
+    encoder = encoder_for(TEMPLATES[name])
+    chats = [Chat("here", messages, tools=tools) for messages, tools in ROWS.values()]
+    tokens = [encoder.tokenizer.decode([token]) for token in encoder.ends_of_turn(chats)]
+    assert tokens == ends and tokens[:1] == [encoder.tokenizer.decode([encoder.end_of_turn])]
+    assert len(encoder.ends_of_turn(chats[:1])) == 1
