@@ -106,7 +106,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     own, own_seed = _own_text(request, recipe, loaded, contrast, clock)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, contrast.device, own=own, own_seed=own_seed, data=data, **length)
-    texts, score, answers = evaluate(contrast, loaded.tokenizer, on, section, scorer, clock)
+    texts, score, answers = evaluate(contrast, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,
         base=(against or subject.base or subject.section).model_name_or_path,
@@ -144,10 +144,9 @@ def _task(
             raise
         clock.note(f"the task is not measured: {error.message}")
         return None
-    if data.end_of_turn is not None:
-        for model in (contrast.model, contrast.other):
-            if model is not None:
-                stop_at(model, data.end_of_turn)
+    for model in (contrast.model, contrast.other):
+        for token in data.ends_of_turn if model is not None else []:
+            stop_at(model, token)
     return data
 
 

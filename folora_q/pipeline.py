@@ -187,8 +187,8 @@ def _run(
 
     with clock.stage("loading the model in 4 bits", None):
         base = load_model(recipe.model, hardware, tokenizer, trust)
-    if data.end_of_turn is not None:
-        stop_at(base.model, data.end_of_turn)
+    for token in data.ends_of_turn:
+        stop_at(base.model, token)
     first = torch.tensor([data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
     check_head(base.model, first)  # statistics, KL and losses all rest on it
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
@@ -231,7 +231,7 @@ def _run(
 
     contrast = Contrast(model)
     try:
-        texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
+        texts, score, answers = evaluate(contrast, measured_on, recipe.evaluation, scorer, clock)
         layers = _layers(contrast, trainer, measured_on, clock)
     except Exception as error:
         raise _evaluation_failed(error, folder, recipe.evaluation, trust) from error

@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 
 from folora_q.core import SpectralGate
+from folora_q.data.encode import Encoder
 from folora_q.data.read import read_task_data
-from folora_q.data.tokens import Batch, batches, prompt_ids
+from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.demo import DEMO_MODEL
@@ -57,7 +58,9 @@ def real() -> Real:
     model = attach_adapter(base, AdapterSection(target_modules=names), seed=0)
     data = DataSection(train_dataset=str(TRAIN), max_train_samples=8)
     rows = read_task_data(data, seed=0).train
-    task = [prompt_ids(base.tokenizer, row) + base.tokenizer(row.reference)["input_ids"] for row in rows]
+    encoder = Encoder(base.tokenizer)
+    encoder.prepare_chats()
+    task = [encoded.input_ids for row in rows for encoded in encoder(row)]
     whole = [sample.ids for sample in samples]
     (proxy_batch,) = batches([*whole, *crops(whole, seed=0)], 64, CPU)
     (task_batch,) = batches(task, 64, CPU)

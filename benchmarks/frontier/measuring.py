@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.human_eval import Problem, pass_rate
 from folora_q.evaluation.compare import HeldOutText
-from folora_q.evaluation.task import greedy_answers
+from folora_q.evaluation.task import greedy_tokens
 from folora_q.models.logits import chunks, head_logits, hidden_states
 
 
@@ -62,10 +62,11 @@ class Yardstick:
         if ground.scorer is not None:
             asked = [question for question in ground.on.questions if question.reference is not None]
             settings = ground.recipe.evaluation
-            answers = greedy_answers(
+            answers = greedy_tokens(
                 inner, ground.tokenizer, [q.ids for q in asked], settings.max_new_tokens, settings.batch_size
             )
-            exact = sum(ground.scorer(a, q.reference) for a, q in zip(answers, asked, strict=True)) / len(asked)
+            said = [ground.on.reader.read(question, ids) for question, ids in zip(asked, answers, strict=True)]
+            exact = sum(ground.scorer(a, q.reference) for a, q in zip(said, asked, strict=True)) / len(asked)
         passed = None
         if self.problems:
             passed = pass_rate(inner, ground.tokenizer, self.problems, ground.recipe.evaluation.batch_size)

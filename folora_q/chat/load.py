@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from itertools import islice
 
 from folora_q.chat.reply import Chatter
-from folora_q.data.formats import Chat, Message, shape_of, to_example
+from folora_q.data.formats import Chat, shape_of, to_example
 from folora_q.data.rows import Row
 from folora_q.data.sources import read_source
+from folora_q.data.turns import Message
 from folora_q.errors import UserError
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.reading import read_text
@@ -81,5 +82,5 @@ def _trained(run: RunFolder) -> list[list[Message]]:
 
 def _shared(chats: Iterable[list[Message]]) -> str | None:
     beginnings = [chat[0] if chat else {} for chat in chats]
-    prompts = {first.get("content") if first.get("role") == "system" else None for first in beginnings}
+    prompts = {str(first.get("content")) if first.get("role") == "system" else None for first in beginnings}
     return prompts.pop() if len(prompts) == 1 else None

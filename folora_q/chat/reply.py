@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -16,8 +17,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.formats import Chat, Completion, Message
-from folora_q.data.tokens import TEMPLATE_ERRORS, prompt_ids
+from folora_q.data.rendering import Renderer
+from folora_q.data.tokens import TEMPLATE_ERRORS, text_ids
+from folora_q.data.turns import Message
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.models.adapters import adapter_off
 from folora_q.subject.load import nothing_to_compare
@@ -56,6 +58,11 @@ class Chatter:
     base: PreTrainedModel | None = None
     system: str | None = None
     _turn: Lock = field(default_factory=Lock, repr=False)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What renders its conversations."""
+        return Renderer(self.tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -98,11 +105,10 @@ class Chatter:
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         said = messages[-1]["content"]
         if not self.has_template:
-            ids = prompt_ids(self.tokenizer, Completion("chat", said, ""))
+            ids = text_ids(self.tokenizer, said)
         else:
-            answer = {"role": "assistant", "content": ""}  # the place of what is asked for
             try:
-                ids = prompt_ids(self.tokenizer, Chat("chat", [*messages, answer]))
+                ids = self.renderer.ids(self.renderer.prompt(messages))
             except TEMPLATE_ERRORS as error:
                 roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
                 raise UserError(

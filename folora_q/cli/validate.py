@@ -70,11 +70,11 @@ def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
     if is_remote(source.path):
         return Look(f"{source.path}, not looked at: `folora-q preview` reads it")
     facts = examine(source, rows, data.on_error)
-    passed_over = f"; {facts.passed_over}" if facts.passed_over is not None else ""
+    remarks = "".join(f"; {remark}" for remark in facts.remarks)
     if facts.read != rows:
-        return Look(f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{passed_over}", facts, whole=True)
+        return Look(f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{remarks}", facts, whole=True)
     usable = "" if facts.rows == facts.read else f"{facts.rows:,} of "
-    text = f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`{passed_over}"
+    text = f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`{remarks}"
     return Look(text, facts)
 
 

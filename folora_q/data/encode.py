@@ -1,46 +1,32 @@
 """Examples as tokens and labels: rendered by the chat template, marked, and cut to length.
 
-How an assistant's turns are marked, first match wins:
-
-1. by `{% generation %}` marks, the template's own or those of TRL's training variant of it (its assistant_only_loss);
-2. by rendering: if a conversation up to a turn is the beginning of the whole, what comes after the prompt of that turn
-   is the assistant's, with the token that ends it;
-3. by rendering, turn by turn: where a template rewrites earlier turns, each turn becomes a sequence of its own, with
-   all before it as its prompt (TRL's prompt and completion).
+Every turn of the assistant's that is learned is what the model's own template, the one that is saved, renders of it as
+the last of its conversation, behind the prompt that the template asks with. Turns whose texts begin each other share
+one sequence; where a template rewrites earlier turns, each has a sequence of its own. `{% generation %}` marks in the
+template narrow what is learned. TRL's training variants of templates are not used: they render other text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import date
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl import get_training_chat_template
-from trl.chat_template_utils import has_generation_markers
 
-from folora_q.data.formats import Chat, Completion, Example, Message, Text
+from folora_q.data.formats import Chat, Completion, Example, Text
+from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
+from folora_q.data.rendering import END_HINT, Renderer, Unrenderable
 from folora_q.data.rows import RowError
-from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS
+from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start
+from folora_q.data.turns import THOUGHT, Message
 from folora_q.errors import UserError
 
-Span = tuple[int, int]
-PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One sequence: token ids, and labels that are IGNORED where nothing is learned."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def trained(self) -> int:
-        """How many tokens are learned; the first of a sequence never is, since nothing predicts it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+QUESTION: Message = {"role": "user", "content": "a"}
+ANSWER: Message = {"role": "assistant", "content": "b"}
+# A template that takes none of these takes no chat that we could train on.
+PROBES: tuple[list[Message], ...] = ([QUESTION, ANSWER], [QUESTION, {**ANSWER, THOUGHT: "c"}])
 
 
 class Encoder:
@@ -51,8 +37,10 @@ class Encoder:
         assistant_only_loss: chats are learned where the assistant speaks, otherwise everywhere.
         completion_only_loss: completions are learned alone, otherwise with their prompts.
         template_name: what messages call the chat template.
+        without_thought: `data.without_thought`.
 
     Attributes:
+        renderer: what renders chats.
         marking: how the assistant's turns are marked, for people.
         end_of_turn: the token that ends an assistant's turn, or None before a chat template was needed.
     """
@@ -64,6 +52,7 @@ class Encoder:
         assistant_only_loss: bool = True,
         completion_only_loss: bool = True,
         template_name: str = "the model's chat template",
+        without_thought: str = "given",
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -71,62 +60,72 @@ class Encoder:
                 "use a model with a tokenizer.json",
             )
         self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer, without_thought)
+        self._tokens_of = PieceTokenizer(tokenizer)
         self.assistant_only_loss = assistant_only_loss
         self.completion_only_loss = completion_only_loss
         self.template_name = template_name
         self.marking: str | None = None
         self.end_of_turn: int | None = None
-        self._template: str | None = None
-        self._marked = False
 
     def key(self) -> str:
         """All that the tokens depend on besides the examples."""
         tokenizer = self.tokenizer
-        tells_the_date = self._template is not None and "strftime_now" in self._template
+        tells_the_date = self.marking is not None and "strftime_now" in json.dumps(tokenizer.chat_template)
         return json.dumps(
             [
                 tokenizer.backend_tokenizer.to_str(),
                 tokenizer.chat_template,
-                self._template,
                 date.today().isoformat() if tells_the_date else None,
                 sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
                 self.assistant_only_loss,
                 self.completion_only_loss,
+                self.renderer.without_thought,
             ]
         )
 
     def prepare_chats(self) -> None:
-        """Choose how turns are marked, and find the token that ends one. Chats need it first.
+        """See that the template can be used, and find the token that ends a turn. Chats need it first.
 
         Raises:
             UserError: there is no template, it is no valid one, or a turn that it renders has no end.
         """
-        template = self.tokenizer.chat_template
-        if template is None:
+        if self.tokenizer.chat_template is None:
             raise UserError(
                 "the data are chats, but this model's tokenizer has no chat template",
                 "use the instruct version of the model, set data.chat_template (chatml, alpaca, ...), or give rows "
                 "with `prompt` and `completion`",
             )
-        self._template = template["default"] if isinstance(template, dict) else template
         try:
-            self.marking = "the chat template's own marks"
-            self._marked = has_generation_markers(self._template)
-            if not self._marked:
-                self.marking = "rendering with and without them"
-                self._use_trls_variant(self._render(PROBE))
-            self._find_end()
+            own = self.renderer.marked(PROBES[0])
+            self.marking = "rendering with and without them" if own is None else "the chat template's own marks"
+            self.end_of_turn = self._end()
         except TemplateSyntaxError as error:
             raise UserError(f"{self.template_name} is not valid Jinja: {error.message}, line {error.lineno}") from None
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{self.template_name} fails on a question and an answer: {_sentence(error)}") from None
+        except Unrenderable as error:
+            raise UserError(f"{self.template_name} {error.reason}", error.hint) from None
+
+    def ends_of_turn(self, examples: Iterable[Example]) -> list[int]:
+        """The tokens that generation must stop at: that which ends a turn, and that which ends a call, if any calls."""
+        ends = [] if self.end_of_turn is None else [self.end_of_turn]
+        for chat in examples:
+            calling = [i for i in chat.learned if chat.messages[i].get("tool_calls")] if isinstance(chat, Chat) else []
+            if calling:
+                try:
+                    said = self.renderer.turn(chat.messages, calling[0], chat.tools).said
+                except (Unrenderable, *TEMPLATE_ERRORS):
+                    continue  # the row is refused where it is encoded
+                ends.append(self.renderer.ids(said.rstrip())[-1])
+                break
+        return list(dict.fromkeys(ends))
 
     def __call__(self, example: Example) -> list[Encoded]:
         """The sequences of one example; a chat may need several.
 
         Raises:
-            RowError: the chat template, or the tokenizer, refuses it.
-            UserError: the chat template cannot mark what the assistant says.
+            RowError: the chat template, or the tokenizer, refuses it, or a part of it would be lost.
         """
         try:
             match example:
@@ -135,80 +134,82 @@ class Encoder:
                 case Completion():
                     text = self._ended(example.prompt + example.completion)
                     start = len(example.prompt) if self.completion_only_loss else 0
+                    return [self._document(text, start)]
                 case Text():
-                    text, start = self._ended(example.text), 0
-            return [self._tokens(text, [(start, len(text))])]
+                    return [self._document(self._ended(example.text), 0)]
         except TEMPLATE_ERRORS as error:
             raise RowError(example.where, f"it cannot be rendered: {_sentence(error)}") from None
+        except Unrenderable as error:
+            raise RowError(example.where, f"{self.template_name} {error.reason}", error.hint) from None
 
     def _chat(self, chat: Chat) -> list[Encoded]:
-        messages = chat.messages
         if not self.assistant_only_loss:
-            text = self._render(messages)
-            start = len(_common(self._render(messages[: chat.context], prompt=True), text)) if chat.context else 0
-            return [self._tokens(text, [(start, len(text))], special=False)]
-        if self._marked:
-            return [self._by_marks(chat)]
-        turns = [
-            index for index in range(chat.context, len(messages)) if messages[index]["role"] == "assistant" and index
-        ]
-        text = self._render(messages)
-        spans = [self._span(messages, index, text) for index in turns]
-        if all(spans):
-            return [self._tokens(text, spans, special=False)]
-        encoded = []
-        for index in turns:
-            text = self._render(messages[: index + 1])
-            span = self._span(messages[: index + 1], index, text)
-            if span is None:
-                raise UserError(
-                    f"{self.template_name} cannot mark what the assistant says: the prompt of a turn is not its "
-                    f"beginning ({chat.where})",
-                    "set data.chat_template to one that can (chatml, llama3, ...) or to a .jinja file with "
-                    "{% generation %} marks, or set training.assistant_only_loss: false",
-                )
-            encoded.append(self._tokens(text, [span], special=False))
-        return encoded
+            return [self._whole(chat)]
+        if not chat.learned:
+            ids = self.renderer.ids(self.renderer.render(chat.messages, chat.tools))
+            return [Encoded(ids, [IGNORED] * len(ids))]
+        # From the last turn back: a turn belongs to the sequence of a later one that begins with it.
+        sequences: list[list[Piece]] = []
+        for index in reversed(chat.learned):
+            piece = self._piece(chat, index)
+            home = next((pieces for pieces in sequences if pieces[0].text.startswith(piece.text)), None)
+            if home is None:
+                sequences.append([piece])
+            else:
+                home.append(piece)
+        return [encoded for pieces in reversed(sequences) for encoded in self._tokens_of(pieces)]
 
-    def _span(self, messages: list[Message], index: int, whole: str) -> Span | None:
-        """Where in the rendered whole the assistant's turn at `index` stands, with its end, if that can be told."""
-        before = self._render(messages[:index], prompt=True)
-        until = whole if index == len(messages) - 1 else self._render(messages[: index + 1])
-        fits = len(before) < len(until) and whole.startswith(before) and whole.startswith(until)
-        return (len(before), len(until)) if fits else None
+    def _piece(self, chat: Chat, index: int) -> Piece:
+        turn = self.renderer.turn(chat.messages, index, chat.tools)
+        marks = self.renderer.marked(chat.messages[: index + 1], chat.tools)
+        if marks is not None:  # places in the turn's own rendering, whose earlier turns may be others than the prompt's
+            shift = len(turn.text) - len(self.renderer.render(chat.messages[: index + 1], chat.tools))
+            marks = [(start + shift, end + shift) for start, end in marks]
+        return Piece(turn.text, len(turn.asked) + turn.opening, marks, turn.given)
 
-    def _by_marks(self, chat: Chat) -> Encoded:
-        output = self.tokenizer.apply_chat_template(
-            chat.messages, chat_template=self._template, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = output["input_ids"], output["assistant_masks"]
-        known = 0
+    def _whole(self, chat: Chat) -> Encoded:
+        """A chat as it is rendered once, learned everywhere but in its context and in what the row leaves out."""
+        text = self.renderer.render(chat.messages, chat.tools)
+        start = 0
         if chat.context:
-            prompt = self._render(chat.messages[: chat.context], prompt=True)
-            known = len(_common(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], ids))
-        labels = [
-            token if marked and position >= known else IGNORED
-            for position, (token, marked) in enumerate(zip(ids, mask, strict=True))
-        ]
-        return Encoded(list(ids), labels)
-
-    def _render(self, messages: list[Message], prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
-        )
-
-    def _tokens(self, text: str, spans: Sequence[Span], special: bool = True) -> Encoded:
-        """Tokens of a text; those that reach into a span are learned."""
-        output = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+            start = _common_length(self.renderer.prompt(chat.messages[: chat.context], chat.tools), text)
+        left_out: list[Span] = []
+        given = 0
+        for index in [*chat.learned, *chat.unlearned]:
+            if index in chat.learned and not self.renderer.thinks:
+                continue
+            try:
+                turn = self.renderer.turn(chat.messages, index, chat.tools)
+            except Unrenderable:
+                if index in chat.unlearned:
+                    raise
+                continue
+            if index in chat.unlearned or turn.opening:
+                if not text.startswith(turn.text):
+                    if index in chat.learned:
+                        continue
+                    raise Unrenderable(f"rewrites turn {index + 1}, so it cannot be left out of the loss", WHOLE_HINT)
+                end = len(turn.asked) + turn.opening if index in chat.learned else len(turn.text)
+                left_out.append((len(turn.asked), end))
+                given += index in chat.learned
+        for index in chat.learned:
+            message = self.renderer.parted(chat.messages[index])
+            thought, said = message.get(THOUGHT, "").strip(), message["content"].strip()
+            if thought not in text or ("</think>" in said and said not in text):
+                raise Unrenderable(f"does not render the thought of turn {index + 1}, which would be lost", WHOLE_HINT)
+        output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, places = list(output["input_ids"]), output["offset_mapping"]
-        labels = [
-            token if any(start < end and begin < end and start < finish for begin, finish in spans) else IGNORED
-            for token, (start, end) in zip(ids, places, strict=True)
+        learned = [
+            inside(place, (start, len(text))) and not any(inside(place, span) for span in left_out) for place in places
         ]
-        first = self.tokenizer.bos_token_id
-        if first is not None and ids[:2] == [first, first]:  # the text brings its own
-            ids, labels = ids[1:], labels[1:]
-        return Encoded(ids, labels)
+        return Encoded(ids, labels_of(ids, learned), given)
+
+    def _document(self, text: str, start: int) -> Encoded:
+        """Plain text, learned from a place on; it begins as the tokenizer begins texts, once."""
+        [encoded] = self._tokens_of([Piece(text, start, None, False)])
+        first = added_at_the_start(self.tokenizer, encoded.input_ids)
+        labels = first if start == 0 else [IGNORED] * len(first)
+        return Encoded(first + encoded.input_ids, labels + encoded.labels)
 
     def _ended(self, text: str) -> str:
         """Plain text with the token that ends it, once."""
@@ -217,37 +218,30 @@ class Encoder:
             raise UserError("this tokenizer has no end token, so a model could not learn where a text ends")
         return text if text.endswith(end) else text + end
 
-    def _use_trls_variant(self, rendered: str) -> None:
-        try:
-            variant = get_training_chat_template(self.tokenizer)
-        except (ValueError, *TEMPLATE_ERRORS):
-            return  # TRL has none
-        if variant is None:
-            return
-        own, self._template = self._template, variant
-        if self._render(PROBE) != rendered:
-            self._template = own  # it would teach other text than the model is asked with
-            return
-        self._marked, self.marking = True, "TRL's training variant of the chat template"
-
-    def _find_end(self) -> None:
+    def _end(self) -> int:
         """The last learned token that is no white space; it must be one that generation can stop at."""
-        [encoded] = self._chat(Chat("a question and an answer", PROBE))
-        added = set(self.tokenizer.get_added_vocab().values())
-        learned = [label for label in encoded.labels if label != IGNORED and self.tokenizer.decode([label]).strip()]
-        if not learned or learned[-1] not in added:
-            raise UserError(
-                f"{self.template_name} ends the assistant's turn with no token of its own, so it would not be learned",
-                "the template's end of a turn, such as <|im_end|>, must be in the tokenizer, and inside the "
-                "{% generation %} marks where there are any; or set data.chat_template",
+        failures: list[Exception] = []
+        for probe in PROBES:
+            try:
+                encoded = self._chat(Chat("a question and an answer", probe))[-1]
+            except (Unrenderable, *TEMPLATE_ERRORS) as error:
+                failures.append(error)
+                continue
+            learned = [label for label in encoded.labels if label != IGNORED and self.tokenizer.decode([label]).strip()]
+            if learned and learned[-1] in self.renderer.added:
+                return learned[-1]
+            raise Unrenderable(
+                "ends the assistant's turn with no token of its own, so it would not be learned", END_HINT
             )
-        self.end_of_turn = learned[-1]
+        raise failures[0]
 
 
-def _common(one: Sequence, other: Sequence) -> Sequence:
-    """The longest beginning that both share."""
-    length = next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
-    return one[:length]
+WHOLE_HINT = "set training.assistant_only_loss: true, which trains each turn as it is rendered when it is the last"
+
+
+def _common_length(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
 
 
 def _sentence(error: Exception) -> str:

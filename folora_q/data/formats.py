@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from folora_q.data.rows import Row, RowError
-from folora_q.recipe.dataset import Role, Shape, Source
-
-Message = dict[str, str]
-
-# Roles as other data call them.
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+from folora_q.data.rows import Row, RowError, kind_of
+from folora_q.data.tools import Tool, parse_tools
+from folora_q.data.turns import Message, Turn, check_order, parse_turns
+from folora_q.recipe.dataset import Shape, Source
 
 
 @dataclass(frozen=True)
@@ -35,27 +19,41 @@ class Chat:
 
     Attributes:
         where: its file and line.
-        messages: `role` and `content` each.
+        messages: as `apply_chat_template` takes them.
         context: so many messages at the beginning are never trained on.
+        tools: that the assistant may call.
+        unlearned: turns of the assistant's, by position, that the row says not to learn.
     """
 
     where: str
     messages: list[Message]
     context: int = 0
+    tools: list[Tool] | None = None
+    unlearned: tuple[int, ...] = ()
+
+    @property
+    def learned(self) -> list[int]:
+        """The positions of the turns that are learned."""
+        return [index for index in self._said if index >= self.context and index not in self.unlearned]
+
+    @property
+    def answer(self) -> int:
+        """The position of the turn that an evaluation asks for: the last one that is learned, if any is."""
+        return (self.learned or self._said)[-1]
 
     @property
     def prompt(self) -> list[Message]:
-        """All before the last thing that the assistant says."""
-        return self.messages[: self._last]
+        """All before that turn."""
+        return self.messages[: self.answer]
 
     @property
     def reference(self) -> str:
-        """The last thing that the assistant says, which an answer is compared with."""
-        return self.messages[self._last]["content"]
+        """The content of that turn."""
+        return self.messages[self.answer]["content"]
 
     @property
-    def _last(self) -> int:
-        return max(index for index, message in enumerate(self.messages) if message["role"] == "assistant")
+    def _said(self) -> list[int]:
+        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def shape_of(row: Row, source: Source) -> Shape:
     columns = {*row.values, *source.fields}
     fitting = [shape for shape, needed in COLUMNS.items() if needed <= columns]
     if fitting:  # one that the recipe maps a column for comes before all others
-        return max(fitting, key=lambda shape: bool(FIELDS[shape] & source.fields.keys()))
+        return max(fitting, key=lambda shape: len(FIELDS[shape] & source.fields.keys()))
     raise RowError(
         row.where,
         f"its columns ({_listed(row.values)}) are those of no known shape",
@@ -115,7 +113,20 @@ def to_example(row: Row, shape: Shape, source: Source) -> Example:
     Raises:
         RowError: a column is missing, or holds what it must not; the field is named.
     """
+    for column in sorted(MEDIA & row.values.keys() - set(source.fields.values())):
+        if row.values[column]:
+            raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained", "leave such rows out")
     return PARSERS[shape](_Fields(row, source))
+
+
+def unused_columns(columns: Iterable[str], shape: Shape, source: Source) -> list[str]:
+    """Those of a source's columns that rows of this shape are not made of."""
+    columns = set(columns)
+    names = (COLUMNS[shape] | FIELDS[shape] | ALSO.get(shape, set())) - {"role", "content"}
+    if shape in ("messages", "sharegpt"):  # the first of the two that is there
+        names |= {"messages"} if source.fields.get("messages", "messages") in columns else {"conversations"}
+        names -= {"conversations"} if "messages" in names & columns else set()
+    return sorted(columns - {source.fields.get(name, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -157,35 +168,68 @@ class _Fields:
         if column is None:
             self.get(name)
         if not isinstance(value, str):
-            raise RowError(self.where, f"`{theirs}` must be text, not {_kind(value)}")
+            raise RowError(self.where, f"`{theirs}` must be text, not {kind_of(value)}")
         if required and not value.strip():
             raise RowError(self.where, f"`{theirs}` is empty")
         return value
 
+    def tools(self) -> list[Tool] | None:
+        """The tools that the row offers, if any."""
+        column = self.column("tools", "functions")
+        return None if column is None else parse_tools(self.row.values[column], self.where, column)
+
 
 def _messages(fields: _Fields) -> Chat:
     column = fields.column("messages", "conversations") or "messages"
-    messages = _turns(fields, fields.get("messages", "conversations"), column)
-    _check_order(fields.where, messages, column)
-    return Chat(fields.where, messages)
+    turns = parse_turns(fields.get("messages", "conversations"), fields.source, fields.where, column)
+    check_order(fields.where, [turn.message for turn in turns], column)
+    system = fields.text("system", required=False)
+    if system.strip():
+        first = turns[0].message
+        if first["role"] == "system" and first["content"].strip() != system.strip():
+            raise RowError(fields.where, f"it has two system prompts: `system`, and another in `{column}[0]`")
+        if first["role"] != "system":
+            turns.insert(0, Turn({"role": "system", "content": system}))
+    return _chat(fields, turns)
 
 
 def _alpaca(fields: _Fields) -> Chat:
     system, more = fields.text("system", required=False), fields.text("input", required=False)
     asked = fields.text("instruction") + (f"\n\n{more}" if more.strip() else "")
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.text("output")}]
-    return Chat(fields.where, [{"role": "system", "content": system}, *messages] if system.strip() else messages)
+    turns = [(asked, fields.text("output"))]
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    for question, answer in [*_history(fields), *turns]:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Chat(fields.where, messages)
+
+
+def _history(fields: _Fields) -> list[tuple[str, str]]:
+    """The turns before an instruction, as pairs of a question and its answer."""
+    column = fields.column("history")
+    pairs = None if column is None else fields.row.values[column]
+    if not pairs:
+        return []
+    if not isinstance(pairs, list):
+        raise RowError(fields.where, f"`{column}` must be a list of pairs, not {kind_of(pairs)}")
+    for index, pair in enumerate(pairs):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise RowError(fields.where, f"`{column}[{index}]` must be a question and its answer, both text")
+        if not pair[1].strip():
+            raise RowError(fields.where, f"`{column}[{index}]` has an empty answer")
+    return [(question, answer) for question, answer in pairs]
 
 
 def _prompt_completion(fields: _Fields) -> Chat | Completion:
     prompt, completion = fields.get("prompt"), fields.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        context = _turns(fields, prompt, "prompt")
-        messages = context + _turns(fields, completion, "completion")
-        _check_order(fields.where, messages, "prompt + completion")
-        if not any(message["role"] == "assistant" for message in messages[len(context) :]):
+        context = parse_turns(prompt, fields.source, fields.where, "prompt")
+        turns = context + parse_turns(completion, fields.source, fields.where, "completion")
+        check_order(fields.where, [turn.message for turn in turns], "prompt + completion")
+        if not any(turn.message["role"] == "assistant" for turn in turns[len(context) :]):
             raise RowError(fields.where, "the assistant says nothing in `completion`, so there is nothing to learn")
-        return Chat(fields.where, messages, context=len(context))
+        return _chat(fields, turns, context=len(context))
+    if fields.tools():
+        raise RowError(fields.where, "it has `tools`, which only a chat template can write: give lists of turns")
     return Completion(fields.where, fields.text("prompt"), fields.text("completion"))
 
 
@@ -193,77 +237,16 @@ def _text(fields: _Fields) -> Text:
     return Text(fields.where, fields.text("text"))
 
 
-def _turns(fields: _Fields, value: Any, column: str) -> list[Message]:
-    """Turns with `role` and `content`, or `from` and `value`, or what the source calls them."""
-    if not isinstance(value, list) or not value:
-        raise RowError(fields.where, f"`{column}` must be a list of turns, not {_kind(value)}")
-    return [_turn(fields, turn, f"{column}[{index}]") for index, turn in enumerate(value)]
-
-
-def _turn(fields: _Fields, turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(fields.where, f"`{place}` must have a role and a content, but is {_kind(turn)}")
-    names = fields.source.fields
-    if turn.get("tool_calls"):
-        raise RowError(fields.where, f"`{place}` calls a tool, which is not supported")
-    role = _first(turn, [names["role"]] if "role" in names else ["role", "from"], fields.where, place)
-    content = _first(turn, [names["content"]] if "content" in names else ["content", "value"], fields.where, place)
-    known = {**ROLES, **fields.source.roles}
-    if not isinstance(role, str) or role not in known:
-        raise RowError(
-            fields.where,
-            f"`{place}` has the role {str(role)[:40]!r}, which is unknown",
-            f"known are {', '.join(known)}; others go into `roles`, as {{path: ..., roles: {{customer: user}}}}",
-        )
-    if isinstance(content, list):
-        content = _joined(content, fields.where, place)
-    if not isinstance(content, str):
-        raise RowError(fields.where, f"the content of `{place}` must be text, not {_kind(content)}")
-    if known[role] == "assistant" and not content.strip():
-        raise RowError(fields.where, f"the content of `{place}`, which the assistant should learn to say, is empty")
-    return {"role": known[role], "content": content}
-
-
-def _first(turn: Mapping[str, Any], names: list[str], where: str, place: str) -> Any:
-    for name in names:
-        if name in turn and turn[name] is not None:
-            return turn[name]
-    present = next((name for name in names if name in turn), None)
-    raise RowError(where, f"`{place}.{present}` is null" if present else f"`{place}` has no `{names[0]}`")
-
-
-def _joined(parts: list[Any], where: str, place: str) -> str:
-    """The OpenAI form of a content: parts of text."""
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise RowError(where, f"the content of `{place}` has parts that are no text, which are not supported")
-    return "".join(part["text"] for part in parts)
-
-
-def _check_order(where: str, messages: list[Message], column: str) -> None:
-    """The order that chat templates take: perhaps a system turn; then user and assistant in turn, or tool's answers."""
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise RowError(where, f"no turn of `{column}` is the assistant's, so there is nothing to learn")
-    for index, role in enumerate(roles):
-        before = roles[index - 1] if index else None
-        if role == "system" and index:
-            raise RowError(where, f"roles out of order: `{column}[{index}]` is a system turn, not at the beginning")
-        if role == "assistant" and before in (None, "system"):
-            raise RowError(where, f"roles out of order: `{column}[{index}]` is the assistant's, before any user's")
-        if role in ("user", "assistant") and role == before:
-            raise RowError(where, f"roles out of order: `{column}[{index}]` is a second {role} turn in a row")
-        if role == "tool" and before not in ("assistant", "tool"):
-            raise RowError(where, f"roles out of order: `{column}[{index}]` is a tool's, but nothing called it")
+def _chat(fields: _Fields, turns: list[Turn], context: int = 0) -> Chat:
+    unlearned = tuple(
+        index for index, turn in enumerate(turns) if turn.message["role"] == "assistant" and not turn.learned
+    )
+    return Chat(fields.where, [turn.message for turn in turns], context, fields.tools(), unlearned)
 
 
 def _listed(columns: Mapping[str, Any]) -> str:
     """The names of a row's columns, or as much of them as a message can hold."""
     return ", ".join(sorted(str(name)[:40] for name in columns)[:8]) or "none"
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
-    return names.get(type(value), f"a {type(value).__name__}") if value != [] else "an empty list"
 
 
 # In this order: many data sets carry a `prompt` beside their messages, or a rendered `text` beside their columns.
@@ -276,12 +259,16 @@ COLUMNS: dict[Shape, set[str]] = {
 }
 # What `fields` may map for each.
 FIELDS: dict[Shape, set[str]] = {
-    "messages": {"messages", "role", "content"},
-    "sharegpt": {"role", "content"},
-    "prompt_completion": {"prompt", "completion"},
-    "alpaca": {"instruction", "input", "output", "system"},
+    "messages": {"messages", "role", "content", "system", "tools"},
+    "sharegpt": {"role", "content", "system", "tools"},
+    "prompt_completion": {"prompt", "completion", "tools"},
+    "alpaca": {"instruction", "input", "output", "system", "history"},
     "text": {"text"},
 }
+# What else rows may have that is read under its own name alone.
+ALSO: dict[Shape, set[str]] = {shape: {"functions"} for shape in ("messages", "sharegpt", "prompt_completion")}
+# Columns that no text is in; rows that have one say something about it.
+MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 PARSERS: dict[Shape, Callable[[_Fields], Example]] = {
     "messages": _messages,
     "sharegpt": _messages,

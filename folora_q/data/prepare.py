@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat, Text
 from folora_q.data.read import TaskData, read_task_data
+from folora_q.data.rendering import Renderer
 from folora_q.data.templates import read_template
 from folora_q.data.tokenized import Tokenized, tokenize
 from folora_q.errors import UserError
@@ -24,14 +25,16 @@ class TaskTokens:
     Attributes:
         task: what they were made of.
         marking: how the assistant's turns were found, where there are chats.
-        end_of_turn: the token that ends one.
+        ends_of_turn: the tokens that end one, and a call where there are any.
+        renderer: what rendered them.
     """
 
     task: TaskData
     train: Tokenized
     heldout: Tokenized
     marking: str | None
-    end_of_turn: int | None
+    ends_of_turn: list[int]
+    renderer: Renderer
 
     def skipped(self) -> list[dict[str, str]]:
         """Every row that could not be used, with its place and the reason."""
@@ -62,8 +65,8 @@ def read_task(recipe: Recipe, clock: Clock) -> TaskData:
         task = read_task_data(recipe.data, recipe.training.seed)
     for facts in task.facts:
         clock.note(f"{facts.path}: {facts.rows:,} rows of `{facts.shape}`")
-        if facts.passed_over is not None:
-            clock.note(f"{facts.path}: {facts.passed_over}")
+        for remark in facts.remarks:
+            clock.note(f"{facts.path}: {remark}")
     if task.skipped:
         clock.note(f"{len(task.skipped):,} rows skipped; the first: {task.skipped[0].message}")
     if task.repeated:
@@ -88,6 +91,7 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: C
         assistant_only_loss=training.assistant_only_loss,
         completion_only_loss=training.completion_only_loss,
         template_name=f"the chat template {data.chat_template}" if data.chat_template else "the model's chat template",
+        without_thought=data.without_thought,
     )
     if any(isinstance(example, Chat) for example in (*task.train, *task.heldout)):
         encoder.prepare_chats()
@@ -107,7 +111,9 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: C
             )
         clock.note(_described(half, training.max_length))
         halves.append(half)
-    return TaskTokens(task, *halves, encoder.marking, encoder.end_of_turn)
+    return TaskTokens(
+        task, *halves, encoder.marking, encoder.ends_of_turn((*task.train, *task.heldout)), encoder.renderer
+    )
 
 
 def _described(data: Tokenized, max_length: int) -> str:
@@ -117,6 +123,11 @@ def _described(data: Tokenized, max_length: int) -> str:
     parts = [f"{counts.sequences:,} sequences, {counts.tokens:,} tokens, {share:.0%} of them trained"]
     happened = {"left out": counts.dropped, "cut": counts.cut, "split": counts.split}
     parts += [f"{count:,} over {max_length} tokens {what}" for what, count in happened.items() if count]
+    if counts.given:
+        parts.append(
+            f"{counts.given:,} answers without a thought, in whose place what the template writes is not learned "
+            "(data.without_thought)"
+        )
     if counts.untrained:
         parts.append(f"{counts.untrained:,} without a token to learn left out")
     if counts.refused:

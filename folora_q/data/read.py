@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from folora_q.data.formats import Example, Text, content_of, shape_of, to_example
+from folora_q.data.formats import Example, Text, content_of, shape_of, to_example, unused_columns
 from folora_q.data.rows import RowError, Sieve
 from folora_q.data.sources import find, read_source
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Shape, Source
 
-# So many files that are not read for one reason are named; run.json has them all.
+# The most files or columns that a line names; run.json has all files.
 MOST_NAMED = 10
 
 
@@ -27,7 +27,8 @@ class SourceFacts:
         shape: that of its rows.
         rows: how many can be used.
         read: how many there were.
-        unread: what lies in its folder and is not read, with the reason.
+        unread: files in its folder that are not read, with the reason.
+        unused: columns that hold something which no example is made of.
     """
 
     path: str
@@ -35,16 +36,21 @@ class SourceFacts:
     rows: int
     read: int
     unread: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @property
-    def passed_over(self) -> str | None:
-        """What is not read, by reason, for people; None if there is nothing."""
+    def remarks(self) -> list[str]:
+        """Sentences about what is not read: files by reason, and columns."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.unread.items():
             by_reason.setdefault(reason, []).append(name)
-        if not by_reason:
-            return None
-        return "not read: " + "; ".join(f"{_some(names)} ({reason})" for reason, names in by_reason.items())
+        remarks = []
+        if by_reason:
+            parts = (f"{_some(names)} ({reason})" for reason, names in by_reason.items())
+            remarks.append(f"not read: {'; '.join(parts)}")
+        if self.unused:
+            remarks.append(f"columns not used: {_some([name[:40] for name in self.unused])}")
+        return remarks
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,14 @@ def _some(names: list[str]) -> str:
 def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | None = None) -> list[Example]:
     found: list[Shape] = []
     columns: set[str] = set()
+    filled: set[str] = set()
     skipped_before = len(sieve.skipped)
     there = find(source)
 
     def examples() -> Iterator[Example | RowError]:
         for row in sieve.pass_on(islice(read_source(source, there), most)):
             columns.update(row.values)
+            filled.update(name for name, value in row.values.items() if value not in (None, "", [], {}))
             try:
                 shape = shape_of(row, source)
                 if found and shape != found[0]:
@@ -146,7 +154,9 @@ def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | No
             f"no row of {source.path} has the column `{unknown[0][:40]}`, which `fields` names",
             f"its columns are {', '.join(sorted(columns)[:8])}",
         )
-    facts.append(SourceFacts(source.path, found[0], len(usable), len(usable) + len(skipped), there.unread))
+    unused = tuple(unused_columns(filled, found[0], source))
+    read = len(usable) + len(skipped)
+    facts.append(SourceFacts(source.path, found[0], len(usable), read, there.unread, unused))
     return usable
 
 

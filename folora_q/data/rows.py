@@ -59,3 +59,9 @@ class Sieve(Generic[Item]):
                 self.skipped.append(item)
             else:
                 raise item
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for messages."""
+    names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
+    return names.get(type(value), f"a {type(value).__name__}") if value != [] else "an empty list"

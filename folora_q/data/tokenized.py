@@ -12,14 +12,15 @@ import numpy as np
 from datasets import Dataset, Features, Value, load_from_disk
 from datasets import Sequence as ListOf
 
-from folora_q.data.encode import Encoded, Encoder
+from folora_q.data.encode import Encoder
 from folora_q.data.formats import Example, Text, content_of
+from folora_q.data.pieces import Encoded
 from folora_q.data.rows import RowError
 from folora_q.errors import UserError
 from folora_q.files import cache_folder, commit_directory
 
 # Raised when the same settings come to mean other tokens.
-FORMAT = 1
+FORMAT = 2
 FEATURES = Features({"input_ids": ListOf(Value("int32")), "labels": ListOf(Value("int32")), "example": Value("int32")})
 COUNTS = "counts.json"
 
@@ -35,6 +36,7 @@ class Counts:
         dropped, cut, split: what happened to these.
         untrained: sequences without any token to learn; they are left out.
         longest: the longest sequence before anything was cut.
+        given: answers without a thought, whose place is given and not learned.
         refused: examples that the chat template refused, by position, with the reason.
     """
 
@@ -48,6 +50,7 @@ class Counts:
     split: int = 0
     untrained: int = 0
     longest: int = 0
+    given: int = 0
     refused: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -109,6 +112,7 @@ def tokenize(
                 raise
             counts.refused.append((index, error.reason))
             encoded = []
+        counts.given += sum(sequence.given for sequence in encoded)
         for sequence in _fitted(example, encoded, max_length, overlong, counts):
             ids.append(np.asarray(sequence.input_ids, np.int32))
             labels.append(np.asarray(sequence.labels, np.int32))

@@ -10,8 +10,6 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.formats import Chat, Completion
-
 IGNORED = -100  # the label of a token that is not trained
 # What a chat template may raise, on a conversation that it does not take or by what it does; transformers runs it in
 # jinja2's sandbox, whose own refusals are TemplateErrors, or an OverflowError where a range is too long.
@@ -88,8 +86,18 @@ def batches(
         yield Batch(ids.to(device), mask.to(device), targets.to(device))
 
 
-def prompt_ids(tokenizer: Tokenizer, example: Chat | Completion) -> list[int]:
-    """The tokens that the model is given before it answers."""
-    if isinstance(example, Completion):
-        return tokenizer(example.prompt)["input_ids"]
-    return tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a plain text with its beginning, as the tokenizer marks it, and without an end.
+
+    Some tokenizers add a token at the end of every text too, after which a model would have nothing to say.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return added_at_the_start(tokenizer, ids) + ids
+
+
+def added_at_the_start(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """What the tokenizer itself puts before a text of these tokens, if the text does not bring it."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    first = list(whole[:place])
+    return [] if list(ids[: len(first)]) == first else first

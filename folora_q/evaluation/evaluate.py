@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.data.formats import Example, Text
 from folora_q.data.halving import Halving
 from folora_q.data.prepare import TaskTokens
+from folora_q.data.rendering import Renderer
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.evaluation.compare import HeldOutText, compare
@@ -21,11 +22,10 @@ from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Question,
+    Questions,
     Scorer,
     answer_both,
-    general_questions,
     mean_score,
-    task_questions,
 )
 from folora_q.progress import Clock
 from folora_q.recipe.schema import EvaluationSection
@@ -46,11 +46,13 @@ class HeldOut:
     Attributes:
         texts: compared for loss and predictions.
         questions: answered.
+        reader: reads the answers.
         drift: the texts of some kinds again, on which the layers' outputs are compared.
     """
 
     texts: list[HeldOutText]
     questions: list[Question]
+    reader: Questions
     drift: dict[str, list[Batch]]
 
 
@@ -88,9 +90,11 @@ def held_out(
         windows = text_windows(path, tokenizer, window)
         texts.append(HeldOutText(name, "general", list(batches(windows, size, device))))
     drift = {"own": [*own[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]], "task": list(ids[:DRIFT_TEXTS])}
+    reader = Questions(Renderer(tokenizer) if data is None else data.renderer)
     return HeldOut(
         texts=texts,
-        questions=_questions(tokenizer, section, () if data is None else data.task.heldout),
+        questions=_questions(reader, section, () if data is None else data.task.heldout),
+        reader=reader,
         drift={kind: list(batches(sequences, size, device)) for kind, sequences in drift.items() if sequences},
     )
 
@@ -104,17 +108,16 @@ def general_texts(section: EvaluationSection) -> dict[str, Path]:
     return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
 
 
-def _questions(tokenizer: Tokenizer, section: EvaluationSection, examples: Sequence[Example]) -> list[Question]:
+def _questions(reader: Questions, section: EvaluationSection, examples: Sequence[Example]) -> list[Question]:
     answerable = [example for example in examples if not isinstance(example, Text)]
     few = SAMPLE_ANSWERS if section.metric == "none" else None
     prompts = Path(section.general_prompts) if section.general_prompts else GENERAL_PROMPTS
     chosen = answerable[: few if section.num_answers is None else section.num_answers]
-    return task_questions(chosen, tokenizer) + general_questions(prompts, tokenizer)
+    return reader.of_task(chosen) + reader.general(prompts)
 
 
 def evaluate(
     contrast: Contrast,
-    tokenizer: Tokenizer,
     on: HeldOut,
     section: EvaluationSection,
     scorer: Scorer | None,
@@ -126,7 +129,7 @@ def evaluate(
     with clock.stage("comparing losses and predictions", sum(len(text.batches) for text in on.texts)) as done:
         texts = [compare(contrast, text, done, halving) for text in on.texts]
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions)) as done:
-        answers = answer_both(contrast, tokenizer, on.questions, section, scorer, done, halving)
+        answers = answer_both(contrast, on.reader, on.questions, section, scorer, done, halving)
     return texts, mean_score(answers, section.metric), answers
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import Batch
+from folora_q.data.tokens import Batch, text_ids
 from folora_q.errors import UserError
 from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
 
@@ -65,7 +65,7 @@ def text_windows(path: Path, tokenizer: Tokenizer, length: int) -> list[list[int
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the general text {path}: {error}") from None
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = text_ids(tokenizer, text)
     windows = [ids[start : start + length] for start in range(0, len(ids), length)]
     windows = [window for window in windows if len(window) >= min(16, length)]
     if not windows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,69 +17,100 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Chat, Completion
 from folora_q.data.halving import Halving
-from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, prompt_ids
+from folora_q.data.rendering import Renderer, Unrenderable
+from folora_q.data.thoughts import Said, ThoughtSyntax
+from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, text_ids
+from folora_q.data.turns import Message
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
 from folora_q.evaluation.contrast import Contrast
 from folora_q.recipe.schema import EvaluationSection
 from folora_q.runs.results import AnswerResult, ScoreResult
 
-# Takes (answer, reference) and says how right it is, between 0 and 1.
-Scorer = Callable[[str, str], float]
+# Takes an answer and its reference, and says how right it is, between 0 and 1.
+Scorer = Callable[[Said, Said], float]
 GENERAL_PROMPTS = Path(__file__).with_name("general_prompts.txt")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Something to be answered by both models; `kind`, `prompt` and `reference` as in AnswerResult."""
+    """Something to be answered by both models; `kind` and `prompt` as in AnswerResult.
+
+    Attributes:
+        reference: the right answer as the chat template renders it, if one is known.
+        ids: what the model is given.
+        asked: the same as text, where a chat template renders it.
+    """
 
     kind: Literal["task", "general"]
-    prompt: list[dict[str, str]] | str
-    reference: str | None
+    prompt: list[Message] | str
+    reference: Said | None
     ids: list[int]
+    asked: str | None = None
 
 
-def task_questions(examples: Sequence[Chat | Completion], tokenizer: Tokenizer) -> list[Question]:
-    """Held-out examples as questions, but for those that the chat template refuses."""
-    return [
-        Question("task", example.prompt, example.reference, ids)
-        for example in examples
-        if (ids := _rendered(example, tokenizer)) is not None
-    ]
+class Questions:
+    """Makes questions for one model, and reads what is answered, both by its chat template.
 
-
-def general_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
-    """A prompt a line, as chats where the model has a template, else as the beginning of a text.
-
-    Raises:
-        UserError: the file cannot be read.
+    Args:
+        renderer: that which rendered the task's rows.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the general prompts {path}: {error}") from None
-    if tokenizer.chat_template is None:
-        return [Question("general", line, None, tokenizer(line)["input_ids"]) for line in lines]
-    # The assistant's empty turn is what `prompt` ends before.
-    turns = [[{"role": "user", "content": line}, {"role": "assistant", "content": ""}] for line in lines]
-    chats = [Chat(str(path), messages) for messages in turns]
-    return [
-        Question("general", chat.prompt, None, ids)
-        for chat in chats
-        if (ids := _rendered(chat, tokenizer)) is not None  # a template may want a system prompt, say
-    ]
 
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+        self.tokenizer = renderer.tokenizer
+        self.syntax = ThoughtSyntax(renderer)
 
-def _rendered(example: Chat | Completion, tokenizer: Tokenizer) -> list[int] | None:
-    try:
-        return prompt_ids(tokenizer, example)
-    except TEMPLATE_ERRORS:
-        return None
+    def of_task(self, examples: Sequence[Chat | Completion]) -> list[Question]:
+        """Held-out examples as questions, but for those that the chat template refuses."""
+        return [question for example in examples if (question := self._of_example(example)) is not None]
+
+    def general(self, path: Path) -> list[Question]:
+        """A prompt a line, as chats where the model has a template, else as the beginning of a text.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the general prompts {path}: {error}") from None
+        if not self.renderer.has_template:
+            return [Question("general", line, None, text_ids(self.tokenizer, line)) for line in lines]
+        found = []
+        for line in lines:
+            messages: list[Message] = [{"role": "user", "content": line}]
+            try:
+                asked = self.renderer.prompt(messages)
+            except TEMPLATE_ERRORS:
+                continue  # a template may want a system prompt, say
+            found.append(Question("general", messages, None, self.renderer.ids(asked), asked))
+        return found
+
+    def read(self, question: Question, ids: Sequence[int]) -> Said:
+        """What was answered, given as tokens."""
+        if question.asked is None:
+            return Said(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return self.syntax.split(ids, question.asked)
+
+    def _of_example(self, example: Chat | Completion) -> Question | None:
+        if isinstance(example, Completion):
+            ids = text_ids(self.tokenizer, example.prompt)
+            return Question("task", example.prompt, Said(example.completion), ids)
+        try:
+            turn = self.renderer.turn(example.messages, example.answer, example.tools)
+        except (Unrenderable, *TEMPLATE_ERRORS):
+            return None
+        # What is not learned in a thought's place is given here too, as it was in training.
+        asked, said = turn.asked + turn.said[: turn.opening], turn.said[turn.opening :]
+        return Question(
+            "task", example.prompt, self.syntax.split(self.renderer.ids(said), asked), self.renderer.ids(asked), asked
+        )
 
 
 def answer_both(
     contrast: Contrast,
-    tokenizer: Tokenizer,
+    reader: Questions,
     questions: Sequence[Question],
     section: EvaluationSection,
     scorer: Scorer | None,
@@ -95,21 +127,29 @@ def answer_both(
     prompts = [question.ids for question in questions]
     settings = section.max_new_tokens, section.batch_size, on_progress, halving
     with contrast.base() as model:
-        of_base = greedy_answers(model, tokenizer, prompts, *settings)
+        of_base = greedy_tokens(model, reader.tokenizer, prompts, *settings)
     with contrast.tuned() as model:
-        of_tuned = greedy_answers(model, tokenizer, prompts, *settings)
+        of_tuned = greedy_tokens(model, reader.tokenizer, prompts, *settings)
     return [
-        AnswerResult(
-            kind=question.kind,
-            prompt=question.prompt,
-            reference=question.reference,
-            base=base,
-            tuned=tuned,
-            base_score=_scored(scorer, base, question.reference),
-            tuned_score=_scored(scorer, tuned, question.reference),
-        )
+        _result(question, reader.read(question, base), reader.read(question, tuned), scorer)
         for question, base, tuned in zip(questions, of_base, of_tuned, strict=True)
     ]
+
+
+def _result(question: Question, base: Said, tuned: Said, scorer: Scorer | None) -> AnswerResult:
+    reference = question.reference
+    return AnswerResult(
+        kind=question.kind,
+        prompt=question.prompt,
+        reference=None if reference is None else reference.answer,
+        base=base.answer,
+        tuned=tuned.answer,
+        base_score=None if scorer is None or reference is None else scorer(base, reference),
+        tuned_score=None if scorer is None or reference is None else scorer(tuned, reference),
+        reference_thought=(reference.thought or None) if reference else None,
+        base_thought=base.thought or None,
+        tuned_thought=tuned.thought or None,
+    )
 
 
 def greedy_answers(
@@ -122,9 +162,23 @@ def greedy_answers(
     halving: Halving | None = None,
 ) -> list[str]:
     """Greedy answers to prompts given as tokens, in their order, without special tokens."""
+    answers = greedy_tokens(model, tokenizer, prompts, max_new_tokens, batch_size, on_progress, halving)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def greedy_tokens(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] = lambda answers: None,
+    halving: Halving | None = None,
+) -> list[list[int]]:
+    """The same as tokens; behind the end of an answer there may be padding."""
     halving = halving or Halving("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, str] = {}
+    answers: dict[int, list[int]] = {}
     model.eval()
 
     def answer(start: int, stop: int) -> None:
@@ -132,8 +186,7 @@ def greedy_answers(
         inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
             output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.update(zip(chosen, texts, strict=True))
+        answers.update(zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
         on_progress(len(chosen))
 
     longest = max(map(len, prompts), default=0) + max_new_tokens
@@ -159,10 +212,10 @@ def make_scorer(section: EvaluationSection, allow_code: bool) -> Scorer | None:
         UserError: the metric is a function of the user's, and it cannot be loaded, or `allow_code` is not given.
     """
     if section.metric == "exact_match":
-        return lambda answer, reference: float(answer.strip() == reference.strip())
+        return lambda said, reference: float(said.answer.strip() == reference.answer.strip())
     if section.metric == "regex":
         pattern = re.compile(section.metric_pattern)
-        return lambda answer, reference: _same_match(pattern, answer, reference)
+        return lambda said, reference: _same_match(pattern, said.answer, reference.answer)
     if section.metric == "function":
         return _users_function(section.metric_function, allow_code)
     return None
@@ -194,11 +247,15 @@ def _users_function(place: str, allow_code: bool) -> Scorer:
     except Exception as error:  # whatever the user's file raises
         raise UserError(f"cannot load {name} from {path}: {type(error).__name__}: {error}") from error
 
-    def score(answer: str, reference: str) -> float:
+    wanted = _parameters(function)
+
+    def score(said: Said, reference: Said) -> float:
+        thoughts = {"thought": said.thought, "reference_thought": reference.thought}
         try:
-            found = float(function(answer, reference))
+            asked_for = {key: thought for key, thought in thoughts.items() if key in wanted}
+            found = float(function(said.answer, reference.answer, **asked_for))
         except Exception as error:
-            raise RunFailed(f"{name} in {path} failed on the answer {answer[:80]!r}: {error!r}") from error
+            raise RunFailed(f"{name} in {path} failed on the answer {said.answer[:80]!r}: {error!r}") from error
         if not 0 <= found <= 1:
             raise RunFailed(f"{name} in {path} gave {found}, which is no score between 0 and 1")
         return found
@@ -206,5 +263,9 @@ def _users_function(place: str, allow_code: bool) -> Scorer:
     return score
 
 
-def _scored(scorer: Scorer | None, answer: str, reference: str | None) -> float | None:
-    return None if scorer is None or reference is None else scorer(answer, reference)
+def _parameters(function: Callable[..., object]) -> set[str]:
+    """The names of a function's parameters, as far as they can be known."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()

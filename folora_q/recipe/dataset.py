@@ -11,7 +11,18 @@ from folora_q.recipe.section import PositiveInt, Section
 Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
 FieldName = Literal[
-    "messages", "role", "content", "system", "instruction", "input", "output", "prompt", "completion", "text"
+    "messages",
+    "role",
+    "content",
+    "system",
+    "tools",
+    "history",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "text",
 ]
 
 
@@ -65,6 +76,9 @@ class DataSection(Section):
     """Use at most so many evaluation rows."""
     chat_template: str | None = None
     """How chats are rendered: unset is the model's own; else a .jinja file, or a name such as chatml or llama3."""
+    without_thought: Literal["given", "learn", "raise"] = "given"
+    """Answers without a thought where the template renders thoughts: what it puts in the thought's place, such as an
+    empty one, is given and not learned; or learned, so that the model stops thinking; or an error."""
     overlong: Literal["drop", "truncate", "split", "raise"] = "drop"
     """Examples over training.max_length: left out, cut at the end, cut into several (plain text only), or an error."""
     on_error: Literal["raise", "skip"] = "raise"

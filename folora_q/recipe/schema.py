@@ -318,11 +318,13 @@ class EvaluationSection(Section):
     """What is measured of the base and of the tuned model, after training and during it."""
 
     metric: Literal["none", "exact_match", "regex", "function"] = "none"
-    """Scores greedy answers: equal to the reference but for white space, by metric_pattern, or by metric_function."""
+    """Scores greedy answers, without thoughts and as the chat template renders the reference: equal to it but for white
+    space, by metric_pattern, or by metric_function."""
     metric_pattern: str = r"-?\d[\d,]*(?:\.\d+)?"
     """regex: right if the last match in the answer (its groups, if it has any) is the reference's; unset: a number."""
     metric_function: str | None = None
-    """function: file.py:name, relative to the recipe, called with (answer, reference), gives 0 to 1; --allow-code."""
+    """function: file.py:name, relative to the recipe, called with (answer, reference), both without thoughts, and with
+    thought and reference_thought if it has parameters of these names; gives 0 to 1; --allow-code."""
     num_answers: Annotated[int, Field(ge=0)] | None = None
     """Held-out prompts that are answered; unset: all of them with a metric, four without."""
     max_new_tokens: PositiveInt = 128

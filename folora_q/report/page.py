@@ -121,7 +121,7 @@ def samples(answers: Sequence[AnswerResult]) -> list[Sample]:
 def _sample(answer: AnswerResult, heading: str) -> Sample:
     if isinstance(answer.prompt, str):
         return Sample(answer, heading, answer.prompt, "")
-    turns = [(turn.get("role", ""), turn.get("content", "")) for turn in answer.prompt] or [("", "")]
+    turns = [(str(turn.get("role", "")), str(turn.get("content", ""))) for turn in answer.prompt] or [("", "")]
     before = "\n\n".join(f"{role}: {content}" for role, content in turns[:-1])
     return Sample(answer, heading, turns[-1][1], before)
 

@@ -143,22 +143,28 @@ class AnswerResult:
 
     Attributes:
         kind: task (held-out) or general (prompts that have nothing to do with it).
-        prompt: all that the model was given: messages with `role` and `content`, or plain text.
+        prompt: all that the model was given: messages as chat templates take them, or plain text.
+        reference, base, tuned: the right answer and theirs, without thoughts.
         base_score, tuned_score: by the task's metric, where there is one.
+        reference_thought, base_thought, tuned_thought: what was thought before, where the chat template has a place for
+            it and it is not empty.
     """
 
     kind: Literal["task", "general"]
-    prompt: list[dict[str, str]] | str
+    prompt: list[dict[str, Any]] | str
     reference: str | None
     base: str
     tuned: str
     base_score: float | None = None
     tuned_score: float | None = None
+    reference_thought: str | None = None
+    base_thought: str | None = None
+    tuned_thought: str | None = None
 
     @property
     def asked(self) -> str:
         """The last thing that was said to the model."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1].get("content") or "")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from folora_q.data.encode import Encoded, Encoder
+from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat, Completion, Text
+from folora_q.data.pieces import Encoded
 from folora_q.data.rows import RowError
 from folora_q.data.templates import read_template
-from folora_q.data.tokens import IGNORED, prompt_ids
+from folora_q.data.tokens import IGNORED
 from folora_q.errors import UserError
+from tests.data.chats import encoder_for
 from tests.data.rows import assistant, user
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -92,7 +95,7 @@ def test_what_is_learned_follows_the_prompt_that_the_model_will_be_given(tokeniz
     encoder = encoder_of(tokenizer)
     chat = Chat("here", TURNS[:2])
     [encoded] = encoder(chat)
-    asked = prompt_ids(tokenizer, chat)
+    asked = tokenizer.apply_chat_template(chat.prompt, add_generation_prompt=True)["input_ids"]
     assert encoded.input_ids[: len(asked)] == asked
     assert encoded.labels == [IGNORED] * len(asked) + encoded.input_ids[len(asked) :]
     assert encoded.trained == len(encoded.input_ids) - len(asked)
@@ -100,7 +103,7 @@ def test_what_is_learned_follows_the_prompt_that_the_model_will_be_given(tokeniz
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_templates_learn_the_answers_alone(tokenizer: Tokenizer, name: str) -> None:
-    """Ours and TRL's, some with TRL's training variants; the probe's end-of-text token is <|im_end|>."""
+    """Ours and TRL's; the probe's end-of-text token is <|im_end|>."""
     tokens, end = NAMED[name]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     encoder = encoder_of(tokenizer, read_template(name))
@@ -109,10 +112,34 @@ def test_named_templates_learn_the_answers_alone(tokenizer: Tokenizer, name: str
     assert tokenizer.decode([encoder.end_of_turn]) == end.strip()
 
 
-def test_trls_training_variant_is_used_where_there_is_one(tokenizer: Tokenizer) -> None:
-    encoder = encoder_of(tokenizer, read_template("qwen2_5"))
-    assert encoder.marking == "TRL's training variant of the chat template"
-    assert "{% generation" not in tokenizer.chat_template, "the template that is saved is the model's"
+def test_several_turns_are_learned_as_the_saved_template_renders_each_when_it_is_asked_for(
+    tokenizer: Tokenizer,
+) -> None:
+    """The row of models-and-data.md B3: Qwen3's template puts an empty thought into the last answer alone."""
+    encoder = encoder_of(tokenizer, read_template("qwen3"))
+    turns = [user("hi"), assistant("hello"), user("more"), assistant("bye")]
+    first, second = encoder(Chat("here", turns))
+    assert text_of(tokenizer, first) == tokenizer.apply_chat_template(turns[:2], tokenize=False)
+    assert text_of(tokenizer, second) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert "assistant\nhello<|im_end|>" in text_of(tokenizer, second)
+    assert learned(tokenizer, first) == ["hello<|im_end|>\n"]
+    assert learned(tokenizer, second) == ["bye<|im_end|>\n"]
+
+
+def test_a_prompts_last_token_is_never_one_with_the_first_of_the_answer() -> None:
+    """A model is asked with the tokens of the prompt alone, where a line end stands for itself."""
+    chat = [user("hi"), assistant("\nyes"), user("more"), assistant("well")]
+    for template in (CHATML_MARKED, re.sub(r"{% (end)?generation %}", "", CHATML_MARKED)):
+        encoder = encoder_for(template, merges=True)
+        tokenizer = encoder.tokenizer
+        first, second = encoder(Chat("here", chat))
+        asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
+        assert first.input_ids[: len(asked)] == asked
+        assert [piece.rstrip() for piece in learned(tokenizer, first)] == ["\nyes<|im_end|>"]
+        assert [piece.rstrip() for piece in learned(tokenizer, second)] == ["well<|im_end|>"]
+        joined = tokenizer.apply_chat_template(chat)["input_ids"]
+        assert joined[: len(asked)] != asked, "the merge that this is about"
+        assert second.input_ids == joined
 
 
 def test_a_template_that_rewrites_earlier_turns_is_read_turn_by_turn(tokenizer: Tokenizer) -> None:

@@ -136,14 +136,14 @@ def test_compressed_files_of_a_folder_count(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", QA)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     [facts] = read_task_data(DataSection(train_dataset=[str(tmp_path)], eval_size=1), seed=0).facts
-    assert (facts.rows, facts.unread, facts.passed_over) == (4, {}, None)
+    assert (facts.rows, facts.unread, facts.remarks) == (4, {}, [])
 
 
 def test_what_is_not_read_is_told_by_reason_and_a_thousand_names_are_some(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", QA)
     files(tmp_path, "README.md", *(f"{number:04}.png" for number in range(1000)))
     [facts] = read_task_data(DataSection(train_dataset=[str(tmp_path)], eval_size=1), seed=0).facts
-    told = facts.passed_over
+    (told,) = facts.remarks
     assert told is not None and "0000.png, 0001.png, " in told and " and 990 more (no data file, by its ending)" in told
     assert "README.md (a text beside tables)" in told and len(facts.unread) == 1001
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from folora_q.data.formats import Chat, Completion
-from folora_q.data.tokens import IGNORED, batches, prompt_ids
-from tests.data.rows import assistant, user
+from folora_q.data.tokens import IGNORED, batches, text_ids
 
 
 def test_batches_hold_every_sequence_once_longest_first_and_pad_by_length() -> None:
@@ -26,8 +26,14 @@ def test_batches_can_be_larger_where_sequences_are_shorter() -> None:
     assert sorted(int(batch.attention_mask.sum()) for batch in found) == [5, 9, 12]
 
 
-def test_prompts_end_where_the_answer_begins(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("adds", ["$A", "{bos} $A", "$A {eos}", "{bos} $A {eos}"])
+def test_a_prompt_has_the_beginning_that_its_tokenizer_adds_once_and_never_an_end(tiny_folder: Path, adds: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    chat, text = Chat("here", [user("hi"), assistant("yo")]), Completion("here", "hi", "yo")
-    assert tokenizer.decode(prompt_ids(tokenizer, chat)) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(prompt_ids(tokenizer, text)) == "hi"
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=adds.format(bos=bos, eos=eos),
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)],
+    )
+    first = bos if "{bos}" in adds else ""
+    assert tokenizer.decode(text_ids(tokenizer, "hi")) == first + "hi"
+    assert tokenizer.decode(text_ids(tokenizer, bos + "hi")) == bos + "hi"

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from folora_q.data.formats import Completion
 from folora_q.data.halving import Halving
+from folora_q.data.rendering import Renderer
+from folora_q.data.thoughts import Said
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.compare import HeldOutText, compare
@@ -20,12 +22,11 @@ from folora_q.evaluation.evaluate import general_texts
 from folora_q.evaluation.loss import GENERAL_TEXTS, mean_loss, text_windows
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
+    Questions,
     answer_both,
-    general_questions,
     greedy_answers,
     make_scorer,
     mean_score,
-    task_questions,
 )
 from folora_q.models import logits
 from folora_q.models.adapters import adapter_pairs, attach_adapter
@@ -222,10 +223,10 @@ def test_answers_are_the_models_own_whatever_stands_beside_them_in_a_batch(tuned
 def test_both_models_answer_and_only_the_task_is_scored(tuned, base: LoadedModel, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("what is it?\n\nand this?\n", encoding="utf-8")
-    questions = task_questions([Completion("a", "abab", "x"), Completion("a", "cd", "y")], base.tokenizer)
-    questions += general_questions(path, base.tokenizer)
+    reader = Questions(Renderer(base.tokenizer))
+    questions = reader.of_task([Completion("a", "abab", "x"), Completion("a", "cd", "y")]) + reader.general(path)
     section = EvaluationSection(metric="regex", metric_pattern=".", max_new_tokens=4)
-    answers = answer_both(Contrast(tuned), base.tokenizer, questions, section, lambda answer, reference: 0.25)
+    answers = answer_both(Contrast(tuned), reader, questions, section, lambda answer, reference: 0.25)
     assert [(a.kind, a.asked, a.reference) for a in answers] == [
         ("task", "abab", "x"),
         ("task", "cd", "y"),
@@ -243,8 +244,10 @@ def test_both_models_answer_and_only_the_task_is_scored(tuned, base: LoadedModel
 
 
 def test_there_are_packaged_prompts_for_models_with_and_without_chats(base: LoadedModel, tmp_path: Path) -> None:
-    with_chats = general_questions(GENERAL_PROMPTS, base.tokenizer)
-    plain = general_questions(GENERAL_PROMPTS, AutoTokenizer.from_pretrained(save_tiny_model(tmp_path, chat=False)))
+    with_chats = Questions(Renderer(base.tokenizer)).general(GENERAL_PROMPTS)
+    plain = Questions(Renderer(AutoTokenizer.from_pretrained(save_tiny_model(tmp_path, chat=False)))).general(
+        GENERAL_PROMPTS
+    )
     assert len(with_chats) == len(plain) == 6
     assert with_chats[0].prompt == [{"role": "user", "content": plain[0].prompt}]
 
@@ -252,7 +255,7 @@ def test_there_are_packaged_prompts_for_models_with_and_without_chats(base: Load
 def test_prompts_that_a_template_refuses_are_not_asked(base: LoadedModel) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = "{% if '17' in messages[0].content %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
-    assert len(general_questions(GENERAL_PROMPTS, tokenizer)) == 5
+    assert len(Questions(Renderer(tokenizer)).general(GENERAL_PROMPTS)) == 5
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ def test_prompts_that_a_template_refuses_are_not_asked(base: LoadedModel) -> Non
     ],
 )
 def test_answers_are_scored_as_the_recipe_says(settings: dict, answer: str, reference: str, score: float) -> None:
-    assert make_scorer(EvaluationSection(**settings), allow_code=False)(answer, reference) == score
+    assert make_scorer(EvaluationSection(**settings), allow_code=False)(Said(answer), Said(reference)) == score
 
 
 def test_a_users_function_scores_only_where_code_is_allowed(tmp_path: Path) -> None:
@@ -281,11 +284,11 @@ def test_a_users_function_scores_only_where_code_is_allowed(tmp_path: Path) -> N
     function = lambda name: EvaluationSection(metric="function", metric_function=f"{path}:{name}")  # noqa: E731
     with pytest.raises(UserError, match="runs the Python in .*metric.py"):
         make_scorer(function("half"), allow_code=False)
-    assert make_scorer(function("half"), allow_code=True)("a", "b") == 0.5
+    assert make_scorer(function("half"), allow_code=True)(Said("a"), Said("b")) == 0.5
     with pytest.raises(RunFailed, match="gave 2.0, which is no score between 0 and 1"):
-        make_scorer(function("much"), allow_code=True)("a", "b")
+        make_scorer(function("much"), allow_code=True)(Said("a"), Said("b"))
     with pytest.raises(RunFailed, match="bad in .*metric.py failed on the answer 'a'"):
-        make_scorer(function("bad"), allow_code=True)("a", "b")
+        make_scorer(function("bad"), allow_code=True)(Said("a"), Said("b"))
     with pytest.raises(UserError, match="cannot load gone from"):
         make_scorer(function("gone"), allow_code=True)
     path.write_text("def half(:")

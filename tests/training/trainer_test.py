@@ -14,7 +14,7 @@ from folora_q.data.encode import Encoder
 from folora_q.data.formats import Example
 from folora_q.data.read import read_task_data
 from folora_q.data.tokenized import tokenize
-from folora_q.data.tokens import IGNORED, batches, prompt_ids
+from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.loss import mean_loss
@@ -97,7 +97,8 @@ def test_loss_is_on_completions_and_their_end_token_alone(recipe_file: Path) -> 
     recipe = load_recipe(recipe_file)
     trainer = trainer_of(recipe)
     for row, example in zip(trainer.train_dataset, examples(recipe), strict=True):
-        start = len(prompt_ids(trainer.processing_class, example))
+        asked = trainer.processing_class.apply_chat_template(example.prompt, add_generation_prompt=True)
+        start = len(asked["input_ids"])
         assert row["labels"][:start] == [IGNORED] * start
         assert row["labels"][start:] == row["input_ids"][start:]
         trained_text = trainer.processing_class.decode(row["input_ids"][start:])

@@ -1,0 +1,89 @@
+"""Whether a chat template renders all that a row says: what it leaves out would be lost without a word.
+
+A part that stands in the rendered text is there. Where it does not, since templates trim and quote, or where it is so
+short that it may stand there by chance, another text is put in its place, which must then show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.data.tools import Call, Tool, texts_of, tool_name
+from folora_q.data.turns import THOUGHT, Message
+
+if TYPE_CHECKING:
+    from folora_q.data.rendering import RenderedTurn, Renderer
+
+# A private-use character, which no data and no template have, and which no template trims.
+SHOWN = "\ue0a4"
+# A text of fewer characters may stand somewhere else by chance.
+TELLING = 16
+THOUGHTS_HINT = (
+    "set data.chat_template to one that renders thoughts (qwen3, gptoss, deepseek_r1, ...), or leave them out of the "
+    "data"
+)
+TOOLS_HINT = "set data.chat_template to one that renders tools (qwen2_5, llama3_1, ...), or leave such rows out"
+OTHER_HINT = "set data.chat_template to one that does, or leave such rows out"
+
+
+def lost_part(
+    renderer: Renderer, messages: Sequence[Message], tools: list[Tool] | None, turn: RenderedTurn
+) -> tuple[str, str] | None:
+    """What the template leaves out of a conversation, for people, with what to do; None where it renders all.
+
+    Args:
+        messages: up to the assistant's turn that is learned.
+        turn: how that is rendered.
+    """
+    last = len(messages) - 1
+    for index, raw in enumerate(messages):
+        if raw["role"] == "assistant" and index < last:
+            continue  # templates shorten earlier turns on purpose
+        message, where = renderer.parted(raw), turn.said if index == last else turn.asked
+        probe = _Probe(renderer, messages, index, tools)
+        place = f"turn {index + 1} ({message['role']})"
+        thought, said = message.get(THOUGHT, "").strip(), message["content"].strip()
+        if thought and not (renderer.thinks and thought in where) and not probe.shows({THOUGHT: SHOWN}):
+            return f"the thought of {place}", THOUGHTS_HINT
+        by_chance = message["role"] in ("system", "tool") and len(said) < TELLING
+        if said and (by_chance or said not in where):
+            if "</think>" in said and said not in where:
+                return f"the thought in {place}", THOUGHTS_HINT
+            if not probe.shows({"content": SHOWN}):
+                return f"the content of {place}", OTHER_HINT
+        calls = message.get("tool_calls", [])
+        for number, call in enumerate(calls):
+            texts = [text.strip() for text in texts_of(call["function"]["arguments"])]
+            if len(calls) == 1 and tool_name(call) in where and all(text in where for text in texts):
+                continue
+            others = [[*calls[:number], shown, *calls[number + 1 :]] for shown in _shown(call)]
+            if not all(probe.shows({"tool_calls": other}) for other in others):
+                return f"the call of {tool_name(call)} in {place}", TOOLS_HINT
+    missing = next((tool for tool in tools or [] if tool_name(tool) not in turn.asked), None)
+    return None if missing is None else (f"the tool {tool_name(missing)}", TOOLS_HINT)
+
+
+class _Probe:
+    """One turn of a conversation, a part of which is replaced to see whether it shows."""
+
+    def __init__(self, renderer: Renderer, messages: Sequence[Message], index: int, tools: list[Tool] | None) -> None:
+        self.renderer, self.messages, self.index, self.tools = renderer, messages, index, tools
+
+    def shows(self, part: dict[str, Any]) -> bool:
+        changed = [*self.messages]
+        changed[self.index] = {**changed[self.index], **part}
+        try:
+            return SHOWN in self.renderer.render(changed, self.tools)
+        except TEMPLATE_ERRORS:
+            return False
+
+
+def _shown(call: Call) -> list[Call]:
+    """A call of another tool, and one with another argument."""
+    function = call["function"]
+    return [
+        {**call, "function": {**function, "name": SHOWN}},
+        {**call, "function": {**function, "arguments": {"a": SHOWN}}},
+    ]

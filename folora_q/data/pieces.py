@@ -1,0 +1,112 @@
+"""Rendered texts as tokens, of which those are learned that the assistant is to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.tokens import IGNORED
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sequence: token ids, and labels that are IGNORED where nothing is learned.
+
+    Attributes:
+        given: so many turns have no thought, and what the template puts in its place is not learned.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    given: int = 0
+
+    @property
+    def trained(self) -> int:
+        """How many tokens are learned; the first of a sequence never is, since nothing predicts it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One turn in a rendered text.
+
+    Attributes:
+        text: up to the turn's end.
+        start: where what is learned begins; the model is asked with all before it.
+        marks: the spans that the template marks, if it marks any.
+        given: whether a thought's place is before the start.
+    """
+
+    text: str
+    start: int
+    marks: list[Span] | None
+    given: bool
+
+    def learns(self, place: Span) -> bool:
+        """Whether a token is learned, by its place in the text."""
+        marked = self.marks is None or any(inside(place, mark) for mark in self.marks)
+        return inside(place, (self.start, len(self.text))) and marked
+
+
+class PieceTokenizer:
+    """Makes tokens of pieces, so that the prompt of each has the tokens that a model is asked with."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._added = frozenset(tokenizer.get_added_vocab().values())
+
+    def __call__(self, pieces: list[Piece]) -> list[Encoded]:
+        """Sequences for pieces of which each begins the one before it, so that the first has the whole text.
+
+        Where a prompt's last token would be one with the first of the answer, the turn is a sequence of its own, whose
+        prompt and answer are made tokens one by one.
+        """
+        text = pieces[0].text
+        ids, places = self._tokens(text)
+        fits = [self._is_cut_at(piece.start, text, ids, places) for piece in pieces]
+        if not fits[0]:
+            return [*(self(pieces[1:]) if len(pieces) > 1 else []), self._cut(pieces[0])]
+        together = [piece for piece, fit in zip(pieces, fits, strict=True) if fit]
+        apart = [self._cut(piece) for piece, fit in zip(pieces, fits, strict=True) if not fit]
+        learned = [any(piece.learns(place) for piece in together) for place in places]
+        joined = Encoded(ids, labels_of(ids, learned), sum(piece.given for piece in together))
+        return [*reversed(apart), joined]
+
+    def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
+        output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(output["input_ids"]), output["offset_mapping"]
+
+    def _is_cut_at(self, start: int, text: str, ids: list[int], places: list[Span]) -> bool:
+        """Whether the tokens of a text up to a place are those of the text up to there, alone."""
+        count = next((index for index, (_, end) in enumerate(places) if end > start), len(ids))
+        if count < len(ids) and places[count][0] < start:
+            return False
+        # Tokens that are added to the vocabulary cut the text before anything else, so what is before them is the same.
+        first = next((index for index in range(count - 1, 0, -1) if ids[index] in self._added), 0)
+        before = text[places[first][0] : start] if count else ""
+        return self._tokens(before)[0] == ids[first:count]
+
+    def _cut(self, piece: Piece) -> Encoded:
+        """One turn's prompt and what is learned, made tokens one by one, if that says the same as both together."""
+        ids, places = self._tokens(piece.text)
+        (prompt, before), (answer, behind) = map(self._tokens, (piece.text[: piece.start], piece.text[piece.start :]))
+        # sentencepiece marks the beginning of every text, so that an answer alone is another text.
+        if self.tokenizer.decode(prompt + answer) == self.tokenizer.decode(ids):
+            ids = prompt + answer
+            places = [*before, *((start + piece.start, end + piece.start) for start, end in behind)]
+        return Encoded(ids, labels_of(ids, [piece.learns(place) for place in places]), int(piece.given))
+
+
+def labels_of(ids: Sequence[int], learned: Sequence[bool]) -> list[int]:
+    """Labels for tokens, IGNORED where they are not learned."""
+    return [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
+
+
+def inside(place: Span, span: Span) -> bool:
+    """Whether a token, by its place in the text, reaches into a span of it."""
+    start, end = place
+    return start < end and span[0] < end and start < span[1]

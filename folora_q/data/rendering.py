@@ -1,0 +1,300 @@
+"""Conversations as a chat template renders them: what a model is asked with, and what it should say then.
+
+A template may rewrite earlier turns, open a thought in its prompt, or leave a part of a row out. So nothing here is
+assumed of it: each turn is rendered as the last of its conversation, as it is when the model is asked for it, and held
+against the prompt that it is asked with and against what the row says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from trl.chat_template_utils import has_generation_markers
+
+from folora_q.data.complete import lost_part
+from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.data.tools import Tool
+from folora_q.data.turns import THOUGHT, Message
+
+# Private-use characters, which no data and no template have, and which no template trims.
+ASKED, SAID, THOUGHT_MARK, CALLED = "\ue0a0", "\ue0a1", "\ue0a2", "\ue0a3"
+# The variables by which templates are told whether to think.
+SWITCHES = ("enable_thinking", "thinking")
+INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+QUOTED = 40  # characters of a rendered text in a message
+
+
+class Unrenderable(Exception):
+    """A conversation that the template does not render in a way that can be trained.
+
+    Args:
+        reason: what the template does, to follow its name; no full stop.
+    """
+
+    def __init__(self, reason: str, hint: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.hint = reason, hint
+
+
+@dataclass(frozen=True)
+class RenderedTurn:
+    """One turn of the assistant's, rendered as the last of its conversation.
+
+    Attributes:
+        asked: what the model is given, with the generation prompt.
+        said: what it should say then, with the end of its turn.
+        opening: so many characters of `said` stand in the place of a thought that the row does not have.
+        given: whether there are any, or the prompt is one that asks for no thought.
+    """
+
+    asked: str
+    said: str
+    opening: int = 0
+    given: bool = False
+
+    @property
+    def text(self) -> str:
+        """Both."""
+        return self.asked + self.said
+
+
+class Renderer:
+    """One tokenizer's chat template, and what it does with the parts of a conversation.
+
+    Args:
+        tokenizer: its `chat_template` is the one to use.
+        without_thought: `data.without_thought`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, without_thought: str = "given") -> None:
+        self.tokenizer = tokenizer
+        self.without_thought = without_thought
+        added = tokenizer.get_added_vocab()
+        self.added, self._ends = frozenset(added.values()), tuple(added)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is one."""
+        return self.tokenizer.chat_template is not None
+
+    def template(self, tools: Sequence[Tool] | None = None) -> str:
+        """The template's text; a tokenizer may have another for conversations with tools."""
+        return self.tokenizer.get_chat_template(None, tools)
+
+    def render(
+        self, messages: Sequence[Message], tools: list[Tool] | None = None, prompt: bool = False, **variables: Any
+    ) -> str:
+        """The text of a conversation, with the generation prompt if `prompt`."""
+        return self._apply([self._adapted(message) for message in messages], tools, prompt, **variables)
+
+    def prompt(self, messages: Sequence[Message], tools: list[Tool] | None = None) -> str:
+        """What the model is given after a conversation that ends in another's turn."""
+        return self.render(messages, tools, prompt=True)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a rendered text, which brings all special tokens that it should have."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def turn(self, messages: Sequence[Message], index: int, tools: list[Tool] | None = None) -> RenderedTurn:
+        """The assistant's turn at `index`.
+
+        Raises:
+            Unrenderable: no prompt of the template begins what it renders, it leaves a part of the conversation out,
+                it ends the turn with no token of its own, or the turn has no thought and `without_thought` is raise.
+        """
+        before, message = messages[:index], messages[index]
+        found = self.unchecked(before, message, tools)
+        self._check_end(found.said, index)
+        if lost := lost_part(self, messages[: index + 1], tools, found):
+            what, hint = lost
+            raise Unrenderable(f"does not render {what}, which would be lost", hint)
+        if self.thinks and not self.thought_of(message):
+            if self.without_thought == "raise":
+                raise Unrenderable(
+                    f"renders thoughts, and turn {index + 1} has none, which data.without_thought: raise refuses",
+                    "give a `reasoning_content`, or set data.without_thought to given or learn",
+                )
+            if self.without_thought == "given":
+                opening = self._opening(before, tools, found)
+                return replace(found, opening=opening, given=found.given or opening > 0)
+        return found
+
+    def thought_of(self, message: Message) -> str:
+        """The thought of a turn, also one in <think> at the beginning of its content."""
+        return self.parted(message).get(THOUGHT, "").strip()
+
+    def marked(self, messages: Sequence[Message], tools: list[Tool] | None = None) -> list[tuple[int, int]] | None:
+        """Where in a rendered conversation the template's own {% generation %} marks are; None if it has none."""
+        if not has_generation_markers(self.template(tools)):
+            return None
+        output = self.tokenizer.apply_chat_template(
+            [self._adapted(message) for message in messages],
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+        )
+        spans: list[tuple[int, int]] = []
+        for (start, end), marked in zip(output["offset_mapping"], output["assistant_masks"], strict=True):
+            if marked and spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], end)
+            elif marked:
+                spans.append((start, end))
+        return spans
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the template renders thoughts in an answer."""
+        message = {"role": "assistant", "content": self._content(SAID), THOUGHT: THOUGHT_MARK}
+        return THOUGHT_MARK in self._tried([self._user, message])
+
+    @cached_property
+    def _user(self) -> Message:
+        return {"role": "user", "content": self._content(ASKED)}
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether the template, as those of vision models, takes contents in typed parts alone."""
+        whole, parts = (
+            self._tried([{"role": "user", "content": wrap(ASKED)}, {"role": "assistant", "content": wrap(SAID)}])
+            for wrap in (str, _parts)
+        )
+        return not {ASKED, SAID} <= set(whole) and {ASKED, SAID} <= set(parts)
+
+    @cached_property
+    def _arguments_as_text(self) -> bool:
+        """Whether the template takes the arguments of calls as JSON text alone."""
+        text, thing = (
+            self._tried([self._user, {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}])
+            for arguments in (json.dumps({"a": CALLED}, ensure_ascii=False), {"a": CALLED})
+        )
+        return CALLED in text and CALLED not in thing
+
+    def _content(self, text: str) -> Any:
+        return _parts(text) if self._in_parts else text
+
+    def parted(self, message: Message) -> Message:
+        """A turn whose thought, in <think> at the beginning of its content, is apart if the template has a place."""
+        if message["role"] != "assistant" or "<think>" not in message["content"] or not self.thinks:
+            return message
+        found = INLINE_THOUGHT.match(message["content"])
+        if found is None or THOUGHT in message:
+            return message
+        thought = {THOUGHT: found[1].strip("\n")} if found[1].strip() else {}
+        return {**message, "content": message["content"][found.end() :]} | thought
+
+    def _adapted(self, message: Message) -> Message:
+        """A turn in the form that this template takes."""
+        message = dict(self.parted(message))
+        if message.get("tool_calls") and self._arguments_as_text:
+            message["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+        message["content"] = self._content(message["content"])
+        return message
+
+    def _apply(self, messages: list[Message], tools: list[Tool] | None, prompt: bool, **variables: Any) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables
+        )
+
+    def _tried(self, messages: list[Message], tools: list[Tool] | None = None) -> str:
+        """What is rendered of turns as they are, or "" if the template fails on them."""
+        try:
+            return self._apply(messages, tools, prompt=False)
+        except TEMPLATE_ERRORS:
+            return ""
+
+    def unchecked(self, before: Sequence[Message], message: Message, tools: list[Tool] | None = None) -> RenderedTurn:
+        """A turn behind the prompt that begins it: the template's default one, or one that is told whether to think.
+
+        Raises:
+            Unrenderable: no prompt does.
+        """
+        whole = self.render([*before, message], tools)
+        variables = [name for name in SWITCHES if name in self.template(tools)]
+        thinks = bool(self.thought_of(message))
+        default = ""
+        for settings in ({}, *({name: thinks} for name in variables)):
+            asked = self.render(before, tools, prompt=True, **settings)
+            default = default or asked
+            if len(asked) < len(whole) and whole.startswith(asked):
+                return RenderedTurn(asked, whole[len(asked) :], given=bool(settings) and not thinks)
+        said = self._said_behind_other_turns(before, message, tools, default, whole)
+        if said:
+            return RenderedTurn(default, said)
+        same = _common_length(default, whole)
+        raise Unrenderable(
+            "cannot mark what the assistant says: the prompt of a turn is not its beginning. The model is asked "
+            f"with {default[max(0, same - QUOTED // 2) :][:QUOTED]!r}, and the turn is rendered as "
+            f"{whole[max(0, same - QUOTED // 2) :][:QUOTED]!r}",
+            "set data.chat_template to one that can (chatml, llama3, ...) or to a .jinja file whose "
+            "generation prompt begins the assistant's turns, or set training.assistant_only_loss: false",
+        )
+
+    def _said_behind_other_turns(
+        self, before: Sequence[Message], message: Message, tools: list[Tool] | None, asked: str, whole: str
+    ) -> str | None:
+        """What is rendered of the last turn where it makes the template render earlier ones otherwise.
+
+        gpt-oss drops the thoughts before a call as soon as there is an answer. The turn begins behind the last place
+        where the generation prompt stands before anything that is the turn's own.
+        """
+        other = {"role": "assistant", "content": SAID}
+        if self.thought_of(message):
+            other[THOUGHT] = THOUGHT_MARK
+        start = self.render(before, tools)
+        opening = asked[len(start) :] if asked.startswith(start) else ""
+        shared = whole[: _common_length(whole, self.render([*before, other], tools))]
+        place = shared.rfind(opening) if opening.strip() else -1
+        return None if place < 0 else whole[place + len(opening) :]
+
+    def _opening(self, before: Sequence[Message], tools: list[Tool] | None, turn: RenderedTurn) -> int:
+        """How many characters the template puts before any answer that has no thought."""
+        other: Message = {"role": "assistant", "content": SAID}
+        try:
+            whole = self.render([*before, other], tools)
+            if whole.startswith(turn.asked):
+                said: str | None = whole[len(turn.asked) :]
+            else:
+                said = self._said_behind_other_turns(before, other, tools, turn.asked, whole)
+        except TEMPLATE_ERRORS:
+            return 0
+        opening = (said or "").partition(SAID)[0]
+        return len(opening) if turn.said.startswith(opening) else 0
+
+    def _check_end(self, said: str, index: int) -> None:
+        if not said.rstrip().endswith(self._ends):
+            raise Unrenderable(
+                f"ends the assistant's turn with no token of its own, so it would not be learned (turn {index + 1}: "
+                f"{said[-QUOTED:]!r})",
+                END_HINT,
+            )
+
+
+END_HINT = (
+    "the template's end of a turn, such as <|im_end|>, must be in the tokenizer, and inside the {% generation %} marks "
+    "where there are any; or set data.chat_template"
+)
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "probe", "arguments": arguments}}
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _common_length(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
