@@ -39,6 +39,7 @@ from folora_q.models.load import LoadedModel, load_model, require_loadable, requ
 from folora_q.models.logits import check_head
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.preflight.ids import require_rows
 from folora_q.private import conceal
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
@@ -117,9 +118,10 @@ def _run_here(
     if recipe.training.packing:
         require_packable(recipe.model, trust)
     task = read_task(recipe, clock)
-    require_loadable(recipe.model, trust)
+    config = require_loadable(recipe.model, trust)
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)
+    require_rows(data, tokenizer, config)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
     manifest = new_manifest(recipe, [file for source in sources for file in source_files(source)])
     hardware = choose_hardware(recipe.model.dtype)

@@ -91,6 +91,15 @@ def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
     return facts[0]
 
 
+def first_examples(source: Source, rows: int | None, on_error: str) -> list[Example]:
+    """What can be used of a source's first rows, or of all with None.
+
+    Raises:
+        UserError: as `examine`.
+    """
+    return _read(source, Sieve(on_error == "skip"), [], rows)
+
+
 def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | None = None) -> list[Example]:
     found: list[Shape] = []
     columns: set[str] = set()

@@ -17,7 +17,10 @@ from folora_q.core import SpectralGate
 from folora_q.errors import UserError
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
+from folora_q.models.meta import modules_of
+from folora_q.recipe.paths import listed
 from folora_q.recipe.schema import AdapterSection, ExportSection, GateSection
+from folora_q.recipe.targets import adapter_findings
 
 ADAPTER = "default"
 
@@ -48,8 +51,11 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
     """A new adapter in float32 on the base, with A random by the seed and B zero.
 
     Raises:
-        UserError: `adapter.target_modules` names nothing in this model.
+        UserError: the section names a layer that this model has not, or cannot be adapted.
     """
+    findings = adapter_findings(section, modules_of(base.model))
+    if findings:
+        raise UserError(listed(message for _, message in findings))
     set_seed(seed)
     config = LoraConfig(
         r=section.r,
@@ -57,6 +63,8 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
         lora_dropout=section.lora_dropout,
         use_rslora=section.use_rslora,
         target_modules=section.target_modules,
+        exclude_modules=section.exclude_modules,
+        modules_to_save=section.modules_to_save,
         task_type="CAUSAL_LM",
     )
     try:
@@ -174,6 +182,7 @@ def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, fo
     config["base_model_name_or_path"] = section.base_model_name_or_path or base.name
     config["revision"] = base.revision
     config["auto_mapping"] = {"quantization_config": base.quantization.to_dict()}  # PEFT's one field for others' facts
-    if isinstance(config["target_modules"], list):
-        config["target_modules"] = sorted(config["target_modules"])
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
     atomic_write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
