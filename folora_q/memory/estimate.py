@@ -210,7 +210,9 @@ class _Run:
         batch = Batch(rows, training.max_length, masked=rows > 1)
         if training.packing:  # TRL makes one row of them
             batch = Batch(1, rows * training.max_length)
-        head = passing_head(shape, batch, how, fused=self.on_gpu)
+        # With an adapter on the head, or a trained one, no fused loss is used (folora_q.training.trainer).
+        fused = self.on_gpu and not (how.head or parts.head_is_whole(self.recipe, shape))
+        head = passing_head(shape, batch, how, fused)
         casts = how.compute * self.pairs if how.autocast else 0
         forward = kept_with_checkpointing if self.checkpointing else kept
         stored, passing = at_backward(shape, batch, how, self.checkpointing)

@@ -104,6 +104,12 @@ def trained_whole(recipe: Recipe, shape: ModelShape) -> list[int]:
     return [shape.vocabulary * shape.hidden] * min(len(heads), 1 if shape.tied else 2)
 
 
+def head_is_whole(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether the output layer is trained whole, by its name or as the embedding that it is tied to."""
+    names = {name.rpartition(".")[2] for name in recipe.adapter.modules_to_save or []}
+    return not names.isdisjoint(HEADS) or (shape.tied and bool(names))
+
+
 def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, int]]:
     """Every A and B of the adapter: its size, and how often it is there. A's come before their B's."""
     for linear, count in shape.linears:

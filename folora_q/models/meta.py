@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.errors import UserError, first_line
+from folora_q.models.trust import NOTHING, Trust
 from folora_q.reading import finite
 from folora_q.recipe.paths import short
 from folora_q.recipe.targets import Modules
@@ -74,6 +76,20 @@ def modules_of(model: PreTrainedModel) -> Modules:
         tied=head is not None and first is not None and head.weight is first.weight,
         others=[name for name in names.values() if name not in {*linears, *embeddings}],
     )
+
+
+def modules_in(folder: Path, trust: Trust = NOTHING, **changes: Any) -> Modules:
+    """The modules of the model in a folder, as its class makes them; none of its weights is loaded.
+
+    Args:
+        changes: settings in place of those in config.json.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+    for name, value in changes.items():
+        setattr(config.get_text_config(), name, value)
+        setattr(config, name, value)
+    with torch.device("meta"):
+        return modules_of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code))
 
 
 def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig]:

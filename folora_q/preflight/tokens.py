@@ -20,6 +20,13 @@ def tokens_beyond(folder: Path, rows: int) -> dict[int, str]:
     return {number: token for number, token in sorted(_tokens(folder)) if number >= rows}
 
 
+def new_tokens(adapter: Path, base: Path | None, rows: int) -> dict[int, str]:
+    """Tokens of an adapter's own tokenizer that no row is for, without those of which its base has none either."""
+    beyond = tokens_beyond(adapter, rows)
+    known = tokens_beyond(base, rows) if beyond and base is not None else {}
+    return {number: token for number, token in beyond.items() if number not in known}
+
+
 def needed_tokens(folder: Path, beyond: Mapping[int, str], template: str | None) -> dict[int, str]:
     """Of these the ones that every run would use: named as special tokens, or written in the chat template.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer import sft_trainer
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
@@ -23,7 +25,7 @@ from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
-from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32
+from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32, trains_head
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.training.callbacks import BeforeTraining
@@ -170,7 +172,9 @@ class GatedTrainer(DurableTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
-        head = super() if self.args.device.type == "cuda" else super(SFTTrainer, self)
+        # It multiplies with the head's weight and asks no module, so an adapter on the head would learn nothing.
+        fused = self.args.device.type == "cuda" and not trains_head(self.model)
+        head = super() if fused else super(SFTTrainer, self)
         return head.compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -244,14 +248,15 @@ def build_trainer(
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = GatedTrainer(
-        model=model,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=train,
-        eval_dataset=heldout,
-        callbacks=list(callbacks),
-    )
+    with patch.object(sft_trainer, "BaseTunerLayer", ()):  # it refuses an adapter on the head, which it is not asked to
+        trainer = GatedTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=train,
+            eval_dataset=heldout,
+            callbacks=list(callbacks),
+        )
     trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     if training.early_stopping_patience is not None:
