@@ -16,7 +16,7 @@ from torch import Tensor
 from folora_q.errors import UserError
 from folora_q.export.adapter import AdapterFile
 from folora_q.export.adapter_config import read_adapter_config
-from folora_q.models.checkpoint import Checkpoint, StoredTensor
+from folora_q.models.checkpoint import Checkpoint
 from folora_q.models.meta import modules_in
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.preflight.tokens import new_tokens
@@ -214,7 +214,7 @@ def _require_tokens(adapter: AdapterFile, base: Checkpoint, rows: int) -> None:
         number, token = next(iter(new.items()))
         raise UserError(
             f"the tokenizer of {adapter.folder} has the token {token!r} ({number}), and neither the adapter nor the "
-            f"base {base.folder}, whose embedding has {rows:,} rows, has a row for it: the model was resized in training, "
-            "and its new rows are nowhere",
+            f"base {base.folder}, whose embedding has {rows:,} rows, has a row for it: the model was resized in "
+            "training, and its new rows are nowhere",
             SAVE_BOTH,
         )

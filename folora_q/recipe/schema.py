@@ -216,6 +216,8 @@ class TrainingSection(Section):
     learning_rate: Positive = LEARNING_RATES["frozen"]
     """Peak learning rate. For rule frozen a step of rate η costs η²/2 nats of KL, to second order, on any model. Left
     out: 4e-3 for rule step, 1e-3 for spectral, 2e-4 with gate.enabled: false."""
+    embedding_learning_rate: Positive = 2e-5
+    """Peak learning rate of adapter.modules_to_save, which no rule of the gate scales: that of full fine-tuning."""
     num_train_epochs: Positive = 1.0
     """Passes over the training rows, unless max_steps is set."""
     max_steps: PositiveInt | None = None

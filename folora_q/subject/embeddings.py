@@ -61,8 +61,8 @@ def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, comp
     lacking = [name for name, one in saved.items() if one is None or one.rows != rows]
     if lacking and not (modules.tied and len(lacking) < len(saved)):
         raise UserError(
-            f"the adapter {adapter} was trained on a model whose embedding had been resized from {before:,} to {rows:,} "
-            f"rows, and holds no {lacking[0]}.weight of that size: its new rows are nowhere",
+            f"the adapter {adapter} was trained on a model whose embedding had been resized from {before:,} to "
+            f"{rows:,} rows, and holds no {lacking[0]}.weight of that size: its new rows are nowhere",
             SAVE_BOTH,
         )
     if compare and (name := _changed(model, found, before)) is not None:

@@ -25,7 +25,7 @@ from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
-from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32, trains_head
+from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32, trains_head, wrappers
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.training.callbacks import BeforeTraining
@@ -45,11 +45,13 @@ class GatedTrainer(DurableTrainer):
     Attributes:
         gates: by adapted layer, set by `gate_with`; None is plain QLoRA.
         max_kl: the KL at which training stops.
+        rate_of_whole: learning rate of modules that are trained whole.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
     gate_section: GateSection
     max_kl: float | None = None
+    rate_of_whole: float = 0.0
     gated: GatedOptimizer | None = None
 
     def gate_with(self, gates: Mapping[str, SpectralGate]) -> None:
@@ -66,13 +68,15 @@ class GatedTrainer(DurableTrainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         section = self.gate_section
-        if self.optimizer is not None or self.gates is None or section.rule == "frozen":
-            return super().create_optimizer(model)
+        if self.optimizer is not None:
+            return self.optimizer
+        if self.gates is None or section.rule == "frozen":
+            return self._with_rate_of_whole(super().create_optimizer(model))
         pairs = [pair for pair in adapter_pairs(self.model) if pair.name in self.gates]
         adapters = [(pair.a, pair.b, self.gates[pair.name]) for pair in pairs]
         if section.rule == "step":
             self.optimizer = self.gated = GatedOptimizer(
-                super().create_optimizer(model),
+                self._with_rate_of_whole(super().create_optimizer(model)),
                 adapters,
                 gate_a="a_step" in section.places,
                 gate_b="b_step" in section.places,
@@ -90,7 +94,17 @@ class GatedTrainer(DurableTrainer):
             complement=section.complement,
             others=[p for p in self.model.parameters() if p.requires_grad and id(p) not in gated],
         )
-        return self.optimizer
+        return self._with_rate_of_whole(self.optimizer)
+
+    def _with_rate_of_whole(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer with groups of their own for what is trained whole, whose rate is no adapter's."""
+        whole = {id(p) for wrapper in wrappers(self.model).values() for p in wrapper.parameters() if p.requires_grad}
+        for group in [*optimizer.param_groups] if whole else []:
+            apart = [p for p in group["params"] if id(p) in whole]
+            if apart:
+                group["params"] = [p for p in group["params"] if id(p) not in whole]
+                optimizer.add_param_group({**group, "params": apart, "lr": self.rate_of_whole})
+        return optimizer
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """The held-out loss, KL from the base and rise of the loss on real text, as they are measured after training.
@@ -271,6 +285,7 @@ def build_trainer(
     trainer.add_callback(BeforeTraining(trainer.before_first_step))
     trainer.gate_section = recipe.gate
     trainer.max_kl = recipe.evaluation.max_kl
+    trainer.rate_of_whole = training.embedding_learning_rate
     trainer.heldout = list(
         batches(heldout["input_ids"][:], recipe.evaluation.batch_size, model.device, heldout["labels"][:])
     )
