@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, prompt_ids
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
 from folora_q.evaluation.contrast import Contrast
+from folora_q.memory.positions import positions_of
 from folora_q.recipe.schema import EvaluationSection
 from folora_q.runs.results import AnswerResult, ScoreResult
 
@@ -125,13 +127,17 @@ def greedy_answers(
     halving = halving or Halving("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, str] = {}
+    positions = positions_of(model.config.to_dict())
+    # Beyond a table of positions a model fails; one more token is written without being read.
+    context = positions.count + 1 if positions is not None and positions.table else sys.maxsize
     model.eval()
 
     def answer(start: int, stop: int) -> None:
         chosen = order[start:stop]
         inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            room = min(max_new_tokens, context - inputs["input_ids"].shape[1])
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.update(zip(chosen, texts, strict=True))
         on_progress(len(chosen))

@@ -81,6 +81,11 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
         if tensor.dtype not in DTYPES or tensor.ndim > MOST_DIMENSIONS:
             held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is no weight")
+        if tensor.numel() == 0:
+            raise UserError(
+                f"{folder / SAFE_ADAPTER}: {short(name)} is empty, as DeepSpeed's ZeRO-3 leaves what it had spread out",
+                "save the adapter with `stage3_gather_16bit_weights_on_model_save`",
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds numbers that are not finite")
         module, kind, _ = name.removeprefix(PREFIX).partition(".lora_")

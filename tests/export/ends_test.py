@@ -137,6 +137,13 @@ def test_new_rows_that_were_not_saved_are_the_reason(tmp_path: Path, name: str, 
     assert not (tmp_path / "merged").exists()
 
 
+def test_pairs_of_a_resized_model_alone_are_not_enough(tmp_path: Path) -> None:
+    """As vLLM once took them, with the new rows in a file of its own (mergekit#328)."""
+    train(sharded_llama(tmp_path), tmp_path / "adapter", 4, save=False, target_modules=["q_proj", *BOTH])
+    with pytest.raises(UserError, match="resized from 261 to 265 rows, and holds no model.embed_tokens.weight"):
+        merged(tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_a_base_with_a_token_beyond_its_own_embedding_needs_no_new_row(tmp_path: Path) -> None:
     base = sharded_llama(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(base)
