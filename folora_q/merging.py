@@ -16,6 +16,7 @@ from folora_q import __version__
 from folora_q.errors import RunFailed, UserError
 from folora_q.export.adapter import AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
+from folora_q.export.ends import FittedCheckpoint, fitted
 from folora_q.export.gguf import find_converter, write_gguf
 from folora_q.export.gguf_check import GgufFacts
 from folora_q.export.hub import push_folder, require_token
@@ -102,7 +103,9 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
         raise UserError(f"{target} is there already", "add --overwrite, or name another place with --output")
     for leftover in target.parent.glob(f".{target.name}.*"):
         clock.note(f"{leftover} is left from a merge that was killed; it is not used, and can be deleted")
-    base = _base(adapters, request, clock)
+    base, adapters = fitted(_base(adapters, request, clock), adapters, request.trust)
+    if isinstance(base, FittedCheckpoint):
+        clock.note(base.note)
     folders = [base.folder, *(adapter.folder for adapter in adapters)]  # its tokenizer may be the adapter's
     if request.gguf and not request.trust.remote_code and (naming := next(filter(names_code, folders), None)):
         raise UserError(

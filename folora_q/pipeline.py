@@ -44,6 +44,7 @@ from folora_q.models.load import LoadedModel, load_model, require_loadable, requ
 from folora_q.models.logits import check_head
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.preflight.ids import require_rows
 from folora_q.private import conceal
 from folora_q.progress import Clock, Progress, Stage
 from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
@@ -127,9 +128,10 @@ def _run_here(
         require_packable(recipe.model, trust)
     task = read_task(recipe, clock)
     _try(scorer, task.heldout)
-    require_loadable(recipe.model, trust)
+    config = require_loadable(recipe.model, trust)
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)
+    require_rows(data, tokenizer, config)
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
     warnings = size_warnings(recipe, data)
     for warning in warnings:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from folora_q.cli.console import err, out, print_table, starting
 from folora_q.cli.options import recipe_arguments
+from folora_q.cli.preflight import examined
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.built import shape_of_parameters
 from folora_q.memory.config import read_config
@@ -36,8 +37,11 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
     Exit code 1 says that it does not fit the card of --gpu, and then it says what to change, least harm first.
     """
     shape = _shape(recipe, ctx.obj["debug"])
+    model = examined(recipe, path, overrides, ctx.obj["debug"], ask_the_hub=False)  # config.json is here by now
     found = estimate(recipe, shape)
     _print_head(recipe, shape, found)
+    for note in model.notes:
+        out.print(f"[yellow]note[/] {escape(note)}\n", soft_wrap=True)
     print_table(_table(found))
     _print_cards(found, CARDS if card is None else (card,))
     _print_host_and_disk(found)

@@ -17,6 +17,7 @@ from rich.markup import escape
 from folora_q.cli.console import duration, out, starting
 from folora_q.cli.evaluation_table import print_answer, print_evaluation
 from folora_q.cli.options import recipe_arguments, trust_options
+from folora_q.cli.preflight import examined
 from folora_q.distributed import require_one_process
 from folora_q.errors import Terminated, UserError
 from folora_q.models.trust import Trust
@@ -66,8 +67,11 @@ def command(
     if force and not resume:
         raise UserError("--force is about going on with a run", "give --resume too; --overwrite replaces a run")
     require_one_process()
+    model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
     with starting(settings["debug"]) as progress:
         from folora_q.pipeline import run_training
+    for note in model.notes:
+        progress.note(note)
 
     signal.signal(signal.SIGTERM, _terminate)  # `kill` is marked in the run folder like Ctrl-C
     try:

@@ -11,9 +11,11 @@ from rich.markup import escape
 
 from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
+from folora_q.cli.preflight import examined
 from folora_q.data.read import SourceFacts, examine
 from folora_q.data.sources import HUB_SPLIT
 from folora_q.data.templates import read_template
+from folora_q.preflight.model import examine_rows
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
 from folora_q.recipe.paths import is_hub_dataset, is_remote
@@ -28,21 +30,24 @@ FIRST_ROWS = 1000
 @click.option(
     "--all-rows", is_flag=True, help=f"Check every row of the data, not the first {FIRST_ROWS:,} of each source."
 )
-def command(path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bool) -> None:
-    """Check a RECIPE, its files and its data's rows. Nothing is downloaded, and no model is loaded."""
+@click.pass_obj
+def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bool) -> None:
+    """Check a RECIPE, its model's configuration and its data's rows. Nothing is downloaded, and no model is loaded."""
     if recipe.data.chat_template is not None:
         read_template(recipe.data.chat_template)
+    model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=False)
     rows = None if all_rows else FIRST_ROWS
     data = recipe.data
     train, heldout = ([_look_at(source, rows, data) for source in given or []] for given in _sources(data))
     facts = list(_facts(recipe, train, heldout))
+    examine_rows(recipe, model, rows)
     out.print(f"[green]✓[/] {escape(str(path))} is valid", soft_wrap=True)
     for name, text in facts:
         out.print(f"  [dim]{name:9}[/] {escape(text)}", soft_wrap=True)
     for warning in _size_warnings(recipe, train, heldout):
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
-    if recipe.rate_advice is not None:
-        out.print(f"  [yellow]note[/]      {escape(recipe.rate_advice)}", soft_wrap=True)
+    for note in [*model.notes, *([] if recipe.rate_advice is None else [recipe.rate_advice])]:
+        out.print(f"  [yellow]note[/]      {escape(note)}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

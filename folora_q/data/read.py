@@ -112,6 +112,15 @@ def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
     return facts[0]
 
 
+def first_examples(source: Source, rows: int | None, on_error: str) -> list[Example]:
+    """What can be used of a source's first rows, or of all with None.
+
+    Raises:
+        UserError: as `examine`.
+    """
+    return _read(source, Sieve(on_error == "skip"), [], rows)
+
+
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more

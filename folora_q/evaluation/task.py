@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from folora_q.data.turns import Message
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
 from folora_q.evaluation.contrast import Contrast
+from folora_q.memory.positions import positions_of
 from folora_q.recipe.schema import EvaluationSection
 from folora_q.runs.results import AnswerResult, ScoreResult
 
@@ -179,13 +181,17 @@ def greedy_tokens(
     halving = halving or Halving("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}
+    positions = positions_of(model.config.to_dict())
+    # Beyond a table of positions a model fails; one more token is written without being read.
+    context = positions.count + 1 if positions is not None and positions.table else sys.maxsize
     model.eval()
 
     def answer(start: int, stop: int) -> None:
         chosen = order[start:stop]
         inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            room = min(max_new_tokens, context - inputs["input_ids"].shape[1])
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
         answers.update(zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
         on_progress(len(chosen))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from folora_q.models.trust import NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust,
 from folora_q.recipe.paths import short
 
 PREFIX = "base_model.model."
+ORIGINAL = ".original_module."
+EMBEDDING_HALVES = (".lora_embedding_A", ".lora_embedding_B")
 # A merge adds in float32.
 MOST_DIMENSIONS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -48,7 +50,8 @@ class AdapterFile:
     Attributes:
         base, revision: the model that it belongs to.
         deltas: by the weight's name, such as model.layers.0.self_attn.q_proj.weight.
-        replaced: weights that were trained whole (`modules_to_save`), by name.
+        replaced: weights that were trained whole (`modules_to_save`), or of which PEFT saved the base's beside their
+            pair (embeddings and head), by name.
         quantization: of the base in training, as folora-q writes it; None for an adapter trained elsewhere.
     """
 
@@ -73,19 +76,31 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     deltas: dict[str, Delta] = {}
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if ORIGINAL in name:  # the base's, which PEFT saves beside the one that was trained
+            continue
         if tensor.dtype not in DTYPES or tensor.ndim > MOST_DIMENSIONS:
             held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is no weight")
+        if tensor.numel() == 0:
+            raise UserError(
+                f"{folder / SAFE_ADAPTER}: {short(name)} is empty, as DeepSpeed's ZeRO-3 leaves what it had spread out",
+                "save the adapter with `stage3_gather_16bit_weights_on_model_save`",
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds numbers that are not finite")
         module, kind, _ = name.removeprefix(PREFIX).partition(".lora_")
         if not kind:
-            replaced[name.removeprefix(PREFIX)] = tensor
+            whole = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            replaced[whole.replace(".modules_to_save.", ".")] = tensor
         elif name.endswith(".lora_A.weight"):
             b = tensors.get(name.replace(".lora_A.", ".lora_B."))
             if b is None:
                 raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} has no lora_B beside it")
             deltas[f"{module}.weight"] = _delta(config, module, tensor, b)
+        elif name.endswith(EMBEDDING_HALVES) and (other := tensors.get(_other_half(name))) is not None:
+            if name.endswith("A"):  # an embedding's weight is (tokens, out), the transpose of a linear layer's
+                pair = _delta(config, module, other.T, tensor.T)
+                deltas[f"{module}.weight"] = replace(pair, transposed=False)
         elif not (name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in tensors):
             raise UserError(
                 f"{folder / SAFE_ADAPTER}: {short(name)} is no half of a pair, lora_A.weight and lora_B.weight"
@@ -98,6 +113,10 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
         replaced=replaced,
         quantization=config.quantization,
     )
+
+
+def _other_half(name: str) -> str:
+    return name[:-1] + ("B" if name.endswith("A") else "A")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

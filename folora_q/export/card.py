@@ -58,7 +58,7 @@ Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.b
 - Training data: {", ".join(_code(_named(source)) for source in recipe.data.train_dataset)}
 - Rank {recipe.adapter.r}, alpha {recipe.adapter.lora_alpha:g}, learning rate {recipe.training.learning_rate:g},
   seed {recipe.training.seed}
-
+{_whole(recipe)}
 ## What it learned, what it forgot
 
 {NOT_MEASURED if evaluation is None else _table(evaluation)}
@@ -84,6 +84,14 @@ def _table(evaluation: Evaluation) -> str:
 
 Loss and KL are in nats per token; intervals are bootstrapped over texts. "Own text" was sampled from the base model and
 held out from training."""
+
+
+def _whole(recipe: Recipe) -> str:
+    names = recipe.adapter.modules_to_save
+    if not names:
+        return ""
+    rate = recipe.training.embedding_learning_rate
+    return f"- Trained whole, without a gate: {', '.join(map(_code, names))}, learning rate {rate:g}\n"
 
 
 def _rows(evaluation: Evaluation) -> str:

@@ -83,8 +83,6 @@ class Merge:
                         f"{stored.shape}",
                         "the adapter belongs to another base, or was trained with new tokens, which is not supported",
                     )
-                if tied and "embed_tokens" in name:
-                    raise UserError(f"{adapter.folder} changes {name}, to which the output layer of the base is tied")
             if adapter.replaced and len(self.adapters) > 1:
                 raise UserError(
                     f"{adapter.folder} replaces {next(iter(adapter.replaced))} as a whole; it merges alone only"
@@ -170,14 +168,12 @@ def write_merged(
 
 def _merged(merge: Merge, name: str) -> Tensor:
     replacement = merge.replacement(name)
-    if replacement is not None:
-        return replacement.to(merge.dtype)
-    weight = merge.base_weight(name)
+    weight = merge.base_weight(name) if replacement is None else replacement
     if not weight.is_floating_point():
         return weight
     deltas = merge.deltas(name)
     if deltas:
-        weight = weight.float()
+        weight = weight.to(torch.float32, copy=True)
         for share, delta in deltas:
             weight.add_(delta.dense(), alpha=share)
     return weight.to(merge.dtype)

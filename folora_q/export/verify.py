@@ -22,6 +22,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from folora_q.errors import RunFailed
+from folora_q.export.ends import FittedCheckpoint
 from folora_q.export.merge import Merge
 from folora_q.models.checkpoint import DTYPES, open_checkpoint
 
@@ -210,6 +211,8 @@ def check_outputs(
 def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of PEFT's own adapter on the base, and of the base."""
     base = _loaded(merge.base.folder, compute, merge)
+    if isinstance(merge.base, FittedCheckpoint):
+        base.resize_token_embeddings(merge.base.rows, mean_resizing=False)  # the adapter brings the rows themselves
     for name in merge.quantized:
         parameter = base.get_parameter(name)
         parameter.data = merge.quantization.round_trip(parameter.data).to(compute)

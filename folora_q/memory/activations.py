@@ -50,6 +50,7 @@ class Arithmetic:
             casts the adapter; without it PEFT casts the input of every adapted layer to float32.
         rank: of the adapter.
         adapted: names of the adapted linear layers; None for all.
+        head: the output layer has an adapter too.
         dropout: the adapter's dropout is on, which keeps its mask and its result.
         eager: attention scores are materialized.
         frozen: of the adapter B alone is trained.
@@ -59,6 +60,7 @@ class Arithmetic:
     autocast: bool
     rank: int
     adapted: Collection[str] | None = None
+    head: bool = False
     dropout: bool = False
     eager: bool = False
     frozen: bool = False

@@ -35,7 +35,33 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     path = Path(name)
     if path.suffix == ".gguf":
         return gguf_config(path)
-    file = path / "config.json" if path.is_dir() else _from_the_hub(name, revision)
+    return _read(path / "config.json" if path.is_dir() else _from_the_hub(name, revision))
+
+
+def files_here(name: str, revision: str | None = None) -> Path | None:
+    """The folder with a model's config.json, of a local model or in the hub's cache; None if neither has it."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name == DEMO_MODEL or path.suffix == ".gguf":
+        return None
+    kept = _kept(name, revision)
+    return None if kept is None else kept.parent
+
+
+def config_here(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """As `read_config`, without asking a hub; None where only that would give it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if name == DEMO_MODEL or Path(name).suffix == ".gguf":
+        return read_config(name)
+    folder = files_here(name, revision)
+    return None if folder is None else _read(folder / "config.json")
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         config = read_object(file)
     except (OSError, ValueError) as error:
@@ -47,12 +73,11 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _from_the_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every try
-    kept = try_to_load_from_cache(name, "config.json", revision=revision)
-    if isinstance(kept, str):
-        return Path(kept)
+    if (kept := _kept(name, revision)) is not None:
+        return kept
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # the hub client raises whatever its transport does
@@ -60,3 +85,10 @@ def _from_the_hub(name: str, revision: str | None) -> Path:
             f"cannot get config.json of {name}: {first_line(error)}",
             "an estimate needs that file alone: put it into a folder, and give model.model_name_or_path=FOLDER",
         ) from None
+
+
+def _kept(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(kept) if isinstance(kept, str) else None

@@ -132,8 +132,10 @@ class _Run:
         self.recipe, self.shape, self.on_gpu = recipe, shape, device == "gpu"
         self.how = parts.arithmetic(recipe, shape, self.on_gpu)
         self.plain = Arithmetic(self.how.compute, autocast=False, rank=0, adapted=(), eager=self.how.eager)
-        self.adapter = parts.adapter_parameters(shape, self.how)
-        self.trained = parts.trained_parameters(shape, self.how)
+        whole = sum(parts.trained_whole(recipe, shape))
+        self.pairs = parts.adapter_parameters(shape, self.how)
+        self.adapter = self.pairs + whole
+        self.trained = parts.trained_parameters(shape, self.how) + whole
         self.weights = parts.weights(shape, recipe.model.bnb_4bit_use_double_quant, self.how.compute)
         self.gates, self.solved = parts.gates(recipe, shape, self.how, self.on_gpu)
         self.state, self.pages = parts.optimizer_state(recipe, shape, self.how, self.on_gpu)
@@ -208,8 +210,10 @@ class _Run:
         batch = Batch(rows, training.max_length, masked=rows > 1)
         if training.packing:  # TRL makes one row of them
             batch = Batch(1, rows * training.max_length)
-        head = passing_head(shape, batch, how, fused=self.on_gpu)
-        casts = how.compute * self.adapter if how.autocast else 0
+        # With an adapter on the head, or a trained one, no fused loss is used (folora_q.training.trainer).
+        fused = self.on_gpu and not (how.head or parts.head_is_whole(self.recipe, shape))
+        head = passing_head(shape, batch, how, fused)
+        casts = how.compute * self.pairs if how.autocast else 0
         forward = kept_with_checkpointing if self.checkpointing else kept
         stored, passing = at_backward(shape, batch, how, self.checkpointing)
         moments: list[Parts] = [

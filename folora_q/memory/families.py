@@ -20,6 +20,9 @@ class Family:
         norms: of a layer, as wide as the model.
         defaults: what config.json may leave out.
         unless: keys that make something else of it when they are true.
+        stack: the list of decoder layers.
+        embeddings: of tokens, and of positions where they are learned.
+        head: the output layer.
     """
 
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -39,6 +42,9 @@ class Family:
     tied: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unless: tuple[str, ...] = ()
+    stack: str = "model.layers"
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    head: str = "lm_head"
 
 
 def kv_heads(count: int) -> dict[str, Any]:
@@ -93,10 +99,12 @@ FAMILIES = {
     "gpt2": replace(
         PLAIN, attention=("attn.c_attn", "attn.c_proj"), mlp=("mlp.c_fc", "mlp.c_proj"), positions=True, tied=True,
         defaults={"activation_function": "gelu_new"}, unless=("add_cross_attention",),
+        stack="transformer.h", embeddings=("transformer.wte", "transformer.wpe"),
     ),
     "gpt_neox": replace(
         PLAIN, attention=("attention.query_key_value", "attention.dense"), qkv_bias="attention_bias",
         out_bias="attention_bias", mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         defaults={"attention_bias": True, "hidden_act": "gelu"},
+        stack="gpt_neox.layers", embeddings=("gpt_neox.embed_in",),
     ),
 }  # fmt: skip

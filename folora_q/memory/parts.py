@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from folora_q.memory.activations import FLOAT32, Arithmetic, adapts_experts
+from folora_q.memory.families import FAMILIES
 from folora_q.memory.shapes import Layer, Linear, ModelShape
 from folora_q.recipe import Recipe
+from folora_q.recipe.adapter import ALL_LINEAR
 from folora_q.recipe.schema import GateSection
+from folora_q.recipe.targets import Modules, targeted
 
 FLOAT64 = 8
 BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -33,6 +36,10 @@ STATES = {
 # bitsandbytes keeps the states of smaller tensors in float32, and pages none of smaller ones.
 SMALLEST_IN_8_BITS, SMALLEST_PAGED = 4096, 100_000
 STATE_BLOCK = 256
+# Where models of families that are not in the table have their decoder layers; and how any's output layer is called.
+STACKS = ("model.layers", "model.decoder.layers", "model.language_model.layers", "transformer.h", "transformer.blocks")
+HEAD = "lm_head"
+HEADS = (HEAD, "embed_out", "output", "head")
 
 
 @dataclass(frozen=True)
@@ -59,21 +66,48 @@ def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
 
 def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
     """How layers compute in training: on a GPU under autocast, unless in float32."""
-    compute, targets = BYTES[recipe.model.dtype], recipe.adapter.target_modules
-    adapted = None
-    if targets != "all-linear":
+    compute, section = BYTES[recipe.model.dtype], recipe.adapter
+    adapted, head = None, False
+    if section.target_modules != ALL_LINEAR or section.exclude_modules:
+        layers = Modules(
+            [name for linear, _ in shape.linears for name in full_names(shape, linear.name)], (), HEAD, False
+        )
+        chosen = set(targeted(section, layers))
+        head = HEAD in chosen
         adapted = frozenset(
-            linear.name for linear, _ in shape.linears if any(f".{linear.name}".endswith(f".{end}") for end in targets)
+            linear.name for linear, _ in shape.linears if chosen.intersection(full_names(shape, linear.name))
         )
     return Arithmetic(
         compute=compute,
         autocast=on_gpu and compute < FLOAT32,
         rank=recipe.adapter.r,
         adapted=adapted,
+        head=head,
         dropout=recipe.adapter.lora_dropout > 0,
         frozen=recipe.gate.enabled and recipe.gate.rule == "frozen",
         eager=shape.eager or recipe.model.attn_implementation == "eager",
     )
+
+
+def full_names(shape: ModelShape, name: str) -> list[str]:
+    """The names that a layer of every decoder layer has in the model; one outside of them has its own alone.
+
+    What a pattern says of the decoder layers' numbers counts as said of all of them.
+    """
+    stacks = [FAMILIES[shape.model_type].stack] if shape.model_type in FAMILIES else STACKS
+    return [name, *(f"{stack}.{index}.{name}" for stack in stacks for index in range(shape.depth))]
+
+
+def trained_whole(recipe: Recipe, shape: ModelShape) -> list[int]:
+    """The sizes of the embeddings and heads of `adapter.modules_to_save`; of two that are tied, one."""
+    heads = {name.rpartition(".")[2] in HEADS for name in recipe.adapter.modules_to_save or []}
+    return [shape.vocabulary * shape.hidden] * min(len(heads), 1 if shape.tied else 2)
+
+
+def head_is_whole(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether the output layer is trained whole, by its name or as the embedding that it is tied to."""
+    names = {name.rpartition(".")[2] for name in recipe.adapter.modules_to_save or []}
+    return not names.isdisjoint(HEADS) or (shape.tied and bool(names))
 
 
 def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, int]]:
@@ -82,6 +116,9 @@ def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, i
         if how.is_adapted(linear):
             yield how.rank * linear.inputs, count
             yield how.rank * linear.outputs, count
+    if how.head:
+        yield how.rank * shape.hidden, 1
+        yield how.rank * shape.vocabulary, 1
     for layer, count in shape.layers:
         if adapts_experts(layer, how):
             yield from ((size, count) for size in _expert_adapter(shape, layer, how.rank))
@@ -133,11 +170,12 @@ def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: 
             pages += count * states * width * size
         else:
             resident += count * states * size * (FLOAT32 if small else width)
-    return resident, pages
+    # transformers has bitsandbytes keep the states of embeddings in float32.
+    return resident + FLOAT32 * states * sum(trained_whole(recipe, shape)), pages
 
 
 def _spectral_state(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
-    total = 0
+    total = 2 * FLOAT32 * sum(trained_whole(recipe, shape))
     for linear, count in shape.linears:
         if how.is_adapted(linear):
             columns = columns_of(recipe.gate, linear.inputs)
@@ -155,7 +193,7 @@ def input_spaces(shape: ModelShape, how: Arithmetic) -> list[InputSpace]:
             if how.is_adapted(linear):
                 tensors.setdefault(linear.reads, []).append(linear)
         found += [InputSpace(readers[0].inputs, len(readers), count) for readers in tensors.values()]
-    return found
+    return [*found, *[InputSpace(shape.hidden, 1, 1)] * how.head]
 
 
 def columns_of(section: GateSection, width: int) -> int:

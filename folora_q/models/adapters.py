@@ -11,13 +11,17 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import set_seed
 
 from folora_q.core import SpectralGate
 from folora_q.errors import UserError
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
+from folora_q.models.meta import modules_of
+from folora_q.recipe.paths import listed
 from folora_q.recipe.schema import AdapterSection, ExportSection, GateSection
+from folora_q.recipe.targets import Modules, adapter_findings, matcher
 
 ADAPTER = "default"
 
@@ -48,8 +52,12 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
     """A new adapter in float32 on the base, with A random by the seed and B zero.
 
     Raises:
-        UserError: `adapter.target_modules` names nothing in this model.
+        UserError: the section names a layer that this model has not, or cannot be adapted.
     """
+    modules = modules_of(base.model)
+    if findings := adapter_findings(section, modules):
+        raise UserError(listed(message for _, message in findings))
+    whole = saved_whole(section, modules)
     set_seed(seed)
     config = LoraConfig(
         r=section.r,
@@ -57,6 +65,9 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
         lora_dropout=section.lora_dropout,
         use_rslora=section.use_rslora,
         target_modules=section.target_modules,
+        exclude_modules=section.exclude_modules,
+        modules_to_save=whole or None,
+        ensure_weight_tying=modules.tied and modules.head in whole,
         task_type="CAUSAL_LM",
     )
     try:
@@ -64,7 +75,42 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
     except ValueError as error:
         raise UserError(f"cannot attach the adapter: {error}", "check adapter.target_modules") from error
     keep_in_float32(model)
+    for name, wrapper in wrappers(model).items():
+        for copy in wrapper.modules_to_save.values():
+            _compute_in_float32(copy, wrapper.original_module.weight.dtype, is_head=name == modules.head)
     return model
+
+
+def saved_whole(section: AdapterSection, modules: Modules) -> list[str]:
+    """Full names of the modules to train whole; for two that are tied the output layer, from which PEFT finds both."""
+    named = matcher(section.modules_to_save or [])
+    found = [name for name in (*modules.embeddings, modules.head) if named(name)]
+    ends = {modules.embeddings[0], modules.head}
+    if not modules.tied or ends.isdisjoint(found):
+        return found
+    return [modules.head, *(name for name in found if name not in ends)]
+
+
+def wrappers(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
+    """Modules that are trained whole, by their names in the base."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
+def trains_head(model: PeftModel) -> bool:
+    """Whether the output layer has an adapter, or is trained whole."""
+    return isinstance(model.get_output_embeddings(), LoraLayer | ModulesToSaveWrapper)
+
+
+def _compute_in_float32(copy: torch.nn.Module, dtype: torch.dtype, is_head: bool) -> None:
+    """Let a float32 copy stand in a model that computes in 16 bits: an embedding gives them, a head is given them."""
+    if is_head:
+        copy.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    else:
+        copy.register_forward_hook(lambda _, inputs, output: output.to(dtype))
 
 
 def keep_in_float32(model: PeftModel, start: dict[str, torch.Tensor] | None = None) -> None:
@@ -165,15 +211,19 @@ def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, fo
     dtype = getattr(torch, section.adapter_dtype)
     weights = {
         name: weight.detach().to(dtype)
-        for name, weight in model.named_parameters()
+        for name, weight in model.named_parameters(remove_duplicate=False)  # a tied copy has two names
         if weight.requires_grad or ".lora_" in name  # a frozen A is the adapter's too
     }
-    model.save_pretrained(folder, state_dict=weights)
+    # PEFT would also copy the base's output layer beside an adapter on it.
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = section.base_model_name_or_path or base.name
     config["revision"] = base.revision
     config["auto_mapping"] = {"quantization_config": base.quantization.to_dict()}  # PEFT's one field for others' facts
-    if isinstance(config["target_modules"], list):
-        config["target_modules"] = sorted(config["target_modules"])
+    if whole := wrappers(model):  # both names of a tied one: PEFT ties them again by these
+        config["modules_to_save"] = list(whole)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
     atomic_write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

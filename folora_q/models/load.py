@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.errors import RunFailed, UserError
 from folora_q.models.hardware import Hardware
+from folora_q.models.prequantized import refuse_foreign_quantization
 from folora_q.models.quantization import Quantization
 from folora_q.models.tokenizer import load_tokenizer, loading, safe_source
 from folora_q.models.trust import NOTHING, Trust
@@ -62,6 +63,7 @@ def load_model(
         UserError: there is no such model, it is no causal language model, or `trust` does not allow what it needs.
         RunFailed: nothing of it could be quantized, or the demo's model could not be fetched.
     """
+    require_loadable(section, trust)
     tokenizer = tokenizer or load_tokenizer(section, trust=trust)
     held = Quantization(
         section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant, str(hardware.dtype).removeprefix("torch.")
@@ -106,12 +108,16 @@ def require_loadable(section: ModelSection, trust: Trust = NOTHING) -> PreTraine
     """See that a model can be loaded, as far as its configuration and the names of its files tell; and which it is.
 
     Raises:
-        UserError: there is no such model, or `trust` does not allow what loading it would do.
+        UserError: there is no such model, `trust` does not allow what loading it would do, or it is quantized already
+            in a way that it cannot be adapted in.
         RunFailed: the demo's model could not be fetched.
     """
     source, revision = safe_source(section, trust)
     with loading(section):
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust.remote_code)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust.remote_code)
+    folder = Path(source) if Path(source).is_dir() else None
+    refuse_foreign_quantization(section.model_name_or_path, config.to_dict(), folder)
+    return config
 
 
 def require_packable(section: ModelSection, trust: Trust = NOTHING) -> None:

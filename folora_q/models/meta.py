@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.errors import UserError, first_line
+from folora_q.models.trust import NOTHING, Trust
 from folora_q.reading import finite
 from folora_q.recipe.paths import short
+from folora_q.recipe.targets import Modules
 
 # What transformers raises for a configuration that makes no sense, by where it meets that.
 UNBUILDABLE = (
@@ -36,6 +39,65 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
     Raises:
         UserError: transformers has no such causal language model; code that comes with one is never run for this.
     """
+    model, full = _built(config)
+    head = model.get_output_embeddings()
+    owners = {
+        id(parameter): module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        for parameter in module.parameters(recurse=False)
+    }
+    return full.to_dict(), [
+        (name, _as_linear(parameter, owners.get(id(parameter))), id(parameter) in owners)
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def modules_without_weights(config: Mapping[str, Any]) -> Modules:
+    """The modules of a model that an adapter could be meant for.
+
+    Raises:
+        UserError: as `parameter_shapes`.
+    """
+    return modules_of(_built(config)[0])
+
+
+def modules_of(model: PreTrainedModel) -> Modules:
+    """The modules of a model that an adapter could be meant for; its linear layers may be in 4 bits."""
+    names = {module: name for name, module in model.named_modules() if name}
+    head, first = model.get_output_embeddings(), model.get_input_embeddings()
+    linears = [name for module, name in names.items() if isinstance(module, torch.nn.Linear | Conv1D)]
+    embeddings = [name for module, name in names.items() if isinstance(module, torch.nn.Embedding)]
+    embeddings.sort(key=lambda name: name != names.get(first))
+    return Modules(
+        linears=[name for name in linears if name != names.get(head)],
+        embeddings=embeddings,
+        head=names.get(head, ""),
+        tied=head is not None and first is not None and head.weight is first.weight,
+        others=[name for name in names.values() if name not in {*linears, *embeddings}],
+    )
+
+
+def modules_in(folder: Path, trust: Trust = NOTHING, **changes: Any) -> Modules:
+    """The modules of the model in a folder, as its class makes them; none of its weights is loaded.
+
+    Args:
+        changes: settings in place of those in config.json.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+    for name, value in changes.items():
+        setattr(config.get_text_config(), name, value)
+        setattr(config, name, value)
+    with torch.device("meta"):
+        return modules_of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code))
+
+
+def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig]:
+    """The model on the meta device, and its configuration with what config.json leaves out.
+
+    Raises:
+        UserError: as `parameter_shapes`.
+    """
     kind = config.get("model_type", "")
     for name, number in _counts(config):
         if number > MOST:
@@ -49,17 +111,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
     except UNBUILDABLE as error:
         reason = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
         raise UserError(f"transformers cannot build this model from its config.json: {reason}") from error
-    head = model.get_output_embeddings()
-    owners = {
-        id(parameter): module
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-        for parameter in module.parameters(recurse=False)
-    }
-    return full.to_dict(), [
-        (name, _as_linear(parameter, owners.get(id(parameter))), id(parameter) in owners)
-        for name, parameter in model.named_parameters()
-    ]
+    return model, full
 
 
 def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

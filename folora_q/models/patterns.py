@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from folora_q.errors import UserError
 from folora_q.recipe.paths import short
+from folora_q.recipe.patterns import pattern_fault
 
 # Settings that are one, or several; and those whose keys are.
 VALUES, KEYS = ("target_modules", "exclude_modules", "layers_pattern"), ("rank_pattern", "alpha_pattern")
-# A group that is repeated can take time exponential in the name's length, and PEFT would wait for it.
-REPEATED_GROUP, REPEATS, MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 12
 
 
 def check_patterns(path: Path, config: Mapping[str, Any]) -> None:
@@ -27,13 +25,9 @@ def check_patterns(path: Path, config: Mapping[str, Any]) -> None:
         UserError: one is no regular expression, or one that matching could go on with for ever.
     """
     for key, pattern in _patterns(config):
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise UserError(f"{path}: {key} holds {short(pattern)}, which is no regular expression: {error}") from None
-        if REPEATED_GROUP.search(pattern) or len(REPEATS.findall(pattern)) > MOST_REPEATS:
+        if fault := pattern_fault(pattern):
             raise UserError(
-                f"{path}: {key} holds {short(pattern)}, a pattern that could be matched for ever",
+                f"{path}: {key} holds {short(pattern)}, which is {fault}",
                 "write the modules' names there, or a pattern that repeats no group",
             )
 

@@ -1,6 +1,6 @@
 """The recipe: what a run is to do, checked before anything is loaded. Needs pydantic and yaml only."""
 
-from folora_q.recipe.load import load_recipe
+from folora_q.recipe.load import load_recipe, places_in
 from folora_q.recipe.schema import Recipe
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "load_recipe", "places_in"]

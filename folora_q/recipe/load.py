@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
@@ -40,6 +40,34 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file cannot be read, or anything in it is wrong; the message lists every finding.
     """
+    values, places = _read(path, overrides)
+    _refuse_secrets(values, places, path)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        order = {place: number for number, place in enumerate(dict.fromkeys(places.values()))}
+        found = [(detail, _place(detail["loc"], places, path)) for detail in error.errors(include_url=False)]
+        found.sort(key=lambda item: order.get(item[1], -1))
+        findings = dict.fromkeys(_finding(detail, where) for detail, where in found)
+        raise UserError(listed(findings), "docs/recipe.md explains every key, and so does `folora-q schema`") from None
+
+    def folder_for(value: str, key: KeyPath) -> Path:
+        """A recipe's paths are relative to it; those of an override to where the command is given."""
+        given_here = _place(key, places, path).startswith(OVERRIDE)
+        only_there = exists(path.parent / value) and not exists(Path(value))
+        return Path.cwd() if given_here and not only_there else path.parent
+
+    return with_absolute_paths(recipe, folder_for, lambda key: _place(key, places, path))
+
+
+def places_in(path: Path, overrides: Sequence[str] = ()) -> Callable[[KeyPath], str]:
+    """Where the keys of a recipe stand that `load_recipe` has read: the file and the line, or the override."""
+    _, places = _read(path, overrides)
+    return lambda key: _place(key, places, path)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The values of a recipe with its overrides, and where each of them stands."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(LONGEST + 1)  # it may be no recipe, and have no end
@@ -62,24 +90,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key = _apply_override(values, override)
         places = {known: place for known, place in places.items() if known[: len(key)] != key}
         places[key] = OVERRIDE + _short(override)
-    places = _with_what_is_around(places)
-    _refuse_secrets(values, places, path)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        order = {place: number for number, place in enumerate(dict.fromkeys(places.values()))}
-        found = [(detail, _place(detail["loc"], places, path)) for detail in error.errors(include_url=False)]
-        found.sort(key=lambda item: order.get(item[1], -1))
-        findings = dict.fromkeys(_finding(detail, where) for detail, where in found)
-        raise UserError(listed(findings), "docs/recipe.md explains every key, and so does `folora-q schema`") from None
-
-    def folder_for(value: str, key: KeyPath) -> Path:
-        """A recipe's paths are relative to it; those of an override to where the command is given."""
-        given_here = _place(key, places, path).startswith(OVERRIDE)
-        only_there = exists(path.parent / value) and not exists(Path(value))
-        return Path.cwd() if given_here and not only_there else path.parent
-
-    return with_absolute_paths(recipe, folder_for, lambda key: _place(key, places, path))
+    return values, _with_what_is_around(places)
 
 
 def _refuse_secrets(values: dict[str, Any], places: Mapping[KeyPath, str], path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
@@ -71,27 +72,6 @@ class ModelSection(Section):
         "auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = "auto"
     """The attention backend; auto is what transformers chooses, which is sdpa for most models."""
-
-
-class AdapterSection(Section):
-    """The LoRA adapter, trained and saved in float32."""
-
-    r: PositiveInt = 32
-    """Rank of the adapter. With gate.rule frozen B alone is trained, so 32 has as many weights as 16 elsewhere."""
-    lora_alpha: Positive = 32
-    """The adapter's output is scaled by lora_alpha / r. Left out: r, a scale of 1."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Which linear layers get an adapter: all of the transformer, or a list of name endings."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _scale_of_one(cls, given: Any) -> Any:
-        rows = given.get("r") if isinstance(given, dict) else None
-        return {"lora_alpha": rows} | given if isinstance(rows, int) and rows > 0 else given
 
 
 class ProxySection(Section):
@@ -237,6 +217,8 @@ class TrainingSection(Section):
     learning_rate: Positive = LEARNING_RATES["frozen"]
     """Peak learning rate. For rule frozen a step of rate η costs η²/2 nats of KL, to second order, on any model. Left
     out: 4e-3 for rule step, 1e-3 for spectral, 2e-4 with gate.enabled: false."""
+    embedding_learning_rate: Positive = 2e-5
+    """Peak learning rate of adapter.modules_to_save, which no rule of the gate scales: that of full fine-tuning."""
     num_train_epochs: Positive = 1.0
     """Passes over the training rows, unless max_steps is set."""
     max_steps: PositiveInt | None = None

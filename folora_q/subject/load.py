@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from folora_q.errors import UserError, first_line
 from folora_q.export.merge import REPORT as MERGE_REPORT
+from folora_q.memory.config import files_here
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import load_model, load_unquantized
@@ -24,6 +25,7 @@ from folora_q.models.tokenizer import IF_THERE, load_tokenizer, loading
 from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
+from folora_q.subject.embeddings import fit_embedding
 from folora_q.subject.find import WHAT_TO_NAME, Subject, find_subject
 
 ADAPTER_WEIGHTS = (SAFE_ADAPTER, PICKLED_ADAPTER)
@@ -119,7 +121,7 @@ def load_subject(
     return LoadedSubject(
         subject=subject,
         tokenizer=tokenizer,
-        model=model if adapter is None else _with_adapter(model, adapter),
+        model=model if adapter is None else _with_adapter(model, adapter, section, compare),
         base=base,
         hardware=hardware,
         bits=bits,
@@ -205,9 +207,10 @@ def _load(
     return loaded.model, loaded.fingerprint
 
 
-def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, folder: Path, section: ModelSection, compare: bool) -> PeftModel:
     if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
         raise UserError(f"there is no {folder / ADAPTER_WEIGHTS[0]}")
+    fit_embedding(model, folder, files_here(section.model_name_or_path, section.revision), compare)
     base = model.name_or_path
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

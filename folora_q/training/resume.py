@@ -23,7 +23,10 @@ COMPARED_VERSIONS = ("folora-q", "torch", "transformers", "peft", "trl", "bitsan
 OF_TEXT = {"proxy", "model", "recipe"}
 MADE_FROM = {"proxy.jsonl": OF_TEXT, "gates.safetensors": OF_TEXT | {"gate", "data", "adapter"}}
 # A checkpoint's weights have other shapes after these.
-MAKE_SHAPES = ("adapter.r:", "adapter.target_modules:", "gate.rule:", "gate.enabled:", "training.optim:")
+MAKE_SHAPES = (
+    *("adapter.r:", "adapter.target_modules:", "adapter.exclude_modules:", "adapter.modules_to_save:"),
+    *("gate.rule:", "gate.enabled:", "training.optim:"),
+)
 # Of the hardware: what makes other numbers, and what only rounds sums in another order.
 COMPUTED_BY, ADDED_BY = ("device", "dtype"), ("name", "threads")
 # What is read of run.json: objects, of which each value is one of these.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer import sft_trainer
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
@@ -24,7 +26,7 @@ from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
-from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32
+from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32, trains_head, wrappers
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.training.callbacks import BeforeTraining
@@ -45,11 +47,13 @@ class GatedTrainer(DurableTrainer):
     Attributes:
         gates: by adapted layer, set by `gate_with`; None is plain QLoRA.
         max_kl: the KL at which training stops.
+        rate_of_whole: learning rate of modules that are trained whole.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
     gate_section: GateSection
     max_kl: float | None = None
+    rate_of_whole: float = 0.0
     gated: GatedOptimizer | None = None
 
     def gate_with(self, gates: Mapping[str, SpectralGate]) -> None:
@@ -66,13 +70,15 @@ class GatedTrainer(DurableTrainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         section = self.gate_section
-        if self.optimizer is not None or self.gates is None or section.rule == "frozen":
-            return super().create_optimizer(model)
+        if self.optimizer is not None:
+            return self.optimizer
+        if self.gates is None or section.rule == "frozen":
+            return self._with_rate_of_whole(super().create_optimizer(model))
         pairs = [pair for pair in adapter_pairs(self.model) if pair.name in self.gates]
         adapters = [(pair.a, pair.b, self.gates[pair.name]) for pair in pairs]
         if section.rule == "step":
             self.optimizer = self.gated = GatedOptimizer(
-                super().create_optimizer(model),
+                self._with_rate_of_whole(super().create_optimizer(model)),
                 adapters,
                 gate_a="a_step" in section.places,
                 gate_b="b_step" in section.places,
@@ -90,7 +96,17 @@ class GatedTrainer(DurableTrainer):
             complement=section.complement,
             others=[p for p in self.model.parameters() if p.requires_grad and id(p) not in gated],
         )
-        return self.optimizer
+        return self._with_rate_of_whole(self.optimizer)
+
+    def _with_rate_of_whole(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer with groups of their own for what is trained whole, whose rate is no adapter's."""
+        whole = {id(p) for wrapper in wrappers(self.model).values() for p in wrapper.parameters() if p.requires_grad}
+        for group in [*optimizer.param_groups] if whole else []:
+            apart = [p for p in group["params"] if id(p) in whole]
+            if apart:
+                group["params"] = [p for p in group["params"] if id(p) not in whole]
+                optimizer.add_param_group({**group, "params": apart, "lr": self.rate_of_whole})
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         made = self.lr_scheduler is None
@@ -197,7 +213,9 @@ class GatedTrainer(DurableTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
-        head = super() if self.args.device.type == "cuda" else super(SFTTrainer, self)
+        # It multiplies with the head's weight and asks no module, so an adapter on the head would learn nothing.
+        fused = self.args.device.type == "cuda" and not trains_head(self.model)
+        head = super() if fused else super(SFTTrainer, self)
         return head.compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -278,14 +296,15 @@ def build_trainer(
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = GatedTrainer(
-        model=model,
-        args=config,
-        processing_class=tokenizer,
-        train_dataset=train,
-        eval_dataset=heldout,
-        callbacks=list(callbacks),
-    )
+    with patch.object(sft_trainer, "BaseTunerLayer", ()):  # it refuses an adapter on the head, which it is not asked to
+        trainer = GatedTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=train,
+            eval_dataset=heldout,
+            callbacks=list(callbacks),
+        )
     trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     if training.early_stopping_patience is not None:
@@ -300,6 +319,7 @@ def build_trainer(
     trainer.add_callback(BeforeTraining(trainer.before_first_step))
     trainer.gate_section = recipe.gate
     trainer.max_kl = recipe.evaluation.max_kl
+    trainer.rate_of_whole = training.embedding_learning_rate
     trainer.heldout = list(
         batches(heldout["input_ids"][:], recipe.evaluation.batch_size, model.device, heldout["labels"][:])
     )

@@ -330,3 +330,17 @@ def test_where_memory_runs_out_the_same_is_measured_in_halves(tuned, base: Loade
             compare(contrast, text)
     finally:
         handle.remove()
+
+
+def test_an_answer_ends_with_a_table_of_positions(base: LoadedModel) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 261, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 24}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=None, pad_token_id=2)).eval()
+    prompt = list(range(100, 120))
+    (answer,) = greedy_answers(model, base.tokenizer, [prompt], 16, 1)
+    written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=5)[0, 20:]
+    assert answer == base.tokenizer.decode(written, skip_special_tokens=True)
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16)

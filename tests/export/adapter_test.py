@@ -100,3 +100,12 @@ def test_damaged_files_are_named(adapter: Path, tmp_path: Path) -> None:
         (adapter / CONFIG).write_text(content)
         with pytest.raises(UserError, match="is no adapter"):
             read_adapter(adapter)
+
+
+def test_weights_that_were_not_gathered_are_told(adapter: Path) -> None:
+    tensors = load_file(adapter / WEIGHTS)  # LlamaFactory#7665
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(0)
+    save_file(tensors, adapter / WEIGHTS)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is empty, as DeepSpeed's ZeRO-3 leaves") as caught:
+        read_adapter(adapter)
+    assert "stage3_gather_16bit_weights_on_model_save" in caught.value.hint

@@ -124,9 +124,8 @@ def test_float32_weights_come_back_exactly_after_a_cast(tiny_folder: Path) -> No
 
 
 def test_unknown_target_modules_are_the_users_mistake(tiny_folder: Path) -> None:
-    with pytest.raises(UserError, match="cannot attach the adapter") as caught:
+    with pytest.raises(UserError, match="`adapter.target_modules`: the model has no linear layer nothing; its linear"):
         attach_adapter(load(tiny_folder), AdapterSection(target_modules=["nothing"]), seed=0)
-    assert "target_modules" in caught.value.hint
 
 
 @pytest.mark.parametrize("leading", [False, True])

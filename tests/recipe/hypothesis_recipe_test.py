@@ -272,6 +272,8 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "can only be kept",
             "needs metric_function",
             "regular expression",
+            "names no layer",
+            "matched for ever",
         )
         assert any(reason in recipe.message for reason in known), recipe.message
         reject()

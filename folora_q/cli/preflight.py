@@ -1,0 +1,27 @@
+"""The look at a base model that `validate`, `estimate` and `train` begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from folora_q.cli.console import starting
+from folora_q.preflight.model import Examined, examine_model
+from folora_q.recipe import Recipe, places_in
+from folora_q.recipe.targets import Modules
+
+
+def examined(recipe: Recipe, path: Path, overrides: Sequence[str], debug: bool, ask_the_hub: bool) -> Examined:
+    """Look at the recipe's model; transformers is imported only where our table does not have it.
+
+    Raises:
+        UserError: it cannot be trained as the recipe says.
+    """
+
+    def build(config: Mapping[str, Any]) -> Modules:
+        with starting(debug):
+            from folora_q.models.meta import modules_without_weights
+        return modules_without_weights(config)
+
+    return examine_model(recipe, places_in(path, overrides), build, ask_the_hub)

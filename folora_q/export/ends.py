@@ -1,0 +1,220 @@
+"""Fits a base to an adapter that changes its ends: embedding and output layer, resized, trained whole, or parted.
+
+What counts is what PEFT computes with the adapter on its base: a tied weight that both ends still share stays tied; one
+that the adapter changes at one end only becomes two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folora_q.errors import UserError
+from folora_q.export.adapter import AdapterFile
+from folora_q.export.adapter_config import read_adapter_config
+from folora_q.models.checkpoint import Checkpoint
+from folora_q.models.meta import modules_in
+from folora_q.models.trust import NOTHING, Trust
+from folora_q.preflight.tokens import new_tokens
+
+SAVE_BOTH = "save it again with `save_embedding_layers=True`, which puts both into the adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedCheckpoint(Checkpoint):
+    """A base whose ends have the shapes of an adapter's, and a config.json that says so.
+
+    Attributes:
+        rows: of embedding and output layer.
+        copied: by the name of a tensor that the base has not, the one that it is a copy of.
+        note: what is other than in the base, for people.
+    """
+
+    rows: int
+    copied: dict[str, str]
+    note: str
+
+    def read(self, name: str) -> Tensor:
+        return super().read(self.copied.get(name, name))
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Names of the weights on the disk, by which the base's class ties them or not."""
+
+    embedding: str
+    head: str
+    tied: bool
+
+
+def fitted(
+    base: Checkpoint, adapters: Sequence[AdapterFile], trust: Trust = NOTHING
+) -> tuple[Checkpoint, list[AdapterFile]]:
+    """The base and the adapters as they can be merged; both as they are where the ends need nothing.
+
+    Raises:
+        UserError: a part of what the adapter was trained with is neither in it nor in the base.
+    """
+    ends = _ends(base, trust)
+    adapters = [_without_copies(adapter, base, ends) for adapter in adapters]
+    changing = [adapter for adapter in adapters if {ends.embedding, ends.head} & {*adapter.deltas, *adapter.replaced}]
+    if ends.embedding not in base.tensors:
+        return base, list(adapters)
+    result, rows = (base, list(adapters)), base.tensors[ends.embedding].shape[0]
+    if changing:
+        result, rows = _fitted(base, adapters, changing[0], ends, trust)
+    for adapter in adapters:
+        _require_tokens(adapter, base, rows)
+    return result
+
+
+def _ends(base: Checkpoint, trust: Trust) -> _Ends:
+    modules = modules_in(base.folder, trust)
+    embedding, head = f"{modules.embeddings[0]}.weight", f"{modules.head}.weight"
+    # transformers ties no two weights that are both on the disk and differ.
+    parted = {embedding, head} <= base.tensors.keys() and not torch.equal(base.read(embedding), base.read(head))
+    return _Ends(embedding, head, modules.tied and not parted)
+
+
+def _without_copies(adapter: AdapterFile, base: Checkpoint, ends: _Ends) -> AdapterFile:
+    """The adapter without what PEFT only copied from the base: beside an output layer's pair the layer itself."""
+    copies = {
+        name
+        for name in (ends.embedding, ends.head)
+        if (tensor := adapter.replaced.get(name)) is not None
+        and (stored := name if name in base.tensors else ends.embedding if ends.tied else None) in base.tensors
+        and base.tensors[stored].shape == tensor.shape
+        and torch.equal(base.read(stored).float(), tensor.float())
+    }
+    kept = {name: tensor for name, tensor in adapter.replaced.items() if name not in copies}
+    return replace(adapter, replaced=kept) if copies else adapter
+
+
+def _fitted(
+    base: Checkpoint, adapters: Sequence[AdapterFile], adapter: AdapterFile, ends: _Ends, trust: Trust
+) -> tuple[tuple[Checkpoint, list[AdapterFile]], int]:
+    """Both as they can be merged, and the rows of the embedding."""
+    embedding, head = _own_weights(adapter, ends)
+    rows = _rows(base, adapters, adapter, ends, (embedding, head))
+    tensors, copied, replaced, config = dict(base.tensors), {}, dict(adapter.replaced), dict(base.config)
+    changes = [f"the embedding has {rows:,} rows"] if rows != base.tensors[ends.embedding].shape[0] else []
+    named = {name for each in adapters for name in each.deltas}
+    parted = ends.tied and (
+        not named.isdisjoint({ends.embedding, ends.head}) or not _equal(base, ends, embedding, head)
+    )
+    if parted:
+        if modules_in(base.folder, trust, tie_word_embeddings=False).tied:
+            raise UserError(
+                f"{adapter.folder} changes one of {ends.embedding} and {ends.head}, which the base's class always ties",
+                "merge it with PEFT itself, and see that the two stay apart",
+            )
+        config |= _setting(config, "tie_word_embeddings", False)
+        if ends.head not in tensors:
+            tensors[ends.head], copied[ends.head] = tensors[ends.embedding], ends.embedding
+        changes.append(f"{ends.head} is no longer tied to {ends.embedding}")
+    elif ends.tied:
+        tensors.pop(ends.head, None)  # what is there is the embedding again
+        replaced.pop(ends.head, None)
+        head = None
+    for name, tensor in ((ends.embedding, embedding), (ends.head, head)):
+        if tensor is not None:
+            replaced[name] = tensor
+    for name, tensor in replaced.items():  # a bias of the output layer among them
+        if name in tensors and name.rpartition(".")[0] in (ends.embedding[:-7], ends.head[:-7]):
+            tensors[name] = replace(tensors[name], shape=tuple(tensor.shape))
+    every = [replace(each, replaced=replaced) if each is adapter else each for each in adapters]
+    if not changes and tensors == base.tensors:
+        return (base, every), rows
+    config |= _setting(config, "vocab_size", rows)
+    values: dict[str, Any] = {field.name: getattr(base, field.name) for field in fields(base)}
+    values |= {"tensors": tensors, "config": config}
+    note = "; ".join(changes) or f"{ends.head} is stored once, with {ends.embedding}"
+    return (FittedCheckpoint(**values, rows=rows, copied=copied, note=note), every), rows
+
+
+def _own_weights(adapter: AdapterFile, ends: _Ends) -> tuple[Tensor | None, Tensor | None]:
+    """Embedding and output layer as the adapter brings them; None is the base's.
+
+    A weight of a tied model that is no copy of its own (`modules_to_save`) is both ends' at once.
+    """
+    embedding, head = adapter.replaced.get(ends.embedding), adapter.replaced.get(ends.head)
+    if not ends.tied:
+        return embedding, head
+    saved = read_adapter_config(adapter.folder).values.get("modules_to_save") or []
+    own = {
+        name
+        for name in (ends.embedding, ends.head)
+        if name in adapter.replaced and any(f".{name[:-7]}".endswith(f".{module}") for module in saved)
+    }
+    shared = next((adapter.replaced[n] for n in (ends.embedding, ends.head) if n in {*adapter.replaced} - own), None)
+    return (embedding if ends.embedding in own else shared, head if ends.head in own else shared)
+
+
+def _rows(
+    base: Checkpoint,
+    adapters: Sequence[AdapterFile],
+    adapter: AdapterFile,
+    ends: _Ends,
+    own: tuple[Tensor | None, Tensor | None],
+) -> int:
+    """The rows of both ends.
+
+    Raises:
+        UserError: they have not the same number, so one of them is missing.
+    """
+    before = base.tensors[ends.embedding].shape[0]
+    names = {ends.embedding: own[0], ends.head: own[1]}
+    rows = {name: before if tensor is None else tensor.shape[0] for name, tensor in names.items()}
+    for each in adapters:
+        rows |= {name: len(each.deltas[name].b) for name in names if name in each.deltas and names[name] is None}
+        for name in names:
+            if name in each.deltas and len(each.deltas[name].b) != rows[name]:
+                raise UserError(
+                    f"{each.folder}: the change of {name} has {len(each.deltas[name].b):,} rows, itself {rows[name]:,}"
+                )
+    new = {count for count in rows.values() if count != before}
+    if not new:
+        return before
+    lacking = [name for name in names if names[name] is None or rows[name] == before]
+    if lacking or len(new) > 1:
+        missing = lacking[0] if lacking else ends.head
+        raise UserError(
+            f"{adapter.folder} was trained on a model whose embedding had been resized from {before:,} to {max(new):,} "
+            f"rows, and holds no {missing} of that size: its new rows are nowhere",
+            SAVE_BOTH,
+        )
+    return new.pop()
+
+
+def _equal(base: Checkpoint, ends: _Ends, embedding: Tensor | None, head: Tensor | None) -> bool:
+    if embedding is head:
+        return True
+    values = [base.read(ends.embedding) if tensor is None else tensor for tensor in (embedding, head)]
+    return values[0].shape == values[1].shape and torch.equal(*(value.float() for value in values))
+
+
+def _setting(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A setting of config.json; models of several parts have it in the language model's too."""
+    text = config.get("text_config")
+    inner = {"text_config": {**text, key: value}} if isinstance(text, dict) else {}
+    return inner if inner and key not in config else {key: value, **inner}
+
+
+def _require_tokens(adapter: AdapterFile, base: Checkpoint, rows: int) -> None:
+    """See that there is a row for every token that the adapter's tokenizer has more than the base's.
+
+    Raises:
+        UserError: there is none: the model was resized in training, and the new rows were not saved.
+    """
+    if new := new_tokens(adapter.folder, base.folder, rows):
+        number, token = next(iter(new.items()))
+        raise UserError(
+            f"the tokenizer of {adapter.folder} has the token {token!r} ({number}), and neither the adapter nor the "
+            f"base {base.folder}, whose embedding has {rows:,} rows, has a row for it: the model was resized in "
+            "training, and its new rows are nowhere",
+            SAVE_BOTH,
+        )

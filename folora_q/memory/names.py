@@ -1,0 +1,23 @@
+"""The full names of a model's modules, from its config.json alone."""
+
+from __future__ import annotations
+
+from folora_q.memory.families import FAMILIES
+from folora_q.memory.shapes import Config, is_known, shape_of, text_config
+from folora_q.recipe.targets import Modules
+
+
+def modules_of_config(config: Config) -> Modules | None:
+    """The modules of a model that the table has and whose layers are all alike; None for any other.
+
+    Raises:
+        UserError: config.json lacks what they follow from.
+    """
+    family = FAMILIES.get(text_config(config).get("model_type", ""))
+    if family is None or not is_known(config) or family.expert_width:
+        return None
+    shape = shape_of(config)
+    ((layer, depth),) = shape.layers
+    linears = [f"{family.stack}.{index}.{linear.name}" for index in range(depth) for linear in layer.linears]
+    holders = [name.rpartition(".")[0] for name in linears] + [f"{family.stack}.{index}" for index in range(depth)]
+    return Modules(linears, family.embeddings, family.head, shape.tied, list(dict.fromkeys(holders)))

@@ -1,0 +1,43 @@
+"""Tokens in a run's rows that the model's embedding has no row for: found before the model is loaded."""
+
+from __future__ import annotations
+
+import pyarrow.compute as pc
+from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.prepare import TaskTokens
+from folora_q.data.tokenized import Tokenized
+from folora_q.errors import UserError
+from folora_q.preflight.model import no_row
+
+
+def require_rows(data: TaskTokens, tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
+    """See that the embedding has a row for every token that the run reads.
+
+    Raises:
+        UserError: it has none for a token of a row, or for the one that batches are padded with.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(rows, int):
+        return
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding >= rows:
+        raise UserError(f"batches are padded, but {no_row({padding: str(tokenizer.pad_token)}, rows)}")
+    for half, examples in ((data.train, data.task.train), (data.heldout, data.task.heldout)):
+        if (place := _first_beyond(half, rows)) is not None:
+            example, number = place
+            token = str(tokenizer.convert_ids_to_tokens(number))
+            raise UserError(f"{examples[example].where}: {no_row({number: token}, rows)}")
+
+
+def _first_beyond(half: Tokenized, rows: int) -> tuple[int, int] | None:
+    """The example, and the number, of the first token beyond the rows."""
+    ids = half.sequences.data.column("input_ids")
+    if (pc.max(pc.list_flatten(ids)).as_py() or 0) < rows:
+        return None
+    for row in half.sequences:
+        for number in row["input_ids"]:
+            if number >= rows:
+                return row["example"], number
+    return None

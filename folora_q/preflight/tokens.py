@@ -1,0 +1,89 @@
+"""Tokens of a tokenizer that the model's embedding has no row for, found in its files. Needs no transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from folora_q.data.formats import Example, content_of
+from folora_q.reading import MIB, read_json, read_text
+
+# A tokenizer of 260,000 tokens with their merges has 33 MiB.
+MOST_TOKENIZER = 128 * MIB
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token")
+
+
+def tokens_beyond(folder: Path, rows: int) -> dict[int, str]:
+    """Tokens of a model's folder whose number no row of the embedding has, by that number."""
+    return {number: token for number, token in sorted(_tokens(folder)) if number >= rows}
+
+
+def new_tokens(adapter: Path, base: Path | None, rows: int) -> dict[int, str]:
+    """Tokens of an adapter's own tokenizer that no row is for, without those of which its base has none either."""
+    beyond = tokens_beyond(adapter, rows)
+    known = tokens_beyond(base, rows) if beyond and base is not None else {}
+    return {number: token for number, token in beyond.items() if number not in known}
+
+
+def needed_tokens(folder: Path, beyond: Mapping[int, str], template: str | None) -> dict[int, str]:
+    """Of these the ones that every run would use: named as special tokens, or written in the chat template.
+
+    Args:
+        template: Jinja that takes the place of the model's own.
+    """
+    config = _object(folder / "tokenizer_config.json")
+    named = [config.get(name) for name in NAMED]
+    specials = {token["content"] if isinstance(token, Mapping) else token for token in named if token}
+    written = template if template is not None else _template(folder, config)
+    return {number: token for number, token in beyond.items() if token in specials or token in written}
+
+
+def tokens_in(example: Example, tokens: Mapping[int, str]) -> dict[int, str]:
+    """The tokens that an example's text holds, by their number."""
+    content = content_of(example)
+    return {number: token for number, token in tokens.items() if json.dumps(token, ensure_ascii=False)[1:-1] in content}
+
+
+def _tokens(folder: Path) -> Iterator[tuple[int, str]]:
+    held = _object(folder / "tokenizer.json")
+    for added in held.get("added_tokens") or []:
+        yield from _pair(added.get("id"), added.get("content")) if isinstance(added, Mapping) else ()
+    model = held.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        for token, number in vocabulary.items():
+            yield from _pair(number, token)
+    elif isinstance(vocabulary, list):  # of a unigram model: tokens and their scores, in order
+        for number, entry in enumerate(vocabulary):
+            yield from _pair(number, entry[0] if isinstance(entry, list) and entry else None)
+    decoder = _object(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    for number, added in decoder.items() if isinstance(decoder, Mapping) else ():
+        content = added.get("content") if isinstance(added, Mapping) else added
+        yield from _pair(int(number) if str(number).isdecimal() else None, content)
+    for name in ("added_tokens.json", "vocab.json"):
+        for token, number in _object(folder / name).items():
+            yield from _pair(number, token)
+
+
+def _pair(number: object, token: object) -> Iterator[tuple[int, str]]:
+    if type(number) is int and isinstance(token, str):
+        yield number, token
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str:
+    try:
+        return read_text(folder / "chat_template.jinja", MIB)
+    except (OSError, ValueError):
+        own = config.get("chat_template")
+        return own if isinstance(own, str) else json.dumps(own or "", ensure_ascii=False)
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file; nothing where there is none, which whoever loads the tokenizer will say."""
+    try:
+        value = read_json(path, MOST_TOKENIZER)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, Mapping) else {}

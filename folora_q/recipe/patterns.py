@@ -1,0 +1,19 @@
+"""Regular expressions from files, which names of modules are matched against."""
+
+from __future__ import annotations
+
+import re
+
+# A group that is repeated can take time exponential in the name's length, and PEFT would wait for it.
+REPEATED_GROUP, REPEATS, MOST_REPEATS = re.compile(r"\)[*+{]"), re.compile(r"[*+{]"), 12
+
+
+def pattern_fault(pattern: str) -> str | None:
+    """What is wrong with a pattern, as what it is; None if it can be used."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"no regular expression: {error}"
+    if REPEATED_GROUP.search(pattern) or len(REPEATS.findall(pattern)) > MOST_REPEATS:
+        return "a pattern that could be matched for ever"
+    return None

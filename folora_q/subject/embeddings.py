@@ -1,0 +1,99 @@
+"""Adapters that were trained after the embedding had been resized: the base is resized before one is put on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from folora_q.errors import UserError
+from folora_q.export.adapter import PREFIX
+from folora_q.export.ends import SAVE_BOTH
+from folora_q.models.meta import modules_of
+from folora_q.models.trust import SAFE_ADAPTER
+from folora_q.preflight.tokens import new_tokens
+
+# What PEFT puts between a module's name and `weight`.
+BETWEEN = (".modules_to_save", ".base_layer", "")
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A weight in an adapter's file."""
+
+    path: Path
+    name: str
+    rows: int
+
+    def read(self) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.name)
+
+
+def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, compare: bool) -> None:
+    """Give the model as many rows as the adapter has, which brings them.
+
+    Args:
+        base: the folder with the base's files, where it is known.
+        compare: the model with the adapter off is to be the base.
+
+    Raises:
+        UserError: the adapter was trained with rows that it does not hold; or switching it off would not be the base,
+            since it holds another embedding too.
+    """
+    modules, before = modules_of(model), model.get_input_embeddings().weight.shape[0]
+    saved = {name: _saved(adapter / SAFE_ADAPTER, name) for name in (modules.embeddings[0], modules.head)}
+    found = [one for one in saved.values() if one is not None]
+    rows = max((one.rows for one in found), default=before)
+    if rows == before:
+        if new := new_tokens(adapter, base, rows):
+            number, token = next(iter(new.items()))
+            raise UserError(
+                f"the tokenizer of the adapter {adapter} has the token {token!r} ({number}), and the model's embedding "
+                f"{rows:,} rows: it was resized in training, and its new rows are not in the adapter",
+                SAVE_BOTH,
+            )
+        return
+    lacking = [name for name, one in saved.items() if one is None or one.rows != rows]
+    if lacking and not (modules.tied and len(lacking) < len(saved)):
+        raise UserError(
+            f"the adapter {adapter} was trained on a model whose embedding had been resized from {before:,} to "
+            f"{rows:,} rows, and holds no {lacking[0]}.weight of that size: its new rows are nowhere",
+            SAVE_BOTH,
+        )
+    if compare and (name := _changed(model, found, before)) is not None:
+        raise UserError(
+            f"the adapter {adapter} holds another {name} than the base, which stays when it is switched off: base and "
+            "tuned model cannot be compared so",
+            "`folora-q chat` talks to it, without --base; `folora-q merge` makes one model of it",
+        )
+    model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _saved(path: Path, module: str) -> _Saved | None:
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            for between in BETWEEN:
+                if (name := f"{PREFIX}{module}{between}.weight") in names:
+                    return _Saved(path, name, file.get_slice(name).get_shape()[0])
+    except (SafetensorError, OSError):  # a pickle, or one that cannot be read, of which PEFT says more
+        pass
+    return None
+
+
+def _changed(model: PreTrainedModel, found: list[_Saved], before: int) -> str | None:
+    """A weight of which a row that the base has is another one in the adapter, and is no module of PEFT's own."""
+    ends = modules_of(model)
+    for one in found:
+        if ".modules_to_save." in one.name:
+            continue
+        head = one.name.startswith(f"{PREFIX}{ends.head}.")
+        own = (model.get_output_embeddings() if head else model.get_input_embeddings()).weight
+        if not torch.equal(one.read()[:before].to(own.dtype), own.detach().cpu()[: len(one.read())]):
+            return one.name.removeprefix(PREFIX)
+    return None
