@@ -37,6 +37,7 @@ from folora_q.models.adapters import (
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
 from folora_q.models.logits import check_head
+from folora_q.models.targets import in_16_bits, listed, without_adapter
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.private import conceal
@@ -171,7 +172,8 @@ def _run(
         stop_at(base.model, data.end_of_turn)
     first = torch.tensor([data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
     check_head(base.model, first)  # statistics, KL and losses all rest on it
-    clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
+    clock.note(f"{base.quantized_modules} linear layers in 4 bits ({base.quantization})")
+    clock.note(f"in 16 bits: {listed(in_16_bits(base.model))} of the weights")
     if resumed is not None:
         manifest["files_sha256"] = resumed.require_model(base.fingerprint)
     manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
@@ -189,6 +191,7 @@ def _run(
     )
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
+    clock.note(f"adapters on {len(adapter_pairs(model))} linear layers{_left_out(model)}")
     if recipe.training.packing:
         rows = data.train.sequences
         check_packing(model, rows[0]["input_ids"], rows[len(rows) - 1]["input_ids"])
@@ -210,7 +213,7 @@ def _run(
     contrast = Contrast(model)
     texts, score, answers = evaluate(contrast, tokenizer, measured_on, recipe.evaluation, scorer, clock)
     layers = _layers(contrast, trainer, measured_on, clock)
-    held = f"4 bits ({recipe.model.bnb_4bit_quant_type}), computing in {hardware}"
+    held = f"4 bits ({base.quantization}), computing in {hardware}"
     evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)
     atomic_write(folder.evaluation, to_json(evaluation))
     folder.write_lines(folder.answers, answer_lines(answers))
@@ -220,6 +223,11 @@ def _run(
     if not trainer.saves:
         discard_after(folder.path, 0)  # the one at the end of training, or those of a signal
     return RunResult(folder.path, evaluation, answers, list(clock.stages.values()))
+
+
+def _left_out(model: PeftModel) -> str:
+    parts = without_adapter(model)
+    return f"; none on {listed(parts)} of the weights" if parts else ""
 
 
 def _proxy_text(

@@ -24,16 +24,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of one weight: ΔW = scale B A, or its transpose where the base stores weights as (in, out).
+    """The change of one weight: ΔW = scale B A, or its transpose where the base holds the weight as (in, out).
 
     Attributes:
         a: (r, in). b: (out, r).
+        transposed: which of them; the base's class says so, not the adapter.
     """
 
     a: Tensor
     b: Tensor
     scale: float
-    transposed: bool
+    transposed: bool = False
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """ΔW in the shape of the weight, computed in `dtype`."""
@@ -48,7 +49,8 @@ class AdapterFile:
     Attributes:
         base, revision: the model that it belongs to.
         deltas: by the weight's name, such as model.layers.0.self_attn.q_proj.weight.
-        replaced: weights that were trained whole (`modules_to_save`), by name.
+        replaced: weights that were trained whole (`modules_to_save`), or of which PEFT saved the base's beside their
+            pair (embeddings and head), by name.
         quantization: of the base in training, as folora-q writes it; None for an adapter trained elsewhere.
     """
 
@@ -80,7 +82,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds numbers that are not finite")
         module, kind, _ = name.removeprefix(PREFIX).partition(".lora_")
         if not kind:
-            replaced[name.removeprefix(PREFIX)] = tensor
+            replaced[name.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
         elif name.endswith(".lora_A.weight"):
             b = tensors.get(name.replace(".lora_A.", ".lora_B."))
             if b is None:
@@ -120,4 +122,4 @@ def _delta(config: AdapterConfig, module: str, a: Tensor, b: Tensor) -> Delta:
             f"{config.path.parent}: A {short(tuple(a.shape))} and B {short(tuple(b.shape))} of {short(module)} "
             f"are not a pair of rank {rank}"
         )
-    return Delta(a.float(), b.float(), config.scale(module), config.transposed)
+    return Delta(a.float(), b.float(), config.scale(module))

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import set_seed
 
 from folora_q.core import SpectralGate
 from folora_q.errors import UserError
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
+from folora_q.models.targets import choose_targets
 from folora_q.recipe.schema import AdapterSection, ExportSection, GateSection
 
 ADAPTER = "default"
@@ -59,6 +61,7 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
         target_modules=section.target_modules,
         task_type="CAUSAL_LM",
     )
+    choose_targets(base.model, config)
     try:
         model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
     except ValueError as error:
@@ -75,11 +78,11 @@ def keep_in_float32(model: PeftModel, start: dict[str, torch.Tensor] | None = No
 
 
 def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
-    """Every adapted linear layer, in the model's order."""
+    """Every adapted linear layer, in the model's order; experts that another program adapted are none."""
     return [
         AdapterPair(name.removeprefix("base_model.model."), module)
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and ADAPTER in module.lora_A
     ]
 
 

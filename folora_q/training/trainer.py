@@ -215,6 +215,7 @@ def build_trainer(
             adam_epsilon=training.adam_epsilon,
             **{CHECKPOINTING: training.recomputes_on(on_gpu)},
             seed=training.seed,
+            router_aux_loss_coef=0.0,  # left out, TRL would take the configuration's own, and say nothing
             max_length=training.max_length,
             packing=training.packing,
             dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared

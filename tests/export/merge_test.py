@@ -19,7 +19,8 @@ from folora_q.export.merge import REPORT, Merge, write_merged
 from folora_q.models.checkpoint import INDEX, open_checkpoint
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
-from folora_q.models.quantization import Quantization, quantized_weights
+from folora_q.models.layout import quantized_parameters
+from folora_q.models.quantization import Quantization
 from folora_q.recipe.schema import ModelSection
 from tests.export.models import save_adapter, sharded_llama, sharded_qwen
 
@@ -44,7 +45,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def expected(base: Path, adapter: Path, scale: float, weights: str = "original") -> dict[str, torch.Tensor]:
     """W + s B A in float64, from the files as PEFT and transformers wrote them."""
     change = load_file(adapter / "adapter_model.safetensors")
-    quantized = quantized_weights(str(base)) if weights == "dequantized" else set()
+    quantized = quantized_parameters(base, Quantization()) if weights == "dequantized" else set()
     result = {}
     for name, weight in weights_of(base).items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
@@ -77,7 +78,7 @@ def test_the_round_trip_is_what_the_4_bit_layers_compute_with(tmp_path: Path) ->
     base = sharded_llama(tmp_path)
     section = ModelSection(model_name_or_path=str(base))
     model = load_model(section, Hardware(torch.device("cpu"), torch.bfloat16, "a test")).model
-    stored, names = weights_of(base), quantized_weights(str(base))
+    stored, names = weights_of(base), quantized_parameters(base, Quantization())
     assert len(names) == 14 and not [name for name in names if "lm_head" in name or "embed" in name]
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
