@@ -101,8 +101,8 @@ class Merge:
         base = f"{adapter.folder} changes {name}, but of the base {self.base.folder}"
         if len(found) > 1 or any(one in self.layout.converted for one in found):
             raise UserError(
-                f"{base} it is stored as {', '.join(found[:2])}{', …' * (len(found) > 2)}, which transformers joins when "
-                "it loads them",
+                f"{base} it is stored as {', '.join(found[:2])}{', …' * (len(found) > 2)}, which transformers changes "
+                "when it loads them",
                 "merge it with PEFT itself",
             )
         parameter = self.layout.parameter_of[found[0]] if found else name

@@ -152,7 +152,7 @@ def guard_cpu_kernels(model: PreTrainedModel) -> int:
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let a model that was saved in 4 bits compute in a dtype: transformers takes it, and what is in 16 bits, as saved."""
+    """Let a model that was saved in 4 bits compute in a dtype; transformers computes in that of the file."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

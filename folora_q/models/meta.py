@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.errors import UserError, first_line
+from folora_q.models.classes import auto_class
 from folora_q.reading import finite
 from folora_q.recipe.paths import short
 
@@ -43,9 +44,10 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
     if kind not in CONFIG_MAPPING:
         raise UserError(f"config.json: transformers knows no model of the type {short(repr(kind))}")
     try:
-        full = CONFIG_MAPPING[kind].from_dict(dict(config))
+        # JSON has no infinity: transformers writes one in its own way.
+        full = CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(full, trust_remote_code=False)
+            model = auto_class(full).from_config(full, trust_remote_code=False)
     except UNBUILDABLE as error:
         reason = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
         raise UserError(f"transformers cannot build this model from its config.json: {reason}") from error

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
@@ -43,12 +44,14 @@ class GatedTrainer(DurableTrainer):
     Attributes:
         gates: by adapted layer, set by `gate_with`; None is plain QLoRA.
         max_kl: the KL at which training stops.
+        means_batches: the model's own loss is a mean over a batch, whatever it holds, as that of models that also see.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
     gate_section: GateSection
     max_kl: float | None = None
     gated: GatedOptimizer | None = None
+    means_batches: bool = False
 
     def gate_with(self, gates: Mapping[str, SpectralGate]) -> None:
         """Pass all steps to come through these gates; with rule frozen, train no A from here on.
@@ -168,10 +171,22 @@ class GatedTrainer(DurableTrainer):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside a checkpoint: the card with the numbers is written with the adapter."""
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if self.args.device.type == "cuda":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
-        head = super() if self.args.device.type == "cuda" else super(SFTTrainer, self)
-        return head.compute_loss(model, inputs, *args, **kwargs)
+        if not self.means_batches:
+            return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        words = outputs.logits.shape[-1]
+        loss = ForCausalLMLoss(outputs.logits, inputs["labels"], words, num_items_in_batch=num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
 
 def build_trainer(
@@ -253,6 +268,8 @@ def build_trainer(
         eval_dataset=heldout,
         callbacks=list(callbacks),
     )
+    trainer.means_batches = not trainer.model_accepts_loss_kwargs
+    trainer.model_accepts_loss_kwargs = True  # every token counts alike, in whichever batch it is
     trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     if training.early_stopping_patience is not None:

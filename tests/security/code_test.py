@@ -12,9 +12,9 @@ import torch
 
 from folora_q.errors import UserError
 from folora_q.models.hardware import choose_hardware
+from folora_q.models.layout import quantized_parameters
 from folora_q.models.load import load_model, require_packable
 from folora_q.models.meta import parameter_shapes
-from folora_q.models.layout import quantized_parameters
 from folora_q.models.quantization import Quantization
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import Trust

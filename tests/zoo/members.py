@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,43 +82,145 @@ def gpt_sizes(**names: str) -> dict[str, Any]:
     return {key: value for key, value in own.items() if key}
 
 
+def sees(text: dict[str, Any], eyes: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Settings of a model that also sees."""
+    return {"text_config": {**SIZES, **text}, "vision_config": eyes, **settings}
+
+
+ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SLIDING = {"head_dim": 16, "sliding_window": 64}
+LINEAR_ATTENTION = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+QWEN_EYES = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+QWEN_TOKENS = {"image_token_id": 257, "video_token_id": 258, "vision_start_token_id": 259, "vision_end_token_id": 260}
+
 MEMBERS: dict[str, Member] = {
     "llama": Member("Llama 2, 3.x", "LlamaForCausalLM", shards=True),
     "llama-tied": Member("Llama 3.2 1B, 3B", "LlamaForCausalLM", {"tie_word_embeddings": True}),
     "mistral": Member("Mistral 7B, Nemo", "MistralForCausalLM", {"sliding_window": 64}),
+    "mistral3": Member(
+        "Mistral Small 3.x, Ministral 3",
+        "Mistral3ForConditionalGeneration",
+        sees(
+            {"model_type": "ministral3", "head_dim": 16, "tie_word_embeddings": False},
+            {"model_type": "pixtral", **EYES},
+            image_token_index=257,
+            tie_word_embeddings=False,
+        ),
+        sizes={},
+    ),
     "qwen2": Member("Qwen2, Qwen2.5", "Qwen2ForCausalLM", {"tie_word_embeddings": True}, shards=True),
+    "qwen2.5-vl": Member(
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        sees(
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+            {key: value for key, value in QWEN_EYES.items() if key != "num_position_embeddings"},
+            **QWEN_TOKENS,
+        ),
+        sizes={},
+    ),
     "qwen3": Member("Qwen3", "Qwen3ForCausalLM", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-moe": Member("Qwen3-30B-A3B", "Qwen3MoeForCausalLM", {"head_dim": 16, "num_experts": 4, **EXPERTS}),
-    "mixtral": Member("Mixtral", "MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}, shards=True),
-    "gpt-oss": Member(
-        "gpt-oss, in 16 bits",
-        "GptOssForCausalLM",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+    "qwen3-vl": Member(
+        "Qwen3-VL",
+        "Qwen3VLForConditionalGeneration",
+        sees(
+            {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+            {**QWEN_EYES, "deepstack_visual_indexes": [0]},
+            **QWEN_TOKENS,
+        ),
+        sizes={},
     ),
+    "qwen3-next": Member(
+        "Qwen3-Next",
+        "Qwen3NextForCausalLM",
+        {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR_ATTENTION},
+    ),
+    "qwen3.5": Member(
+        "Qwen3.5",
+        "Qwen3_5ForConditionalGeneration",
+        sees(
+            {
+                **LINEAR_ATTENTION,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 0]},
+            },
+            QWEN_EYES,
+            **QWEN_TOKENS,
+        ),
+        sizes={},
+    ),
+    "mixtral": Member("Mixtral", "MixtralForCausalLM", ROUTED, shards=True),
+    "gpt-oss": Member("gpt-oss, in 16 bits", "GptOssForCausalLM", {**ROUTED, **SLIDING}),
     "olmoe": Member("OLMoE", "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "granite-moe": Member(
-        "Granite 3 MoE",
-        "GraniteMoeForCausalLM",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0},
-    ),
-    "gemma2": Member("Gemma 2", "Gemma2ForCausalLM", {"head_dim": 16, "sliding_window": 64}),
-    "gemma3-text": Member("Gemma 3 270M, 1B", "Gemma3ForCausalLM", {"head_dim": 16, "sliding_window": 64}),
+    "granite-moe": Member("Granite 3 MoE", "GraniteMoeForCausalLM", {**ROUTED, "logits_scaling": 2.0}),
+    "gemma2": Member("Gemma 2", "Gemma2ForCausalLM", SLIDING),
+    "gemma3-text": Member("Gemma 3 270M, 1B", "Gemma3ForCausalLM", SLIDING),
     "gemma3": Member(
         "Gemma 3 4B, 12B, 27B",
         "Gemma3ForConditionalGeneration",
-        {
-            "text_config": {**SIZES, "head_dim": 16, "sliding_window": 64},
-            "vision_config": EYES,
-            "mm_tokens_per_image": 4,
-            "image_token_index": 257,
-            "boi_token_index": 258,
-            "eoi_token_index": 259,
-        },
+        sees(
+            SLIDING,
+            EYES,
+            mm_tokens_per_image=4,
+            image_token_index=257,
+            boi_token_index=258,
+            eoi_token_index=259,
+        ),
         sizes={},
         shards=True,
     ),
+    "gemma4": Member(
+        "Gemma 4 E2B, E4B, 31B",
+        "Gemma4ForConditionalGeneration",
+        sees(
+            {
+                **SLIDING,
+                "vocab_size_per_layer_input": WORDS,
+                "hidden_size_per_layer_input": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            {**EYES, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+            audio_config=None,
+            image_token_id=257,
+            video_token_id=258,
+            boi_token_id=259,
+            eoi_token_id=260,
+            audio_token_id=256,
+        ),
+        sizes={},
+    ),
     "phi3": Member("Phi 3, Phi 4", "Phi3ForCausalLM"),
     "granite": Member("Granite 3, 4", "GraniteForCausalLM", {"tie_word_embeddings": True, "logits_scaling": 8.0}),
+    "granite4-hybrid": Member(
+        "Granite 4 H",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **ROUTED,
+            "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "lfm2": Member("LFM2", "Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32}),
     "olmo2": Member("OLMo 2", "Olmo2ForCausalLM"),
     "smollm3": Member("SmolLM3", "SmolLM3ForCausalLM"),
     "falcon": Member(
@@ -127,7 +228,9 @@ MEMBERS: dict[str, Member] = {
         "FalconForCausalLM",
         {"multi_query": True, "parallel_attn": True, "bias": False, "new_decoder_architecture": False, "alibi": False},
         sizes=gpt_sizes(intermediate_size="ffn_hidden_size", num_key_value_heads=""),
+        refused="bitsandbytes",
     ),
+    "gpt-neox": Member("GPT-NeoX, Pythia", "GPTNeoXForCausalLM", sizes=gpt_sizes(num_key_value_heads="")),
     "gpt2": Member(
         "GPT-2",
         "GPT2LMHeadModel",
@@ -145,21 +248,6 @@ MEMBERS: dict[str, Member] = {
         "OPTForCausalLM",
         {"word_embed_proj_dim": 64},
         sizes=gpt_sizes(intermediate_size="ffn_dim", num_key_value_heads="", initializer_range="init_std"),
-    ),
-    "qwen3-next": Member(
-        "Qwen3-Next",
-        "Qwen3NextForCausalLM",
-        {
-            "head_dim": 16,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 32,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            **EXPERTS,
-        },
     ),
     "nf4-double": Member(
         "bitsandbytes nf4, double quantization",
