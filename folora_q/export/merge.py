@@ -54,6 +54,8 @@ class Merge:
         dtype: of the merged model.
         quantization: how the base was held in training, for `dequantized`.
         trust: what building the base may do.
+        trained_on: the checkpoint in 4 bits that the adapter was trained on, where it is not the base: what the merged
+            model is compared with.
     """
 
     base: Checkpoint
@@ -62,6 +64,7 @@ class Merge:
     dtype: torch.dtype
     quantization: Quantization
     trust: Trust = NOTHING
+    trained_on: Path | None = None
 
     def __post_init__(self) -> None:
         """Find what cannot be merged before anything is written.

@@ -210,8 +210,8 @@ def check_outputs(
 
 def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of PEFT's own adapter on the base, and of the base."""
-    base = _loaded(merge.base.folder, compute, merge)
-    for name in merge.quantized:
+    base = _loaded(merge.trained_on or merge.base.folder, compute, merge)
+    for name in merge.quantized if merge.trained_on is None else ():
         where = merge.layout.parameter_of[name]
         parameter, transposed = base.get_parameter(where), where in merge.layout.transposed
         held = merge.quantization.round_trip(parameter.data.T if transposed else parameter.data).to(compute)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from folora_q.memory.activations import FLOAT32, Arithmetic, adapts_experts
-from folora_q.memory.shapes import Layer, Linear, ModelShape
+from folora_q.memory.activations import FLOAT32, Arithmetic
+from folora_q.memory.shapes import Linear, ModelShape
 from folora_q.recipe import Recipe
 from folora_q.recipe.schema import GateSection
 
@@ -82,18 +82,6 @@ def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, i
         if how.is_adapted(linear):
             yield how.rank * linear.inputs, count
             yield how.rank * linear.outputs, count
-    for layer, count in shape.layers:
-        if adapts_experts(layer, how):
-            yield from ((size, count) for size in _expert_adapter(shape, layer, how.rank))
-
-
-def _expert_adapter(shape: ModelShape, layer: Layer, rank: int) -> tuple[int, ...]:
-    """PEFT's on fused experts: twice the rank for the two branches in one, and one on the router."""
-    width = layer.active // layer.routed
-    experts = layer.experts // (3 * shape.hidden * width)
-    into, out = 2 * rank * experts, rank * experts
-    router = rank * shape.hidden, rank * experts
-    return into * shape.hidden, into * 2 * width, out * width, out * shape.hidden, *router
 
 
 def trained_tensors(shape: ModelShape, how: Arithmetic) -> list[tuple[int, int]]:

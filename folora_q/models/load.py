@@ -42,6 +42,7 @@ class LoadedModel:
         name: what an adapter's `base_model_name_or_path` should say: a hub id, or the folder that was loaded.
         revision: the hub commit, or None for local files.
         quantization: how its weights are held, for whoever merges the adapter later.
+        loader: the class of transformers that loads it.
         fingerprint: tells this checkpoint and quantization from any other; keys the proxy cache.
     """
 
@@ -52,6 +53,7 @@ class LoadedModel:
     fingerprint: str
     quantized_modules: int
     quantization: Quantization
+    loader: str = "AutoModelForCausalLM"
 
 
 def load_model(
@@ -81,7 +83,8 @@ def load_model(
         compute_in(model, hardware.dtype)
     fingerprint = _fingerprint(found, f"{held.bnb_4bit_quant_type} {held.bnb_4bit_use_double_quant}")
     revision = None if Path(found.source).is_dir() else found.revision
-    return LoadedModel(model, tokenizer, found.source, revision, fingerprint, quantized, held)
+    loader = auto_class(found.config).__name__
+    return LoadedModel(model, tokenizer, found.source, revision, fingerprint, quantized, held, loader)
 
 
 def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = NOTHING) -> tuple[PreTrainedModel, str]:
