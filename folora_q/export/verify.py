@@ -25,7 +25,6 @@ from folora_q.errors import RunFailed
 from folora_q.export.merge import Merge
 from folora_q.models.checkpoint import DTYPES, open_checkpoint
 from folora_q.models.classes import auto_class
-from folora_q.models.load import compute_in, guard_cpu_kernels
 
 # Rows of a weight that are compared at a time.
 ROWS = 1024
@@ -239,8 +238,9 @@ def _loaded(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel
         use_safetensors=None if merge.trust.pickle else True,
         weights_only=True,
     )
-    if guard_cpu_kernels(model):  # the base was saved in 4 bits, and is compared as it is
-        compute_in(model, compute)
+    if getattr(model, "hf_quantizer", None) is not None:
+        # Saved in 4 bits: decoded as in training. Without gradients bitsandbytes rounds otherwise than with them.
+        model = model.dequantize(dtype=compute).to(compute)
     return model.eval()
 
 

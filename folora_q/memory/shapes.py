@@ -155,8 +155,8 @@ NAMES = {
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate")
 # Types of these models; in others only the experts themselves have such names.
 RENAMED_BY_PEFT = frozenset(
-    "qwen3_moe qwen3_next olmoe flex_olmo deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe glm4_moe glm4_moe_lite"
-    " glm4v_moe glm_moe_dsa hunyuan_v1_moe exaone_moe cohere2_moe longcat_flash afmoe solar_open mellum"
+    "qwen3_moe qwen3_next olmoe flex_olmo deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe glm4_moe"
+    " glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe exaone_moe cohere2_moe longcat_flash afmoe solar_open mellum"
     " qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker".split()
 )
 NEEDED = ("hidden", "layers", "heads", "vocabulary")

@@ -72,6 +72,7 @@ class Member:
             config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **self.quantized)
             in_4_bits = AutoModelForCausalLM.from_pretrained(folder / "16-bit", quantization_config=config)
             in_4_bits.save_pretrained(folder, max_shard_size=size)
+            tiny_tokenizer().save_pretrained(folder / "16-bit")
         tiny_tokenizer().save_pretrained(folder)
         return folder
 
