@@ -12,6 +12,9 @@ from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
 from folora_q.data.read import examine
 from folora_q.data.templates import read_template
+from folora_q.memory.config import read_config
+from folora_q.models.stored_quantization import stored_quantization
+from folora_q.models.unsupported import refuse_unsupported
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.paths import is_hub_dataset
@@ -39,7 +42,7 @@ def command(path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bo
 
 def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
     training, gate = recipe.training, recipe.gate
-    yield "model", f"{recipe.model.model_name_or_path}, in 4 bits ({recipe.model.bnb_4bit_quant_type})"
+    yield "model", f"{recipe.model.model_name_or_path}, {_held(recipe)}"
     yield from (("train", _source(source, recipe, rows)) for source in recipe.data.train_dataset)
     if recipe.data.eval_dataset is None:
         share = recipe.data.eval_size
@@ -65,6 +68,21 @@ def _facts(recipe: Recipe, rows: int | None) -> Iterator[tuple[str, str]]:
     yield "gate", gate.words if gate.enabled else "off: plain QLoRA"
     taken = " (holds a run already: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
     yield "run", training.output_dir + taken
+
+
+def _held(recipe: Recipe) -> str:
+    """How the model is held in training; of a local one, as its own config.json says.
+
+    Raises:
+        UserError: it is of a kind that cannot be fine-tuned.
+    """
+    name = recipe.model.model_name_or_path
+    config = read_config(name) if Path(name).is_dir() else {}
+    refuse_unsupported(name, config)
+    stored = stored_quantization(config)
+    return (
+        f"in 4 bits ({recipe.model.bnb_4bit_quant_type})" if stored is None else f"in 4 bits as it was saved ({stored})"
+    )
 
 
 def _source(source: Source, recipe: Recipe, rows: int | None) -> str:

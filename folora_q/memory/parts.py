@@ -54,6 +54,8 @@ def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
         blocks = -(-linear.weights // BLOCK)
         codes += count * -(-linear.weights // 2)
         constants += count * (blocks + FLOAT32 * -(-blocks // NESTED_BLOCK) if double else FLOAT32 * blocks)
+    packed = shape.quantized / max(shape.quantized + shape.skipped, 1)
+    codes, constants = round(codes * packed), round(constants * packed)
     return {"4-bit weights": codes, "their constants": constants, "16-bit weights": shape.unquantized * compute}
 
 

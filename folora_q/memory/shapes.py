@@ -6,7 +6,8 @@ caller, and its parameters are read by `folora_q.memory.built`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,6 +81,7 @@ class ModelShape:
     Attributes:
         layers: decoder layers with how often each stands in the model.
         outside: linear layers elsewhere (a vision tower): in 4 bits, and not run on text.
+        skipped: weights of linear layers that a checkpoint saved in 4 bits leaves in 16.
         others: parameters outside of the layers, without embeddings and head: the last norm, positions, a head's bias.
         tied: the head is the embedding.
         rms: norms are RMS norms, which compute in float32 whatever they are given.
@@ -107,6 +109,7 @@ class ModelShape:
     rotary: bool = True
     activation: str = "silu"
     outside: tuple[tuple[Linear, int], ...] = ()
+    skipped: int = 0
 
     @property
     def depth(self) -> int:
@@ -120,14 +123,15 @@ class ModelShape:
     @property
     def quantized(self) -> int:
         """Weights in 4 bits."""
-        return sum(linear.weights * count for linear, count in self.linears)
+        return sum(linear.weights * count for linear, count in self.linears) - self.skipped
 
     @property
     def unquantized(self) -> int:
         """Parameters in 16 bits."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         outside = sum(linear.outputs * count for linear, count in self.outside if linear.bias)
-        return embeddings + self.others + outside + sum(layer.unquantized * count for layer, count in self.layers)
+        inside = sum(layer.unquantized * count for layer, count in self.layers)
+        return embeddings + self.others + outside + inside + self.skipped
 
     @property
     def parameters(self) -> int:
@@ -234,6 +238,20 @@ def adaptable(linear: Linear, model_type: str) -> Linear:
     """As PEFT takes it in models of a type: in some, names of dense MLPs and shared experts are those of experts."""
     taken = model_type in RENAMED_BY_PEFT and linear.name.rpartition(".")[2] in EXPERT_NAMES
     return replace(linear, adaptable=not taken)
+
+
+def leaving_out(shape: ModelShape, names: Sequence[str]) -> ModelShape:
+    """With the linear layers that a checkpoint in 4 bits leaves in 16 bits.
+
+    Args:
+        names: of modules, as transformers takes `llm_int8_skip_modules`: a full name's end, or its beginning.
+    """
+    skipped = 0
+    for linear, count in shape.linears:
+        numbered = [name for name in names if re.search(rf"\.\d+\.{re.escape(linear.name)}$", name)]
+        whole = any(linear.name.endswith(name) or re.match(rf"{re.escape(name)}(\.|$)", linear.name) for name in names)
+        skipped += linear.weights * (count if whole else min(len(set(numbered)), count))
+    return replace(shape, skipped=skipped)
 
 
 def activation_of(given: Config) -> str:

@@ -24,6 +24,7 @@ from folora_q.models.quantization import Quantization
 from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
 from folora_q.models.tokenizer import load_tokenizer, loading, safe_source
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.models.unsupported import refuse_unsupported
 from folora_q.recipe.schema import ModelSection
 
 # Enough of a weight file to tell two checkpoints apart without reading 15 GB.
@@ -183,6 +184,7 @@ def _find(section: ModelSection, trust: Trust) -> _Found:
     source, revision = safe_source(section, trust)
     with loading(section):
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust.remote_code)
+    refuse_unsupported(section.model_name_or_path, config.to_dict())
     return _Found(config, source, revision)
 
 
