@@ -80,9 +80,8 @@ def _held(recipe: Recipe) -> str:
     config = read_config(name) if Path(name).is_dir() else {}
     refuse_unsupported(name, config)
     stored = stored_quantization(config)
-    return (
-        f"in 4 bits ({recipe.model.bnb_4bit_quant_type})" if stored is None else f"in 4 bits as it was saved ({stored})"
-    )
+    how = f"({recipe.model.bnb_4bit_quant_type})" if stored is None else f"as it was saved ({stored})"
+    return f"in 4 bits {how}"
 
 
 def _source(source: Source, recipe: Recipe, rows: int | None) -> str:

@@ -23,7 +23,7 @@ from folora_q.memory.shapes import (
 IN_A_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|blocks|layer|block))\.(?P<number>\d+)\.(?P<name>.+)$")
 OUTPUTS = re.compile(r"(^|\.)(o_proj|out_proj|dense|c_proj|down_proj|fc2|w2|wo|dense_4h_to_h)$")
 NORM = re.compile(r"(norm|ln_?\w*)\.weight$")
-NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|image|patch)")
+NOT_TEXT = re.compile(r"(^|\.)(embed_)?(vision|visual|audio|multi_modal|mm_|image|patch)")
 
 
 def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ...], bool]]) -> ModelShape:
@@ -51,7 +51,8 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
         if place is None or NOT_TEXT.search(name):
             if is_weight:
                 bare = name.removesuffix(".weight")
-                outside.append((Linear(bare, shape[1], shape[0], bare, bare in biases, adaptable=False), 1))
+                is_text = NOT_TEXT.search(name) is None
+                outside.append((Linear(bare, shape[1], shape[0], bare, bare in biases, is_text), 1))
             elif name not in embeddings and not linear:
                 others += prod(shape)
             continue

@@ -21,6 +21,8 @@ UNBUILDABLE = (
     *(ValueError, TypeError, AttributeError, ImportError, RuntimeError, LookupError, ArithmeticError, AssertionError),
     StrictDataclassError,
 )
+# Classes of layers that transformers lets bitsandbytes put into 4 bits; it passes over classes made of them.
+QUANTIZED = (torch.nn.Linear, Conv1D)
 COUNTING, MOST = re.compile("layer|block|depth|expert|stage"), 2_000
 
 
@@ -55,7 +57,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
     owners = {
         id(parameter): module
         for module in model.modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        if type(module) in QUANTIZED and module is not head
         for parameter in module.parameters(recurse=False)
     }
     return full.to_dict(), [

@@ -141,7 +141,10 @@ MEMBERS: dict[str, Member] = {
         "Qwen3-VL",
         "Qwen3VLForConditionalGeneration",
         sees(
-            {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+            {
+                "head_dim": 16,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            },
             {**QWEN_EYES, "deepstack_visual_indexes": [0]},
             **QWEN_TOKENS,
         ),
@@ -193,6 +196,7 @@ MEMBERS: dict[str, Member] = {
                 **SLIDING,
                 "vocab_size_per_layer_input": WORDS,
                 "hidden_size_per_layer_input": 8,
+                "global_head_dim": 16,
                 "layer_types": ["sliding_attention", "full_attention"],
             },
             {**EYES, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
