@@ -21,6 +21,7 @@ from folora_q.export.gguf_check import GgufFacts
 from folora_q.export.hub import push_folder, require_token
 from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
+from folora_q.export.tied import part_tied
 from folora_q.export.verify import Verification, check_outputs, check_weights
 from folora_q.models.checkpoint import Checkpoint, model_folder, open_checkpoint
 from folora_q.models.classes import auto_class
@@ -110,7 +111,10 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
         raise UserError(f"{target} is there already", "add --overwrite, or name another place with --output")
     for leftover in target.parent.glob(f".{target.name}.*"):
         clock.note(f"{leftover} is left from a merge that was killed; it is not used, and can be deleted")
-    base = _base(adapters, request, clock)
+    base, adapters = part_tied(_base(adapters, request, clock), adapters, request.trust)
+    if base.copies:
+        apart = ", ".join(base.copies)
+        clock.note(f"{apart} is no longer tied to the input embeddings, since the adapter changes one of the two")
     folders = [base.folder, *(adapter.folder for adapter in adapters)]  # its tokenizer may be the adapter's
     if request.gguf and not request.trust.remote_code and (naming := next(filter(names_code, folders), None)):
         raise UserError(

@@ -49,7 +49,7 @@ class Merge:
     """What is merged into what.
 
     Attributes:
-        adapters: with their weights w.
+        adapters: with their weights w; they, and the base, as `part_tied` gives them.
         weights: the base's weights as they are, or as they were in 4 bits in training.
         dtype: of the merged model.
         quantization: how the base was held in training, for `dequantized`.
@@ -108,13 +108,9 @@ class Merge:
                 "when it loads them",
                 "merge it with PEFT itself",
             )
-        parameter = self.layout.parameter_of[found[0]] if found else name
-        if parameter in self.tied:
-            raise UserError(f"{base} it is tied to the input embeddings")
         if not found:
-            raise UserError(f"{base} it has no such weight")
-        if heads := [head for head, source in self.tied.items() if source == parameter]:
-            raise UserError(f"{adapter.folder} changes {name}, to which {heads[0]} of the base is tied")
+            tied = self.layout.tied.get(name)
+            raise UserError(f"{base} it is tied to {tied}" if tied else f"{base} it has no such weight")
         return found[0]
 
     @cached_property
@@ -122,21 +118,6 @@ class Merge:
         """What the base's class does with the weights on the disk."""
         names = [name for adapter, _ in self.adapters for name, _ in _shapes(adapter)]
         return read_layout(self.base.folder, self.base.tensors, names, self.trust)
-
-    @cached_property
-    def tied(self) -> dict[str, str]:
-        """By parameter, the one that it is the same as once transformers has loaded the base.
-
-        What the class says is done unless both are on the disk and differ.
-        """
-        return {
-            one: other
-            for one, other in self.layout.tied.items()
-            if not (
-                (both := [name for of in (one, other) for name in self.layout.stored_as(of)])[1:]
-                and not torch.equal(*map(self.base.read, both[:2]))
-            )
-        }
 
     @cached_property
     def _changes(self) -> dict[str, list[tuple[float, Delta]]]:
@@ -250,7 +231,7 @@ def _merged(merge: Merge, name: str) -> Tensor:
         return weight
     deltas = merge.deltas(name)
     if deltas:
-        weight = weight.float()
+        weight = weight.to(torch.float32, copy=True)
         for share, delta in deltas:
             weight.add_(delta.dense(), alpha=share)
     return weight.to(merge.dtype).contiguous()
@@ -262,6 +243,10 @@ def _shard_name(number: int, count: int) -> str:
 
 def _write_companions(merge: Merge, staging: Path) -> None:
     config = {name: value for name, value in merge.base.config.items() if name != "quantization_config"}
+    if merge.base.copies:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
     config.pop("torch_dtype", None)
     config["dtype"] = str(merge.dtype).removeprefix("torch.")
     (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -49,12 +49,14 @@ class StoredTensor:
     Attributes:
         shape, dtype: as it is read; of a weight in 4 bits, after decoding.
         packed: it lies there in 4 bits.
+        copy_of: the name that it has there, where it is the same as another one.
     """
 
     shard: str
     shape: tuple[int, ...]
     dtype: str
     packed: bool = False
+    copy_of: str | None = None
 
     @property
     def numel(self) -> int:
@@ -94,8 +96,18 @@ class Checkpoint:
             UserError: its bytes cannot be read; shard and tensor are named.
         """
         stored = self.tensors[name]
-        tensor = self._read(name, stored)
-        return dequantize_4bit(tensor, self._state(name)) if stored.packed else tensor
+        place = stored.copy_of or name
+        tensor = self._read(place, stored)
+        return dequantize_4bit(tensor, self._state(place)) if stored.packed else tensor
+
+    def with_copy(self, name: str, of: str) -> Checkpoint:
+        """With one tensor more, which is the same as another."""
+        return replace(self, tensors=self.tensors | {name: replace(self.tensors[of], copy_of=of)})
+
+    @property
+    def copies(self) -> list[str]:
+        """Names of tensors that were added."""
+        return [name for name, stored in self.tensors.items() if stored.copy_of is not None]
 
     def _state(self, name: str) -> QuantState:
         found = {other.removeprefix(f"{name}."): self._read(other, at) for other, at in self.constants[name].items()}

@@ -16,6 +16,7 @@ from folora_q.errors import UserError
 from folora_q.export import merge as merging
 from folora_q.export.adapter import read_adapter
 from folora_q.export.merge import REPORT, Merge, write_merged
+from folora_q.export.tied import part_tied
 from folora_q.models.checkpoint import INDEX, open_checkpoint
 from folora_q.models.hardware import Hardware
 from folora_q.models.layout import quantized_parameters
@@ -34,8 +35,9 @@ BF16 = torch.bfloat16
 
 
 def merge_of(base: Path, *adapters: tuple[Path, float], weights: str = "original", dtype: torch.dtype = BF16) -> Merge:
-    read = [(read_adapter(folder), share) for folder, share in adapters]
-    return Merge(open_checkpoint(base), read, weights, dtype, Quantization())
+    parted, read = part_tied(open_checkpoint(base), [read_adapter(folder) for folder, _ in adapters])
+    shares = [share for _, share in adapters]
+    return Merge(parted, list(zip(read, shares, strict=True)), weights, dtype, Quantization())
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -214,10 +216,6 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_written(tmp_pa
     adapter = save_adapter(other, tmp_path / "adapter")
     with pytest.raises(UserError, match=r"changes model\.layers\.0\.mlp\.\w+\.weight of shape"):
         merge_of(base, (adapter, 1.0))
-    tied = sharded_llama(tmp_path / "c", tied=True)
-    head = save_adapter(base, tmp_path / "head", target_modules=["lm_head"])
-    with pytest.raises(UserError, match="it is tied to the input embeddings"):
-        merge_of(tied, (head, 1.0))
 
 
 def test_no_room_on_the_disk_is_found_before(tmp_path: Path, monkeypatch) -> None:
