@@ -181,11 +181,14 @@ class GatedTrainer(DurableTrainer):
         if self.args.device.type == "cuda":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
-        if not self.means_batches:
+        if not self.means_batches and not self.aux_loss_enabled:
             return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        balancing = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, **balancing)
         words = outputs.logits.shape[-1]
         loss = ForCausalLMLoss(outputs.logits, inputs["labels"], words, num_items_in_batch=num_items_in_batch)
+        if self.aux_loss_enabled:  # a mean over a micro-batch
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
 
@@ -207,7 +210,7 @@ def build_trainer(
         tell: takes a line each time that memory runs out, or a step is skipped.
 
     Raises:
-        UserError: a combination of settings is not one that transformers takes.
+        UserError: a combination of settings is not one that transformers takes, or one that this model has no use for.
     """
     training, every = recipe.training, recipe.evaluation.steps
     save_steps = training.save_steps or (every if recipe.keeps_best else None)
@@ -230,7 +233,7 @@ def build_trainer(
             adam_epsilon=training.adam_epsilon,
             **{CHECKPOINTING: training.recomputes_on(on_gpu)},
             seed=training.seed,
-            router_aux_loss_coef=0.0,  # left out, TRL would take the configuration's own, and say nothing
+            router_aux_loss_coef=training.router_aux_loss_coef,  # left out, TRL would take the configuration's own
             max_length=training.max_length,
             packing=training.packing,
             dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared
@@ -257,6 +260,11 @@ def build_trainer(
         )
     except ValueError as error:
         raise UserError(f"section `training`: {str(error).splitlines()[0]}") from error
+    if training.router_aux_loss_coef and not hasattr(model.config.get_text_config(), "output_router_logits"):
+        raise UserError(
+            "`training.router_aux_loss_coef` is for mixtures of experts, and this model has no router to balance",
+            "leave it out",
+        )
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -268,6 +276,9 @@ def build_trainer(
         eval_dataset=heldout,
         callbacks=list(callbacks),
     )
+    # TRL leaves it on in the configuration, for every pass that comes; a step of training asks for it.
+    model.config.get_text_config().output_router_logits = False
+    trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps  # the rehearsal's
     trainer.means_batches = not trainer.model_accepts_loss_kwargs
     trainer.model_accepts_loss_kwargs = True  # every token counts alike, in whichever batch it is
     trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
