@@ -73,6 +73,9 @@ def _print_head(recipe: Recipe, shape: ModelShape, found: Estimate) -> None:
     sizes = f"{shape.parameters / 1e9:,.2f} billion parameters, {shape.quantized / shape.parameters:.0%} in 4 bits"
     name = escape(recipe.model.model_name_or_path)
     out.print(f"[bold]{name}[/]: {sizes}; {found.trained / 1e6:,.1f} million trained", soft_wrap=True)
+    if shape.experts:
+        share = shape.experts / shape.parameters
+        out.print(f"{share:.0%} of them are experts, which stay in 16 bits and have no adapter", soft_wrap=True)
     training = recipe.training
     rows = training.per_device_train_batch_size
     out.print(f"[dim]steps of {rows} x {training.max_length:,} tokens, all rows at their longest[/]\n", soft_wrap=True)

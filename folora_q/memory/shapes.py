@@ -126,6 +126,11 @@ class ModelShape:
         return sum(linear.weights * count for linear, count in self.linears) - self.skipped
 
     @property
+    def experts(self) -> int:
+        """Parameters of experts."""
+        return sum(layer.experts * count for layer, count in self.layers)
+
+    @property
     def unquantized(self) -> int:
         """Parameters in 16 bits."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)

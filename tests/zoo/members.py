@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tests.conftest import tiny_tokenizer
+from tests.models.load_test import write_gguf
 
 WORDS = 261  # of the tiny tokenizer
 SIZES: dict[str, Any] = {
@@ -48,6 +49,7 @@ class Member:
         sizes: takes the place of `SIZES`.
         shards: more files than one.
         quantized: bitsandbytes' settings, for a checkpoint that is published in 4 bits.
+        gguf: it is published as a GGUF file.
         refused: a part of what `validate` says where it cannot be fine-tuned.
     """
 
@@ -57,10 +59,15 @@ class Member:
     sizes: dict[str, Any] = field(default_factory=lambda: SIZES)
     shards: bool = False
     quantized: dict[str, Any] | None = None
+    gguf: bool = False
     refused: str = ""
 
     def save(self, folder: Path) -> Path:
-        """Make the model, and save it as it would be published, with a tokenizer."""
+        """Make the model, and save it as it would be published, with a tokenizer.
+
+        Returns:
+            The folder, or the file.
+        """
         torch.manual_seed(0)
         cls = getattr(transformers, self.architecture)
         model: PreTrainedModel = cls(cls.config_class(**{**self.sizes, **self.settings})).to(torch.bfloat16)
@@ -74,6 +81,9 @@ class Member:
             in_4_bits.save_pretrained(folder, max_shard_size=size)
             tiny_tokenizer().save_pretrained(folder / "16-bit")
         tiny_tokenizer().save_pretrained(folder)
+        if self.gguf:
+            write_gguf(folder, folder.with_suffix(".gguf"))
+            return folder.with_suffix(".gguf")
         return folder
 
 
@@ -107,6 +117,7 @@ QWEN_EYES = {
     "out_hidden_size": 64,
     "num_position_embeddings": 16,
 }
+MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 QWEN_TOKENS = {"image_token_id": 257, "video_token_id": 258, "vision_start_token_id": 259, "vision_end_token_id": 260}
 
 MEMBERS: dict[str, Member] = {
@@ -129,7 +140,7 @@ MEMBERS: dict[str, Member] = {
         "Qwen2.5-VL",
         "Qwen2_5_VLForConditionalGeneration",
         sees(
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+            {"rope_parameters": MROPE},
             {key: value for key, value in QWEN_EYES.items() if key != "num_position_embeddings"},
             **QWEN_TOKENS,
         ),
@@ -254,6 +265,7 @@ MEMBERS: dict[str, Member] = {
         {"word_embed_proj_dim": 64},
         sizes=gpt_sizes(intermediate_size="ffn_dim", num_key_value_heads="", initializer_range="init_std"),
     ),
+    "gguf": Member("a GGUF file (Llama)", "LlamaForCausalLM", gguf=True),
     "nf4-double": Member(
         "bitsandbytes nf4, double quantization",
         "LlamaForCausalLM",

@@ -31,6 +31,7 @@ from folora_q.memory.config import read_config
 from folora_q.memory.estimate import estimate
 from folora_q.memory.shapes import ModelShape, is_known, leaving_out, shape_of
 from folora_q.merging import MergeRequest, run_merge
+from folora_q.models.gguf import convert_gguf
 from folora_q.models.meta import parameter_shapes
 from folora_q.models.stored_quantization import stored_quantization
 from folora_q.pipeline import RunResult, run_training
@@ -93,7 +94,8 @@ def walk(name: str, folder: Path, rules: Sequence[str] = ()) -> Walk:
     gated, notes = train(recipe, folder / "gated")
     found.adapted, found.left, found.in_16_bits = _said(notes, gated.folder)
     plain, _ = train(recipe, folder / "plain", gate={"enabled": False}, training={"save_steps": 1})
-    _check_estimate(Recipe.model_validate(_read(recipe)), gated.folder, model)
+    plainly = convert_gguf(model) if member.gguf else model  # as transformers reads it
+    _check_estimate(Recipe.model_validate(_read(recipe)), gated.folder, plainly)
     _check_resumed(plain.folder)
     for result in (gated, plain):
         trained = load_file(RunFolder(result.folder).adapter / ADAPTER)
@@ -104,7 +106,7 @@ def walk(name: str, folder: Path, rules: Sequence[str] = ()) -> Walk:
 
     outcome = run_evaluation(EvaluationRequest(str(gated.folder)), Silent())
     assert outcome.evaluation.texts == gated.evaluation.texts
-    _check_merged(member, model, plain.folder)
+    _check_merged(plainly, plain.folder)
     said = "".join(load_chat(str(plain.folder)).reply(QUESTION, False, Sampling(0, 4)))
     merged = "".join(load_chat(str(plain.folder / "merged"), bits=16).reply(QUESTION, False, Sampling(0, 4)))
     assert isinstance(said, str) and said == merged
@@ -225,7 +227,7 @@ def _check_resumed(run: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-def _check_merged(member: Member, model: Path, run: Path) -> None:
+def _check_merged(model: Path, run: Path) -> None:
     """Merge, and compare logits with PEFT's adapter on the base in 4 bits, as plain transformers loads it."""
     found = run_merge(MergeRequest([run], [1.0], "dequantized", torch.float32), Silent())
     assert found.verification is not None and found.verification.failures == []
