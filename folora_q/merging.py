@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from folora_q import __version__
 from folora_q.errors import RunFailed, UserError
@@ -24,6 +24,7 @@ from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
 from folora_q.export.verify import Verification, check_outputs, check_weights
 from folora_q.models.checkpoint import Checkpoint, model_folder, open_checkpoint
+from folora_q.models.classes import auto_class
 from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import ADAPTER_CONFIG, CODE_FLAG, NOTHING, Trust, names_code
@@ -85,6 +86,13 @@ class MergeResult:
     gguf: tuple[Path, GgufFacts] | None = None
     url: str | None = None
 
+    @property
+    def loader(self) -> str:
+        """The class of transformers that loads the model."""
+        return auto_class(
+            AutoConfig.from_pretrained(self.folder, trust_remote_code=self.merge.trust.remote_code)
+        ).__name__
+
 
 def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
     """Merge adapters into their base, and verify the result.
@@ -114,7 +122,8 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
         )
     dtype, reason = (request.dtype, "as asked") if request.dtype else _dtype_of(base)
     shared = list(zip(adapters, request.shares, strict=True))
-    merge = Merge(base, shared, request.weights, dtype, _quantization(adapters), request.trust)
+    trained_on = _trained_on(adapters, request, clock)
+    merge = Merge(base, shared, request.weights, dtype, _quantization(adapters), request.trust, trained_on)
     size = merge.result_bytes / 1e9
     clock.note(
         f"{len(merge.changed)} of {len(base.tensors)} weights change; {size:.2f} GB in {_name(dtype)} ({reason})"
@@ -221,6 +230,30 @@ def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) 
         folder = model_folder(name, None if request.base_model else adapters[0].revision, request.trust)
         require_loadable(ModelSection(model_name_or_path=str(folder)), request.trust)
         return open_checkpoint(folder, request.trust)
+
+
+def _trained_on(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) -> Path | None:
+    """The checkpoint in 4 bits that an adapter was trained on, where it is merged into another one.
+
+    Raises:
+        UserError: it is needed for the proof and cannot be found.
+    """
+    found = next((each for each in adapters if each.quantization and each.quantization.prequantized), None)
+    if found is None or request.base_model is None or not request.verify:
+        return None
+    if request.weights == "original":
+        clock.note(
+            f"{found.folder} was trained on {found.base}, in 4 bits; what is merged is compared with the adapter on "
+            f"{request.base_model}"
+        )
+        return None
+    try:
+        return model_folder(found.base, found.revision, request.trust)
+    except UserError as error:
+        raise UserError(
+            f"the merged model is to be compared with the one that was trained, on {found.base}: {error.message}",
+            "leave --base-model out, or give --no-verify",
+        ) from None
 
 
 def _quantization(adapters: Sequence[AdapterFile]) -> Quantization:

@@ -42,6 +42,7 @@ from folora_q.models.adapters import (
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
 from folora_q.models.logits import check_head
+from folora_q.models.targets import in_16_bits, listed, without_adapter
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.preflight.ids import require_rows
@@ -193,7 +194,8 @@ def _run(
         stop_at(base.model, token)
     first = torch.tensor([data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
     check_head(base.model, first)  # statistics, KL and losses all rest on it
-    clock.note(f"{base.quantized_modules} linear layers in 4 bits ({recipe.model.bnb_4bit_quant_type})")
+    clock.note(f"{base.quantized_modules} linear layers in 4 bits ({base.quantization})")
+    clock.note(f"in 16 bits: {listed(in_16_bits(base.model))} of the weights")
     if resumed is not None:
         manifest["files_sha256"] = resumed.require_model(base.fingerprint)
     manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
@@ -211,6 +213,7 @@ def _run(
     )
 
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
+    clock.note(f"adapters on {len(adapter_pairs(model))} linear layers{_left_out(model)}")
     if recipe.training.packing:
         rows = data.train.sequences
         check_packing(model, rows[0]["input_ids"], rows[len(rows) - 1]["input_ids"])
@@ -237,7 +240,7 @@ def _run(
         layers = _layers(contrast, trainer, measured_on, clock)
     except Exception as error:
         raise _evaluation_failed(error, folder, recipe.evaluation, trust) from error
-    held = f"4 bits ({recipe.model.bnb_4bit_quant_type}), computing in {hardware}"
+    held = f"4 bits ({base.quantization}), computing in {hardware}"
     evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)
     atomic_write(folder.evaluation, to_json(evaluation))
     folder.write_lines(folder.answers, answer_lines(answers))
@@ -247,6 +250,11 @@ def _run(
     if not trainer.saves:
         discard_after(folder.path, 0)  # the one at the end of training, or those of a signal
     return RunResult(folder.path, evaluation, answers, list(clock.stages.values()), manifest["warnings"])
+
+
+def _left_out(model: PeftModel) -> str:
+    parts = without_adapter(model)
+    return f"; none on {listed(parts)} of the weights" if parts else ""
 
 
 def _proxy_text(

@@ -33,11 +33,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLORA_Q_CACHE", str(tmp_path / "cache"))
 
 
-def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: int = 0) -> Path:
-    """A Llama of 2 layers and 64 channels over bytes, with random weights, as a Hugging Face folder."""
-    import torch
+def tiny_tokenizer(bos: bool = True, chat: bool = True):
+    """A tokenizer over bytes, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "in"]
@@ -53,6 +52,15 @@ def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: 
     )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: int = 0) -> Path:
+    """A Llama of 2 layers and 64 channels over bytes, with random weights, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(bos, chat)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(

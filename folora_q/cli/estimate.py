@@ -18,7 +18,9 @@ from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.built import shape_of_parameters
 from folora_q.memory.config import read_config
 from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
-from folora_q.memory.shapes import ModelShape, is_known, shape_of
+from folora_q.memory.shapes import ModelShape, is_known, leaving_out, shape_of
+from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
+from folora_q.models.unsupported import refuse_unsupported
 from folora_q.recipe import Recipe
 
 CARDS = (8.0, 12.0, 16.0, 24.0)
@@ -36,8 +38,11 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
 
     Exit code 1 says that it does not fit the card of --gpu, and then it says what to change, least harm first.
     """
-    shape = _shape(recipe, ctx.obj["debug"])
+    shape, stored = _shape(recipe, ctx.obj["debug"])
     model = examined(recipe, path, overrides, ctx.obj["debug"], ask_the_hub=False)  # config.json is here by now
+    if stored is not None:  # what the recipe says of quantization is for models in 16 bits
+        held = {"bnb_4bit_quant_type": stored.quant_type, "bnb_4bit_use_double_quant": stored.double_quant}
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=held)})
     found = estimate(recipe, shape)
     _print_head(recipe, shape, found)
     for note in model.notes:
@@ -50,24 +55,31 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
         ctx.exit(1)
 
 
-def _shape(recipe: Recipe, debug: bool) -> ModelShape:
+def _shape(recipe: Recipe, debug: bool) -> tuple[ModelShape, StoredQuantization | None]:
+    """The model's shapes, and how it was saved, if that was in 4 bits."""
     name = recipe.model.model_name_or_path
     with err.status(f"looking for config.json of {escape(name)}"):  # without a network the hub's client tries for long
         config = read_config(name, recipe.model.revision)
+    refuse_unsupported(name, config)
+    stored = stored_quantization(config)
+    skipped = stored.skipped or () if stored is not None else ()
     if is_known(config):
-        return shape_of(config)
+        return leaving_out(shape_of(config), skipped), stored
     with starting(debug) as progress:
         from folora_q.models.meta import parameter_shapes
     progress.note(
         f"models of the type {config.get('model_type')} are not in our table, so this one was built without weights"
     )
-    return shape_of_parameters(*parameter_shapes(config))
+    return leaving_out(shape_of_parameters(*parameter_shapes(config)), skipped), stored
 
 
 def _print_head(recipe: Recipe, shape: ModelShape, found: Estimate) -> None:
     sizes = f"{shape.parameters / 1e9:,.2f} billion parameters, {shape.quantized / shape.parameters:.0%} in 4 bits"
     name = escape(recipe.model.model_name_or_path)
     out.print(f"[bold]{name}[/]: {sizes}; {found.trained / 1e6:,.1f} million trained", soft_wrap=True)
+    if shape.experts:
+        share = shape.experts / shape.parameters
+        out.print(f"{share:.0%} of them are experts, which stay in 16 bits and have no adapter", soft_wrap=True)
     training = recipe.training
     rows = training.per_device_train_batch_size
     out.print(f"[dim]steps of {rows} x {training.max_length:,} tokens, all rows at their longest[/]\n", soft_wrap=True)

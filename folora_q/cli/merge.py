@@ -126,5 +126,5 @@ def _print_result(result: MergeResult) -> None:
         out.print(f"  [dim]# pushed in one commit[/]\n  [cyan]{escape(result.url)}[/]", soft_wrap=True)
     chat = f"folora-q chat {shlex.quote(str(result.folder))}"
     out.print(f"  [dim]# talk to it[/]\n  [cyan]{escape(chat)}[/]", soft_wrap=True)
-    loading = f"AutoModelForCausalLM.from_pretrained({str(result.folder)!r})"
+    loading = f"{result.loader}.from_pretrained({str(result.folder)!r})"
     out.print(f"  [dim]# any program that reads Hugging Face folders[/]\n  [cyan]{escape(loading)}[/]", soft_wrap=True)

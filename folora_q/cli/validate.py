@@ -15,6 +15,9 @@ from folora_q.cli.preflight import examined
 from folora_q.data.read import SourceFacts, examine
 from folora_q.data.sources import HUB_SPLIT
 from folora_q.data.templates import read_template
+from folora_q.memory.config import read_config
+from folora_q.models.stored_quantization import stored_quantization
+from folora_q.models.unsupported import refuse_unsupported
 from folora_q.preflight.model import examine_rows
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
@@ -85,7 +88,7 @@ def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
 
 def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> Iterator[tuple[str, str]]:
     training, gate = recipe.training, recipe.gate
-    yield "model", f"{recipe.model.model_name_or_path}, in 4 bits ({recipe.model.bnb_4bit_quant_type})"
+    yield "model", f"{recipe.model.model_name_or_path}, {_held(recipe)}"
     yield from (("train", look.text) for look in train)
     if recipe.data.eval_dataset is None:
         share = recipe.data.eval_size
@@ -132,3 +135,17 @@ def _size_warnings(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look
         heldout_advice(data, trained, min(held, data.max_eval_samples or held)),
     )
     return [advice for advice in found if advice is not None]
+
+
+def _held(recipe: Recipe) -> str:
+    """How the model is held in training; of a local one, as its own config.json says.
+
+    Raises:
+        UserError: it is of a kind that cannot be fine-tuned.
+    """
+    name = recipe.model.model_name_or_path
+    config = read_config(name) if Path(name).is_dir() else {}
+    refuse_unsupported(name, config)
+    stored = stored_quantization(config)
+    how = f"({recipe.model.bnb_4bit_quant_type})" if stored is None else f"as it was saved ({stored})"
+    return f"in 4 bits {how}"

@@ -26,16 +26,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of one weight: ΔW = scale B A, or its transpose where the base stores weights as (in, out).
+    """The change of one weight: ΔW = scale B A, or its transpose where the base holds the weight as (in, out).
 
     Attributes:
         a: (r, in). b: (out, r).
+        transposed: which of them; the base's class says so, not the adapter.
     """
 
     a: Tensor
     b: Tensor
     scale: float
-    transposed: bool
+    transposed: bool = False
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """ΔW in the shape of the weight, computed in `dtype`."""
@@ -139,4 +140,4 @@ def _delta(config: AdapterConfig, module: str, a: Tensor, b: Tensor) -> Delta:
             f"{config.path.parent}: A {short(tuple(a.shape))} and B {short(tuple(b.shape))} of {short(module)} "
             f"are not a pair of rank {rank}"
         )
-    return Delta(a.float(), b.float(), config.scale(module), config.transposed)
+    return Delta(a.float(), b.float(), config.scale(module))

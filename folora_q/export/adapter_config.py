@@ -39,14 +39,12 @@ class AdapterConfig:
 
     Attributes:
         base, revision: the model that it belongs to; "" where it names none.
-        transposed: its base stores weights as (in, out).
         quantization: of the base in training, as folora-q writes it; None for an adapter trained elsewhere.
     """
 
     path: Path
     base: str
     revision: str | None
-    transposed: bool
     quantization: Quantization | None
     values: dict[str, Any]
 
@@ -103,7 +101,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         quantization = Quantization.from_dict(held) if isinstance(held, dict) else None
     except ValueError as error:
         raise UserError(f"{path}: quantization_config {error}") from None
-    return AdapterConfig(path, base or "", revision, bool(values.get("fan_in_fan_out")), quantization, values)
+    return AdapterConfig(path, base or "", revision, quantization, values)
 
 
 def _refuse_unsupported(folder: Path, values: dict[str, Any]) -> None:

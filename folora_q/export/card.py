@@ -42,7 +42,7 @@ def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evalua
 
 
 def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation | None) -> str:
-    gate = recipe.gate
+    gate, held, loader = recipe.gate, base.quantization, base.loader
     method = (
         f"gated ({gate.words}, floor {gate.floor:g}, sketches of rank {gate.rank})"
         if gate.enabled
@@ -51,8 +51,9 @@ def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation | None) -> s
     return f"""
 # LoRA adapter for {_text(Path(base.name).name)}
 
-Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.bnb_4bit_quant_type}, double quantization
-{"on" if recipe.model.bnb_4bit_use_double_quant else "off"}). Updates were {method}.
+Trained by folora-q {__version__} on a base {"saved in" if held.prequantized else "quantized to"} 4 bits
+({held.bnb_4bit_quant_type}, double quantization {"on" if held.bnb_4bit_use_double_quant else "off"}).
+Updates were {method}.
 
 - Base model: {_code(base.name)}{f" at revision {_code(base.revision)}" if base.revision else ""}
 - Training data: {", ".join(_code(_named(source)) for source in recipe.data.train_dataset)}
@@ -65,9 +66,9 @@ Trained by folora-q {__version__} on a base quantized to 4 bits ({recipe.model.b
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-base = AutoModelForCausalLM.from_pretrained({json.dumps(base.name)})
+base = {loader}.from_pretrained({json.dumps(base.name)})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """

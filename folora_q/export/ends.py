@@ -17,6 +17,7 @@ from folora_q.errors import UserError
 from folora_q.export.adapter import AdapterFile
 from folora_q.export.adapter_config import read_adapter_config
 from folora_q.models.checkpoint import Checkpoint
+from folora_q.models.layout import read_layout
 from folora_q.models.meta import modules_in
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.preflight.tokens import new_tokens
@@ -30,25 +31,30 @@ class FittedCheckpoint(Checkpoint):
 
     Attributes:
         rows: of embedding and output layer.
-        copied: by the name of a tensor that the base has not, the one that it is a copy of.
-        note: what is other than in the base, for people.
+        note: what differs from the base, for people.
     """
 
     rows: int
-    copied: dict[str, str]
     note: str
-
-    def read(self, name: str) -> Tensor:
-        return super().read(self.copied.get(name, name))
 
 
 @dataclass(frozen=True)
 class _Ends:
-    """Names of the weights on the disk, by which the base's class ties them or not."""
+    """The two weights by their names in the model, which adapters use too.
+
+    Attributes:
+        tied: the base's class makes them one.
+        stored: by those names, the names on the disk; a tied output layer may have none.
+    """
 
     embedding: str
     head: str
     tied: bool
+    stored: dict[str, str]
+
+    def place(self, name: str) -> str:
+        """The name on the disk, or the one that a tensor not yet stored gets."""
+        return self.stored.get(name, name)
 
 
 def fitted(
@@ -62,9 +68,9 @@ def fitted(
     ends = _ends(base, trust)
     adapters = [_without_copies(adapter, base, ends) for adapter in adapters]
     changing = [adapter for adapter in adapters if {ends.embedding, ends.head} & {*adapter.deltas, *adapter.replaced}]
-    if ends.embedding not in base.tensors:
+    if ends.embedding not in ends.stored:
         return base, list(adapters)
-    result, rows = (base, list(adapters)), base.tensors[ends.embedding].shape[0]
+    result, rows = (base, list(adapters)), base.tensors[ends.place(ends.embedding)].shape[0]
     if changing:
         result, rows = _fitted(base, adapters, changing[0], ends, trust)
     for adapter in adapters:
@@ -75,9 +81,11 @@ def fitted(
 def _ends(base: Checkpoint, trust: Trust) -> _Ends:
     modules = modules_in(base.folder, trust)
     embedding, head = f"{modules.embeddings[0]}.weight", f"{modules.head}.weight"
+    layout = read_layout(base.folder, base.tensors, (), trust)
+    stored = {name: found[0] for name in (embedding, head) if len(found := layout.stored_as(name)) == 1}
     # transformers ties no two weights that are both on the disk and differ.
-    parted = {embedding, head} <= base.tensors.keys() and not torch.equal(base.read(embedding), base.read(head))
-    return _Ends(embedding, head, modules.tied and not parted)
+    parted = len(stored) == 2 and not torch.equal(*map(base.read, stored.values()))
+    return _Ends(embedding, head, modules.tied and not parted, stored)
 
 
 def _without_copies(adapter: AdapterFile, base: Checkpoint, ends: _Ends) -> AdapterFile:
@@ -86,7 +94,7 @@ def _without_copies(adapter: AdapterFile, base: Checkpoint, ends: _Ends) -> Adap
         name
         for name in (ends.embedding, ends.head)
         if (tensor := adapter.replaced.get(name)) is not None
-        and (stored := name if name in base.tensors else ends.embedding if ends.tied else None) in base.tensors
+        and (stored := ends.stored.get(name, ends.place(ends.embedding) if ends.tied else None)) in base.tensors
         and base.tensors[stored].shape == tensor.shape
         and torch.equal(base.read(stored).float(), tensor.float())
     }
@@ -100,8 +108,9 @@ def _fitted(
     """Both as they can be merged, and the rows of the embedding."""
     embedding, head = _own_weights(adapter, ends)
     rows = _rows(base, adapters, adapter, ends, (embedding, head))
-    tensors, copied, replaced, config = dict(base.tensors), {}, dict(adapter.replaced), dict(base.config)
-    changes = [f"the embedding has {rows:,} rows"] if rows != base.tensors[ends.embedding].shape[0] else []
+    tensors, replaced, config = dict(base.tensors), dict(adapter.replaced), dict(base.config)
+    at_embedding, at_head = ends.place(ends.embedding), ends.place(ends.head)
+    changes = [f"the embedding has {rows:,} rows"] if rows != base.tensors[at_embedding].shape[0] else []
     named = {name for each in adapters for name in each.deltas}
     parted = ends.tied and (
         not named.isdisjoint({ends.embedding, ends.head}) or not _equal(base, ends, embedding, head)
@@ -113,19 +122,19 @@ def _fitted(
                 "merge it with PEFT itself, and see that the two stay apart",
             )
         config |= _setting(config, "tie_word_embeddings", False)
-        if ends.head not in tensors:
-            tensors[ends.head], copied[ends.head] = tensors[ends.embedding], ends.embedding
+        if at_head not in tensors:
+            tensors = base.with_copy(at_head, at_embedding).tensors
         changes.append(f"{ends.head} is no longer tied to {ends.embedding}")
     elif ends.tied:
-        tensors.pop(ends.head, None)  # what is there is the embedding again
+        tensors.pop(at_head, None)  # what is there is the embedding again
         replaced.pop(ends.head, None)
         head = None
     for name, tensor in ((ends.embedding, embedding), (ends.head, head)):
         if tensor is not None:
             replaced[name] = tensor
     for name, tensor in replaced.items():  # a bias of the output layer among them
-        if name in tensors and name.rpartition(".")[0] in (ends.embedding[:-7], ends.head[:-7]):
-            tensors[name] = replace(tensors[name], shape=tuple(tensor.shape))
+        if (at := ends.place(name)) in tensors and name.rpartition(".")[0] in (ends.embedding[:-7], ends.head[:-7]):
+            tensors[at] = replace(tensors[at], shape=tuple(tensor.shape))
     every = [replace(each, replaced=replaced) if each is adapter else each for each in adapters]
     if not changes and tensors == base.tensors:
         return (base, every), rows
@@ -133,7 +142,7 @@ def _fitted(
     values: dict[str, Any] = {field.name: getattr(base, field.name) for field in fields(base)}
     values |= {"tensors": tensors, "config": config}
     note = "; ".join(changes) or f"{ends.head} is stored once, with {ends.embedding}"
-    return (FittedCheckpoint(**values, rows=rows, copied=copied, note=note), every), rows
+    return (FittedCheckpoint(**values, rows=rows, note=note), every), rows
 
 
 def _own_weights(adapter: AdapterFile, ends: _Ends) -> tuple[Tensor | None, Tensor | None]:
@@ -166,7 +175,7 @@ def _rows(
     Raises:
         UserError: they have not the same number, so one of them is missing.
     """
-    before = base.tensors[ends.embedding].shape[0]
+    before = base.tensors[ends.place(ends.embedding)].shape[0]
     names = {ends.embedding: own[0], ends.head: own[1]}
     rows = {name: before if tensor is None else tensor.shape[0] for name, tensor in names.items()}
     for each in adapters:
@@ -193,7 +202,7 @@ def _rows(
 def _equal(base: Checkpoint, ends: _Ends, embedding: Tensor | None, head: Tensor | None) -> bool:
     if embedding is head:
         return True
-    values = [base.read(ends.embedding) if tensor is None else tensor for tensor in (embedding, head)]
+    values = [base.read(ends.place(ends.embedding)) if tensor is None else tensor for tensor in (embedding, head)]
     return values[0].shape == values[1].shape and torch.equal(*(value.float() for value in values))
 
 

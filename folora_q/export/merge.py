@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,8 @@ from folora_q.errors import UserError
 from folora_q.export.adapter import AdapterFile, Delta
 from folora_q.files import commit_directory, free_bytes
 from folora_q.models.checkpoint import INDEX, SINGLE, Checkpoint
-from folora_q.models.quantization import Quantization, quantized_weights
+from folora_q.models.layout import Layout, quantized_parameters, read_layout
+from folora_q.models.quantization import Quantization
 from folora_q.models.trust import NOTHING, Trust
 
 BaseWeights = Literal["original", "dequantized"]
@@ -48,11 +49,13 @@ class Merge:
     """What is merged into what.
 
     Attributes:
-        adapters: with their weights w.
+        adapters: with their weights w; they, and the base, as `fitted` gives them.
         weights: the base's weights as they are, or as they were in 4 bits in training.
         dtype: of the merged model.
         quantization: how the base was held in training, for `dequantized`.
         trust: what building the base may do.
+        trained_on: the checkpoint in 4 bits that the adapter was trained on, where it is not the base: what the merged
+            model is compared with.
     """
 
     base: Checkpoint
@@ -61,26 +64,29 @@ class Merge:
     dtype: torch.dtype
     quantization: Quantization
     trust: Trust = NOTHING
+    trained_on: Path | None = None
 
     def __post_init__(self) -> None:
         """Find what cannot be merged before anything is written.
 
         Raises:
-            UserError: a weight of an adapter is not in the base, has another shape, or is shared with another one.
+            UserError: a weight of an adapter is not in the base, has another shape, or is shared with another one; or
+                the base has none of the weights that are asked for.
         """
-        tied = bool(self.base.config.get("tie_word_embeddings", False))
+        if self.base.prequantized and self.weights == "original":
+            raise UserError(
+                f"{self.base.folder} was saved in 4 bits: there are no original weights to add to",
+                "leave out --base original, or name the model that it was made of with --base-model",
+            )
         for adapter, _ in self.adapters:
             for name, shape in _shapes(adapter):
-                stored = self.base.tensors.get(name)
-                if stored is None:
-                    reason = (
-                        "it is tied to the input embeddings" if tied and "lm_head" in name else "it has no such weight"
-                    )
-                    raise UserError(f"{adapter.folder} changes {name}, but of the base {self.base.folder} {reason}")
-                if stored.shape != shape:
+                stored = self._place(adapter, name)
+                transposed = name in adapter.deltas and self.layout.parameter_of[stored] in self.layout.transposed
+                shape = shape[::-1] if transposed else shape
+                if self._shape(stored) != shape:
                     raise UserError(
                         f"{adapter.folder} changes {name} of shape {shape}, but in the base {self.base.folder} it is "
-                        f"{stored.shape}",
+                        f"{self._shape(stored)}",
                         "the adapter belongs to another base, or was trained with new tokens, which is not supported",
                     )
             if adapter.replaced and len(self.adapters) > 1:
@@ -88,28 +94,82 @@ class Merge:
                     f"{adapter.folder} replaces {next(iter(adapter.replaced))} as a whole; it merges alone only"
                 )
 
-    def deltas(self, name: str) -> list[tuple[float, Delta]]:
-        """The changes of one weight, with the adapters' weights."""
-        return [(weight, adapter.deltas[name]) for adapter, weight in self.adapters if name in adapter.deltas]
+    def _place(self, adapter: AdapterFile, name: str) -> str:
+        """The name on the disk of a weight that an adapter changes.
 
-    def replacement(self, name: str) -> Tensor | None:
-        """The weight that an adapter was trained with whole, if it was."""
-        return next((adapter.replaced[name] for adapter, _ in self.adapters if name in adapter.replaced), None)
+        Raises:
+            UserError: there is none that can be changed alone.
+        """
+        found = self.layout.stored_as(name)
+        base = f"{adapter.folder} changes {name}, but of the base {self.base.folder}"
+        if len(found) > 1 or any(one in self.layout.converted for one in found):
+            raise UserError(
+                f"{base} it is stored as {', '.join(found[:2])}{', …' * (len(found) > 2)}, which transformers changes "
+                "when it loads them",
+                "merge it with PEFT itself",
+            )
+        if not found:
+            tied = self.layout.tied.get(name)
+            raise UserError(f"{base} it is tied to {tied}" if tied else f"{base} it has no such weight")
+        return found[0]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the base's class does with the weights on the disk."""
+        names = [name for adapter, _ in self.adapters for name, _ in _shapes(adapter)]
+        return read_layout(self.base.folder, self.base.tensors, names, self.trust)
+
+    @cached_property
+    def _changes(self) -> dict[str, list[tuple[float, Delta]]]:
+        """By the weight's name on the disk."""
+        found: dict[str, list[tuple[float, Delta]]] = {}
+        for adapter, share in self.adapters:
+            for name, delta in adapter.deltas.items():
+                stored = self._place(adapter, name)
+                transposed = self.layout.parameter_of[stored] in self.layout.transposed
+                found.setdefault(stored, []).append((share, replace(delta, transposed=transposed)))
+        return found
+
+    @cached_property
+    def _replacements(self) -> dict[str, Tensor]:
+        return {
+            self._place(adapter, name): tensor
+            for adapter, _ in self.adapters
+            for name, tensor in adapter.replaced.items()
+        }
+
+    def deltas(self, name: str) -> list[tuple[float, Delta]]:
+        """The changes of one weight on the disk, with the adapters' weights."""
+        return self._changes.get(name, [])
 
     @cached_property
     def quantized(self) -> set[str]:
-        """Names of the base's weights that go through 4 bits; none for the original ones."""
-        return quantized_weights(str(self.base.folder), self.trust) if self.weights == "dequantized" else set()
+        """Names on the disk of the base's weights that go through 4 bits; none for those that lie there in 4 bits."""
+        if self.weights == "original" or self.base.prequantized:
+            return set()
+        parameters = quantized_parameters(self.base.folder, self.quantization, self.trust)
+        return {stored for stored, parameter in self.layout.parameter_of.items() if parameter in parameters}
 
     def base_weight(self, name: str) -> Tensor:
-        """A weight of the base as the merge takes it: as stored, or after the round trip through 4 bits."""
+        """A weight as the merge takes it: the base's as stored, or as it is in 4 bits; or the adapter's own."""
+        if name in self._replacements:
+            return self._replacements[name]
         weight = self.base.read(name)
-        return self.quantization.round_trip(weight) if name in self.quantized else weight
+        transposed = self.layout.parameter_of.get(name) in self.layout.transposed
+        if name in self.quantized:  # which is done to (out, in)
+            return self.quantization.round_trip(weight.T).T if transposed else self.quantization.round_trip(weight)
+        return weight.T if transposed and self.base.tensors[name].packed else weight
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight as the merge takes it."""
+        stored = self.base.tensors[name]
+        transposed = self.layout.parameter_of.get(name) in self.layout.transposed
+        return stored.shape[::-1] if transposed and stored.packed else stored.shape
 
     @property
     def changed(self) -> list[str]:
         """Names of the weights that the merge changes, in the base's order."""
-        return [name for name in self.base.tensors if self.deltas(name) or self.replacement(name) is not None]
+        return [name for name in self.base.tensors if name in self._changes or name in self._replacements]
 
     @property
     def result_bytes(self) -> int:
@@ -119,8 +179,7 @@ class Merge:
 
 def _shapes(adapter: AdapterFile) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, delta in adapter.deltas.items():
-        shape = delta.b.shape[0], delta.a.shape[1]
-        yield name, shape[::-1] if delta.transposed else shape
+        yield name, (delta.b.shape[0], delta.a.shape[1])
     for name, tensor in adapter.replaced.items():
         yield name, tuple(tensor.shape)
 
@@ -167,8 +226,7 @@ def write_merged(
 
 
 def _merged(merge: Merge, name: str) -> Tensor:
-    replacement = merge.replacement(name)
-    weight = merge.base_weight(name) if replacement is None else replacement
+    weight = merge.base_weight(name)
     if not weight.is_floating_point():
         return weight
     deltas = merge.deltas(name)
@@ -176,7 +234,7 @@ def _merged(merge: Merge, name: str) -> Tensor:
         weight = weight.to(torch.float32, copy=True)
         for share, delta in deltas:
             weight.add_(delta.dense(), alpha=share)
-    return weight.to(merge.dtype)
+    return weight.to(merge.dtype).contiguous()
 
 
 def _shard_name(number: int, count: int) -> str:

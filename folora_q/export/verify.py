@@ -19,12 +19,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from folora_q.errors import RunFailed
 from folora_q.export.ends import FittedCheckpoint
 from folora_q.export.merge import Merge
 from folora_q.models.checkpoint import DTYPES, open_checkpoint
+from folora_q.models.classes import auto_class
 
 # Rows of a weight that are compared at a time.
 ROWS = 1024
@@ -112,8 +113,7 @@ def check_weights(
         raise RunFailed(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
     for name in merge.base.tensors:
         found = merged.read(name)
-        replacement = merge.replacement(name)
-        base = merge.base_weight(name) if replacement is None else replacement
+        base = merge.base_weight(name)
         if found.shape != base.shape:
             raise RunFailed(
                 f"{name} has the shape {tuple(found.shape)} in the merged model, {tuple(base.shape)} in the base"
@@ -210,12 +210,14 @@ def check_outputs(
 
 def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of PEFT's own adapter on the base, and of the base."""
-    base = _loaded(merge.base.folder, compute, merge)
+    base = _loaded(merge.trained_on or merge.base.folder, compute, merge)
     if isinstance(merge.base, FittedCheckpoint):
         base.resize_token_embeddings(merge.base.rows, mean_resizing=False)  # the adapter brings the rows themselves
-    for name in merge.quantized:
-        parameter = base.get_parameter(name)
-        parameter.data = merge.quantization.round_trip(parameter.data).to(compute)
+    for name in merge.quantized if merge.trained_on is None else ():
+        where = merge.layout.parameter_of[name]
+        parameter, transposed = base.get_parameter(where), where in merge.layout.transposed
+        held = merge.quantization.round_trip(parameter.data.T if transposed else parameter.data).to(compute)
+        parameter.data = held.T.contiguous() if transposed else held
     vocabulary = base.get_input_embeddings().weight.shape[0]
     bare = logits_of(base, texts, vocabulary)
     names = [str(number) for number in range(len(merge.adapters))]
@@ -231,13 +233,18 @@ def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: tor
 
 def _loaded(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel:
     """The base, or the merged model, which is made of it: its folder has been looked through (`check_model`)."""
-    return AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
+    model = auto_class(config).from_pretrained(
         folder,
         dtype=compute,
         trust_remote_code=merge.trust.remote_code,
         use_safetensors=None if merge.trust.pickle else True,
         weights_only=True,
-    ).eval()
+    )
+    if getattr(model, "hf_quantizer", None) is not None:
+        # Saved in 4 bits: decoded as in training. Without gradients bitsandbytes rounds otherwise than with them.
+        model = model.dequantize(dtype=compute).to(compute)
+    return model.eval()
 
 
 def logits_of(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
@@ -261,9 +268,14 @@ def _round_otherwise(model: PreTrainedModel, merge: Merge) -> None:
     generator = torch.Generator().manual_seed(0)
     as_stored = DTYPES[merge.dtype]
     changed = set(merge.changed)
-    rounded = [name for name, stored in merge.base.tensors.items() if name in changed or stored.dtype != as_stored]
-    for name in rounded:
-        weight = model.get_parameter(name).data
+    rounded = {
+        parameter
+        for name, parameter in merge.layout.parameter_of.items()
+        if name in changed or merge.base.tensors[name].dtype != as_stored
+    }
+    parameters = dict(model.named_parameters())  # without a tied one's second name
+    for weight in (parameters[name].data for name in sorted(rounded & parameters.keys())):
+        weight = weight if weight.ndim else weight[None]
         for start in range(0, len(weight), ROWS):
             rows = weight[start : start + ROWS]
             chance = torch.rand(rows.shape, generator=generator)

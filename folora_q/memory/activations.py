@@ -76,7 +76,7 @@ class Arithmetic:
         return not self.autocast and self.compute != FLOAT32
 
     def is_adapted(self, linear: Linear) -> bool:
-        return self.adapted is None or linear.name in self.adapted
+        return linear.adaptable and (self.adapted is None or linear.name in self.adapted)
 
 
 def kept_in_layer(shape: ModelShape, layer: Layer, batch: Batch, how: Arithmetic) -> int:
@@ -88,13 +88,7 @@ def kept_in_layer(shape: ModelShape, layer: Layer, batch: Batch, how: Arithmetic
         + _kept_by_mlp(shape, layer, how)
     )
     mask = 0 if how.eager or not batch.masked else batch.rows * batch.length**2 * how.compute  # as it is added
-    experts = layer.experts * how.compute if adapts_experts(layer, how) else 0  # with the adapter's product added
-    return per_token * batch.tokens + mask + experts
-
-
-def adapts_experts(layer: Layer, how: Arithmetic) -> bool:
-    """Whether PEFT puts adapters on experts, whose weights it then makes anew: with all-linear, if they are the MLP."""
-    return layer.experts > 0 and layer.middle == 0 and how.adapted is None
+    return per_token * batch.tokens + mask
 
 
 def _kept_by_norms(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
@@ -146,7 +140,7 @@ def _kept_by_attention(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
 def _kept_by_mlp(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
     """What the activation function reads; with a gate, both factors of the product too. The product is an input."""
     tensors = (KEPT_WRITTEN_OUT if shape.activation in WRITTEN_OUT else 1) + (2 if shape.gated else 0)
-    experts = 3 * layer.active + layer.active + 2 * layer.routed * shape.hidden if layer.active else 0
+    experts = 3 * layer.active + layer.routed * shape.hidden if layer.active else 0
     return how.compute * (tensors * layer.middle + experts)
 
 

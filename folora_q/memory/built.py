@@ -7,13 +7,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 
-from folora_q.memory.shapes import Config, Layer, Linear, ModelShape, activation_of, size, sizes, text_config
+from folora_q.memory.shapes import (
+    Config,
+    Layer,
+    Linear,
+    ModelShape,
+    activation_of,
+    adaptable,
+    size,
+    sizes,
+    text_config,
+)
 
 # Which number a decoder layer has; what comes before is the stack's name.
 IN_A_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|blocks|layer|block))\.(?P<number>\d+)\.(?P<name>.+)$")
 OUTPUTS = re.compile(r"(^|\.)(o_proj|out_proj|dense|c_proj|down_proj|fc2|w2|wo|dense_4h_to_h)$")
 NORM = re.compile(r"(norm|ln_?\w*)\.weight$")
-NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|image|patch)")
+NOT_TEXT = re.compile(r"(^|\.)(embed_)?(vision|visual|audio|multi_modal|mm_|image|patch)")
 
 
 def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ...], bool]]) -> ModelShape:
@@ -28,7 +38,7 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
         UserError: config.json lacks what else is needed.
     """
     text = text_config(config)
-    numbers = sizes(text)
+    numbers, model_type = sizes(text), str(text.get("model_type", "unknown"))
     parameters = list(found)
     biases = {name.removesuffix(".bias") for name, _, linear in parameters if linear and name.endswith(".bias")}
     layers: dict[tuple[str, str], tuple[list[Linear], list[int], list[int], list[int]]] = {}
@@ -41,7 +51,8 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
         if place is None or NOT_TEXT.search(name):
             if is_weight:
                 bare = name.removesuffix(".weight")
-                outside.append((Linear(bare, shape[1], shape[0], bare, bare in biases), 1))
+                is_text = NOT_TEXT.search(name) is None
+                outside.append((Linear(bare, shape[1], shape[0], bare, bare in biases, is_text), 1))
             elif name not in embeddings and not linear:
                 others += prod(shape)
             continue
@@ -59,12 +70,12 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
     layers = {key: (_parallel(*lists[:2], numbers["hidden"]), *lists[1:]) for key, lists in layers.items()}
     counts: dict[Layer, int] = {}
     for linears, norms, rest, experts in layers.values():
-        layer = Layer(
-            tuple(linears), tuple(norms), sum(rest), sum(experts), *_routing(text, numbers, experts), _middle(linears)
-        )
+        taken = tuple(adaptable(linear, model_type) for linear in linears)
+        routing = _routing(text, numbers, experts)
+        layer = Layer(taken, tuple(norms), sum(rest), sum(experts), *routing, _middle(linears))
         counts[layer] = counts.get(layer, 0) + 1
     return ModelShape(
-        model_type=str(text.get("model_type", "unknown")),
+        model_type=model_type,
         **{key: numbers[key] for key in ("vocabulary", "hidden", "heads", "kv_heads", "head_dim", "intermediate")},
         layers=tuple(counts.items()),
         others=others,

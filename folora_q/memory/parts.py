@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from folora_q.memory.activations import FLOAT32, Arithmetic, adapts_experts
+from folora_q.memory.activations import FLOAT32, Arithmetic
 from folora_q.memory.families import FAMILIES
-from folora_q.memory.shapes import Layer, Linear, ModelShape
+from folora_q.memory.shapes import Linear, ModelShape
 from folora_q.recipe import Recipe
 from folora_q.recipe.adapter import ALL_LINEAR
 from folora_q.recipe.schema import GateSection
@@ -61,6 +61,8 @@ def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
         blocks = -(-linear.weights // BLOCK)
         codes += count * -(-linear.weights // 2)
         constants += count * (blocks + FLOAT32 * -(-blocks // NESTED_BLOCK) if double else FLOAT32 * blocks)
+    packed = shape.quantized / max(shape.quantized + shape.skipped, 1)
+    codes, constants = round(codes * packed), round(constants * packed)
     return {"4-bit weights": codes, "their constants": constants, "16-bit weights": shape.unquantized * compute}
 
 
@@ -119,18 +121,6 @@ def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, i
     if how.head:
         yield how.rank * shape.hidden, 1
         yield how.rank * shape.vocabulary, 1
-    for layer, count in shape.layers:
-        if adapts_experts(layer, how):
-            yield from ((size, count) for size in _expert_adapter(shape, layer, how.rank))
-
-
-def _expert_adapter(shape: ModelShape, layer: Layer, rank: int) -> tuple[int, ...]:
-    """PEFT's on fused experts: twice the rank for the two branches in one, and one on the router."""
-    width = layer.active // layer.routed
-    experts = layer.experts // (3 * shape.hidden * width)
-    into, out = 2 * rank * experts, rank * experts
-    router = rank * shape.hidden, rank * experts
-    return into * shape.hidden, into * 2 * width, out * width, out * shape.hidden, *router
 
 
 def trained_tensors(shape: ModelShape, how: Arithmetic) -> list[tuple[int, int]]:

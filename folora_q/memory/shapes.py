@@ -6,8 +6,9 @@ caller, and its parameters are read by `folora_q.memory.built`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from folora_q.errors import UserError
@@ -26,6 +27,7 @@ class Linear:
     Attributes:
         name: its path in the decoder layer, e.g. self_attn.q_proj.
         reads: names the tensor that it is given; layers with the same share it.
+        adaptable: text reaches it, and PEFT does not take it for an expert (folora_q.models.targets).
     """
 
     name: str
@@ -33,6 +35,7 @@ class Linear:
     outputs: int
     reads: str
     bias: bool = False
+    adaptable: bool = True
 
     @property
     def weights(self) -> int:
@@ -47,8 +50,8 @@ class Layer:
         linears: what bitsandbytes puts into 4 bits, and an adapter can be attached to.
         norms: how many numbers of a token each norm reads.
         others: parameters that are no weight or bias of a linear layer; experts are among them.
-        experts: parameters of the experts, which transformers holds as 3-dimensional tensors: nothing quantizes them,
-            and where there is no other MLP PEFT adapts them.
+        experts: parameters of the experts, which transformers holds as 3-dimensional tensors: nothing quantizes or
+            adapts them.
         routed: experts that a token goes to.
         active: intermediate features of all of them.
         middle: intermediate features of the MLP that is made of linear layers.
@@ -78,6 +81,7 @@ class ModelShape:
     Attributes:
         layers: decoder layers with how often each stands in the model.
         outside: linear layers elsewhere (a vision tower): in 4 bits, and not run on text.
+        skipped: weights of linear layers that a checkpoint saved in 4 bits leaves in 16.
         others: parameters outside of the layers, without embeddings and head: the last norm, positions, a head's bias.
         tied: the head is the embedding.
         rms: norms are RMS norms, which compute in float32 whatever they are given.
@@ -105,6 +109,7 @@ class ModelShape:
     rotary: bool = True
     activation: str = "silu"
     outside: tuple[tuple[Linear, int], ...] = ()
+    skipped: int = 0
 
     @property
     def depth(self) -> int:
@@ -118,14 +123,20 @@ class ModelShape:
     @property
     def quantized(self) -> int:
         """Weights in 4 bits."""
-        return sum(linear.weights * count for linear, count in self.linears)
+        return sum(linear.weights * count for linear, count in self.linears) - self.skipped
+
+    @property
+    def experts(self) -> int:
+        """Parameters of experts."""
+        return sum(layer.experts * count for layer, count in self.layers)
 
     @property
     def unquantized(self) -> int:
         """Parameters in 16 bits."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         outside = sum(linear.outputs * count for linear, count in self.outside if linear.bias)
-        return embeddings + self.others + outside + sum(layer.unquantized * count for layer, count in self.layers)
+        inside = sum(layer.unquantized * count for layer, count in self.layers)
+        return embeddings + self.others + outside + inside + self.skipped
 
     @property
     def parameters(self) -> int:
@@ -149,6 +160,14 @@ NAMES = {
     "experts": ("num_local_experts", "num_experts"),
     "activation": ("hidden_act", "hidden_activation", "activation_function"),
 }
+# Names of linear layers that PEFT takes for experts in a model that has some.
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate")
+# Types of these models; in others only the experts themselves have such names.
+RENAMED_BY_PEFT = frozenset(
+    "qwen3_moe qwen3_next olmoe flex_olmo deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe glm4_moe"
+    " glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe exaone_moe cohere2_moe longcat_flash afmoe solar_open mellum"
+    " qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker".split()
+)
 NEEDED = ("hidden", "layers", "heads", "vocabulary")
 
 
@@ -220,6 +239,26 @@ def shape_of(config: Config) -> ModelShape:
     )
 
 
+def adaptable(linear: Linear, model_type: str) -> Linear:
+    """As PEFT takes it in models of a type: in some, names of dense MLPs and shared experts are those of experts."""
+    taken = model_type in RENAMED_BY_PEFT and linear.name.rpartition(".")[2] in EXPERT_NAMES
+    return replace(linear, adaptable=not taken)
+
+
+def leaving_out(shape: ModelShape, names: Sequence[str]) -> ModelShape:
+    """With the linear layers that a checkpoint in 4 bits leaves in 16 bits.
+
+    Args:
+        names: of modules, as transformers takes `llm_int8_skip_modules`: a full name's end, or its beginning.
+    """
+    skipped = 0
+    for linear, count in shape.linears:
+        numbered = [name for name in names if re.search(rf"\.\d+\.{re.escape(linear.name)}$", name)]
+        whole = any(linear.name.endswith(name) or re.match(rf"{re.escape(name)}(\.|$)", linear.name) for name in names)
+        skipped += linear.weights * (count if whole else min(len(set(numbered)), count))
+    return replace(shape, skipped=skipped)
+
+
 def activation_of(given: Config) -> str:
     """What the MLP's is called."""
     return str(first(given, "activation") or "silu")
@@ -287,6 +326,8 @@ def _with_experts(
         middle = size(given.get(family.shared_expert), family.shared_expert)
         shared = _mlp(family, hidden, middle, False, "mlp", "mlp.shared_expert.")
         shared.append(Linear("mlp.shared_expert_gate", hidden, 1, "mlp"))
+    model_type = given["model_type"]
+    dense = replace(dense, linears=tuple(adaptable(linear, model_type) for linear in dense.linears))
     weights = experts * 3 * hidden * width
     with_experts = Layer(
         linears=(*attention, *shared),

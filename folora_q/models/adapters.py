@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import set_seed
 
@@ -19,6 +20,7 @@ from folora_q.errors import UserError
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.models.meta import modules_of
+from folora_q.models.targets import choose_targets
 from folora_q.recipe.paths import listed
 from folora_q.recipe.schema import AdapterSection, ExportSection, GateSection
 from folora_q.recipe.targets import Modules, adapter_findings, matcher
@@ -70,6 +72,7 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
         ensure_weight_tying=modules.tied and modules.head in whole,
         task_type="CAUSAL_LM",
     )
+    choose_targets(base.model, config)
     try:
         model = get_peft_model(base.model, config, autocast_adapter_dtype=True)
     except ValueError as error:
@@ -121,11 +124,11 @@ def keep_in_float32(model: PeftModel, start: dict[str, torch.Tensor] | None = No
 
 
 def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
-    """Every adapted linear layer, in the model's order."""
+    """Every adapted linear layer, in the model's order; experts that another program adapted are none."""
     return [
         AdapterPair(name.removeprefix("base_model.model."), module)
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and ADAPTER in module.lora_A
     ]
 
 

@@ -9,18 +9,23 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import bitsandbytes as bnb
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.errors import RunFailed, UserError
+from folora_q.models.classes import auto_class
 from folora_q.models.hardware import Hardware
 from folora_q.models.prequantized import refuse_foreign_quantization
 from folora_q.models.quantization import Quantization
+from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
 from folora_q.models.tokenizer import load_tokenizer, loading, safe_source
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.models.unsupported import refuse_unsupported
 from folora_q.recipe.schema import ModelSection
 
 # Enough of a weight file to tell two checkpoints apart without reading 15 GB.
@@ -39,6 +44,7 @@ class LoadedModel:
         name: what an adapter's `base_model_name_or_path` should say: a hub id, or the folder that was loaded.
         revision: the hub commit, or None for local files.
         quantization: how its weights are held, for whoever merges the adapter later.
+        loader: the class of transformers that loads it.
         fingerprint: tells this checkpoint and quantization from any other; keys the proxy cache.
     """
 
@@ -49,6 +55,7 @@ class LoadedModel:
     fingerprint: str
     quantized_modules: int
     quantization: Quantization
+    loader: str = "AutoModelForCausalLM"
 
 
 def load_model(
@@ -63,23 +70,23 @@ def load_model(
         UserError: there is no such model, it is no causal language model, or `trust` does not allow what it needs.
         RunFailed: nothing of it could be quantized, or the demo's model could not be fetched.
     """
-    require_loadable(section, trust)
     tokenizer = tokenizer or load_tokenizer(section, trust=trust)
-    held = Quantization(
-        section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant, str(hardware.dtype).removeprefix("torch.")
-    )
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=section.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=hardware.dtype,
-    )
-    model, source, revision = _load(section, hardware, trust, quantization)
+    found = _find(section, trust)
+    dtype = str(hardware.dtype).removeprefix("torch.")
+    if found.stored is None:
+        held = Quantization(section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant, dtype)
+    else:
+        held = Quantization.of_checkpoint(found.stored, dtype)
+    model = _load(section, hardware, trust, found, None if held.prequantized else held)
     quantized = guard_cpu_kernels(model)
     if quantized == 0:
         raise RunFailed(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
-    fingerprint = _fingerprint(source, revision, f"{section.bnb_4bit_quant_type} {section.bnb_4bit_use_double_quant}")
-    return LoadedModel(model, tokenizer, source, revision, fingerprint, quantized, held)
+    if held.prequantized:
+        compute_in(model, hardware.dtype)
+    fingerprint = _fingerprint(found, f"{held.bnb_4bit_quant_type} {held.bnb_4bit_use_double_quant}")
+    revision = None if Path(found.source).is_dir() else found.revision
+    loader = auto_class(found.config).__name__
+    return LoadedModel(model, tokenizer, found.source, revision, fingerprint, quantized, held, loader)
 
 
 def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = NOTHING) -> tuple[PreTrainedModel, str]:
@@ -89,11 +96,17 @@ def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = N
         The model, and the fingerprint of its checkpoint, which is another one than in 4 bits.
 
     Raises:
-        UserError: there is no such model, it is no causal language model, or `trust` does not allow what it needs.
+        UserError: there is no such model, it is no causal language model, it was saved in 4 bits, or `trust` does not
+            allow what it needs.
         RunFailed: the demo's model could not be fetched.
     """
-    model, source, revision = _load(section, hardware, trust)
-    return model, _fingerprint(source, revision, "16 bits")
+    found = _find(section, trust)
+    if found.stored is not None:
+        raise UserError(
+            f"{section.model_name_or_path} was saved in 4 bits ({found.stored}): it has no 16-bit weights",
+            "leave out --bits 16, or name the model that it was made of",
+        )
+    return _load(section, hardware, trust, found), _fingerprint(found, "16 bits")
 
 
 def stop_at(model: PreTrainedModel, token: int) -> None:
@@ -112,12 +125,7 @@ def require_loadable(section: ModelSection, trust: Trust = NOTHING) -> PreTraine
             in a way that it cannot be adapted in.
         RunFailed: the demo's model could not be fetched.
     """
-    source, revision = safe_source(section, trust)
-    with loading(section):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust.remote_code)
-    folder = Path(source) if Path(source).is_dir() else None
-    refuse_foreign_quantization(section.model_name_or_path, config.to_dict(), folder)
-    return config
+    return _find(section, trust).config
 
 
 def require_packable(section: ModelSection, trust: Trust = NOTHING) -> None:
@@ -149,39 +157,76 @@ def guard_cpu_kernels(model: PreTrainedModel) -> int:
     return len(layers)
 
 
-def _load(
-    section: ModelSection, hardware: Hardware, trust: Trust, quantization: BitsAndBytesConfig | None = None
-) -> tuple[PreTrainedModel, str, str | None]:
-    """The frozen model, the folder or hub id that it came from, and the commit there."""
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a model that was saved in 4 bits compute in a dtype; transformers computes in that of the file."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+    for name, parameter in model.named_parameters():
+        is_packed = isinstance(parameter, bnb.nn.Params4bit)  # into numbers of any dtype
+        if parameter.is_floating_point() and not is_packed and kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is loaded: a folder or a hub id, with its commit there."""
+
+    config: PreTrainedConfig
+    source: str
+    revision: str | None
+
+    @property
+    def stored(self) -> StoredQuantization | None:
+        return stored_quantization({"quantization_config": getattr(self.config, "quantization_config", None)})
+
+
+def _find(section: ModelSection, trust: Trust) -> _Found:
     source, revision = safe_source(section, trust)
-    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
+    with loading(section):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust.remote_code)
+    refuse_unsupported(section.model_name_or_path, config.to_dict())
+    folder = Path(source) if Path(source).is_dir() else None
+    refuse_foreign_quantization(section.model_name_or_path, config.to_dict(), folder)
+    return _Found(config, source, revision)
+
+
+def _load(
+    section: ModelSection, hardware: Hardware, trust: Trust, found: _Found, quantization: Quantization | None = None
+) -> PreTrainedModel:
+    """The frozen model."""
+    settings: dict[str, Any] = {}
+    if section.attn_implementation != "auto":
+        settings["attn_implementation"] = section.attn_implementation
+    if quantization is not None:  # None, given, would be no quantization, in spite of the checkpoint's own
+        settings["quantization_config"] = quantization.config()
     with loading(section), patch.dict(os.environ, NO_CONVERSION):
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
+        model = auto_class(found.config).from_pretrained(
+            found.source,
+            revision=found.revision,
             trust_remote_code=trust.remote_code,  # unset, transformers asks on the terminal
             use_safetensors=None if trust.pickle else True,
             weights_only=True,
-            quantization_config=quantization,
             dtype=hardware.dtype,
             device_map={"": hardware.device},
-            **attention,
+            **settings,
         )
     if hardware.device.type == "cpu":
         # Before its first word `generate` cuts the last position out of the prompts' states. On that strided view a CPU
         # multiplies batch by batch, and copies the head once for every sequence: gigabytes, and seconds.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return model.requires_grad_(False).eval(), source, None if Path(source).is_dir() else revision
+    return model.requires_grad_(False).eval()
 
 
-def _fingerprint(source: str, revision: str | None, held: str) -> str:
+def _fingerprint(found: _Found, held: str) -> str:
     """Of a hub model its commit; of a folder its configuration, and the ends and sizes of its weight files.
 
     Args:
         held: how the weights are held, which makes another model of them.
     """
     digest = hashlib.sha256(held.encode())
-    folder = Path(source)
+    folder = Path(found.source)
     if folder.is_dir():
         for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
             size = path.stat().st_size
@@ -191,5 +236,5 @@ def _fingerprint(source: str, revision: str | None, held: str) -> str:
                 file.seek(max(size - FINGERPRINT_BYTES, 0))
                 digest.update(file.read(FINGERPRINT_BYTES))
     else:
-        digest.update(f"{source} {revision}".encode())
+        digest.update(f"{found.source} {found.revision}".encode())
     return digest.hexdigest()

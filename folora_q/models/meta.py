@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.errors import UserError, first_line
+from folora_q.models.classes import auto_class
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.reading import finite
 from folora_q.recipe.paths import short
@@ -23,6 +24,8 @@ UNBUILDABLE = (
     *(ValueError, TypeError, AttributeError, ImportError, RuntimeError, LookupError, ArithmeticError, AssertionError),
     StrictDataclassError,
 )
+# Classes of layers that transformers lets bitsandbytes put into 4 bits; it passes over classes made of them.
+QUANTIZED = (torch.nn.Linear, Conv1D)
 COUNTING, MOST = re.compile("layer|block|depth|expert|stage"), 2_000
 
 
@@ -44,7 +47,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
     owners = {
         id(parameter): module
         for module in model.modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        if type(module) in QUANTIZED and module is not head
         for parameter in module.parameters(recurse=False)
     }
     return full.to_dict(), [
@@ -89,7 +92,7 @@ def modules_in(folder: Path, trust: Trust = NOTHING, **changes: Any) -> Modules:
         setattr(config.get_text_config(), name, value)
         setattr(config, name, value)
     with torch.device("meta"):
-        return modules_of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code))
+        return modules_of(auto_class(config).from_config(config, trust_remote_code=trust.remote_code))
 
 
 def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig]:
@@ -105,9 +108,10 @@ def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig
     if kind not in CONFIG_MAPPING:
         raise UserError(f"config.json: transformers knows no model of the type {short(repr(kind))}")
     try:
-        full = CONFIG_MAPPING[kind].from_dict(dict(config))
+        # JSON has no infinity: transformers writes one in its own way.
+        full = CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(full, trust_remote_code=False)
+            model = auto_class(full).from_config(full, trust_remote_code=False)
     except UNBUILDABLE as error:
         reason = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
         raise UserError(f"transformers cannot build this model from its config.json: {reason}") from error

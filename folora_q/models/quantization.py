@@ -1,24 +1,22 @@
-"""What training in 4 bits makes of a weight: the round trip through bitsandbytes, and which weights go through it."""
+"""What training in 4 bits makes of a weight: the round trip through bitsandbytes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.quantizers import AutoHfQuantizer
+from transformers import BitsAndBytesConfig
 
-from folora_q.models.trust import NOTHING, Trust
+from folora_q.models.stored_quantization import StoredQuantization
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "bnb_4bit_quant_type": ("nf4", "fp4"),
     "bnb_4bit_use_double_quant": (True, False),
     "dtype": ("bfloat16", "float16", "float32"),
+    "prequantized": (False, True),
 }
 
 
@@ -28,15 +26,50 @@ class Quantization:
 
     Attributes:
         dtype: that of the weights when they were quantized, which is the compute dtype too.
+        skip_modules: names of modules that were left in 16 bits; None is transformers' own choice.
+        prequantized: the base was published in 4 bits, and these are its own settings.
     """
 
     bnb_4bit_quant_type: str = "nf4"
     bnb_4bit_use_double_quant: bool = True
     dtype: str = "bfloat16"
+    skip_modules: tuple[str, ...] | None = None
+    prequantized: bool = False
+
+    @classmethod
+    def of_checkpoint(cls, stored: StoredQuantization, dtype: str) -> Quantization:
+        """That of a checkpoint that was saved in 4 bits.
+
+        Args:
+            dtype: which it computes in.
+        """
+        return cls(stored.quant_type, stored.double_quant, dtype, stored.skipped, True)
+
+    def __str__(self) -> str:
+        return self.bnb_4bit_quant_type + ", as the checkpoint was saved" * self.prequantized
+
+    def config(self) -> BitsAndBytesConfig:
+        """For transformers, to load a model so."""
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, self.dtype),
+            llm_int8_skip_modules=None if self.skip_modules is None else list(self.skip_modules),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For adapter_config.json; `from_dict` reads it back."""
-        return {"quant_method": "bitsandbytes", "load_in_4bit": True, **asdict(self)}
+        found: dict[str, Any] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
+            "dtype": self.dtype,
+        }
+        if self.skip_modules is not None:
+            found["llm_int8_skip_modules"] = list(self.skip_modules)
+        return found | ({"prequantized": True} if self.prequantized else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Quantization:
@@ -45,10 +78,15 @@ class Quantization:
         Raises:
             ValueError: a value is none that it could have written; the message is the end of a sentence.
         """
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        for name, choices in CHOICES.items():
-            if known.get(name, choices[0]) not in choices:
-                raise ValueError(f"sets {name} to something else than {', '.join(map(str, choices))}")
+        known = {name: values[name] for name in CHOICES if name in values}
+        for name, value in known.items():
+            if value not in CHOICES[name]:
+                raise ValueError(f"sets {name} to something else than {', '.join(map(str, CHOICES[name]))}")
+        skipped = values.get("llm_int8_skip_modules")
+        if skipped is not None:
+            if not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
+                raise ValueError("sets llm_int8_skip_modules to something else than a list of names")
+            known["skip_modules"] = tuple(skipped)
         return cls(**known)
 
     def round_trip(self, weight: Tensor) -> Tensor:
@@ -66,13 +104,3 @@ class Quantization:
             compress_statistics=self.bnb_4bit_use_double_quant,
         )
         return dequantize_4bit(code, state)
-
-
-def quantized_weights(folder: str, trust: Trust = NOTHING) -> set[str]:
-    """Names of the weights that transformers puts into 4 bits when it loads this model; none is loaded for it."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.remote_code)
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}

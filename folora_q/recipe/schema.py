@@ -229,6 +229,9 @@ class TrainingSection(Section):
     """Forward passes in one optimizer step."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """The longest sequence in tokens; data.overlong says what happens to longer ones."""
+    router_aux_loss_coef: NonNegative = 0.0
+    """Weight of the routers' balancing loss in the loss of a mixture of experts. 0 leaves it out: routers and experts
+    are frozen."""
     packing: bool = False
     """Put several examples into one sequence of max_length, where they cannot attend to each other."""
     assistant_only_loss: bool = True

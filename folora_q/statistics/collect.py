@@ -84,7 +84,10 @@ def build_gates(
         clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
     by_layer = {name: found[group[0]] for group in groups if group[0] in found for name in group}
     if idle := [name for name in modules if name not in by_layer]:
-        clock.note(f"no token of the text reaches {len(idle)} adapted layers, such as {idle[0]}: they have no gate")
+        clock.note(
+            f"no token of the text reaches {len(idle)} adapted layers, which have no gate and keep their random A: "
+            f"{', '.join(idle)}"
+        )
     return {name: by_layer[name] for name in modules if name in by_layer}
 
 

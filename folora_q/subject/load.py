@@ -21,6 +21,7 @@ from folora_q.memory.config import files_here
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import load_model, load_unquantized
+from folora_q.models.quantization import Quantization
 from folora_q.models.tokenizer import IF_THERE, load_tokenizer, loading
 from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
 from folora_q.recipe.paths import HUB_MODEL, short
@@ -102,7 +103,7 @@ def load_subject(
     hardware = choose_hardware(section.dtype if dtype == "auto" else dtype)
     try:
         tokenizer = _tokenizer(adapter, section, trust)
-        model, fingerprint = _load(section, hardware, tokenizer, bits, trust)
+        model, fingerprint, four_bit = _load(section, hardware, tokenizer, bits, trust)
     except UserError as error:
         raise _explained(subject, error) from error
     if adapter is not None and (adapter / "generation_config.json").is_file():
@@ -111,7 +112,7 @@ def load_subject(
     base = None
     if compare and adapter is None and base_section is not None:
         try:
-            base, fingerprint = _load(_instead(section, base_section), hardware, tokenizer, bits, trust)
+            base, fingerprint, _ = _load(_instead(section, base_section), hardware, tokenizer, bits, trust)
         except UserError as error:
             if against is not None:
                 raise
@@ -125,7 +126,7 @@ def load_subject(
         base=base,
         hardware=hardware,
         bits=bits,
-        held=f"{bits} bits{f' ({section.bnb_4bit_quant_type})' if bits == 4 else ''}, computing in {hardware}",
+        held=f"{bits} bits{f' ({four_bit})' if four_bit else ''}, computing in {hardware}",
         fingerprint=fingerprint,
     )
 
@@ -199,12 +200,12 @@ def _tokenizer(adapter: Path | None, section: ModelSection, trust: Trust) -> Tok
 
 def _load(
     section: ModelSection, hardware: Hardware, tokenizer: Tokenizer, bits: int, trust: Trust
-) -> tuple[PreTrainedModel, str]:
-    """The model, and its fingerprint."""
+) -> tuple[PreTrainedModel, str, Quantization | None]:
+    """The model, its fingerprint, and how it is held in 4 bits."""
     if bits == 16:
-        return load_unquantized(section, hardware, trust)
+        return *load_unquantized(section, hardware, trust), None
     loaded = load_model(section, hardware, tokenizer, trust)
-    return loaded.model, loaded.fingerprint
+    return loaded.model, loaded.fingerprint, loaded.quantization
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, section: ModelSection, compare: bool) -> PeftModel:

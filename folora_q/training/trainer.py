@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer import sft_trainer
 
@@ -48,6 +49,7 @@ class GatedTrainer(DurableTrainer):
         gates: by adapted layer, set by `gate_with`; None is plain QLoRA.
         max_kl: the KL at which training stops.
         rate_of_whole: learning rate of modules that are trained whole.
+        means_batches: the model's own loss is a mean over a batch, whatever it holds, as that of models that also see.
     """
 
     gates: Mapping[str, SpectralGate] | None = None
@@ -55,6 +57,7 @@ class GatedTrainer(DurableTrainer):
     max_kl: float | None = None
     rate_of_whole: float = 0.0
     gated: GatedOptimizer | None = None
+    means_batches: bool = False
 
     def gate_with(self, gates: Mapping[str, SpectralGate]) -> None:
         """Pass all steps to come through these gates; with rule frozen, train no A from here on.
@@ -211,12 +214,26 @@ class GatedTrainer(DurableTrainer):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside a checkpoint: the card with the numbers is written with the adapter."""
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
         # It multiplies with the head's weight and asks no module, so an adapter on the head would learn nothing.
-        fused = self.args.device.type == "cuda" and not trains_head(self.model)
-        head = super() if fused else super(SFTTrainer, self)
-        return head.compute_loss(model, inputs, *args, **kwargs)
+        if self.args.device.type == "cuda" and not trains_head(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.means_batches and not self.aux_loss_enabled:
+            return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        balancing = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, **balancing)
+        words = outputs.logits.shape[-1]
+        loss = ForCausalLMLoss(outputs.logits, inputs["labels"], words, num_items_in_batch=num_items_in_batch)
+        if self.aux_loss_enabled:  # a mean over a micro-batch
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
 
 
 def on_one_device(config: SFTConfig) -> None:
@@ -243,7 +260,7 @@ def build_trainer(
         tell: takes a line each time that memory runs out, or a step is skipped.
 
     Raises:
-        UserError: a combination of settings is not one that transformers takes.
+        UserError: a combination of settings is not one that transformers takes, or one that this model has no use for.
     """
     training, every = recipe.training, recipe.evaluation.steps
     save_steps = training.save_steps or (every if recipe.keeps_best else None)
@@ -266,6 +283,7 @@ def build_trainer(
             adam_epsilon=training.adam_epsilon,
             **{CHECKPOINTING: training.recomputes_on(on_gpu)},
             seed=training.seed,
+            router_aux_loss_coef=training.router_aux_loss_coef,  # left out, TRL would take the configuration's own
             max_length=training.max_length,
             packing=training.packing,
             dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared
@@ -293,6 +311,11 @@ def build_trainer(
     except ValueError as error:
         raise UserError(f"section `training`: {str(error).splitlines()[0]}") from error
     on_one_device(config)
+    if training.router_aux_loss_coef and not hasattr(model.config.get_text_config(), "output_router_logits"):
+        raise UserError(
+            "`training.router_aux_loss_coef` is for mixtures of experts, and this model has no router to balance",
+            "leave it out",
+        )
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -305,6 +328,11 @@ def build_trainer(
             eval_dataset=heldout,
             callbacks=list(callbacks),
         )
+    # TRL leaves it on in the configuration, for every pass that comes; a step of training asks for it.
+    model.config.get_text_config().output_router_logits = False
+    trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps  # the rehearsal's
+    trainer.means_batches = not trainer.model_accepts_loss_kwargs
+    trainer.model_accepts_loss_kwargs = True  # every token counts alike, in whichever batch it is
     trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     if training.early_stopping_patience is not None:

@@ -16,10 +16,12 @@ from folora_q.errors import UserError
 from folora_q.export import merge as merging
 from folora_q.export.adapter import read_adapter
 from folora_q.export.merge import REPORT, Merge, write_merged
+from folora_q.export.tied import part_tied
 from folora_q.models.checkpoint import INDEX, open_checkpoint
 from folora_q.models.hardware import Hardware
+from folora_q.models.layout import quantized_parameters
 from folora_q.models.load import load_model
-from folora_q.models.quantization import Quantization, quantized_weights
+from folora_q.models.quantization import Quantization
 from folora_q.recipe.schema import ModelSection
 from tests.export.models import save_adapter, sharded_llama, sharded_qwen
 
@@ -33,8 +35,9 @@ BF16 = torch.bfloat16
 
 
 def merge_of(base: Path, *adapters: tuple[Path, float], weights: str = "original", dtype: torch.dtype = BF16) -> Merge:
-    read = [(read_adapter(folder), share) for folder, share in adapters]
-    return Merge(open_checkpoint(base), read, weights, dtype, Quantization())
+    parted, read = part_tied(open_checkpoint(base), [read_adapter(folder) for folder, _ in adapters])
+    shares = [share for _, share in adapters]
+    return Merge(parted, list(zip(read, shares, strict=True)), weights, dtype, Quantization())
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -44,7 +47,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def expected(base: Path, adapter: Path, scale: float, weights: str = "original") -> dict[str, torch.Tensor]:
     """W + s B A in float64, from the files as PEFT and transformers wrote them."""
     change = load_file(adapter / "adapter_model.safetensors")
-    quantized = quantized_weights(str(base)) if weights == "dequantized" else set()
+    quantized = quantized_parameters(base, Quantization()) if weights == "dequantized" else set()
     result = {}
     for name, weight in weights_of(base).items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
@@ -77,7 +80,7 @@ def test_the_round_trip_is_what_the_4_bit_layers_compute_with(tmp_path: Path) ->
     base = sharded_llama(tmp_path)
     section = ModelSection(model_name_or_path=str(base))
     model = load_model(section, Hardware(torch.device("cpu"), torch.bfloat16, "a test")).model
-    stored, names = weights_of(base), quantized_weights(str(base))
+    stored, names = weights_of(base), quantized_parameters(base, Quantization())
     assert len(names) == 14 and not [name for name in names if "lm_head" in name or "embed" in name]
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
@@ -213,10 +216,6 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_written(tmp_pa
     adapter = save_adapter(other, tmp_path / "adapter")
     with pytest.raises(UserError, match=r"changes model\.layers\.0\.mlp\.\w+\.weight of shape"):
         merge_of(base, (adapter, 1.0))
-    tied = sharded_llama(tmp_path / "c", tied=True)
-    head = save_adapter(base, tmp_path / "head", target_modules=["lm_head"])
-    with pytest.raises(UserError, match="it is tied to the input embeddings"):
-        merge_of(tied, (head, 1.0))
 
 
 def test_no_room_on_the_disk_is_found_before(tmp_path: Path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.live_tensors import gpu_autocast
 from folora_q.models.load import guard_cpu_kernels
+from folora_q.models.targets import choose_targets
 
 
 def adapted_4bit(config: dict[str, Any], rank: int, checkpointing: bool = False, **lora: Any) -> PeftModel:
@@ -26,8 +27,9 @@ def adapted_4bit(config: dict[str, Any], rank: int, checkpointing: bool = False,
     model.requires_grad_(False)
     model.is_loaded_in_4bit = True  # as PEFT asks
     guard_cpu_kernels(model)
-    lora = {"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
-    adapted = get_peft_model(model, LoraConfig(**lora))
+    settings = LoraConfig(**{"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora)
+    choose_targets(model, settings)
+    adapted = get_peft_model(model, settings)
     if checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -124,10 +124,11 @@ def _product(shape: tuple[int, ...]) -> int:
 def test_what_is_quantized_is_what_the_loader_quantizes(config: dict[str, Any], tmp_path) -> None:
     from transformers import CONFIG_MAPPING
 
-    from folora_q.models.quantization import quantized_weights
+    from folora_q.models.layout import quantized_parameters
+    from folora_q.models.quantization import Quantization
 
     CONFIG_MAPPING[config["model_type"]].from_dict(config).save_pretrained(tmp_path)
-    names = quantized_weights(str(tmp_path))
+    names = quantized_parameters(tmp_path, Quantization())
     ours = shape_of(config)
     assert len(names) == sum(count for _, count in ours.linears)
     for linear, _ in ours.linears:

@@ -12,9 +12,10 @@ import torch
 
 from folora_q.errors import UserError
 from folora_q.models.hardware import choose_hardware
+from folora_q.models.layout import quantized_parameters
 from folora_q.models.load import load_model, require_packable
 from folora_q.models.meta import parameter_shapes
-from folora_q.models.quantization import quantized_weights
+from folora_q.models.quantization import Quantization
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import Trust
 from folora_q.recipe.schema import ModelSection
@@ -110,7 +111,7 @@ def test_the_parts_that_read_a_configuration_do_not_run_it(coded: Path, mark: Pa
     with pytest.raises(UserError, match="running Python code"):
         require_packable(section)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        quantized_weights(str(coded))
+        quantized_parameters(coded, Quantization())
     # A type that transformers has, but not as a causal language model: it would ask for this one too.
     named = {"model_type": "clip", "auto_map": {"AutoModelForCausalLM": "mine.MineModel"}, "_name_or_path": str(coded)}
     with pytest.raises(UserError, match="cannot build"):

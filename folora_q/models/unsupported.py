@@ -1,0 +1,36 @@
+"""Architectures that cannot be fine-tuned here, found in config.json. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from folora_q.errors import UserError
+from folora_q.recipe.paths import short
+
+OWN_LINEAR = "its linear layers are of a class of their own, which bitsandbytes does not put into 4 bits"
+SEQUENCE = "it reads a text with an encoder and writes another, and text here is continued"
+# By model_type: why not, and what to use instead.
+UNSUPPORTED = {
+    "falcon": (OWN_LINEAR, "Falcon 3, which is built as Llama is, or another model of this size"),
+    **dict.fromkeys(
+        ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "t5gemma2"),
+        (SEQUENCE, "a decoder, such as one of Llama, Qwen, Mistral or Gemma"),
+    ),
+}
+
+
+def refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
+    """See that a model is of a kind that can be fine-tuned.
+
+    Args:
+        name: the model's, for the message.
+        config: config.json.
+
+    Raises:
+        UserError: it is not; what to use instead is said.
+    """
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in UNSUPPORTED:
+        reason, instead = UNSUPPORTED[kind]
+        raise UserError(f"{short(name)} ({kind}) cannot be fine-tuned here: {reason}", f"use {instead}")

@@ -1,0 +1,26 @@
+"""Every architecture goes through every command; docs/models.md says what comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from docs.make_models_page import TARGET, row
+from tests.zoo.members import MEMBERS
+from tests.zoo.walk import walk
+
+# These are trained by every rule of the gate.
+BY_EVERY_RULE = {"llama", "qwen3-moe", "gemma3", "fp4-skipped", "gpt2"}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_command_works_or_validate_says_why_not(name: str, tmp_path: Path) -> None:
+    found = walk(name, tmp_path, ("step", "spectral") if name in BY_EVERY_RULE else ())
+    assert row(found) in TARGET.read_text("utf-8"), "run docs/make_models_page.py"
+
+
+def test_the_page_has_every_member_and_no_other() -> None:
+    lines = TARGET.read_text("utf-8").splitlines()
+    titles = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "---" not in line][1:]
+    assert titles == [member.title for member in MEMBERS.values()]
