@@ -41,8 +41,8 @@ def command(path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bo
         out.print(f"  [dim]{name:9}[/] {escape(text)}", soft_wrap=True)
     for warning in _size_warnings(recipe, train, heldout):
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
-    if recipe.rate_advice is not None:
-        out.print(f"  [yellow]note[/]      {escape(recipe.rate_advice)}", soft_wrap=True)
+    for advice in recipe.advice:
+        out.print(f"  [yellow]note[/]      {escape(advice)}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
