@@ -12,7 +12,7 @@ from rich.markup import escape
 from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
 from folora_q.data.read import SourceFacts, examine
-from folora_q.data.sources import HUB_SPLIT
+from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
@@ -66,7 +66,7 @@ def _sources(data: DataSection) -> tuple[list[Source], list[Source] | None]:
 
 def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
     if is_hub_dataset(source):
-        return Look(f"{source.path} ({source.split or HUB_SPLIT}) from the hub, not looked at")
+        return Look(f"{source.path} ({source.split or TRAIN}) from the hub, not looked at")
     if is_remote(source.path):
         return Look(f"{source.path}, not looked at: `folora-q preview` reads it")
     facts = examine(source, rows, data.on_error)
