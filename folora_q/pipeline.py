@@ -224,8 +224,8 @@ def _run(
     trainer.real_text = _few_windows(recipe, measured_on)
     if recipe.training.packing:
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
-    if recipe.rate_advice is not None:
-        clock.note(recipe.rate_advice)
+    for advice in recipe.advice:
+        clock.note(advice)
     if recipe.gate.enabled:
         _gate(recipe, base, model, trainer, data.train, proxy, proxy_heldout, folder, clock, resumed)
         folder.remember(manifest, folder.gates)

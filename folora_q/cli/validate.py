@@ -13,7 +13,7 @@ from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
 from folora_q.data.read import SourceFacts, examine
-from folora_q.data.sources import HUB_SPLIT
+from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
 from folora_q.memory.config import read_config
 from folora_q.models.stored_quantization import stored_quantization
@@ -49,7 +49,7 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
         out.print(f"  [dim]{name:9}[/] {escape(text)}", soft_wrap=True)
     for warning in _size_warnings(recipe, train, heldout):
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
-    for note in [*model.notes, *([] if recipe.rate_advice is None else [recipe.rate_advice])]:
+    for note in [*model.notes, *recipe.advice]:
         out.print(f"  [yellow]note[/]      {escape(note)}", soft_wrap=True)
 
 
@@ -74,7 +74,7 @@ def _sources(data: DataSection) -> tuple[list[Source], list[Source] | None]:
 
 def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
     if is_hub_dataset(source):
-        return Look(f"{source.path} ({source.split or HUB_SPLIT}) from the hub, not looked at")
+        return Look(f"{source.path} ({source.split or TRAIN}) from the hub, not looked at")
     if is_remote(source.path):
         return Look(f"{source.path}, not looked at: `folora-q preview` reads it")
     facts = examine(source, rows, data.on_error)

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from folora_q.data.files import ending_of
 from folora_q.data.readers import UNKNOWN_ENDING, unreadable
 from folora_q.data.saved import INFO, SPLITS, STATE, choose_split
+from folora_q.data.splits import by_split, others
 
 # In a folder these are data only where nothing else is: a README often lies beside the data.
 PROSE = (".txt", ".md")
@@ -75,10 +76,10 @@ def choose(name: str, names: Iterable[str], splits: dict[str, list[str]], wanted
     for folder, found in splits.items():
         if there := [split for split in found if _inside(folder, split) in saved]:
             split = choose_split(name if folder == "." else f"{name}/{folder}", there, wanted)
-            others = sorted({_inside(folder, other) for other in there} - {_inside(folder, split)})
-            choice.unread |= dict.fromkeys((f"{other}/" for other in others), f"another split than {split}")
-            saved -= set(others)
-            known = {each for each in known if not any(each.startswith(f"{other}/") for other in others)}
+            rest = sorted({_inside(folder, other) for other in there} - {_inside(folder, split)})
+            choice.unread |= dict.fromkeys((f"{other}/" for other in rest), f"another split than {split}")
+            saved -= set(rest)
+            known = {each for each in known if not any(each.startswith(f"{other}/") for other in rest)}
     choice.saved = sorted(saved)
     with_arrow = {_parent(each) for each in known if each.endswith(".arrow")} | saved | set(splits)
     texts: list[str] = []
@@ -90,6 +91,11 @@ def choose(name: str, names: Iterable[str], splits: dict[str, list[str]], wanted
             choice.unread[each] = reason
         else:
             (texts if ending_of(each)[0] in PROSE else choice.files).append(each)
+    if not splits:
+        passed = others(name, by_split([*choice.files, *choice.saved]), wanted)
+        choice.files = [each for each in choice.files if each not in passed]
+        choice.saved = [each for each in choice.saved if each not in passed]
+        choice.unread |= passed
     if choice.files or choice.saved:
         choice.unread |= dict.fromkeys(texts, "a text beside tables")
     else:

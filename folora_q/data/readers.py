@@ -11,6 +11,7 @@ from typing import Any
 
 from folora_q.data.files import DataFile, ending_of
 from folora_q.data.json_causes import cause, holds_a_list
+from folora_q.data.mistaken import refuse_mistaken
 from folora_q.data.rows import Row, RowError
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.paths import COMPRESSED_ENDINGS
@@ -19,6 +20,7 @@ Rows = Iterator[Row | RowError]
 
 # A field of a CSV file may be a whole document; Python's own limit is 128 KiB.
 LONGEST_FIELD = 2**31 - 1
+SEPARATORS = (",", ";", "\t", "|")
 
 
 def read_file(file: DataFile) -> Rows:
@@ -30,6 +32,7 @@ def read_file(file: DataFile) -> Rows:
     if (reason := unreadable(file.path.name)) is not None:
         raise UserError(f"cannot read {file.name}: {reason}")
     try:
+        refuse_mistaken(file)
         yield from READERS[file.ending](file)
     except OSError as error:
         raise UserError(f"cannot read {file.name}: {error.strerror or error}") from None
@@ -148,6 +151,7 @@ def _csv(file: DataFile, delimiter: str = ",") -> Rows:
         if header is None:
             if repeated := [name for name, times in Counter(cells).items() if times > 1]:
                 raise UserError(f"{where}: the column {min(repeated)[:40]!r} stands in the header twice")
+            _refuse_other_separator(file, where, cells, delimiter)
             header = cells
         elif len(cells) != len(header):
             yield RowError(
@@ -155,6 +159,16 @@ def _csv(file: DataFile, delimiter: str = ",") -> Rows:
             )
         else:
             yield Row(where, dict(zip(header, cells, strict=True)))
+
+
+def _refuse_other_separator(file: DataFile, where: str, header: list[str], delimiter: str) -> None:
+    """See that a header of one name is not several between other marks, as some spreadsheets write them."""
+    other = next((mark for mark in SEPARATORS if mark != delimiter and len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        raise UserError(
+            f"{where}: the header has no {delimiter!r}, but {other!r}: fields are separated by that",
+            f"rename the file to {'.csv' if other == ',' else '.tsv'}" if other in ",\t" else "save it with commas",
+        )
 
 
 def _tsv(file: DataFile) -> Rows:

@@ -12,12 +12,10 @@ from folora_q.data.readers import READERS, Rows, read_file
 from folora_q.data.remote import Remote, file_name
 from folora_q.data.rows import Row
 from folora_q.data.saved import SPLITS, SavedDataset, read_splits
+from folora_q.data.splits import TRAIN
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.paths import is_hub_dataset, is_remote, matching_files, matching_folders
-
-# The split of a hub dataset that names none.
-HUB_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,14 @@ def find(source: Source) -> Found:
     """
     if is_hub_dataset(source):
         return Found()
+    if source.name is not None or source.revision is not None:
+        key = "name" if source.name is not None else "revision"
+        raise UserError(f"`{key}` is for a dataset on the hub, and {source.path} is none", f"leave `{key}` out")
     if is_remote(source.path):
         return _find_remote(source)
     path = Path(source.path)
+    if not path.is_dir():
+        _refuse_split(source)
     if path.is_file():
         return Found([DataFile(path, str(path))])
     if not path.is_dir():
@@ -92,6 +95,8 @@ def find(source: Source) -> Found:
 def _find_remote(source: Source) -> Found:
     remote = Remote(source.path)
     there = remote.names()
+    if list(there) == [""] or remote.is_pattern:
+        _refuse_split(source)
     if list(there) == [""]:
         return Found([DataFile(remote.fetch(there[""], file_name(source.path)), source.path)])
 
@@ -117,6 +122,15 @@ def _find_remote(source: Source) -> Found:
     return Found([*saved, *map(file, choice.files)], choice.unread)
 
 
+def _refuse_split(source: Source) -> None:
+    """See that no split is asked of files, which have none; `train` was what a recipe had where nobody asked."""
+    if source.split not in (None, TRAIN):
+        raise UserError(
+            f"`split` is {source.split!r}, but {source.path} names files, not a dataset with splits",
+            "leave it out; `weight` or data.max_train_samples take a part of the rows",
+        )
+
+
 def _parents_of(name: str, names: Iterable[str]) -> list[str]:
     """The folders, relative to the one that is looked at, in which a file of this name lies."""
     return [str(PurePosixPath(each).parent) for each in names if PurePosixPath(each).name == name]
@@ -134,7 +148,7 @@ def _require_data(place: str, choice: Choice) -> None:
 def _read_hub(source: Source) -> Iterator[Row]:
     import datasets
 
-    split = source.split or HUB_SPLIT
+    split = source.split or TRAIN
     try:
         dataset = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
         for number, values in enumerate(dataset, 1):

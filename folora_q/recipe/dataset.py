@@ -35,8 +35,8 @@ class Source(Section):
     name: str | None = None
     """The configuration of a hub dataset, e.g. main."""
     split: str | None = None
-    """The split of a hub dataset, where slices such as train[:10%] work, or of a folder of `save_to_disk`. Left out:
-    train, or the only one."""
+    """The split of a hub dataset, where slices such as train[:10%] work, or of a folder: one of `save_to_disk`,
+    or with files such as train.jsonl and test.jsonl. Left out: train, or the only one."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0

@@ -423,6 +423,24 @@ class Recipe(Section):
             f"in units of the KL that a step costs: with it {how}"
         )
 
+    @property
+    def rank_advice(self) -> str | None:
+        """A sentence where the sketches keep fewer directions than A has rows to start in."""
+        gate, rows = self.gate, self.adapter.r
+        kept = 2 * gate.rank  # of the task's text and of the model's own together
+        if not gate.enabled or gate.start != "leading" or "a_start" not in gate.places or rows <= kept:
+            return None
+        others = "stay zero and learn nothing" if gate.scales_rows else "start in random ones"
+        return (
+            f"gate.rank {gate.rank} keeps {kept} directions for an adapter of rank {rows}, whose other {rows - kept} "
+            f"rows {others}: leave gate.rank out, which is {sketch_rank(rows)} then"
+        )
+
+    @property
+    def advice(self) -> list[str]:
+        """Sentences about settings that are allowed and seldom meant."""
+        return [sentence for sentence in (self.rate_advice, self.rank_advice) if sentence is not None]
+
     def statistics_batch_size(self, length: int) -> int:
         """Sequences of this length, at most, that statistics are taken of at a time.
 

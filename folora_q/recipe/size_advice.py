@@ -19,8 +19,8 @@ def step_advice(training: TrainingSection, sequences: int) -> str | None:
     if steps >= FEW_STEPS:
         return None
     if training.max_steps is not None:
-        return f"{_steps(steps)} teach little: raise training.max_steps to {FEW_STEPS} or more"
-    found = f"{sequences:,} training sequences give {_steps(steps)}, which teach little: "
+        return f"training.max_steps: {_steps(steps)} little: raise it to {FEW_STEPS} or more"
+    found = f"{_count(sequences, 'training sequence', 'give')} {_steps(steps)} little: "
     rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     least = ceil(min(LEAST_BATCH, rows * passes) / rows)
     for fewer in range(passes - 1, least - 1, -1):
@@ -44,7 +44,7 @@ def heldout_advice(data: DataSection, train: int, heldout: int, plain_text: bool
     """
     if heldout >= FEW_ROWS:
         return None
-    found = f"{heldout} held-out rows are few: intervals are wide, and the best step is chance. "
+    found = f"{_count(heldout, 'held-out row', 'are')} few: intervals are wide, and the best step is chance. "
     if data.max_eval_samples is not None and data.max_eval_samples <= heldout:
         return f"{found}Raise data.max_eval_samples to {FEW_ROWS} or more"
     if data.eval_dataset is not None:
@@ -61,4 +61,10 @@ def _with(training: TrainingSection, passes: int, epochs: float) -> TrainingSect
 
 
 def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
+    return "1 step, which teaches" if count == 1 else f"{count} steps, which teach"
+
+
+def _count(number: int, what: str, verb: str) -> str:
+    """A number of things and what they do, e.g. "1 row is" or "2 rows are"."""
+    one = {"are": "is", "give": "gives"}[verb]
+    return f"{number:,} {what} {one}" if number == 1 else f"{number:,} {what}s {verb}"

@@ -173,7 +173,9 @@ class GatedTrainer(DurableTrainer):
                 )
         elif state.global_step < steps:
             tell(f"stopped at step {state.global_step} of {steps}: the held-out loss no longer fell")
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is None:
+            tell("no step is the best, since no held-out loss was finite: the last one is kept")
+        elif self.args.load_best_model_at_end:
             tell(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
 
     def require_learned(self) -> None:

@@ -27,6 +27,7 @@ from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
 from folora_q.runs.results import Evaluation, read_answers, read_evaluation, read_gate_results
 from folora_q.statistics.store import load_gates
+from folora_q.training import trainer
 
 
 def run(*arguments: object) -> int:
@@ -293,6 +294,17 @@ def test_the_best_step_is_kept_and_measured_on_the_way(recipe_file: Path, tmp_pa
     assert not (folder / "README.md").exists()
     assert run("train", recipe_file, "training.max_steps=1", "evaluation.metric=none", "--overwrite") == 0
     assert not list(folder.glob("checkpoint-*"))
+
+
+def test_where_no_held_out_loss_is_finite_the_last_step_is_kept_and_said(
+    recipe_file: Path, tmp_path: Path, capfd, monkeypatch
+) -> None:
+    """In other tools days of training were lost: a loss of inf or NaN is never the best, so nothing was saved."""
+    monkeypatch.setattr(trainer, "mean_loss", lambda *_, **__: float("nan"))
+    quick = ["evaluation.metric=none", "gate.enabled=false", "training.max_steps=2", "evaluation.steps=1"]
+    assert run("train", recipe_file, *quick, "training.load_best_model_at_end=true") == 0
+    assert "no step is the best, since no held-out loss was finite: the last one is kept" in capfd.readouterr().err
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 UNSTABLE = ["training.learning_rate=0.3", "training.lr_scheduler_type=constant", "training.warmup_steps=0"]

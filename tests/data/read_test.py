@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -287,3 +288,14 @@ def test_training_and_held_out_rows_never_meet(sources: list[tuple[int, float]],
         counts = [train[number, row] for row in range(rows) if (number, row) not in heldout]
         assert sum(counts) == sizes[number]
         assert set(counts) <= {int(weight), int(weight) + (1 if extra[number] else 0)}
+
+
+def test_columns_of_mixed_kinds_that_nothing_is_learned_from_are_no_obstacle(tmp_path: Path) -> None:
+    """Readers that make one table of a file refuse it: an id that is now a number, a column that is null at first."""
+    rows = [{**CHAT, "id": number if number % 2 else f"x{number}", "tags": None} for number in range(30)]
+    rows[20]["tags"] = {"a": [1, "b"]}
+    rows[21]["tags"] = ["c"]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    write_jsonl(tmp_path / "lines.jsonl", rows)
+    task = read(tmp_path, eval_size=1)
+    assert len(task.train + task.heldout) == 60 and not task.skipped

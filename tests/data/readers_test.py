@@ -235,6 +235,13 @@ def test_the_row_after_a_broken_header_is_no_header(tmp_path: Path) -> None:
         ("r.md", "a".encode("utf-16"), "{path} is UTF-16 text"),
         ("r.csv", b"a,b,a\n1,2,3\n", "{path} line 1: the column 'a' stands in the header twice"),
         ("r.csv", b"\na,b,a\n", "{path} line 2: the column 'a' stands in the header twice"),
+        (
+            "r.csv",
+            b"prompt;completion\na, b;c\n",
+            "{path} line 1: the header has no ',', but ';': fields are separated by",
+        ),
+        ("r.csv", b"prompt\tcompletion\na\tb\n", "{path} line 1: the header has no ',', but '\\t'"),
+        ("r.tsv", b"prompt,completion\na,b\n", "{path} line 1: the header has no '\\t', but ','"),
         ("r.parquet", b"PAR1 and no more", "{path} is not a parquet file that can be read"),
         ("r.parquet", b"PAR1" + b"\xff" * 40 + b"PAR1", "{path} is not a parquet file that can be read"),
         ("r.xlsx", b"PK", "cannot read {path}: its ending is none of .jsonl, .json, .csv, .tsv, .parquet, .txt, .md"),

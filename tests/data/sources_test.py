@@ -250,3 +250,54 @@ def test_a_hub_dataset_whose_rows_cannot_be_decoded_is_a_sentence(hub: Path) -> 
     sound.cast_column("audio", Audio()).to_parquet(hub / "data.parquet")
     with pytest.raises(UserError, match="org/name"):
         list(read_source(source("org/name")))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("Training/a.jsonl", "eval/a.jsonl"),
+        ("my_train_set.json", "my_dev_set.json"),
+    ],
+)
+def test_beside_training_data_a_test_set_is_not_trained_on(tmp_path: Path, names: tuple[str, str]) -> None:
+    """As a clone of a hub's dataset has them: both were trained on, without a word."""
+    files(tmp_path, *names, "README.md")
+    assert named(tmp_path) == [names[0]]
+    assert unread(tmp_path) == {names[1]: "another split than train", "README.md": "a text beside tables"}
+
+
+def test_a_split_by_its_name_can_be_chosen(tmp_path: Path) -> None:
+    files(tmp_path, "train.jsonl", "val.jsonl", "test.jsonl", "more.jsonl")
+    found = {split: find(source(tmp_path, split=split)) for split in ("validation", "val", "test", "train")}
+    read = {split: [part.name for part in each.parts] for split, each in found.items()}
+    assert read == {
+        "validation": [str(tmp_path / "val.jsonl")],
+        "val": [str(tmp_path / "val.jsonl")],
+        "test": [str(tmp_path / "test.jsonl")],
+        "train": [str(tmp_path / "train.jsonl")],
+    }
+    assert named(tmp_path) == ["more.jsonl", "train.jsonl"]
+    with pytest.raises(UserError, match=r"has no split 'train\[:10%\]': it has test, train, validation"):
+        find(source(tmp_path, split="train[:10%]"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("test.jsonl",), ("test.jsonl", "val.jsonl"), ("train_test.jsonl", "a.jsonl"), ("contest.jsonl", "train.jsonl")],
+)
+def test_without_training_data_beside_it_every_file_is_read(tmp_path: Path, names: tuple[str, ...]) -> None:
+    files(tmp_path, *names)
+    assert named(tmp_path) == sorted(names) and not unread(tmp_path)
+
+
+def test_a_split_of_a_file_and_a_name_of_a_folder_are_refused_rather_than_passed_over(tmp_path: Path) -> None:
+    files(tmp_path, "a.jsonl")
+    for place in (tmp_path / "a.jsonl", tmp_path / "*.jsonl"):
+        assert len(find(source(place, split="train")).parts) == 1, "recipes of earlier runs say so"
+        with pytest.raises(UserError, match=r"`split` is 'train\[:10%\]', but \S+ names files"):
+            find(source(place, split="train[:10%]"))
+    for key in ("name", "revision"):
+        with pytest.raises(UserError, match=f"`{key}` is for a dataset on the hub"):
+            find(source(tmp_path, **{key: "main"}))

@@ -160,6 +160,29 @@ def test_a_rate_of_another_method_is_told(write, overrides: list[str], told: str
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.r=256"], None),
+        (["adapter.r=256", "gate.rank=128"], None),
+        (
+            ["adapter.r=48", "gate.rank=8"],
+            "rank 8 keeps 16 directions for an adapter of rank 48, whose other 32 rows stay zero",
+        ),
+        (
+            ["adapter.r=48", "gate.rank=8", "gate.rule=step"],
+            "other 32 rows start in random ones: leave gate.rank out, .* 96",
+        ),
+        (["adapter.r=48", "gate.rank=8", "gate.enabled=false"], None),
+        (["adapter.r=48", "gate.rank=8", "gate.start=random"], None),
+    ],
+)
+def test_an_adapter_with_more_rows_than_directions_is_told_of(write, overrides: list[str], message: str | None) -> None:
+    recipe = load_recipe(write(MINIMAL), overrides)
+    assert recipe.rank_advice is None if message is None else re.search(message, recipe.rank_advice or "")
+    assert recipe.rank_advice is None or recipe.rank_advice in recipe.advice
+
+
+@pytest.mark.parametrize(
     ("gate", "places", "ridges"),
     [
         ("{}", ["a_start", "b_step"], FROZEN),
