@@ -261,7 +261,9 @@ class Renderer:
         opening = asked[len(start) :] if asked.startswith(start) else ""
         shared = whole[: _common_length(whole, self.render([*before, other], tools))]
         place = shared.rfind(opening) if opening.strip() else -1
-        return None if place < 0 else whole[place + len(opening) :]
+        last = before[-1]["content"].strip()
+        in_an_earlier_turn = bool(last) and place < shared.rfind(last)
+        return None if place < 0 or in_an_earlier_turn else whole[place + len(opening) :]
 
     def _opening(self, before: Sequence[Message], tools: list[Tool] | None, turn: RenderedTurn) -> int:
         """How many characters the template puts before any answer that has no thought."""

@@ -15,7 +15,8 @@ from folora_q.data.formats import Chat
 from folora_q.data.rows import RowError
 from folora_q.data.templates import read_template
 from folora_q.errors import UserError
-from tests.data.chats import ROWS, TEMPLATES, Messages, encoder_for, learned, stretches
+from tests.data.chats import CALL, ROWS, TEMPLATES, TOOLS, Messages, encoder_for, learned, stretches
+from tests.data.rows import user
 
 # Refused as a whole, since no prompt of theirs begins an answer, or nothing ends one.
 REFUSED = {
@@ -262,3 +263,18 @@ def test_generation_stops_at_the_end_of_a_call_too(name: str, ends: list[str]) -
     tokens = [encoder.tokenizer.decode([token]) for token in encoder.ends_of_turn(chats)]
     assert tokens == ends and tokens[:1] == [encoder.tokenizer.decode([encoder.end_of_turn])]
     assert len(encoder.ends_of_turn(chats[:1])) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in READINGS if READINGS[name].call])
+def test_of_several_calls_none_is_lost(name: str) -> None:
+    """Some templates write the first alone, or refuse."""
+    encoder = encoder_for(TEMPLATES[name])
+    calls = [{**CALL["tool_calls"][0], "function": {"name": "add", "arguments": {"a": a, "b": 5}}} for a in (31, 42)]
+    chat = Chat("here", [user("hi"), {**CALL, "tool_calls": calls}], tools=TOOLS)
+    try:
+        [encoded] = encoder(chat)
+    except RowError as error:
+        assert name in ("gptoss", "llama3_1", "llama3_2"), error.reason
+        return
+    [text] = learned(encoder.tokenizer, [encoded])
+    assert text.count("31") == text.count("42") == 1 and text.index("31") < text.index("42")
