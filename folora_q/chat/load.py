@@ -12,7 +12,7 @@ from folora_q.data.sources import read_source
 from folora_q.data.turns import Message
 from folora_q.errors import UserError
 from folora_q.models.trust import NOTHING, Trust
-from folora_q.reading import read_text
+from folora_q.reading import MIB, parse_json, read_text
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
@@ -50,7 +50,17 @@ def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = Fal
         stops=stops,
         base=loaded.base,
         system=None if subject.run is None else _system_prompt(subject.run),
+        thoughtless=subject.run is not None and _thoughtless(subject.run),
     )
+
+
+def _thoughtless(run: RunFolder) -> bool:
+    """Whether all rows of a run had answers without thoughts on a template that has a place for them."""
+    try:
+        counts = parse_json(read_text(run.manifest, MIB))["data"]["train"]
+        return counts["given"] >= max(counts["sequences"], 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # a run of before this was counted, or none that can be read
 
 
 def _system_prompt(run: RunFolder) -> str | None:

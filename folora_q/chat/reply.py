@@ -17,9 +17,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.rendering import Renderer
+from folora_q.data.rendering import Renderer, Unrenderable
+from folora_q.data.thoughts import ThoughtSyntax
 from folora_q.data.tokens import TEMPLATE_ERRORS, text_ids
-from folora_q.data.turns import Message
+from folora_q.data.turns import THOUGHT, Message
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.models.adapters import adapter_off
 from folora_q.subject.load import nothing_to_compare
@@ -32,10 +33,15 @@ INCOMPLETE = "\ufffd"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn: temperature 0 is greedy; what is not said here is as the model's authors set it."""
+    """How an answer is drawn: temperature 0 is greedy; what is not said here is as the model's authors set it.
+
+    Attributes:
+        think: whether it may think first; otherwise the place that its chat template has for thoughts is left empty.
+    """
 
     temperature: float = 0.7
     max_new_tokens: int = 512
+    think: bool = True
 
 
 @dataclass
@@ -48,6 +54,7 @@ class Chatter:
         stops: the tokens that end an answer.
         base: the model to compare with, where the model is no adapter on one.
         system: the system prompt that it was trained with, where that is known and always the same.
+        thoughtless: whether it is known to be trained on answers without thoughts, whose place was given.
     """
 
     model: PreTrainedModel | PeftModel
@@ -57,6 +64,7 @@ class Chatter:
     stops: list[int]
     base: PreTrainedModel | None = None
     system: str | None = None
+    thoughtless: bool = False
     _turn: Lock = field(default_factory=Lock, repr=False)
 
     @cached_property
@@ -74,12 +82,15 @@ class Chatter:
         """Whether there is a base that can answer too."""
         return self.base is not None or isinstance(self.model, PeftModel)
 
-    def reply(self, messages: Sequence[Message], base: bool, settings: Sampling) -> Iterator[str]:
+    def reply(
+        self, messages: Sequence[Message], base: bool, settings: Sampling, written: list[int] | None = None
+    ) -> Iterator[str]:
         """Answer, piece by piece as it is written. Closing the iterator ends the writing.
 
         Args:
             messages: the conversation, the user's turn last; without a chat template that turn alone is continued.
             base: answer as the base does.
+            written: gets the answer's tokens.
 
         Raises:
             UserError: there is no base, the chat template does not take the conversation, or it is longer than the
@@ -88,7 +99,7 @@ class Chatter:
         """
         if base and not self.can_compare:
             raise nothing_to_compare(self.name)
-        ids = self._prompt(messages)
+        ids = self._prompt(messages, settings.think)
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = settings.max_new_tokens if context is None else min(settings.max_new_tokens, context - len(ids))
         if room < 1:
@@ -100,15 +111,25 @@ class Chatter:
         how: dict[str, Any] = {"do_sample": sampled, "max_new_tokens": room}
         # Greedy with settings of sampling left over from the model's configuration would only be warned of.
         how |= {"temperature": settings.temperature} if sampled else dict.fromkeys(("temperature", "top_p", "top_k"))
-        return self._stream(ids, base, how)
+        return self._stream(ids, base, how, [] if written is None else written)
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def remembered(self, messages: Sequence[Message], settings: Sampling, written: Sequence[int], text: str) -> Message:
+        """An answer as a turn of its conversation, apart from its thought, since templates drop those of the past."""
+        turn: Message = {"role": "assistant", "content": text}
+        if not self.has_template or not self.renderer.thinks:
+            return turn
+        said = ThoughtSyntax(self.renderer).split(written, self.renderer.prompt(messages, think=settings.think))
+        return turn | {"content": said.answer} | ({THOUGHT: said.thought} if said.thought else {})
+
+    def _prompt(self, messages: Sequence[Message], think: bool = True) -> list[int]:
         said = messages[-1]["content"]
         if not self.has_template:
             ids = text_ids(self.tokenizer, said)
         else:
             try:
-                ids = self.renderer.ids(self.renderer.prompt(messages))
+                ids = self.renderer.ids(self.renderer.prompt(messages, think=think))
+            except Unrenderable as error:
+                raise UserError(f"the chat template of {self.name} {error.reason}", "ask with --think") from error
             except TEMPLATE_ERRORS as error:
                 roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
                 raise UserError(
@@ -119,9 +140,9 @@ class Chatter:
             raise UserError("there is nothing to continue: the text has no tokens")
         return ids
 
-    def _stream(self, ids: list[int], base: bool, how: dict[str, Any]) -> Iterator[str]:
+    def _stream(self, ids: list[int], base: bool, how: dict[str, Any], written: list[int]) -> Iterator[str]:
         stop, failures = Event(), []
-        streamer = Pieces(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Pieces(self.tokenizer, written, skip_prompt=True, skip_special_tokens=True)
         model = self.base if base and self.base is not None else self.model
         inputs = torch.tensor([ids], device=model.device)
         pad = self.tokenizer.pad_token_id
@@ -181,14 +202,15 @@ class Conversation:
         """The answer in pieces. What was said until then is remembered if it is cut short, too."""
         asked = [*self.messages, {"role": "user", "content": question}]
         answer = ""
+        written: list[int] = []
         try:
-            with closing(self.chatter.reply(asked, self.base, self.settings)) as pieces:
+            with closing(self.chatter.reply(asked, self.base, self.settings, written)) as pieces:
                 for piece in pieces:
                     answer += piece
                     yield piece
         finally:
             if answer.strip():
-                self.messages = [*asked, {"role": "assistant", "content": answer}]
+                self.messages = [*asked, self.chatter.remembered(asked, self.settings, written, answer)]
 
 
 class _Stopped(StoppingCriteria):
@@ -208,8 +230,9 @@ class Pieces(TextIteratorStreamer):
     token is decoded behind those of the piece before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, **kwargs: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer, written: list[int] | None = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
+        self.written = [] if written is None else written  # all tokens, for who passed a list
         self._tokens: list[int] = []  # those of the last piece, and what is not written yet
         self._written = 0  # so many of them are
 
@@ -217,7 +240,9 @@ class Pieces(TextIteratorStreamer):
         if self.skip_prompt and self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
             return
-        self._tokens += value.reshape(-1).tolist()
+        tokens = value.reshape(-1).tolist()
+        self.written += tokens
+        self._tokens += tokens
         text = self._unwritten()
         if text and not text.endswith(INCOMPLETE):
             self._tokens, self._written = self._tokens[self._written :], len(self._tokens) - self._written

@@ -51,6 +51,11 @@ COMMAND_WORD = re.compile(r"/\w+")
 @click.option(
     "--bits", default="4", show_default=True, type=click.Choice(["4", "16"]), help="Of the weights; training has 4."
 )
+@click.option(
+    "--think/--no-think",
+    default=None,
+    help="Let it think before it answers, or leave the place of its thought empty; unset: as its run was trained.",
+)
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Ask this and end; may be repeated.")
 @trust_options
 @click.pass_obj
@@ -62,6 +67,7 @@ def command(
     temperature: float,
     max_new_tokens: int,
     bits: str,
+    think: bool | None,
     prompts: tuple[str, ...],
     trust: Trust,
 ) -> None:
@@ -80,7 +86,9 @@ def command(
     with progress.stage("loading the model", None):
         chatter = load_chat(name, "auto", int(bits), compare, trust)
     progress.note(chatter.origin)
-    sampling = Sampling(temperature, max_new_tokens)
+    if think is None and chatter.thoughtless:
+        progress.note("it was trained on answers without thoughts, so its thought is left empty: --think lets it think")
+    sampling = Sampling(temperature, max_new_tokens, not chatter.thoughtless if think is None else think)
     sides = {TUNED: Conversation(chatter, False, sampling, system and _clean(system))}
     if compare:
         sides = {BASE: Conversation(chatter, True, sampling, system and _clean(system))} | sides

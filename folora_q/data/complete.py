@@ -21,11 +21,11 @@ SHOWN = "\ue0a4"
 # A text of fewer characters may stand somewhere else by chance.
 TELLING = 16
 THOUGHTS_HINT = (
-    "set data.chat_template to one that renders thoughts (qwen3, gptoss, deepseek_r1, ...), or leave them out of the "
-    "data"
+    "set data.chat_template to one that renders thoughts (qwen3, gptoss, deepseek_r1, ...), or take them out of the "
+    "data; data.on_error: skip leaves such rows out"
 )
-TOOLS_HINT = "set data.chat_template to one that renders tools (qwen2_5, llama3_1, ...), or leave such rows out"
-OTHER_HINT = "set data.chat_template to one that does, or leave such rows out"
+TOOLS_HINT = "set data.chat_template to one that renders tools (qwen2_5, llama3_1, ...), or data.on_error to skip"
+OTHER_HINT = "set data.chat_template to one that does, or data.on_error to skip"
 
 
 def lost_part(

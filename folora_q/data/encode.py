@@ -181,7 +181,7 @@ class Encoder:
             try:
                 turn = self.renderer.turn(chat.messages, index, chat.tools)
             except Unrenderable:
-                if index in chat.unlearned:
+                if index in chat.unlearned or self.renderer.without_thought == "raise":
                     raise
                 continue
             if index in chat.unlearned or turn.opening:

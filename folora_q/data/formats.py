@@ -115,8 +115,14 @@ def to_example(row: Row, shape: Shape, source: Source) -> Example:
     """
     for column in sorted(MEDIA & row.values.keys() - set(source.fields.values())):
         if row.values[column]:
-            raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained", "leave such rows out")
-    return PARSERS[shape](_Fields(row, source))
+            raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained")
+    try:
+        example = PARSERS[shape](_Fields(row, source))
+        if isinstance(example, Chat):
+            content_of(example)  # tools and calls are what the row holds, to any depth
+    except RecursionError:
+        raise RowError(row.where, "it is nested too deeply") from None
+    return example
 
 
 def unused_columns(columns: Iterable[str], shape: Shape, source: Source) -> list[str]:

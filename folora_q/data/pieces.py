@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class PieceTokenizer:
             return [*(self(pieces[1:]) if len(pieces) > 1 else []), self._cut(pieces[0])]
         together = [piece for piece, fit in zip(pieces, fits, strict=True) if fit]
         apart = [self._cut(piece) for piece, fit in zip(pieces, fits, strict=True) if not fit]
-        learned = [any(piece.learns(place) for piece in together) for place in places]
+        learned = _learned(together, places)
         joined = Encoded(ids, labels_of(ids, learned), sum(piece.given for piece in together))
         return [*reversed(apart), joined]
 
@@ -82,7 +83,7 @@ class PieceTokenizer:
 
     def _is_cut_at(self, start: int, text: str, ids: list[int], places: list[Span]) -> bool:
         """Whether the tokens of a text up to a place are those of the text up to there, alone."""
-        count = next((index for index, (_, end) in enumerate(places) if end > start), len(ids))
+        count = bisect_right(places, start, key=lambda place: place[1])
         if count < len(ids) and places[count][0] < start:
             return False
         # Tokens that are added to the vocabulary cut the text before anything else, so what is before them is the same.
@@ -98,7 +99,17 @@ class PieceTokenizer:
         if self.tokenizer.decode(prompt + answer) == self.tokenizer.decode(ids):
             ids = prompt + answer
             places = [*before, *((start + piece.start, end + piece.start) for start, end in behind)]
-        return Encoded(ids, labels_of(ids, [piece.learns(place) for place in places]), int(piece.given))
+        return Encoded(ids, labels_of(ids, _learned([piece], places)), int(piece.given))
+
+
+def _learned(pieces: Sequence[Piece], places: Sequence[Span]) -> list[bool]:
+    """Whether each token is learned in any of the pieces, by the tokens' places, which are in order."""
+    learned = [False] * len(places)
+    for piece in pieces:
+        first = bisect_right(places, piece.start, key=lambda place: place[1])
+        last = bisect_left(places, len(piece.text), key=lambda place: place[0])
+        learned[first:last] = [piece.learns(place) for place in places[first:last]]
+    return learned
 
 
 def labels_of(ids: Sequence[int], learned: Sequence[bool]) -> list[int]:

@@ -125,7 +125,7 @@ def _described(data: Tokenized, max_length: int) -> str:
     parts += [f"{count:,} over {max_length} tokens {what}" for what, count in happened.items() if count]
     if counts.given:
         parts.append(
-            f"{counts.given:,} answers without a thought, in whose place what the template writes is not learned "
+            f"{counts.given:,} answers have no thought: what the template puts in its place is given, not learned "
             "(data.without_thought)"
         )
     if counts.untrained:

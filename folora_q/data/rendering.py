@@ -93,9 +93,18 @@ class Renderer:
         """The text of a conversation, with the generation prompt if `prompt`."""
         return self._apply([self._adapted(message) for message in messages], tools, prompt, **variables)
 
-    def prompt(self, messages: Sequence[Message], tools: list[Tool] | None = None) -> str:
-        """What the model is given after a conversation that ends in another's turn."""
-        return self.render(messages, tools, prompt=True)
+    def prompt(self, messages: Sequence[Message], tools: list[Tool] | None = None, think: bool = True) -> str:
+        """What the model is given after a conversation that ends in another's turn.
+
+        Args:
+            think: otherwise with what the template puts in the place of a thought, if it renders thoughts.
+
+        Raises:
+            Unrenderable: it is to say nothing in a thought's place, and no prompt begins what the template renders.
+        """
+        if think or not self.thinks:
+            return self.render(messages, tools, prompt=True)
+        return self.unchecked(messages, {"role": "assistant", "content": SAID}, tools).text.partition(SAID)[0]
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a rendered text, which brings all special tokens that it should have."""
@@ -228,12 +237,13 @@ class Renderer:
         if said:
             return RenderedTurn(default, said)
         same = _common_length(default, whole)
+        begun, there = (text[max(0, same - QUOTED // 2) :][:QUOTED] for text in (default, whole))
         raise Unrenderable(
-            "cannot mark what the assistant says: the prompt of a turn is not its beginning. The model is asked "
-            f"with {default[max(0, same - QUOTED // 2) :][:QUOTED]!r}, and the turn is rendered as "
-            f"{whole[max(0, same - QUOTED // 2) :][:QUOTED]!r}",
-            "set data.chat_template to one that can (chatml, llama3, ...) or to a .jinja file whose "
-            "generation prompt begins the assistant's turns, or set training.assistant_only_loss: false",
+            "cannot mark what the assistant says: its generation prompt is not the beginning of the turn; the prompt "
+            f"has {begun!r} where the turn has {there!r}",
+            f"set data.chat_template to {'deepseek_r1' if default.rstrip().endswith('<think>') else 'one that can'} "
+            "or to a .jinja file whose generation prompt begins the assistant's turns, or set "
+            "training.assistant_only_loss: false",
         )
 
     def _said_behind_other_turns(
@@ -251,7 +261,9 @@ class Renderer:
         opening = asked[len(start) :] if asked.startswith(start) else ""
         shared = whole[: _common_length(whole, self.render([*before, other], tools))]
         place = shared.rfind(opening) if opening.strip() else -1
-        return None if place < 0 else whole[place + len(opening) :]
+        last = before[-1]["content"].strip()
+        in_an_earlier_turn = bool(last) and place < shared.rfind(last)
+        return None if place < 0 or in_an_earlier_turn else whole[place + len(opening) :]
 
     def _opening(self, before: Sequence[Message], tools: list[Tool] | None, turn: RenderedTurn) -> int:
         """How many characters the template puts before any answer that has no thought."""

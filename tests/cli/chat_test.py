@@ -24,12 +24,15 @@ import torch
 import yaml
 from peft import PeftModel
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora_q.chat import load
 from folora_q.chat.load import load_chat
 from folora_q.chat.reply import Chatter, Conversation, Pieces, Sampling
 from folora_q.cli import app
 from folora_q.cli import chat as chat_cli
+from folora_q.data.encode import Encoder
+from folora_q.data.formats import Chat
 from folora_q.errors import RunFailed, UserError
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
@@ -37,6 +40,7 @@ from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import AnswerResult, answer_lines
 from tests.conftest import save_tiny_model
+from tests.data.chats import TEMPLATES, tokenizer_for
 from tests.data.rows import assistant, user, write_jsonl
 from tests.subject.folders import write_adapter, write_merged
 
@@ -346,6 +350,42 @@ def test_an_answer_cut_short_is_remembered_and_an_empty_one_is_not(tuned: Chatte
     assert unheard.messages == [], "it said nothing"
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "nemotron_3_nano", "gptoss"])
+def test_thoughts_are_asked_for_or_left_empty_and_remembered_apart(name: str) -> None:
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **sizes))
+    chatter, asked = Chatter(model, tokenizer, name, "a test", []), [user("hi")]
+    thoughts, none = (tokenizer.decode(chatter._prompt(asked, think)) for think in (True, False))
+    assert thoughts == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    if name != "gptoss":  # which has no switch: its answer's channel is named instead
+        assert none == tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    trained = Encoder(tokenizer)
+    trained.prepare_chats()
+    [encoded] = trained(Chat("here", [user("hi"), assistant("hello")]))
+    assert tokenizer.decode(encoded.input_ids).startswith(none + "hello")
+
+    turns = [user("hi"), {**assistant("hello"), "reasoning_content": "carry"}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    written = tokenizer(whole[len(thoughts) :], add_special_tokens=False)["input_ids"]
+    turn = chatter.remembered(asked, Sampling(), written, "as it was shown")
+    assert (turn["content"].strip(), turn["reasoning_content"]) == ("hello", "carry")
+
+
+def test_a_run_on_answers_without_thoughts_is_asked_for_none(run_folder: Path, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(run_folder, tmp_path / "run"))
+    manifest = json.loads(folder.manifest.read_text())
+    assert manifest["data"]["train"]["given"] == 0 and not load_chat(str(folder.path)).thoughtless
+    manifest["data"]["train"]["given"] = manifest["data"]["train"]["sequences"]
+    folder.manifest.write_text(json.dumps(manifest))
+    assert load_chat(str(folder.path)).thoughtless
+    del manifest["data"]["train"]["given"]
+    folder.manifest.write_text(json.dumps(manifest))
+    assert not load_chat(str(folder.path)).thoughtless
+
+
 # The command
 
 
@@ -403,9 +443,12 @@ def test_wrong_arguments(arguments: list[str], message: str, tiny_folder: Path, 
 class Parrot:
     """A chatter that says what it is told to, and is interrupted where that is ^C."""
 
-    origin, has_template, system = "a parrot", True, None
+    origin, has_template, system, thoughtless = "a parrot", True, None, False
 
-    def reply(self, messages: list, base: bool, settings: Sampling) -> Iterator[str]:
+    def remembered(self, messages: list, settings: Sampling, written: list[int], text: str) -> dict[str, str]:
+        return assistant(text)
+
+    def reply(self, messages: list, base: bool, settings: Sampling, written: list[int]) -> Iterator[str]:
         asked = len([message for message in messages if message["role"] == "user"])
         if messages[-1]["content"] != "^C":
             yield f"{'base' if base else 'tuned'} {asked}: "

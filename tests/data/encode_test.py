@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
@@ -20,7 +21,7 @@ from folora_q.data.rows import RowError
 from folora_q.data.templates import read_template
 from folora_q.data.tokens import IGNORED
 from folora_q.errors import UserError
-from tests.data.chats import encoder_for
+from tests.data.chats import encoder_for, tokenizer_for
 from tests.data.rows import assistant, user
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -156,6 +157,69 @@ def test_a_template_that_cannot_mark_is_refused_and_may_be_learned_whole(tokeniz
     encoder = encoder_of(tokenizer, THOUGHTFUL, assistant_only_loss=False)
     [encoded] = encoder(Chat("here", TURNS[:2]))
     assert encoded.labels == encoded.input_ids
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize(("name", "end"), [("mistral", "</s>"), ("vicuna", "</s>"), ("chatml", "<|im_end|>")])
+def test_tokenizers_that_mark_the_beginning_of_a_text_say_what_the_template_renders(
+    name: str, end: str, scheme: str
+) -> None:
+    """As sentencepiece's do, where an answer that is made tokens alone would begin with a space."""
+    template = read_template(name)
+    tokenizer = tokenizer_for(template)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    letters = ["<s>", "</s>", "▁", "\n", "<unk>", "▁two", *map(chr, range(33, 127))]
+    pairs = [("▁", "t"), ("w", "o"), ("▁t", "wo")]
+    vocabulary = {token: index for index, token in enumerate([*letters, *(a + b for a, b in pairs[:2])])}
+    backend.model = models.BPE(vocabulary, pairs, unk_token="<unk>")
+    encoder = Encoder(tokenizer)
+    encoder.prepare_chats()
+    sequences = encoder(Chat("here", TURNS))
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert text_of(tokenizer, sequences[-1]).strip() == tokenizer.decode(encoder.renderer.ids(whole)).strip()
+    pieces = [piece.strip() for encoded in sequences for piece in learned(tokenizer, encoded)]
+    assert pieces == ["two" + end, "four" + end]
+
+
+def test_an_opening_in_an_earlier_turn_is_not_taken_for_that_of_the_last(tokenizer: Tokenizer) -> None:
+    """The template opens a thought in its prompt, and renders it in earlier turns but not in the last."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}<think>"
+        "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    )
+    encoder = encoder_of(tokenizer, template, assistant_only_loss=False)
+    encoder.assistant_only_loss = True
+    with pytest.raises(RowError, match="cannot mark what the assistant says"):
+        encoder(Chat("here", TURNS))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_without_a_thought_may_be_refused(tokenizer: Tokenizer, whole: bool) -> None:
+    tokenizer.chat_template = read_template("qwen3")
+    encoder = Encoder(tokenizer, without_thought="raise", assistant_only_loss=not whole)
+    encoder.prepare_chats()
+    thought = {**assistant("two"), "reasoning_content": "carry"}
+    assert encoder(Chat("here", [user("1+1?"), thought]))
+    with pytest.raises(RowError, match="turn 2 has none, which data.without_thought: raise refuses"):
+        encoder(Chat("here", [user("1+1?"), assistant("two")]))
+
+
+def test_learned_whole_a_chat_has_no_empty_thought_in_the_loss_and_loses_no_thought(tokenizer: Tokenizer) -> None:
+    tokenizer.chat_template = read_template("qwen3")
+    encoder = Encoder(tokenizer, assistant_only_loss=False)
+    encoder.prepare_chats()
+    [encoded] = encoder(Chat("here", TURNS[:2]))
+    assert learned(tokenizer, encoded) == [
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n",
+        "two<|im_end|>\n",
+    ]
+    thoughts = [TURNS[0], {**TURNS[1], "reasoning_content": "carry"}, *TURNS[2:]]
+    with pytest.raises(RowError, match="does not render the thought of turn 2") as caught:
+        encoder(Chat("here", thoughts))
+    assert "training.assistant_only_loss: true" in caught.value.hint
 
 
 @pytest.mark.parametrize("template", [None, CHATML_MARKED, FORGETFUL])

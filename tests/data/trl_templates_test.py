@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Chat
 from folora_q.data.rows import RowError
+from folora_q.data.templates import read_template
 from folora_q.errors import UserError
-from tests.data.chats import ROWS, TEMPLATES, Messages, encoder_for, learned, stretches
+from tests.data.chats import CALL, ROWS, TEMPLATES, TOOLS, Messages, encoder_for, learned, stretches
+from tests.data.rows import user
 
 # Refused as a whole, since no prompt of theirs begins an answer, or nothing ends one.
 REFUSED = {
-    "deepseek_r1_distill": "the prompt of a turn is not its beginning.*<think>",
-    "deepseekv3": "the prompt of a turn is not its beginning.*<think>",
+    "deepseek_r1_distill": "its generation prompt is not the beginning of the turn.*<think>",
+    "deepseekv3": "its generation prompt is not the beginning of the turn.*<think>",
     "glm4moe": "ends the assistant's turn with no token of its own",
 }
 
@@ -172,7 +174,23 @@ def test_the_table_names_every_template() -> None:
 def test_templates_that_cannot_be_trained_as_they_are_asked_with_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(UserError, match=REFUSED[name]) as caught:
         encoder_for(TEMPLATES[name])
-    assert "data.chat_template" in (caught.value.hint or "")
+    assert "data.chat_template" in caught.value.hint
+    assert ("deepseek_r1" in caught.value.hint) == name.startswith("deepseek")
+
+
+def test_our_deepseek_r1_renders_thoughts_and_is_asked_with_what_it_trains() -> None:
+    encoder = encoder_for(read_template("deepseek_r1"))
+    for row, wanted in {
+        "one turn": ["hello"],
+        "two turns": ["hello", "bye"],
+        "thought": ["carry\n</think>\n\nhello"],
+        "inline thought": ["carry\n</think>\n\nhello"],
+        "thought, then none": ["carry\n</think>\n\nhello", "bye"],
+    }.items():
+        found = learned(encoder.tokenizer, encoder(Chat("here", ROWS[row][0])))
+        assert found == [text + "<｜end▁of▁sentence｜>" for text in wanted]
+    with pytest.raises(RowError, match="takes no tools"):
+        encoder(Chat("here", ROWS["call"][0], tools=ROWS["call"][1]))
 
 
 @pytest.mark.parametrize("merges", [False, True], ids=["bytes", "merges"])
@@ -245,3 +263,18 @@ def test_generation_stops_at_the_end_of_a_call_too(name: str, ends: list[str]) -
     tokens = [encoder.tokenizer.decode([token]) for token in encoder.ends_of_turn(chats)]
     assert tokens == ends and tokens[:1] == [encoder.tokenizer.decode([encoder.end_of_turn])]
     assert len(encoder.ends_of_turn(chats[:1])) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in READINGS if READINGS[name].call])
+def test_of_several_calls_none_is_lost(name: str) -> None:
+    """Some templates write the first alone, or refuse."""
+    encoder = encoder_for(TEMPLATES[name])
+    calls = [{**CALL["tool_calls"][0], "function": {"name": "add", "arguments": {"a": a, "b": 5}}} for a in (31, 42)]
+    chat = Chat("here", [user("hi"), {**CALL, "tool_calls": calls}], tools=TOOLS)
+    try:
+        [encoded] = encoder(chat)
+    except RowError as error:
+        assert name in ("gptoss", "llama3_1", "llama3_2"), error.reason
+        return
+    [text] = learned(encoder.tokenizer, [encoded])
+    assert text.count("31") == text.count("42") == 1 and text.index("31") < text.index("42")

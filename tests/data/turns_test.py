@@ -326,3 +326,15 @@ def test_nulls_that_tables_fill_into_descriptions_are_left_out() -> None:
     [tool] = parse({"messages": [user("hi"), assistant("yo")], "tools": [described]}).tools
     assert "strict" not in tool["function"] and "enum" not in tool["function"]["parameters"]
     assert tool["function"]["parameters"]["default"] is None
+
+
+@pytest.mark.parametrize("depth", [200, 1500])
+def test_arguments_nested_without_end_are_the_rows_fault_and_no_crash(depth: int) -> None:
+    nested: Any = "x"
+    for _ in range(depth):
+        nested = {"a": nested}
+    row = {"messages": [user("hi"), {**assistant(""), "tool_calls": [{"name": "add", "arguments": nested}]}]}
+    if depth > 1000:
+        assert refusal(row) == "it is nested too deeply"
+    else:
+        assert messages_of(row)

@@ -89,7 +89,7 @@ def test_every_word_of_theirs_is_ours_or_has_a_hint(block: str) -> None:
     assert unexplained(words_of(yaml.safe_load(block))) == []
 
 
-def test_the_list_of_words_has_real_ones_alone() -> None:
+def test_the_list_of_words_has_rows_of_real_ones() -> None:
     rows = [row.split(" | ") for row in TABLE]
     assert len(rows) == 21
     for ours, *theirs in rows:
