@@ -104,7 +104,8 @@ class Questions:
         except (Unrenderable, *TEMPLATE_ERRORS):
             return None
         # What is not learned in a thought's place is given here too, as it was in training.
-        asked, said = turn.asked + turn.said[: turn.opening], turn.said[turn.opening :]
+        asked = turn.asked + turn.said[: turn.opening]
+        said = turn.said[turn.opening :].rstrip()  # behind its end, where an answer stops, a template may start a line
         return Question(
             "task", example.prompt, self.syntax.split(self.renderer.ids(said), asked), self.renderer.ids(asked), asked
         )

@@ -46,6 +46,9 @@ def test_a_perfect_model_is_right_with_every_template_and_an_imperfect_one_is_no
         chat = Chat("here", messages, tools=tools)
         reader, question = asked(encoder, chat)
         perfect = said_by_a_perfect_model(encoder, chat, question)
+        ends = encoder.ends_of_turn([chat])
+        stopped = perfect[: next(i for i, token in enumerate(perfect) if token in ends) + 1]
+        assert reader.read(question, stopped) == question.reference, row
         assert EXACT(reader.read(question, perfect), question.reference) == 1, row
         assert question.reference.answer.strip().endswith(messages[-1]["content"].rpartition("\n")[2])
         wrong = encoder.renderer.ids(encoder.tokenizer.decode(perfect).replace(messages[-1]["content"][-3:], "no"))

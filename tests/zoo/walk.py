@@ -86,7 +86,8 @@ def walk(name: str, folder: Path, rules: Sequence[str] = ()) -> Walk:
     if member.refused:
         assert code == 2 and member.refused in said and "hint: use " in said, said
         assert command("train", recipe)[0] == command("estimate", recipe)[0] == 2
-        found.refused = said.removeprefix("error: ").partition("\n")[0]
+        message, _, hint = said.removeprefix("error: ").partition("\n\nhint: ")
+        found.refused = f"{message}; {hint.strip()}"
         return found
     assert code == 0, said
     assert command("estimate", recipe)[0] == 0

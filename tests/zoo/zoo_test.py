@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from tests.zoo.walk import walk
 
 # These are trained by every rule of the gate.
 BY_EVERY_RULE = {"llama", "qwen3-moe", "gemma3", "fp4-skipped", "gpt2"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_libraries() -> None:
+    gc.freeze()  # a run collects garbage, and would look through all of torch and transformers for it
 
 
 @pytest.mark.parametrize("name", MEMBERS)
