@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,13 @@ def shape_of(row: Row, source: Source) -> Shape:
     fitting = [shape for shape, needed in COLUMNS.items() if needed <= columns]
     if fitting:  # one that the recipe maps a column for comes before all others
         return max(fitting, key=lambda shape: len(FIELDS[shape] & source.fields.keys()))
+    if {"chosen", "rejected"} <= columns:
+        raise RowError(
+            row.where,
+            "it has `chosen` and `rejected`: preference data, as for DPO, which is not supported",
+            "to fine-tune on the chosen answers alone, set fields: {completion: chosen}, or {messages: chosen} if "
+            "`chosen` is a list of turns",
+        )
     raise RowError(
         row.where,
         f"its columns ({_listed(row.values)}) are those of no known shape",
@@ -117,7 +124,7 @@ def to_example(row: Row, shape: Shape, source: Source) -> Example:
         if row.values[column]:
             raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained")
     try:
-        example = PARSERS[shape](_Fields(row, source))
+        example = PARSERS[shape](Fields(row, source))
         if isinstance(example, Chat):
             content_of(example)  # tools and calls are what the row holds, to any depth
     except RecursionError:
@@ -125,18 +132,8 @@ def to_example(row: Row, shape: Shape, source: Source) -> Example:
     return example
 
 
-def unused_columns(columns: Iterable[str], shape: Shape, source: Source) -> list[str]:
-    """Those of a source's columns that rows of this shape are not made of."""
-    columns = set(columns)
-    names = (COLUMNS[shape] | FIELDS[shape] | ALSO.get(shape, set())) - {"role", "content"}
-    if shape in ("messages", "sharegpt"):  # the first of the two that is there
-        names |= {"messages"} if source.fields.get("messages", "messages") in columns else {"conversations"}
-        names -= {"conversations"} if "messages" in names & columns else set()
-    return sorted(columns - {source.fields.get(name, name) for name in names})
-
-
 @dataclass(frozen=True)
-class _Fields:
+class Fields:
     """A row's columns under our names."""
 
     row: Row
@@ -164,10 +161,14 @@ class _Fields:
         wanted = self.source.fields.get(names[0], names[0])
         raise RowError(self.where, f"the column `{wanted[:40]}` is missing; there are {_listed(self.row.values)}")
 
-    def text(self, name: str, required: bool = True) -> str:
-        """The text of a column; "" where it is not required and absent or null."""
-        theirs = self.source.fields.get(name, name)
-        column = self.column(name)
+    def text(self, name: str, *others: str, required: bool = True) -> str:
+        """The text of a column; "" where it is not required and absent or null.
+
+        Args:
+            others: names that the column may have too.
+        """
+        column = self.column(name, *others)
+        theirs = column or self.source.fields.get(name, name)
         value = None if column is None else self.row.values[column]
         if value is None and not required:
             return ""
@@ -185,11 +186,11 @@ class _Fields:
         return None if column is None else parse_tools(self.row.values[column], self.where, column)
 
 
-def _messages(fields: _Fields) -> Chat:
+def _messages(fields: Fields) -> Chat:
     column = fields.column("messages", "conversations") or "messages"
     turns = parse_turns(fields.get("messages", "conversations"), fields.source, fields.where, column)
     check_order(fields.where, [turn.message for turn in turns], column)
-    system = fields.text("system", required=False)
+    system = fields.text("system", "system_prompt", required=False)
     if system.strip():
         first = turns[0].message
         if first["role"] == "system" and first["content"].strip() != system.strip():
@@ -199,8 +200,8 @@ def _messages(fields: _Fields) -> Chat:
     return _chat(fields, turns)
 
 
-def _alpaca(fields: _Fields) -> Chat:
-    system, more = fields.text("system", required=False), fields.text("input", required=False)
+def _alpaca(fields: Fields) -> Chat:
+    system, more = fields.text("system", "system_prompt", required=False), fields.text("input", required=False)
     asked = fields.text("instruction") + (f"\n\n{more}" if more.strip() else "")
     turns = [(asked, fields.text("output"))]
     messages = [{"role": "system", "content": system}] if system.strip() else []
@@ -209,7 +210,7 @@ def _alpaca(fields: _Fields) -> Chat:
     return Chat(fields.where, messages)
 
 
-def _history(fields: _Fields) -> list[tuple[str, str]]:
+def _history(fields: Fields) -> list[tuple[str, str]]:
     """The turns before an instruction, as pairs of a question and its answer."""
     column = fields.column("history")
     pairs = None if column is None else fields.row.values[column]
@@ -225,8 +226,14 @@ def _history(fields: _Fields) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs]
 
 
-def _prompt_completion(fields: _Fields) -> Chat | Completion:
+def _prompt_completion(fields: Fields) -> Chat | Completion:
     prompt, completion = fields.get("prompt"), fields.get("completion")
+    if fields.row.values.get("label") is False:
+        raise RowError(
+            fields.where,
+            "its `label` is false, which marks an answer that is not to be learned (KTO data)",
+            "set data.on_error: skip to learn the others alone, or remove the column",
+        )
     if isinstance(prompt, list) or isinstance(completion, list):
         context = parse_turns(prompt, fields.source, fields.where, "prompt")
         turns = context + parse_turns(completion, fields.source, fields.where, "completion")
@@ -239,11 +246,11 @@ def _prompt_completion(fields: _Fields) -> Chat | Completion:
     return Completion(fields.where, fields.text("prompt"), fields.text("completion"))
 
 
-def _text(fields: _Fields) -> Text:
+def _text(fields: Fields) -> Text:
     return Text(fields.where, fields.text("text"))
 
 
-def _chat(fields: _Fields, turns: list[Turn], context: int = 0) -> Chat:
+def _chat(fields: Fields, turns: list[Turn], context: int = 0) -> Chat:
     unlearned = tuple(
         index for index, turn in enumerate(turns) if turn.message["role"] == "assistant" and not turn.learned
     )
@@ -272,10 +279,15 @@ FIELDS: dict[Shape, set[str]] = {
     "text": {"text"},
 }
 # What else rows may have that is read under its own name alone.
-ALSO: dict[Shape, set[str]] = {shape: {"functions"} for shape in ("messages", "sharegpt", "prompt_completion")}
+ALSO: dict[Shape, set[str]] = {
+    "messages": {"functions", "system_prompt"},
+    "sharegpt": {"functions", "system_prompt"},
+    "prompt_completion": {"functions"},
+    "alpaca": {"system_prompt"},
+}
 # Columns that no text is in; rows that have one say something about it.
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
-PARSERS: dict[Shape, Callable[[_Fields], Example]] = {
+PARSERS: dict[Shape, Callable[[Fields], Example]] = {
     "messages": _messages,
     "sharegpt": _messages,
     "alpaca": _alpaca,

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from folora_q.data.formats import Example, Text, content_of, shape_of, to_example, unused_columns
+from folora_q.data.formats import Example, Text, content_of, shape_of, to_example
 from folora_q.data.rows import RowError, Sieve
 from folora_q.data.sources import find, read_source
+from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Shape, Source
 
@@ -136,7 +137,6 @@ def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | No
     def examples() -> Iterator[Example | RowError]:
         for row in sieve.pass_on(islice(read_source(source, there), most)):
             columns.update(row.values)
-            filled.update(name for name, value in row.values.items() if value not in (None, "", [], {}))
             try:
                 shape = shape_of(row, source)
                 if found and shape != found[0]:
@@ -145,6 +145,7 @@ def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | No
                     )
                 example = to_example(row, shape, source)
                 found[:] = [shape]
+                filled.update(filled_columns(row, source))
                 yield example
             except RowError as error:
                 yield error

@@ -12,7 +12,7 @@ from typing import Any
 from folora_q.data.files import DataFile, ending_of
 from folora_q.data.json_causes import cause, holds_a_list
 from folora_q.data.mistaken import refuse_mistaken
-from folora_q.data.rows import Row, RowError
+from folora_q.data.rows import Row, RowError, kind_of
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.paths import COMPRESSED_ENDINGS
 
@@ -104,7 +104,7 @@ def _because(error: json.JSONDecodeError, one_a_line: bool) -> str:
 def _object(where: str, values: Any) -> Row | RowError:
     if isinstance(values, dict):
         return Row(where, values)
-    return RowError(where, f'it must be an object such as {{"messages": [...]}}, not a {type(values).__name__}')
+    return RowError(where, f'it must be an object such as {{"messages": [...]}}, not {kind_of(values)}')
 
 
 def _json(file: DataFile) -> Rows:
@@ -126,7 +126,7 @@ def _json(file: DataFile) -> Rows:
         is_row = {"messages", "conversations", "prompt", "instruction", "text"} & values.keys()
         values = lists[0] if len(lists) == 1 and not is_row else [values]
     if not isinstance(values, list):
-        raise UserError(f"{file.name} must hold a list of objects, not a {type(values).__name__}")
+        raise UserError(f"{file.name} must hold a list of objects, not {kind_of(values)}")
     for number, value in enumerate(values, 1):
         yield _object(f"{file.name} row {number}", value)
 

@@ -64,4 +64,5 @@ class Sieve(Generic[Item]):
 def kind_of(value: Any) -> str:
     """What a value is, for messages."""
     names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
+    names |= dict.fromkeys((int, float), "a number")
     return names.get(type(value), f"a {type(value).__name__}") if value != [] else "an empty list"

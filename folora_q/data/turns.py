@@ -39,11 +39,15 @@ ROLES: dict[str, Role] = {
 CALLING = ("function_call", "tool_call")
 THOUGHTS = (THOUGHT, "thinking", "reasoning")
 # Keys of a turn that say whether it is learned.
-SWITCHES = ("weight", "train", "loss")
+SWITCHES = ("weight", "train", "loss", "trainable", "loss_mask")
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("reasoning", "thinking", "reasoning_text", "think")
 MEDIA = ("image", "audio", "video")
 CHANNEL_MARK = "<|channel|>"
+EMPTY = (None, "", [], {})
+# Keys of a turn that are read, besides those of its role and content; a tool's turn has two more.
+KEYS = {*THOUGHTS, *SWITCHES, "train_detail", "channel", "tool_calls", "function_call"}
+TOOL_KEYS = {"name", "tool_call_id"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,21 @@ def parse_turns(value: Any, source: Source, where: str, column: str) -> list[Tur
     return turns
 
 
+def unused_keys(turns: list[Any], source: Source) -> set[str]:
+    """Keys of a row's turns that hold something and are not read.
+
+    Args:
+        turns: as `parse_turns` has accepted them.
+    """
+    readers = [_Reader(raw, source, "", "") for raw in turns]
+    return {
+        key
+        for reader in readers
+        for key, value in reader.raw.items()
+        if key not in reader.read_keys and value not in EMPTY
+    }
+
+
 def check_order(where: str, messages: list[Message], column: str) -> None:
     """The order that chat templates take: perhaps a system turn; then user and assistant in turn, or tool's answers.
 
@@ -120,7 +139,8 @@ class _Reader:
         names = source.fields
         self.content_names = [names["content"]] if "content" in names else ["content", "value"]
         known = {**ROLES, **source.roles}
-        role = self._first([names["role"]] if "role" in names else ["role", "from"])
+        role_names = [names["role"]] if "role" in names else ["role", "from"]
+        role = self._first(role_names)
         if not isinstance(role, str) or role not in known:
             raise RowError(
                 where,
@@ -133,6 +153,7 @@ class _Reader:
         if channel not in (None, "analysis", "final", "commentary"):
             raise RowError(where, f"`{place}.channel` is {str(channel)[:40]!r}; known are analysis, commentary, final")
         self.channel = channel
+        self.read_keys = KEYS.union(role_names, self.content_names, TOOL_KEYS if self.role == "tool" else ())
 
     def turn(self, thought: str | None) -> Turn:
         """The turn, with a thought that came before it in a channel of its own."""
@@ -157,7 +178,7 @@ class _Reader:
         if calls:
             message["tool_calls"] = calls
         if self.role == "tool":
-            message |= {key: self.raw[key] for key in ("name", "tool_call_id") if isinstance(self.raw.get(key), str)}
+            message |= {key: self.raw[key] for key in sorted(TOOL_KEYS) if isinstance(self.raw.get(key), str)}
         if self.channel == "commentary" and not calls:
             raise RowError(self.where, f"`{self.place}` is of the channel commentary, and calls no tool")
         return Turn(message, self._learned())

@@ -103,7 +103,7 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str], str]] = {
         [],
         "{path} line 4: `messages[1].content` is null",
     ),
-    "not a list": ("train.json", b"5", [], "{path} must hold a list of objects, not a int"),
+    "not a list": ("train.json", b"5", [], "{path} must hold a list of objects, not a number"),
     "no parquet": ("train.parquet", b"PAR1", [], "{path} is not a parquet file that can be read: "),
     "unknown ending": ("train.xlsx", b"PK", [], "cannot read {path}: its ending is none of .jsonl, "),
     "bad row for evaluation": (

@@ -254,7 +254,7 @@ def second(turn: Any) -> dict[str, Any]:
         (second(assistant("")), {}, "the content of `messages[1]`, which the assistant should learn to say, is empty"),
         (second(assistant(" \n")), {}, "the content of `messages[1]`, which the assistant should learn to say, is"),
         (second({"role": "assistant", "content": []}), {}, "the content of `messages[1]`, which the assistant should"),
-        (second({"role": "assistant", "content": 5}), {}, "the content of `messages[1]` must be text, not a int"),
+        (second({"role": "assistant", "content": 5}), {}, "the content of `messages[1]` must be text, not a number"),
         (second({"role": "assistant", "content": {}}), {}, "the content of `messages[1]` must be text, not an object"),
         (
             second({"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}),
@@ -280,7 +280,7 @@ def second(turn: Any) -> dict[str, Any]:
         ({"instruction": None, "output": "o"}, {}, "`instruction` must be text, not null"),
         ({"instruction": "", "output": "o"}, {}, "`instruction` is empty"),
         ({"instruction": "i", "output": " "}, {}, "`output` is empty"),
-        ({"instruction": "i", "output": 3.5}, {}, "`output` must be text, not a float"),
+        ({"instruction": "i", "output": 3.5}, {}, "`output` must be text, not a number"),
         ({"instruction": "i", "input": ["x"], "output": "o"}, {}, "`input` must be text, not a list"),
         ({"instruction": "i", "output": "o", "system": True}, {}, "`system` must be text, not true or false"),
         ({"prompt": "p", "completion": None}, {}, "`completion` must be text, not null"),
@@ -301,7 +301,7 @@ def second(turn: Any) -> dict[str, Any]:
         (
             {"q": "p", "a": 5},
             {"fields": {"prompt": "q", "completion": "a"}},
-            "`a` must be text, not a int",
+            "`a` must be text, not a number",
         ),
         ({"text": None}, {}, "`text` must be text, not null"),
         ({"text": ["a"]}, {}, "`text` must be text, not a list"),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from folora_q.data.formats import Chat, Example, shape_of, to_example, unused_columns
+from folora_q.data.formats import Chat, Example, shape_of, to_example
 from folora_q.data.rows import Row, RowError
+from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.recipe.dataset import Source
 from tests.data.chats import CALL, RESULT, SYSTEM, TOOLS, encoder_for, learned, thinking
 from tests.data.rows import assistant, user
@@ -61,7 +62,7 @@ def test_a_system_column_beside_messages_is_the_system_turn_once() -> None:
     assert messages_of({"messages": [SYSTEM, *turns], "system": " be curt\n"}) == [SYSTEM, *turns]
     assert messages_of({"messages": turns, "system": None}) == turns
     assert "two system prompts" in refusal({"messages": [SYSTEM, *turns], "system": "be verbose"})
-    assert refusal({"messages": turns, "system": 5}) == "`system` must be text, not a int"
+    assert refusal({"messages": turns, "system": 5}) == "`system` must be text, not a number"
 
 
 def test_the_history_of_an_alpaca_row_is_the_turns_before_it_and_is_learned() -> None:
@@ -118,11 +119,65 @@ def test_columns_that_are_not_used_are_named(columns: str, source: dict[str, Any
     assert unused_columns(row.values, shape_of(row, named), named) == unused
 
 
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_column_of_system_prompts_begins_the_conversation(column: str) -> None:
+    for row in (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ok"}]},
+        {"instruction": "hi", "output": "ok"},
+    ):
+        chat = parse({**row, column: "be a pirate"})
+        assert isinstance(chat, Chat) and chat.messages[0] == {"role": "system", "content": "be a pirate"}
+        assert column not in unused_columns(
+            [*row, column], shape_of(Row(HERE, row), Source(path="x")), Source(path="x")
+        )
+
+
+@pytest.mark.parametrize("chosen", ["good", [user("hi"), assistant("good")]])
+def test_preference_data_are_refused_unless_the_recipe_takes_the_chosen_answers(chosen: Any) -> None:
+    row = {"prompt": "hi", "chosen": chosen, "rejected": "bad"}
+    assert refusal(row).startswith("it has `chosen` and `rejected`: preference data")
+    name = "completion" if isinstance(chosen, str) else "messages"
+    assert parse(row, fields={name: "chosen"}).reference == "good"
+
+
+def test_an_answer_that_kto_data_mark_as_bad_is_not_learned() -> None:
+    row = {"prompt": "hi", "completion": "bad"}
+    assert refusal({**row, "label": False}).startswith("its `label` is false")
+    for label in (True, "negative", None):
+        assert parse({**row, "label": label}).reference == "bad"
+
+
 # Keys of a turn.
 
 
+def test_keys_of_turns_that_are_not_read_are_named() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    turns = [
+        {**user("hi"), "name": "Bob", "id": 7},
+        {**assistant("ok"), "weight": 1, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "content": "2", "name": "add", "tool_call_id": "c"},
+        assistant("two"),
+    ]
+    source = Source(path="x")
+    assert filled_columns(Row(HERE, {"messages": turns, "tags": []}), source) == {
+        "messages",
+        "messages[].name",
+        "messages[].id",
+    }
+    speakers = [{"speaker": "user", "text": "hi", "role": "x"}, {"speaker": "assistant", "text": "ok"}]
+    mapped = Source(path="x", fields={"messages": "dialog", "role": "speaker", "content": "text"})
+    assert filled_columns(Row(HERE, {"dialog": speakers}), mapped) == {"dialog", "dialog[].role"}
+
+
 @pytest.mark.parametrize(
-    ("no", "yes"), [({"weight": 0}, {"weight": 1}), ({"train": False}, {"train": True}), ({"loss": False}, {})]
+    ("no", "yes"),
+    [
+        ({"weight": 0}, {"weight": 1}),
+        ({"train": False}, {"train": True}),
+        ({"loss": False}, {}),
+        ({"trainable": False}, {"trainable": True}),
+        ({"loss_mask": 0}, {"loss_mask": 1}),
+    ],
 )
 def test_turns_that_the_row_says_not_to_learn_are_not(no: dict[str, Any], yes: dict[str, Any]) -> None:
     turns = [user("hi"), {**assistant("BAD ANSWER"), **no}, user("wrong"), {**assistant("good answer"), **yes}]
@@ -294,7 +349,7 @@ def test_calls_are_learned_and_results_are_not() -> None:
     ("values", "reason"),
     [
         ({"tools": "add"}, "`tools` must be JSON"),
-        ({"tools": [5]}, "`tools[0]` must be a tool with a name, not a int"),
+        ({"tools": [5]}, "`tools[0]` must be a tool with a name, not a number"),
         ({"tools": [{"type": "function", "function": {}}]}, "`tools[0]` is a tool without a `name`"),
     ],
 )

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from folora_q.errors import UserError
 from folora_q.export import merge as merging
 from folora_q.export.adapter import read_adapter
+from folora_q.export.ends import fitted
 from folora_q.export.merge import REPORT, Merge, write_merged
-from folora_q.export.tied import part_tied
 from folora_q.models.checkpoint import INDEX, open_checkpoint
 from folora_q.models.hardware import Hardware
 from folora_q.models.layout import quantized_parameters
@@ -35,7 +35,7 @@ BF16 = torch.bfloat16
 
 
 def merge_of(base: Path, *adapters: tuple[Path, float], weights: str = "original", dtype: torch.dtype = BF16) -> Merge:
-    parted, read = part_tied(open_checkpoint(base), [read_adapter(folder) for folder, _ in adapters])
+    parted, read = fitted(open_checkpoint(base), [read_adapter(folder) for folder, _ in adapters])
     shares = [share for _, share in adapters]
     return Merge(parted, list(zip(read, shares, strict=True)), weights, dtype, Quantization())
 
