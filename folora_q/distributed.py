@@ -14,10 +14,10 @@ CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
 ON = ("true", "1", "yes", "y", "t", "on")
 
 
-def require_plain_start() -> None:
+def require_one_process() -> None:
     """See that no launcher started several processes, each of which would train and write the same run.
 
-    Nor may it have told accelerate to use another precision, device or engine than the recipe's.
+    Nor may a launcher of one process have told accelerate to use another precision, device or engine than the recipe's.
 
     Raises:
         UserError: one did.

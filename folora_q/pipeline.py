@@ -23,7 +23,7 @@ from folora_q.data.sources import find
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
-from folora_q.distributed import require_plain_start
+from folora_q.distributed import require_one_process
 from folora_q.errors import FoloraError, RunFailed, first_line
 from folora_q.evaluation.compare import HeldOutText
 from folora_q.evaluation.contrast import Contrast
@@ -99,7 +99,7 @@ def run_training(
             Or this is one of several processes; found before anything is written.
         RunFailed: the run could not go on. Where its evaluation failed, the adapter that was trained is kept.
     """
-    require_plain_start()
+    require_one_process()
     clock = Clock(progress)
     target = Path(recipe.training.output_dir)
     with locked(target, clock.note):

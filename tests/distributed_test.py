@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from folora_q import pipeline
 from folora_q.cli.app import main
-from folora_q.distributed import require_plain_start
+from folora_q.distributed import require_one_process
 from folora_q.errors import UserError
 from folora_q.models.hardware import choose_hardware
 from folora_q.recipe import load_recipe
@@ -66,7 +66,7 @@ def test_it_is_known_before_torch_is_imported(recipe_file: Path) -> None:
 @pytest.mark.parametrize("value", ["1", "", "0", "many", "-3"])
 def test_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
-    require_plain_start()
+    require_one_process()
 
 
 @pytest.fixture
@@ -132,4 +132,4 @@ def test_a_launcher_that_changes_nothing_is_none(monkeypatch: pytest.MonkeyPatch
     """As `accelerate launch --num_processes 1` sets them."""
     for name, value in {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_CPU": "false"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    require_plain_start()
+    require_one_process()

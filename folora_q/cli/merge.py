@@ -12,7 +12,7 @@ from rich.table import Table
 
 from folora_q.cli.console import out, print_table, starting
 from folora_q.cli.options import trust_options
-from folora_q.distributed import require_plain_start
+from folora_q.distributed import require_one_process
 from folora_q.errors import UserError
 from folora_q.models.trust import Trust
 
@@ -71,7 +71,7 @@ def command(
         raise UserError(
             f"{len(sources)} adapters and {len(shares)} weights", "give --weight once for each adapter, or not at all"
         )
-    require_plain_start()
+    require_one_process()
     with starting(settings["debug"]) as progress:
         import torch
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from folora_q.cli.console import duration, out, starting
 from folora_q.cli.evaluation_table import print_answer, print_evaluation
 from folora_q.cli.options import recipe_arguments, trust_options
-from folora_q.distributed import require_plain_start
+from folora_q.distributed import require_one_process
 from folora_q.errors import Terminated, UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import Recipe
@@ -65,7 +65,7 @@ def command(
         raise UserError("--resume goes on with a run and --overwrite removes it", "give one of them")
     if force and not resume:
         raise UserError("--force is about going on with a run", "give --resume too; --overwrite replaces a run")
-    require_plain_start()
+    require_one_process()
     with starting(settings["debug"]) as progress:
         from folora_q.pipeline import run_training
 
