@@ -103,3 +103,33 @@ def test_transformers_takes_one_gpu_of_two_and_the_batch_of_the_recipe(two_gpus:
     on_a_cpu = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, bf16=False)
     on_one_device(on_a_cpu)
     assert (on_a_cpu.n_gpu, on_a_cpu.train_batch_size) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "True"),
+        ("ACCELERATE_USE_CPU", "1"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+    ],
+)
+def test_a_launcher_that_changes_how_is_trained_is_refused_before_anything_is_written(
+    recipe_file: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    """With one process too: DeepSpeed's package was missed after sampling, and float16 was computed in unasked."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(recipe_file)])
+    assert caught.value.code == 2
+    talk = capfd.readouterr().err
+    assert f"error: the environment sets {variable}={value}, by which accelerate would train otherwise" in talk
+    assert f"or unset {variable}\n" in talk and not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_changes_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `accelerate launch --num_processes 1` sets them."""
+    for name, value in {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_CPU": "false"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    require_one_process()

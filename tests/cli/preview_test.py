@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from pathlib import Path
 
@@ -86,3 +87,19 @@ def test_long_examples_are_cut_in_the_middle_unless_whole_ones_are_asked_for(
     assert "characters ...]" in capfd.readouterr().out
     assert run(recipe_file, *changes, "--full") == 0
     assert "b" * 5000 in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["validate", "preview", "train"])
+def test_what_a_folder_holds_and_is_not_read_is_named(recipe_file: Path, tmp_path: Path, capfd, command: str) -> None:
+    folder = tmp_path / "data"
+    write_jsonl((folder.mkdir() or folder) / "a.jsonl", [{"messages": [user("a"), assistant("b")]}] * 4)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    (folder / "c.zip").write_bytes(b"PK\x03\x04")
+    (folder / "README.md").write_text("about the data")
+    quick = ["gate.enabled=false", "evaluation.metric=none", "training.max_steps=1", f"data.train_dataset={folder}"]
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(recipe_file), *quick])
+    assert caught.value.code == 0
+    told = "".join(capfd.readouterr())
+    assert f"{folder}: 8 rows of `messages`" in told
+    assert "not read: c.zip (it is an archive: unpack it); README.md (a text beside tables)" in told

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from tests.fuzz.basics import command, named, tiny
 from tests.fuzz.contract import Target
@@ -48,6 +54,12 @@ CHAT = [
     {"role": "user", "content": "1 + 1"},
     {"role": "assistant", "content": "2"},
 ]
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "messages": [{"messages": CHAT}, {"messages": CHAT[1:]}, {"messages": [*CHAT, *CHAT[1:]]}],
     "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "id": 1}] * 3,
@@ -78,6 +90,9 @@ def build_data(folder: Path) -> None:
         {"prompt": ["a", "b"] * 9, "completion": ["c", "d"] * 9, "at": pyarrow.array(range(18), "date64")}
     )
     parquet.write_table(many, folder / "pairs.parquet", compression="zstd")
+    lines = (folder / "messages.jsonl").read_bytes() * 9
+    for ending, pack in PACKERS.items():
+        (folder / f"packed.jsonl{ending}").write_bytes(pack(lines))
     (folder / "prose.txt").write_text("A line of prose.\n" * 20, encoding="utf-8")
 
 
@@ -148,6 +163,7 @@ TARGETS = [
         named("jsonl", *(f"{name}.jsonl" for name in ROWS))
         | named("csv", "pairs.csv", "pairs.tsv")
         | named("parquet", "chats.parquet", "pairs.parquet")
+        | named("compressed", *(f"packed.jsonl{ending}" for ending in PACKERS))
         | {"chats.json": "rows", "prose.txt": "text"},
         read_data,
         large=True,

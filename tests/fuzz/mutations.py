@@ -45,9 +45,10 @@ EDITS_AS = {
     "safetensors": "json",
     "gguf": "binary",
     "parquet": "binary",
+    "compressed": "binary",
     "torch": "binary",
 }
-BINARY = ("safetensors", "gguf", "parquet", "torch")
+BINARY = ("safetensors", "gguf", "parquet", "compressed", "torch")
 ANY = [b"", b"\x00", b"\x00" * 64, b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"a" * 1000]
 
 numbers = st.integers(0, 2**32 - 1)
