@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from folora_q.cli.console import Concealing, concealing
-from folora_q.models import load
 from folora_q.private import HIDDEN, conceal
 from tests.conftest import write_recipe
 from tests.faults.conftest import SAVING
@@ -64,7 +64,7 @@ def test_an_error_that_quotes_them_is_shown_and_kept_without(
     def fail(*_: object, **__: object) -> None:
         raise OSError(f"ProxyError({PROXY}): header b'Bearer {HF}' of https://x/a?token={WANDB}&sig={WANDB}")
 
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     assert run("train", recipe_file) == 2
     shown = capfd.readouterr()
     assert "ProxyError" in shown.err and told(shown.out + shown.err) == [] and "ada" not in shown.err
