@@ -14,12 +14,14 @@ from datetime import date
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from trl.chat_template_utils import has_generation_markers
 
 from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
 from folora_q.data.rendering import END_HINT, Renderer, Unrenderable
 from folora_q.data.rows import RowError
 from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start
+from folora_q.data.tools import Tool
 from folora_q.data.turns import THOUGHT, Message
 from folora_q.errors import UserError
 
@@ -97,7 +99,7 @@ class Encoder:
                 "with `prompt` and `completion`",
             )
         try:
-            own = self.renderer.marked(PROBES[0])
+            own = self._marks(PROBES[0])
             self.marking = "rendering with and without them" if own is None else "the chat template's own marks"
             self.end_of_turn = self._end()
         except TemplateSyntaxError as error:
@@ -161,11 +163,30 @@ class Encoder:
 
     def _piece(self, chat: Chat, index: int) -> Piece:
         turn = self.renderer.turn(chat.messages, index, chat.tools)
-        marks = self.renderer.marked(chat.messages[: index + 1], chat.tools)
+        marks = self._marks(chat.messages[: index + 1], chat.tools)
         if marks is not None:  # places in the turn's own rendering, whose earlier turns may be others than the prompt's
             shift = len(turn.text) - len(self.renderer.render(chat.messages[: index + 1], chat.tools))
             marks = [(start + shift, end + shift) for start, end in marks]
         return Piece(turn.text, len(turn.asked) + turn.opening, marks, turn.given)
+
+    def _marks(self, messages: list[Message], tools: list[Tool] | None = None) -> list[Span] | None:
+        """Where in a rendered conversation the template's own {% generation %} marks are; None if it has none."""
+        if not has_generation_markers(self.renderer.template(tools)):
+            return None
+        output = self.tokenizer.apply_chat_template(
+            [self.renderer.adapted(message) for message in messages],
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+        )
+        spans: list[Span] = []
+        for (start, end), marked in zip(output["offset_mapping"], output["assistant_masks"], strict=True):
+            if marked and spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], end)
+            elif marked:
+                spans.append((start, end))
+        return spans
 
     def _whole(self, chat: Chat) -> Encoded:
         """A chat as it is rendered once, learned everywhere but in its context and in what the row leaves out."""

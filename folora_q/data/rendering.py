@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl.chat_template_utils import has_generation_markers
 
 from folora_q.data.complete import lost_part
 from folora_q.data.tokens import TEMPLATE_ERRORS
@@ -91,7 +90,7 @@ class Renderer:
         self, messages: Sequence[Message], tools: list[Tool] | None = None, prompt: bool = False, **variables: Any
     ) -> str:
         """The text of a conversation, with the generation prompt if `prompt`."""
-        return self._apply([self._adapted(message) for message in messages], tools, prompt, **variables)
+        return self._apply([self.adapted(message) for message in messages], tools, prompt, **variables)
 
     def prompt(self, messages: Sequence[Message], tools: list[Tool] | None = None, think: bool = True) -> str:
         """What the model is given after a conversation that ends in another's turn.
@@ -138,25 +137,6 @@ class Renderer:
         """The thought of a turn, also one in <think> at the beginning of its content."""
         return self.parted(message).get(THOUGHT, "").strip()
 
-    def marked(self, messages: Sequence[Message], tools: list[Tool] | None = None) -> list[tuple[int, int]] | None:
-        """Where in a rendered conversation the template's own {% generation %} marks are; None if it has none."""
-        if not has_generation_markers(self.template(tools)):
-            return None
-        output = self.tokenizer.apply_chat_template(
-            [self._adapted(message) for message in messages],
-            tools=tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-        )
-        spans: list[tuple[int, int]] = []
-        for (start, end), marked in zip(output["offset_mapping"], output["assistant_masks"], strict=True):
-            if marked and spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], end)
-            elif marked:
-                spans.append((start, end))
-        return spans
-
     @cached_property
     def thinks(self) -> bool:
         """Whether the template renders thoughts in an answer."""
@@ -198,7 +178,7 @@ class Renderer:
         thought = {THOUGHT: found[1].strip("\n")} if found[1].strip() else {}
         return {**message, "content": message["content"][found.end() :]} | thought
 
-    def _adapted(self, message: Message) -> Message:
+    def adapted(self, message: Message) -> Message:
         """A turn in the form that this template takes."""
         message = dict(self.parted(message))
         if message.get("tool_calls") and self._arguments_as_text:
