@@ -16,9 +16,10 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import has_generation_markers
 
+from folora_q.data.complete import lost_part
 from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
-from folora_q.data.rendering import END_HINT, Renderer, Unrenderable
+from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, Unrenderable, common_length
 from folora_q.data.rows import RowError
 from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start
 from folora_q.data.tools import Tool
@@ -193,7 +194,7 @@ class Encoder:
         text = self.renderer.render(chat.messages, chat.tools)
         start = 0
         if chat.context:
-            start = _common_length(self.renderer.prompt(chat.messages[: chat.context], chat.tools), text)
+            start = common_length(self.renderer.prompt(chat.messages[: chat.context], chat.tools), text)
         left_out: list[Span] = []
         given = 0
         for index in [*chat.learned, *chat.unlearned]:
@@ -214,10 +215,10 @@ class Encoder:
                 left_out.append((len(turn.asked), end))
                 given += index in chat.learned
         for index in chat.learned:
-            message = self.renderer.parted(chat.messages[index])
-            thought, said = message.get(THOUGHT, "").strip(), message["content"].strip()
-            if thought not in text or ("</think>" in said and said not in text):
-                raise Unrenderable(f"does not render the thought of turn {index + 1}, which would be lost", WHOLE_HINT)
+            if lost := lost_part(self.renderer, chat.messages, index, chat.tools, RenderedTurn(text, text)):
+                raise Unrenderable(
+                    f"does not render {lost[0]} in one text, which would be lost", f"{WHOLE_HINT}; or {lost[1]}"
+                )
         output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, places = list(output["input_ids"]), output["offset_mapping"]
         learned = [
@@ -258,11 +259,6 @@ class Encoder:
 
 
 WHOLE_HINT = "set training.assistant_only_loss: true, which trains each turn as it is rendered when it is the last"
-
-
-def _common_length(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
 
 
 def _sentence(error: Exception) -> str:

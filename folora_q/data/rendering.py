@@ -119,7 +119,7 @@ class Renderer:
         before, message = messages[:index], messages[index]
         found = self.unchecked(before, message, tools)
         self._check_end(found.said, index)
-        if lost := lost_part(self, messages[: index + 1], tools, found):
+        if lost := lost_part(self, messages[: index + 1], index, tools, found):
             what, hint = lost
             raise Unrenderable(f"does not render {what}, which would be lost", hint)
         if self.thinks and not self.thought_of(message):
@@ -216,7 +216,7 @@ class Renderer:
         said = self._said_behind_other_turns(before, message, tools, default, whole)
         if said:
             return RenderedTurn(default, said)
-        same = _common_length(default, whole)
+        same = common_length(default, whole)
         begun, there = (text[max(0, same - QUOTED // 2) :][:QUOTED] for text in (default, whole))
         raise Unrenderable(
             "cannot mark what the assistant says: its generation prompt is not the beginning of the turn; the prompt "
@@ -239,7 +239,7 @@ class Renderer:
             other[THOUGHT] = THOUGHT_MARK
         start = self.render(before, tools)
         opening = asked[len(start) :] if asked.startswith(start) else ""
-        shared = whole[: _common_length(whole, self.render([*before, other], tools))]
+        shared = whole[: common_length(whole, self.render([*before, other], tools))]
         place = shared.rfind(opening) if opening.strip() else -1
         last = before[-1]["content"].strip()
         in_an_earlier_turn = bool(last) and place < shared.rfind(last)
@@ -287,6 +287,6 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def _common_length(one: str, other: str) -> int:
+def common_length(one: str, other: str) -> int:
     """How many characters both begin with."""
     return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
