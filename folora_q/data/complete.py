@@ -6,6 +6,7 @@ short that it may stand there by chance, another text is put in its place, which
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +30,19 @@ OTHER_HINT = "set data.chat_template to one that does, or data.on_error to skip"
 
 
 def lost_part(
-    renderer: Renderer, messages: Sequence[Message], tools: list[Tool] | None, turn: RenderedTurn
+    renderer: Renderer, messages: Sequence[Message], learned: int, tools: list[Tool] | None, turn: RenderedTurn
 ) -> tuple[str, str] | None:
     """What the template leaves out of a conversation, for people, with what to do; None where it renders all.
 
     Args:
-        messages: up to the assistant's turn that is learned.
-        turn: how that is rendered.
+        messages: all that are rendered together.
+        learned: the position of the assistant's turn that is learned.
+        turn: how it and all before it are rendered.
     """
-    last = len(messages) - 1
     for index, raw in enumerate(messages):
-        if raw["role"] == "assistant" and index < last:
+        if raw["role"] == "assistant" and index != learned:
             continue  # templates shorten earlier turns on purpose
-        message, where = renderer.parted(raw), turn.said if index == last else turn.asked
+        message, where = renderer.parted(raw), turn.said if index == learned else turn.asked
         probe = _Probe(renderer, messages, index, tools)
         place = f"turn {index + 1} ({message['role']})"
         thought, said = message.get(THOUGHT, "").strip(), message["content"].strip()
@@ -60,9 +61,11 @@ def lost_part(
                 continue
             others = [[*calls[:number], shown, *calls[number + 1 :]] for shown in _shown(call)]
             if not all(probe.shows({"tool_calls": other}) for other in others):
-                return f"the call of {tool_name(call)} in {place}", TOOLS_HINT
-    missing = next((tool for tool in tools or [] if tool_name(tool) not in turn.asked), None)
-    return None if missing is None else (f"the tool {tool_name(missing)}", TOOLS_HINT)
+                return f"the call of {tool_name(call)[:40]} in {place}", TOOLS_HINT
+    for name in map(tool_name, tools or []):
+        if name not in turn.asked and json.dumps(name, ensure_ascii=False)[1:-1] not in turn.asked:
+            return f"the tool {name[:40]}", TOOLS_HINT
+    return None
 
 
 class _Probe:

@@ -14,12 +14,15 @@ from datetime import date
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from trl.chat_template_utils import has_generation_markers
 
+from folora_q.data.complete import lost_part
 from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
-from folora_q.data.rendering import END_HINT, Renderer, Unrenderable
+from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, Unrenderable, common_length
 from folora_q.data.rows import RowError
 from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start
+from folora_q.data.tools import Tool
 from folora_q.data.turns import THOUGHT, Message
 from folora_q.errors import UserError
 
@@ -97,7 +100,7 @@ class Encoder:
                 "with `prompt` and `completion`",
             )
         try:
-            own = self.renderer.marked(PROBES[0])
+            own = self._marks(PROBES[0])
             self.marking = "rendering with and without them" if own is None else "the chat template's own marks"
             self.end_of_turn = self._end()
         except TemplateSyntaxError as error:
@@ -161,18 +164,37 @@ class Encoder:
 
     def _piece(self, chat: Chat, index: int) -> Piece:
         turn = self.renderer.turn(chat.messages, index, chat.tools)
-        marks = self.renderer.marked(chat.messages[: index + 1], chat.tools)
+        marks = self._marks(chat.messages[: index + 1], chat.tools)
         if marks is not None:  # places in the turn's own rendering, whose earlier turns may be others than the prompt's
             shift = len(turn.text) - len(self.renderer.render(chat.messages[: index + 1], chat.tools))
             marks = [(start + shift, end + shift) for start, end in marks]
         return Piece(turn.text, len(turn.asked) + turn.opening, marks, turn.given)
+
+    def _marks(self, messages: list[Message], tools: list[Tool] | None = None) -> list[Span] | None:
+        """Where in a rendered conversation the template's own {% generation %} marks are; None if it has none."""
+        if not has_generation_markers(self.renderer.template(tools)):
+            return None
+        output = self.tokenizer.apply_chat_template(
+            [self.renderer.adapted(message) for message in messages],
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+        )
+        spans: list[Span] = []
+        for (start, end), marked in zip(output["offset_mapping"], output["assistant_masks"], strict=True):
+            if marked and spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], end)
+            elif marked:
+                spans.append((start, end))
+        return spans
 
     def _whole(self, chat: Chat) -> Encoded:
         """A chat as it is rendered once, learned everywhere but in its context and in what the row leaves out."""
         text = self.renderer.render(chat.messages, chat.tools)
         start = 0
         if chat.context:
-            start = _common_length(self.renderer.prompt(chat.messages[: chat.context], chat.tools), text)
+            start = common_length(self.renderer.prompt(chat.messages[: chat.context], chat.tools), text)
         left_out: list[Span] = []
         given = 0
         for index in [*chat.learned, *chat.unlearned]:
@@ -193,10 +215,10 @@ class Encoder:
                 left_out.append((len(turn.asked), end))
                 given += index in chat.learned
         for index in chat.learned:
-            message = self.renderer.parted(chat.messages[index])
-            thought, said = message.get(THOUGHT, "").strip(), message["content"].strip()
-            if thought not in text or ("</think>" in said and said not in text):
-                raise Unrenderable(f"does not render the thought of turn {index + 1}, which would be lost", WHOLE_HINT)
+            if lost := lost_part(self.renderer, chat.messages, index, chat.tools, RenderedTurn(text, text)):
+                raise Unrenderable(
+                    f"does not render {lost[0]} in one text, which would be lost", f"{WHOLE_HINT}; or {lost[1]}"
+                )
         output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, places = list(output["input_ids"]), output["offset_mapping"]
         learned = [
@@ -237,11 +259,6 @@ class Encoder:
 
 
 WHOLE_HINT = "set training.assistant_only_loss: true, which trains each turn as it is rendered when it is the last"
-
-
-def _common_length(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
 
 
 def _sentence(error: Exception) -> str:

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl.chat_template_utils import has_generation_markers
 
 from folora_q.data.complete import lost_part
 from folora_q.data.tokens import TEMPLATE_ERRORS
@@ -91,7 +90,7 @@ class Renderer:
         self, messages: Sequence[Message], tools: list[Tool] | None = None, prompt: bool = False, **variables: Any
     ) -> str:
         """The text of a conversation, with the generation prompt if `prompt`."""
-        return self._apply([self._adapted(message) for message in messages], tools, prompt, **variables)
+        return self._apply([self.adapted(message) for message in messages], tools, prompt, **variables)
 
     def prompt(self, messages: Sequence[Message], tools: list[Tool] | None = None, think: bool = True) -> str:
         """What the model is given after a conversation that ends in another's turn.
@@ -120,7 +119,7 @@ class Renderer:
         before, message = messages[:index], messages[index]
         found = self.unchecked(before, message, tools)
         self._check_end(found.said, index)
-        if lost := lost_part(self, messages[: index + 1], tools, found):
+        if lost := lost_part(self, messages[: index + 1], index, tools, found):
             what, hint = lost
             raise Unrenderable(f"does not render {what}, which would be lost", hint)
         if self.thinks and not self.thought_of(message):
@@ -137,25 +136,6 @@ class Renderer:
     def thought_of(self, message: Message) -> str:
         """The thought of a turn, also one in <think> at the beginning of its content."""
         return self.parted(message).get(THOUGHT, "").strip()
-
-    def marked(self, messages: Sequence[Message], tools: list[Tool] | None = None) -> list[tuple[int, int]] | None:
-        """Where in a rendered conversation the template's own {% generation %} marks are; None if it has none."""
-        if not has_generation_markers(self.template(tools)):
-            return None
-        output = self.tokenizer.apply_chat_template(
-            [self._adapted(message) for message in messages],
-            tools=tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-        )
-        spans: list[tuple[int, int]] = []
-        for (start, end), marked in zip(output["offset_mapping"], output["assistant_masks"], strict=True):
-            if marked and spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], end)
-            elif marked:
-                spans.append((start, end))
-        return spans
 
     @cached_property
     def thinks(self) -> bool:
@@ -198,7 +178,7 @@ class Renderer:
         thought = {THOUGHT: found[1].strip("\n")} if found[1].strip() else {}
         return {**message, "content": message["content"][found.end() :]} | thought
 
-    def _adapted(self, message: Message) -> Message:
+    def adapted(self, message: Message) -> Message:
         """A turn in the form that this template takes."""
         message = dict(self.parted(message))
         if message.get("tool_calls") and self._arguments_as_text:
@@ -236,7 +216,7 @@ class Renderer:
         said = self._said_behind_other_turns(before, message, tools, default, whole)
         if said:
             return RenderedTurn(default, said)
-        same = _common_length(default, whole)
+        same = common_length(default, whole)
         begun, there = (text[max(0, same - QUOTED // 2) :][:QUOTED] for text in (default, whole))
         raise Unrenderable(
             "cannot mark what the assistant says: its generation prompt is not the beginning of the turn; the prompt "
@@ -259,7 +239,7 @@ class Renderer:
             other[THOUGHT] = THOUGHT_MARK
         start = self.render(before, tools)
         opening = asked[len(start) :] if asked.startswith(start) else ""
-        shared = whole[: _common_length(whole, self.render([*before, other], tools))]
+        shared = whole[: common_length(whole, self.render([*before, other], tools))]
         place = shared.rfind(opening) if opening.strip() else -1
         last = before[-1]["content"].strip()
         in_an_earlier_turn = bool(last) and place < shared.rfind(last)
@@ -307,6 +287,6 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def _common_length(one: str, other: str) -> int:
+def common_length(one: str, other: str) -> int:
     """How many characters both begin with."""
     return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.halving import Halving
+from folora_q.data.rendering import Renderer
 from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.recipe.schema import ProxySection
@@ -113,7 +113,7 @@ def chat_openings(tokenizer: Tokenizer) -> str:
     marker = "folora-q user turn"
     if tokenizer.chat_template is None:
         raise UserError("proxy.source asks for chats, but this model has no chat template", "set proxy.source=bos")
-    rendered = _render(tokenizer, marker, tokenize=False)
+    rendered = _render(Renderer(tokenizer), marker)
     opening, found, _ = rendered.partition(marker)
     if not found:
         raise UserError("this model's chat template hides what the user says", "set proxy.source=bos")
@@ -146,16 +146,15 @@ def _draw_chats(
     opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
     turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
     users = [tokenizer.decode(turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
-    prompts = [
-        _render(tokenizer, user, add_generation_prompt=True, return_dict=True)["input_ids"] for user in users if user
-    ]
+    renderer = Renderer(tokenizer)
+    prompts = [renderer.ids(_render(renderer, user, prompt=True)) for user in users if user]
     return _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding) if prompts else []
 
 
-def _render(tokenizer: Tokenizer, user: str, **how: bool) -> Any:
-    """A chat of one turn."""
+def _render(renderer: Renderer, user: str, prompt: bool = False) -> str:
+    """A chat of one turn, with the generation prompt if `prompt`."""
     try:
-        return tokenizer.apply_chat_template([{"role": "user", "content": user}], **how)
+        return renderer.render([{"role": "user", "content": user}], prompt=prompt)
     except TEMPLATE_ERRORS as error:
         raise UserError(
             f"this model's chat template fails on a user's turn: {first_line(error)}", "set proxy.source=bos"

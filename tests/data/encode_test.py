@@ -21,7 +21,7 @@ from folora_q.data.rows import RowError
 from folora_q.data.templates import read_template
 from folora_q.data.tokens import IGNORED
 from folora_q.errors import UserError
-from tests.data.chats import encoder_for, tokenizer_for
+from tests.data.chats import CALL, ROWS, TOOLS, encoder_for, tokenizer_for
 from tests.data.rows import assistant, user
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -220,6 +220,17 @@ def test_learned_whole_a_chat_has_no_empty_thought_in_the_loss_and_loses_no_thou
     with pytest.raises(RowError, match="does not render the thought of turn 2") as caught:
         encoder(Chat("here", thoughts))
     assert "training.assistant_only_loss: true" in caught.value.hint
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_tools_and_calls_that_a_template_leaves_out_are_no_silent_loss(tokenizer: Tokenizer, whole: bool) -> None:
+    encoder = encoder_of(tokenizer, assistant_only_loss=not whole)
+    for messages, tools in (ROWS["call"], (TURNS, TOOLS), ([TURNS[0], CALL], None)):
+        with pytest.raises(RowError, match=r"does not render the (call of|tool) add"):
+            encoder(Chat("here", messages, tools=tools))
+    encoder = encoder_of(tokenizer, read_template("qwen2_5"), assistant_only_loss=not whole)
+    text = "".join(learned(tokenizer, encoder(Chat("here", ROWS["call"][0], tools=TOOLS))[0]))
+    assert "<tool_call>" in text and ("<tools>" in text) == whole
 
 
 @pytest.mark.parametrize("template", [None, CHATML_MARKED, FORGETFUL])

@@ -24,8 +24,9 @@ from folora_q.data.turns import ROLES
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection
 
-COLUMNS = "messages conversations prompt completion instruction input output system text".split()
-NAMES = ["role", "content", "from", "value", *COLUMNS]
+COLUMNS = "messages conversations prompt completion instruction input output system text tools history images".split()
+KEYS = "reasoning_content thinking tool_calls function_call weight train channel name function arguments type".split()
+NAMES = ["role", "content", "from", "value", *COLUMNS, *KEYS]
 SHAPES = ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 # Half surrogates of JSON's escapes among them, and what terminals, CSV and templates take for their own.
@@ -54,7 +55,7 @@ odd_turns = st.lists(
             "content": words | parts | values,
             "from": st.sampled_from(list(ROLES)),
             "value": texts,
-            "tool_calls": values,
+            **dict.fromkeys(KEYS, values),
         },
     )
     | values,
@@ -127,7 +128,9 @@ sections = st.fixed_dictionaries(
                 "weight": st.floats(0.05, 3),
                 "shape": st.sampled_from(["auto", *SHAPES]),
                 "fields": st.dictionaries(
-                    st.sampled_from([*COLUMNS[:1], *COLUMNS[2:], "role", "content"]), st.sampled_from(NAMES), max_size=2
+                    st.sampled_from([*COLUMNS[:1], *COLUMNS[2:-1], "role", "content"]),
+                    st.sampled_from(NAMES),
+                    max_size=2,
                 ),
                 "roles": st.dictionaries(
                     st.sampled_from(["robot", "human", ""]), st.sampled_from(["user", "assistant"]), max_size=1

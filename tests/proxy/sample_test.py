@@ -13,6 +13,7 @@ from folora_q.proxy.cache import cache_path, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample, _passes, chat_openings, sample_proxy, start_token
 from folora_q.recipe.schema import ProxySection
 from tests.conftest import save_tiny_model
+from tests.data.chats import TEMPLATES, tokenizer_for
 
 SMALL = {"num_samples": 6, "num_heldout_samples": 3, "max_new_tokens": 24, "batch_size": 4}
 
@@ -145,3 +146,10 @@ def test_crops_begin_in_the_first_half() -> None:
         assert crop == ids[-len(crop) :]
         assert len(ids) / 2 <= len(crop) < len(ids)
     assert crops(samples, 3) == crops(samples, 3)
+
+
+def test_chats_open_also_where_a_template_takes_contents_in_parts_alone() -> None:
+    """As those of vision models do, which render a text that is no list as nothing."""
+    tokenizer = tokenizer_for(TEMPLATES["smolvlm"])
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    assert chat_openings(tokenizer) + "hello" in tokenizer.apply_chat_template(parts, tokenize=False)
