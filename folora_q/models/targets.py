@@ -87,9 +87,6 @@ def _kept_by_peft(model: PreTrainedModel, config: LoraConfig, names: list[str]) 
 
 
 def _nothing_left(wanted: list[str], reached: list[str]) -> tuple[str, str]:
-    if not wanted:
-        reason = "cannot attach the adapter: `adapter.target_modules` names no linear layer of this model"
-        return reason, "check adapter.target_modules"
     if not reached:
         reason = "layers outside of the language model, which text does not reach"
     else:

@@ -91,7 +91,7 @@ def test_every_word_of_theirs_is_ours_or_has_a_hint(block: str) -> None:
 
 def test_the_list_of_words_has_rows_of_real_ones() -> None:
     rows = [row.split(" | ") for row in TABLE]
-    assert len(rows) == 21
+    assert len(rows) > 20
     for ours, *theirs in rows:
         for word in backticked(ours):
             section, _, key = word.rpartition(".")

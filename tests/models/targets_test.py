@@ -59,7 +59,7 @@ def test_the_language_model_alone_gets_adapters(member: str, targets: str | list
     [
         ("gemma3", ["fc1", "fc2"], "only layers outside of the language model, which text does not reach"),
         ("qwen3-next", ["gate_proj", "up_proj", "down_proj"], "only experts, or layers that PEFT takes for experts"),
-        ("llama", ["q_porj"], "names no linear layer of this model"),
+        ("llama", ["q_porj"], "the model has no linear layer q_porj \\(did you mean q_proj"),
     ],
 )
 def test_a_run_in_which_nothing_could_be_trained_is_refused(
