@@ -20,6 +20,7 @@ from folora_q.data.formats import Example, Text
 from folora_q.data.halving import first_rows
 from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.sources import find
+from folora_q.data.thoughts import Said
 from folora_q.data.tokenized import Tokenized
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
@@ -393,7 +394,8 @@ def _try(scorer: Scorer | None, heldout: Sequence[Example]) -> None:
     """Score one reference against itself: a function that fails on it is found before anything is trained."""
     questions = (example for example in heldout if not isinstance(example, Text))
     if scorer is not None and (first := next(questions, None)) is not None and first.reference is not None:
-        scorer(first.reference, first.reference)
+        said = Said(first.reference)
+        scorer(said, said)
 
 
 def _evaluation_failed(error: Exception, folder: RunFolder, section: EvaluationSection, trust: Trust) -> RunFailed:
