@@ -67,7 +67,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {first_line(error)}") from None
     text = config.get("text_config") or config
-    if not isinstance(text, dict) or not isinstance(text.get("model_type"), str):
+    if not isinstance(text, dict) or not isinstance(text.get("model_type", config.get("model_type")), str):
         raise UserError(f"{file} says no model_type, so it is no model's configuration")
     return config
 

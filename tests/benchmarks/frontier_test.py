@@ -506,5 +506,5 @@ def test_a_run_that_fails_is_told_of_and_the_next_one_is_as_if_it_had_not_been(
             lines.append,
         )
     alone, failed, after = lines
-    assert ("not finite at step 1" if error is None else "out of memory") in failed
+    assert ("not finite after 1 steps" if error is None else "out of memory") in failed
     assert alone.partition(": task ")[2].rpartition(",")[0] == after.partition(": task ")[2].rpartition(",")[0]

@@ -102,10 +102,10 @@ def read_weights(folder: Path, file: str) -> None:
 SIZES = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "rope_scaling": {"factor": 2.0}},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 128},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 1024},
     "qwen3_moe": {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_experts": 4,
                   "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [0], "head_dim": 16},
-    "opt": {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 128},
+    "opt": {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 1024},
     "gemma3": {"text_config": SIZES | {"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 128}},
 }  # fmt: skip
 
