@@ -158,7 +158,14 @@ def write_recipe(folder: Path, model: Path) -> Path:
         "model": {"model_name_or_path": str(model), "dtype": "float32"},
         "adapter": {"r": 4, "lora_alpha": 16},
         "data": {"train_dataset": "train.jsonl", "eval_dataset": "heldout.jsonl"},
-        "proxy": {"source": "mixed", "num_samples": 4, "num_heldout_samples": 2, "max_new_tokens": 24},
+        # Without public text, whose windows are most of a tiny run's time; tests/statistics has it.
+        "proxy": {
+            "source": "mixed",
+            "num_samples": 4,
+            "num_heldout_samples": 2,
+            "max_new_tokens": 24,
+            "public_share": 0,
+        },
         "gate": {"rule": "step", "rank": 8, "oversampling": 4, "num_task_samples": 6, "refresh_every": 2},
         "training": {
             "output_dir": str(folder / "run"),

@@ -64,7 +64,7 @@ def run_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "model": {"model_name_or_path": str(tiny_folder), "dtype": "float32"},
         "adapter": {"r": 4},
         "data": {"train_dataset": str(write_jsonl(folder / "train.jsonl", rows)), "eval_size": 2},
-        "proxy": {"num_samples": 2, "num_heldout_samples": 2, "max_new_tokens": 16},
+        "proxy": {"num_samples": 2, "num_heldout_samples": 2, "max_new_tokens": 16, "public_share": 0},
         "gate": {"enabled": False},
         "training": {"output_dir": str(folder / "run"), "learning_rate": 0.1, "max_steps": 2, "warmup_steps": 0},
     }

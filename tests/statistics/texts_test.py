@@ -14,9 +14,14 @@ from folora_q.evaluation.loss import GENERAL_TEXTS
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
+from folora_q.pipeline import run_training
+from folora_q.recipe import load_recipe
 from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.runs.folder import RunFolder
 from folora_q.statistics.collect import Reading
+from folora_q.statistics.store import load_gates
 from folora_q.statistics.texts import PUBLIC_TEXT, SHORTEST_WINDOW, WINDOW, penalty_text, public_windows
+from tests.conftest import Silent, write_recipe
 
 CPU = torch.device("cpu")
 
@@ -77,3 +82,14 @@ def test_public_text_is_there_in_every_kind_and_is_not_what_is_measured(tiny_fol
         words = path.read_text("utf-8").split()
         phrases = {" ".join(words[start : start + 6]) for start in range(len(words) - 5)}
         assert not any(" ".join(own[start : start + 6]) in phrases for start in range(len(own) - 5)), path.stem
+
+
+def test_a_run_takes_the_recipes_share_of_public_text(tiny_folder: Path, tmp_path: Path) -> None:
+    gates = []
+    for share in (0, 0.3):
+        (folder := tmp_path / str(share)).mkdir()
+        changes = [f"proxy.public_share={share}", "gate.rule=frozen", "training.max_steps=1"]
+        run_training(load_recipe(write_recipe(folder, tiny_folder), changes), Silent())
+        gates.append(load_gates(RunFolder(folder / "run").gates, CPU))
+    alone, mixed = (found["model.layers.0.self_attn.q_proj"].quotients for found in gates)
+    assert alone.shape == mixed.shape and not torch.allclose(alone, mixed, rtol=0.05)
