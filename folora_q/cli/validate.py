@@ -17,7 +17,6 @@ from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
 from folora_q.memory.config import read_config
 from folora_q.models.stored_quantization import stored_quantization
-from folora_q.models.unsupported import refuse_unsupported
 from folora_q.preflight.model import examine_rows
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
@@ -138,14 +137,9 @@ def _size_warnings(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look
 
 
 def _held(recipe: Recipe) -> str:
-    """How the model is held in training; of a local one, as its own config.json says.
-
-    Raises:
-        UserError: it is of a kind that cannot be fine-tuned.
-    """
+    """How the model is held in training; of a local one, as its own config.json says."""
     name = recipe.model.model_name_or_path
     config = read_config(name) if Path(name).is_dir() else {}
-    refuse_unsupported(name, config)
     stored = stored_quantization(config)
     how = f"({recipe.model.bnb_4bit_quant_type})" if stored is None else f"as it was saved ({stored})"
     return f"in 4 bits {how}"

@@ -155,20 +155,6 @@ def _result(question: Question, base: Said, tuned: Said, scorer: Scorer | None) 
     )
 
 
-def greedy_answers(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    on_progress: Callable[[int], None] = lambda answers: None,
-    halving: Halving | None = None,
-) -> list[str]:
-    """Greedy answers to prompts given as tokens, in their order, without special tokens."""
-    answers = greedy_tokens(model, tokenizer, prompts, max_new_tokens, batch_size, on_progress, halving)
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
-
-
 def greedy_tokens(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -178,7 +164,7 @@ def greedy_tokens(
     on_progress: Callable[[int], None] = lambda answers: None,
     halving: Halving | None = None,
 ) -> list[list[int]]:
-    """The same as tokens; behind the end of an answer there may be padding."""
+    """Greedy answers to prompts given as tokens, in their order; padding may follow the end of an answer."""
     halving = halving or Halving("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}

@@ -186,9 +186,9 @@ def _find(section: ModelSection, trust: Trust) -> _Found:
     source, revision = safe_source(section, trust)
     with loading(section):
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust.remote_code)
-    refuse_unsupported(section.model_name_or_path, config.to_dict())
-    folder = Path(source) if Path(source).is_dir() else None
-    refuse_foreign_quantization(section.model_name_or_path, config.to_dict(), folder)
+    values, folder = config.to_dict(), Path(source)
+    refuse_unsupported(section.model_name_or_path, values)
+    refuse_foreign_quantization(section.model_name_or_path, values, folder if folder.is_dir() else None)
     return _Found(config, source, revision)
 
 

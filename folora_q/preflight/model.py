@@ -15,6 +15,7 @@ from folora_q.memory.names import modules_of_config
 from folora_q.memory.positions import positions_of
 from folora_q.memory.shapes import text_config
 from folora_q.models.prequantized import foreign_quantization, quantized_already
+from folora_q.models.unsupported import refuse_unsupported
 from folora_q.preflight.tokens import needed_tokens, tokens_beyond, tokens_in
 from folora_q.recipe import Recipe
 from folora_q.recipe.paths import is_hub_dataset, listed, short
@@ -53,8 +54,9 @@ def examine_model(recipe: Recipe, place: Place, build: Callable[[Config], Module
         ask_the_hub: fetch config.json where it is neither here nor in the cache.
 
     Raises:
-        UserError: the model cannot be put into 4 bits, is shorter than the recipe's texts, lacks a layer that the
-            recipe names or a row for a token that every text has; the message lists every finding.
+        UserError: the model is of a kind that cannot be fine-tuned or put into 4 bits, is shorter than the recipe's
+            texts, lacks a layer that the recipe names or a row for a token that every text has; the message lists
+            every finding.
     """
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
     config = config_here(name, revision)
@@ -65,6 +67,7 @@ def examine_model(recipe: Recipe, place: Place, build: Callable[[Config], Module
             config = read_config(name, revision)
         except UserError:  # whoever loads it says what is wrong
             return Examined()
+    refuse_unsupported(name, config)
     folder, notes = files_here(name, revision), []
     if (method := foreign_quantization(config, folder)) is not None:
         wrong, hint = quantized_already(name, method, config)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.formats import Completion
 from folora_q.data.halving import Halving
@@ -24,7 +26,7 @@ from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Questions,
     answer_both,
-    greedy_answers,
+    greedy_tokens,
     make_scorer,
     mean_score,
 )
@@ -37,6 +39,12 @@ from tests.conftest import save_tiny_model
 
 CPU = torch.device("cpu")
 TEXT = [[3, 40, 50, 60, 70], [9, 8, 7], [100, 101, 102, 103], [5, 6]]
+
+
+def greedy_answers(model: PreTrainedModel, tokenizer: Tokenizer, *arguments: Any, **settings: Any) -> list[str]:
+    """The text of `greedy_tokens`, without special tokens."""
+    answers = greedy_tokens(model, tokenizer, *arguments, **settings)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
