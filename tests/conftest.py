@@ -84,6 +84,8 @@ def save_tiny_model(folder: Path, *, bos: bool = True, chat: bool = True, seed: 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import folora_q.training.trainer  # noqa: F401  (and with it all that a run imports)
+
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
     gc.freeze()  # a run collects garbage, and would look through all of torch and transformers for it
     return folder

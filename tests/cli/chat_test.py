@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
-import pty
 import re
 import select
 import shutil
-import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +38,7 @@ from folora_q.runs.results import AnswerResult, answer_lines
 from tests.conftest import save_tiny_model
 from tests.data.chats import TEMPLATES, tokenizer_for
 from tests.data.rows import assistant, user, write_jsonl
+from tests.forked import in_a_terminal
 from tests.subject.folders import write_adapter, write_merged
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -548,21 +545,6 @@ def test_exit_ends_the_talk(parrot, monkeypatch) -> None:
 
 def test_a_talk_in_a_terminal(run_folder: Path) -> None:
     """The real thing, through a pseudo-terminal: an answer, /reset, Ctrl-C on half a line, Ctrl-D."""
-    parent, child = pty.openpty()
-
-    def own_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "folora_q", "chat", str(run_folder), *map(str, SHORT)],
-        stdin=child,
-        stdout=child,
-        stderr=child,
-        env={**os.environ, "TERM": "xterm"},
-        preexec_fn=own_terminal,
-    )
-    os.close(child)
     talk = seen = ""
 
     def see(mark: str) -> None:
@@ -570,16 +552,16 @@ def test_a_talk_in_a_terminal(run_folder: Path) -> None:
         nonlocal talk, seen
         end = time.monotonic() + 60
         while mark not in talk and time.monotonic() < end:
-            if select.select([parent], [], [], 0.2)[0]:
-                talk += os.read(parent, 65536).decode("utf-8", "replace")
+            if select.select([screen], [], [], 0.2)[0]:
+                talk += os.read(screen, 65536).decode("utf-8", "replace")
         assert mark in talk, seen + talk
         before, _, talk = talk.partition(mark)
         seen += before + mark
 
     def type_keys(keys: str) -> None:
-        os.write(parent, keys.encode())
+        os.write(screen, keys.encode())
 
-    try:
+    with in_a_terminal(["chat", run_folder, *SHORT]) as (process, screen):
         see("> ")
         type_keys("hello\n")
         see("hello")
@@ -593,8 +575,6 @@ def test_a_talk_in_a_terminal(run_folder: Path) -> None:
         type_keys("\x03")
         see("> ")
         type_keys("\x04")
-        assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        os.close(parent)
+        process.join(30)
+        assert process.exitcode == 0
     assert "Traceback" not in seen + talk

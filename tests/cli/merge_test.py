@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from folora_q.cli.app import main
 from folora_q.export.merge import REPORT
 from folora_q.merging import UNVERIFIED
 from tests.export.models import save_adapter, sharded_llama
+from tests.forked import forked, wait_until
 
 
 def run(*arguments: object) -> int:
@@ -128,16 +127,11 @@ def test_a_merge_that_is_not_the_adapter_is_marked_and_fails(tmp_path: Path, cap
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     base = sharded_llama(tmp_path)
     adapter = save_adapter(base, tmp_path / "adapter")
-    command = [sys.executable, "-m", "folora_q", "merge", str(adapter)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
-    assert process.stdout
-    seen = ""
-    while "✓ merging" not in seen:
-        line = process.stdout.readline()
-        assert line, seen
-        seen += line
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "error: interrupted" in output
+    output = tmp_path / "output.txt"
+    with forked(["merge", adapter], output) as process:
+        wait_until(lambda: output.exists() and "✓ merging" in output.read_text("utf-8"), process, output)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130 and "error: interrupted" in output.read_text("utf-8")
     assert not (tmp_path / "adapter-merged").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".adapter-merged")]

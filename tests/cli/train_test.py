@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from folora_q.recipe import load_recipe
 from folora_q.runs.results import Evaluation, read_answers, read_evaluation, read_gate_results
 from folora_q.statistics.store import load_gates
 from folora_q.training import trainer
+from tests.forked import forked, wait_until
 
 
 def run(*arguments: object) -> int:
@@ -457,21 +457,14 @@ def test_outside_the_environment_the_script_says_what_to_do() -> None:
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     endless = ["training.max_steps=1000000", "evaluation.metric=none", "gate.enabled=false"]
-    command = [sys.executable, "-m", "folora_q", "train", recipe_file, *endless]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
-    try:
-        deadline = time.monotonic() + 120
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not (metrics.exists() and '"training"' in metrics.read_text()):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(sent)
-        output = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
-    assert process.returncode == code
-    assert "error: interrupted\n" in output and "Traceback" not in output
-    assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted; go on with\n" in output
-    assert output.rstrip().endswith("--resume")
+    output, metrics = tmp_path / "output.txt", tmp_path / "run" / "metrics.jsonl"
+    with forked(["train", recipe_file, *endless], output) as process:
+        wait_until(lambda: metrics.exists() and '"training"' in metrics.read_text(), process, output)
+        os.kill(process.pid, sent)
+        process.join(60)
+        assert process.exitcode == code
+    said = output.read_text("utf-8")
+    assert "error: interrupted\n" in said and "Traceback" not in said
+    assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted; go on with\n" in said
+    assert said.rstrip().endswith("--resume")
     assert manifest(tmp_path / "run")["status"] == "interrupted"

@@ -11,7 +11,6 @@ import random
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from tests.faults.kills import (
     same_files,
     traced,
 )
+from tests.forked import forked
 
 SEED = 7
 # Stages of a run, and how many kills each gets; what comes after training, until the last file, is one.
@@ -63,16 +63,17 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(
 
 
 def test_a_killed_run_is_continued_by_a_fresh_process(saving: list[object], finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "folora_q", "train", *map(str, saving)]
-    folder = tmp_path / "stopped" / "run"
+    folder, output = tmp_path / "stopped" / "run", tmp_path / "output.txt"
     killed = traced(["train", *saving], tmp_path / "trace")
     assert in_a_child(killed, kill=(folder / "checkpoint-2").exists) < 0
     assert manifest(folder)["status"] == "running" and 2 in steps_saved(folder)
     process = json.loads((folder / ".lock").read_text())["pid"]
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert f"took {folder} over from process {process}: it is gone" in done.stderr
-    assert f"going on from checkpoint-{manifest(folder)['resumed'][0]['step']}" in done.stderr
+    with forked(["train", *saving, "--resume"], output) as resumed:
+        resumed.join(100)
+    said = output.read_text("utf-8")
+    assert resumed.exitcode == 0, said
+    assert f"took {folder} over from process {process}: it is gone" in said
+    assert f"going on from checkpoint-{manifest(folder)['resumed'][0]['step']}" in said
     assert_the_same_run(finished, folder)
 
 
