@@ -29,15 +29,18 @@ from peft import LoraConfig, get_peft_model
 from shapes import SHAPES, random_4bit, random_gates
 from torch.optim import Optimizer
 
-from folora_q.core import GatedOptimizer, SpectralAdamW
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import load_model
-from folora_q.recipe.schema import ModelSection
+from folora_q.recipe.gate_rules import GATE_RULES
+from folora_q.recipe.schema import GateSection, ModelSection
+from folora_q.rules import RULES, AdamSettings, OptimizerContext
 
 # By `gate.rule`, and without a gate.
-WAYS = ("plain", "frozen", "step", "spectral")
+PLAIN = "plain"
+WAYS = (PLAIN, *GATE_RULES)
+RATE = 1e-5
 RANK = 64
 
 
@@ -123,15 +126,23 @@ def _model(shape: str, r: int, gpu: bool) -> tuple[torch.nn.Module, torch.device
 
 def _optimizer(way: str, model: torch.nn.Module, device: torch.device) -> Optimizer:
     pairs = adapter_pairs(model)
-    if way == "frozen":
-        return torch.optim.AdamW([pair.b for pair in pairs], lr=1e-5)
-    if way == "plain":
-        return torch.optim.AdamW([p for pair in pairs for p in (pair.a, pair.b)], lr=1e-5)
-    gates = random_gates(pairs, RANK, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    adapters = [(pair.a, pair.b, gates[pair.name]) for pair in pairs]
-    if way == "step":
-        return GatedOptimizer(torch.optim.AdamW([p for pair in pairs for p in (pair.a, pair.b)], lr=1e-5), adapters)
-    return SpectralAdamW(adapters, lr=1e-5, complement="frozen")
+    trained = [p for pair in pairs for p in ((pair.a, pair.b) if _trains_a(way) else (pair.b,))]
+
+    def configured() -> Optimizer:
+        return torch.optim.AdamW(trained, lr=RATE)
+
+    if way == PLAIN:
+        return configured()
+    adapters = []
+    if GATE_RULES[way].optimizer != "any":  # else no gate is held during training
+        gates = random_gates(pairs, RANK, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        adapters = [(pair.a, pair.b, gates[pair.name]) for pair in pairs]
+    section = GateSection.model_validate({"rule": way, "complement": "frozen"})
+    return RULES[way].build_optimizer(OptimizerContext(section, adapters, configured, AdamSettings(lr=RATE)))
+
+
+def _trains_a(way: str) -> bool:
+    return way == PLAIN or GATE_RULES[way].trains_a
 
 
 def _stepper(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) -> Callable[[str, Optimizer], float]:
@@ -139,7 +150,7 @@ def _stepper(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) ->
 
     def step(way: str, optimizer: Optimizer) -> float:
         for a in first:
-            a.requires_grad_(way != "frozen")
+            a.requires_grad_(_trains_a(way))
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()

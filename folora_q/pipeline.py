@@ -38,7 +38,6 @@ from folora_q.models.adapters import (
     adapter_pairs,
     attach_adapter,
     save_adapter,
-    start,
 )
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
@@ -53,6 +52,7 @@ from folora_q.proxy.cache import kept_or_sampled, read_samples, write_samples
 from folora_q.proxy.sample import ProxySample
 from folora_q.recipe.schema import EvaluationSection, Recipe, TrainingSection
 from folora_q.recipe.strict_yaml import dump_yaml
+from folora_q.rules import rule_of
 from folora_q.runs.folder import RunFolder, check_run_folder, open_run_folder
 from folora_q.runs.lock import locked
 from folora_q.runs.manifest import new_manifest
@@ -308,7 +308,7 @@ def _gate(
         if resumed is not None:
             resumed.require_gates(folder.gates)
     clock.note(f"{len({id(g) for g in gates.values()})} gates for {len(gates)} adapted layers")
-    start(pairs, gates, recipe.gate)  # a checkpoint then brings its own A
+    rule_of(recipe.gate).initialize(pairs, gates, recipe.gate)  # a checkpoint then brings its own A
     penalties = _penalties(recipe, model, pairs, gates, (proxy[: len(heldout)], heldout), clock)
     atomic_write(folder.gate_results, to_json(gate_results(gates, penalties)))
     trainer.gate_with(gates)

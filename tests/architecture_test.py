@@ -19,7 +19,7 @@ TIERS = [
     {"errors", "files", "private", "progress", "reading", "folora_q"},
     {"core", "distributed", "recipe"},
     {"models", "data", "runs", "memory"},
-    {"proxy", "statistics", "evaluation", "preflight"},
+    {"proxy", "statistics", "evaluation", "preflight", "rules"},
     {"training", "export", "report"},
     {"subject"},
     {"pipeline", "merging", "evaluating", "chat", "doctor"},

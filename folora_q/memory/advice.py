@@ -123,7 +123,7 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
         lower = 0.5 if limit is None else limit / 2
         if lower >= 1 / 16:
             yield "rounds", {"proxy.statistics_memory": lower}, "the text is read once more for every round"
-    if training.optim not in ("auto", "paged_adamw_8bit") and gate.rule != "spectral":
+    if training.optim not in ("auto", "paged_adamw_8bit") and gate.facts.optimizer != "own":
         yield "optimizer", {"training.optim": "paged_adamw_8bit"}, "moments in 8 bits"
     if not recipe.model.bnb_4bit_use_double_quant:
         yield "constants", {"model.bnb_4bit_use_double_quant": True}, "slightly coarser weights"
@@ -136,10 +136,13 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
 
 def _harmful(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
     training, gate = recipe.training, recipe.gate
-    if gate.enabled and gate.rule == "step" and "a_start" in gate.places:
+    if gate.enabled and (cheaper := gate.facts.cheaper) is not None and "a_start" in gate.places:
         unused = {f"gate.{name}": default for name, default in gate.reshaped.items()}
-        frozen = {"gate.rule": "frozen", "gate.places": ["a_start"]} | unused
-        yield "rule", frozen, "A stays at its start, and learns at first a little less"
+        yield (
+            "rule",
+            {"gate.rule": cheaper, "gate.places": ["a_start"]} | unused,
+            "A is not trained, and it learns a little less at first",
+        )
     if gate.enabled and gate.rank > 16:
         yield "rank of the gates", {"gate.rank": gate.rank // 2}, "coarser gates"
     if recipe.adapter.r > 8:

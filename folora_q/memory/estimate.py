@@ -233,7 +233,7 @@ class _Run:
 
     def _optimizer_step(self) -> int:
         """The adapter as it was, and of the largest stack of steps about six tensors: what P makes of them."""
-        if not self.recipe.gate.enabled or self.recipe.gate.rule != "step":
+        if not self.recipe.gate.enabled or self.recipe.gate.facts.optimizer != "wrapped":
             return 0
         stacks: dict[tuple[int, int], int] = {}
         for space in parts.input_spaces(self.shape, self.how):

@@ -86,7 +86,7 @@ def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
         adapted=adapted,
         head=head,
         dropout=recipe.adapter.lora_dropout > 0,
-        frozen=recipe.gate.enabled and recipe.gate.rule == "frozen",
+        frozen=recipe.gate.enabled and not recipe.gate.facts.trains_a,
         eager=shape.eager or recipe.model.attn_implementation == "eager",
     )
 
@@ -144,7 +144,7 @@ def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: 
 
     Rule spectral keeps Adam's moments of A in the gate's m coordinates, (r, m), in float32.
     """
-    if recipe.gate.enabled and recipe.gate.rule == "spectral":
+    if recipe.gate.enabled and recipe.gate.facts.optimizer == "own":
         return _spectral_state(recipe, shape, how), 0
     name = recipe.training.optimizer_on(on_gpu)
     width, states, paged = STATES[name]

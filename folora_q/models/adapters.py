@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,13 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import set_seed
 
-from folora_q.core import SpectralGate
 from folora_q.errors import UserError
 from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.models.meta import modules_of
 from folora_q.models.targets import choose_targets
 from folora_q.recipe.paths import listed
-from folora_q.recipe.schema import AdapterSection, ExportSection, GateSection
+from folora_q.recipe.schema import AdapterSection, ExportSection
 from folora_q.recipe.targets import Modules, adapter_findings, matcher
 
 ADAPTER = "default"
@@ -132,58 +131,6 @@ def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
     ]
 
 
-def start_gated(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], leading: bool = True) -> None:
-    """Put each A where its gate lets most pass, with the norm that it has; an A without a gate stays.
-
-    B is zero, so the model stays as it is; but until A moves, all that B learns acts on A's rows.
-
-    Args:
-        leading: its rows become the leading directions, orthonormal but for their length. Rows that find none left are
-            A's own, passed through the gate and made orthogonal to the others. If False, all are A's own, gated.
-    """
-    with torch.no_grad():
-        for pair in pairs:
-            if (gate := gates.get(pair.name)) is None:
-                continue
-            norm = pair.a.norm()
-            rows = gate.apply(pair.a)
-            found = gate.leading_rows(len(rows) if leading else 0)
-            if len(found):
-                rest = torch.linalg.qr(torch.cat([found, rows[len(found) :]]).T).Q.T[len(found) :]
-                rows = torch.zeros_like(rows)  # more rows than inputs: the last have nowhere to go
-                rows[: len(found) + len(rest)] = torch.cat([found, rest])
-            pair.a.copy_(rows * (norm / rows.norm()))  # by one exactly where all passes
-
-
-def start_in_shares(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], in_nats: bool) -> None:
-    """Put each A's rows into its gate's directions, each as long as the share of a step that its direction gets.
-
-    With A frozen and B trained by Adam, whose steps are as long in every column of B, this gates Adam's steps direction
-    by direction (docs/method.md, section 4). Where a gate has fewer directions than A has rows, the last rows are zero.
-
-    Args:
-        in_nats: the gates' units are those of the loss, so lengths are to one scale in all layers: the squared shares
-            of all directions, γ, add up to 1, and a step of rate η costs ½ η² nats to second order. If False, each A
-            keeps the norm that it had.
-    """
-    gated = [pair for pair in pairs if pair.name in gates]
-    total = sum(float(gates[pair.name].quotients[: len(pair.a)].sum()) for pair in gated)
-    with torch.no_grad():
-        for pair in gated:
-            norm = pair.a.norm()
-            rows = gates[pair.name].gated_rows(len(pair.a))
-            pair.a.zero_()
-            pair.a[: len(rows)] = rows * (total**-0.5 if in_nats else norm / rows.norm())
-
-
-def start(pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], section: GateSection) -> None:
-    """Give every A the start that the recipe's gate says."""
-    if section.scales_rows:
-        start_in_shares(pairs, gates, in_nats=section.covariance == "fisher")
-    elif "a_start" in section.places:
-        start_gated(pairs, gates, leading=section.start == "leading")
-
-
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
     """Switch the adapter off while this lasts; the one place that calls `disable_adapter`.
@@ -199,7 +146,7 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(trainable)
 
 
-def freeze_first(pairs: Sequence[AdapterPair]) -> None:
+def freeze_lora_a(pairs: Sequence[AdapterPair]) -> None:
     """Train no A: then autograd keeps no layer's input for it either."""
     for pair in pairs:
         pair.a.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Any, Literal
 
@@ -10,21 +11,32 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.dataset import DataSection
+from folora_q.recipe.gate_rules import (
+    DEFAULT_RULE,
+    GATE_RULES,
+    PLAIN_LEARNING_RATE,
+    GateRule,
+    GateSettings,
+    Place,
+    RuleName,
+    defaults_by_rule,
+    rule_summaries,
+    written,
+)
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
-Place = Literal["a_start", "a_step", "b_step"]
-# What each rule of the gate has, unless a recipe says otherwise.
-BY_RULE: dict[str, dict[str, Any]] = {
-    "frozen": {"places": ["a_start", "b_step"], "ridge": 0.1, "utility_ridge": 1e-4},
-    "step": {"places": ["a_start", "a_step", "b_step"], "ridge": 0.01, "utility_ridge": 0.01},
-    "spectral": {"places": ["a_start", "a_step"], "ridge": 0.01, "utility_ridge": 0.01},
-}
-# The peak learning rate of each rule, and of plain QLoRA, unless a recipe says otherwise (docs/frontier.md).
-LEARNING_RATES = {"plain": 2e-4, "frozen": 2e-3, "step": 4e-3, "spectral": 1e-3}
 # A rate this many times above or below the gate's default is likely to be meant for another method.
 FAR_RATE = 5
 # Least number of directions in a sketch, and directions per row of the adapter, which takes the best of them.
 RANK, RANK_PER_ROW = 64, 2
+
+
+def default_learning_rate(gate: Mapping[str, Any]) -> float | None:
+    """Peak learning rate that goes with a section `gate` as it is written; None where its rule is unknown."""
+    if not gate.get("enabled", True):
+        return PLAIN_LEARNING_RATE
+    name = gate.get("rule", DEFAULT_RULE)
+    return GATE_RULES[name].learning_rate if isinstance(name, str) and name in GATE_RULES else None
 
 
 def sketch_rank(rows: int) -> int:
@@ -104,13 +116,14 @@ class GateSection(Section):
 
     enabled: bool = True
     """false is plain QLoRA with the same seeds and data order."""
-    rule: Literal["frozen", "step", "spectral"] = "frozen"
-    """frozen: A stays in the leading directions and only B learns, each direction by its share of Adam's step: the
-    least memory and time. step: both learn, and any optimizer's step passes through the gate. spectral: Adam in the
-    gate's coordinates, as in the paper."""
-    places: list[Place] = BY_RULE["frozen"]["places"]
-    """Where it acts: on A's start, on A's steps, on B's steps. Left out: the start and B's steps for rule frozen (with
-    start: random the start alone), all for step, the first two for spectral."""
+    rule: Annotated[RuleName, Field(description=rule_summaries())] = DEFAULT_RULE
+    places: Annotated[
+        list[Place],
+        Field(
+            description="Where the gate acts: on A's initialization, on A's steps, on B's steps. Default by rule: "
+            f"{defaults_by_rule(lambda rule: rule.places)}; frozen with start: random: [a_start]."
+        ),
+    ] = GATE_RULES[DEFAULT_RULE].default_places(random_start=False)
     start: Literal["leading", "random"] = "leading"
     """Of A: in the r directions of largest quotient; or where PEFT puts it at random, passed through the gate."""
     gate_lambda: NonNegative = 64.0
@@ -120,11 +133,21 @@ class GateSection(Section):
     """s_min: the least share of a step that every direction passes."""
     sharpness: Positive = 1.0
     """p in γᵖ / (γᵖ + λᵖ)."""
-    ridge: Positive = BY_RULE["frozen"]["ridge"]
-    """τ, added to the proxy covariance, relative to its mean variance. Left out: 0.01 for rules step and spectral."""
-    utility_ridge: NonNegative = BY_RULE["frozen"]["utility_ridge"]
-    """Added to the task covariance: with ridge, directions in neither text count as equally useful and costly. Left
-    out: 0.01 for rules step and spectral."""
+    ridge: Annotated[
+        Positive,
+        Field(
+            description="τ, added to the penalty's covariance, relative to its mean variance. Default by rule: "
+            f"{defaults_by_rule(lambda rule: rule.ridge)}."
+        ),
+    ] = GATE_RULES[DEFAULT_RULE].ridge
+    utility_ridge: Annotated[
+        NonNegative,
+        Field(
+            description="Added to the task's covariance, relative to its mean variance, so that directions in neither "
+            "text count as equally useful and costly. Default by rule: "
+            f"{defaults_by_rule(lambda rule: rule.utility_ridge)}."
+        ),
+    ] = GATE_RULES[DEFAULT_RULE].utility_ridge
     rank: PositiveInt = RANK
     """Directions that each sketch keeps. Left out: 64, or twice adapter.r where that is more."""
     oversampling: Annotated[int, Field(ge=0)] = 16
@@ -160,9 +183,14 @@ class GateSection(Section):
         return "bfloat16" if gpu else "float32"
 
     @property
+    def facts(self) -> GateRule:
+        """The rule's facts."""
+        return GATE_RULES[self.rule]
+
+    @property
     def scales_rows(self) -> bool:
         """Whether B's steps are gated by the lengths of a frozen A's rows."""
-        return self.rule == "frozen" and "b_step" in self.places
+        return not self.facts.trains_a and "b_step" in self.places
 
     @property
     def reshaped(self) -> dict[str, float]:
@@ -173,7 +201,7 @@ class GateSection(Section):
     @property
     def words(self) -> str:
         """Rule, places and strength, for people; where only A's start is gated the strength says nothing."""
-        strength = "" if self.rule == "frozen" else f"; λ = {self.gate_lambda:g}"
+        strength = f"; λ = {self.gate_lambda:g}" if self.facts.uses_strength else ""
         return f"{self.rule} at {', '.join(self.places)}{strength}"
 
     @model_validator(mode="before")
@@ -181,31 +209,18 @@ class GateSection(Section):
     def _by_the_rule(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        rule = given.get("rule", "frozen")
-        defaults = BY_RULE[rule] if isinstance(rule, str) and rule in BY_RULE else {}
-        if rule == "frozen" and given.get("start") == "random":
-            defaults = defaults | {"places": ["a_start"]}  # rows that PEFT drew have no quotient each
-        return defaults | given
+        name = given.get("rule", DEFAULT_RULE)
+        rule = GATE_RULES.get(name) if isinstance(name, str) else None
+        if rule is None:
+            return given  # pydantic names the rules that exist
+        places = rule.default_places(random_start=given.get("start") == "random")
+        return {"places": places, "ridge": rule.ridge, "utility_ridge": rule.utility_ridge} | given
 
     @model_validator(mode="after")
     def _settings_suit_the_rule(self) -> GateSection:
-        if not self.enabled:
-            return self
-        if self.rule == "frozen" and self.start == "leading" and self.reshaped:
-            name = next(iter(self.reshaped))
-            raise ValueError(f"rule frozen gates by the quotient alone, without gate.{name}: set gate.rule to step")
-        if self.rule == "frozen" and ("a_start" not in self.places or "a_step" in self.places):
-            raise ValueError("rule frozen takes no step of A: set gate.rule to step, or leave gate.places out")
-        if self.rule == "frozen" and self.start == "random" and "b_step" in self.places:
-            raise ValueError("with gate.start random no row has a quotient to gate B's steps by: leave gate.places out")
-        if self.rule == "step" and not {"a_step", "b_step"} & set(self.places):
-            raise ValueError("rule step gates no step with these gate.places: add a_step or b_step, or leave them out")
-        if self.rule == "spectral" and "b_step" in self.places:
-            raise ValueError(
-                "rule spectral leaves B to AdamW, as in the paper: set gate.places to [a_start, a_step] or [a_step]"
-            )
-        if self.rule == "spectral" and "a_step" not in self.places:
-            raise ValueError("rule spectral needs a_step among gate.places")
+        settings = GateSettings(self.places, self.start == "leading", tuple(self.reshaped))
+        if self.enabled and (objection := self.facts.objection(settings)):
+            raise ValueError(objection)
         return self
 
 
@@ -214,9 +229,14 @@ class TrainingSection(Section):
 
     output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     """The run folder, relative to where the command is given."""
-    learning_rate: Positive = LEARNING_RATES["frozen"]
-    """Peak learning rate. For rule frozen a step of rate η costs η²/2 nats of KL, to second order, on any model. Left
-    out: 4e-3 for rule step, 1e-3 for spectral, 2e-4 with gate.enabled: false."""
+    learning_rate: Annotated[
+        Positive,
+        Field(
+            description="Peak learning rate. With rule frozen a step of rate η costs η²/2 nats of KL, to second order, "
+            f"on any model. Default by gate.rule: {defaults_by_rule(lambda rule: rule.learning_rate)}; "
+            f"{written(PLAIN_LEARNING_RATE)} with gate.enabled: false."
+        ),
+    ] = GATE_RULES[DEFAULT_RULE].learning_rate
     embedding_learning_rate: Positive = 2e-5
     """Peak learning rate of adapter.modules_to_save, which no rule of the gate scales: that of full fine-tuning."""
     num_train_epochs: Positive = 1.0
@@ -394,33 +414,35 @@ class Recipe(Section):
         adapter, gate, training = (given.get(name) or {} for name in ("adapter", "gate", "training"))
         if not all(isinstance(section, dict) for section in (adapter, gate, training)):
             return given
-        rows, rule = adapter.get("r"), gate.get("rule", "frozen") if gate.get("enabled", True) else "plain"
+        rows = adapter.get("r")
         if isinstance(rows, int) and sketch_rank(rows) > RANK:
             gate = {"rank": sketch_rank(rows)} | gate
-        if isinstance(rule, str) and rule in LEARNING_RATES and training:
-            training = {"learning_rate": LEARNING_RATES[rule]} | training
+        if training and (rate := default_learning_rate(gate)) is not None:
+            training = {"learning_rate": rate} | training
         return given | {name: section for name, section in (("gate", gate), ("training", training)) if section}
 
     @model_validator(mode="after")
-    def _spectral_is_its_own_optimizer(self) -> Recipe:
-        if self.gate.enabled and self.gate.rule == "spectral" and self.training.optim not in ("auto", "adamw_torch"):
+    def _a_rule_may_be_its_own_optimizer(self) -> Recipe:
+        own = self.gate.enabled and self.gate.facts.optimizer == "own"
+        if own and self.training.optim not in ("auto", "adamw_torch"):
             raise ValueError(
-                f"gate.rule spectral is an AdamW of its own: training.optim: adamw_torch, not {self.training.optim}"
+                f"gate.rule {self.gate.rule} is an AdamW of its own: training.optim: adamw_torch, not "
+                f"{self.training.optim}"
             )
         return self
 
     @property
     def rate_advice(self) -> str | None:
         """A sentence where the learning rate is far from the gate's default, as plain LoRA's rates are."""
-        rate, default = self.training.learning_rate, LEARNING_RATES["frozen"]
+        rate, default = self.training.learning_rate, self.gate.facts.learning_rate
         if not self.gate.enabled or not self.gate.scales_rows or self.gate.covariance != "fisher":
             return None
         if default / FAR_RATE < rate < default * FAR_RATE:
             return None
         how = "little is learned" if rate < default else "much is forgotten"
         return (
-            f"training.learning_rate {rate:g} is far from {default:g}, the default of gate.rule frozen, whose rate is "
-            f"in units of the KL that a step costs: with it {how}"
+            f"training.learning_rate {rate:g} is far from {default:g}, the default of gate.rule {self.gate.rule}, "
+            f"whose rate is in units of the KL that a step costs: with it {how}"
         )
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.reading import finite, read_object, read_text
+from folora_q.recipe.gate_rules import GATE_RULES
 from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.report.trajectory import Point, train_losses, trajectory
 from folora_q.runs.folder import RunFolder
@@ -83,16 +84,19 @@ class Run:
 
     @property
     def rows_placed(self) -> int | None:
-        """With rule frozen, how many leading directions A was put into, where all that its gates do ends; else None."""
+        """Number of leading directions that a frozen A was initialized with; None for other rules and other starts."""
         gate, adapter = self.recipe.get("gate"), self.recipe.get("adapter")
-        if not isinstance(gate, dict) or gate.get("rule") != "frozen" or gate.get("start", "leading") != "leading":
+        if not isinstance(gate, dict) or gate.get("start", "leading") != "leading":
+            return None
+        rule = GATE_RULES.get(str(gate.get("rule")))
+        if rule is None or rule.trains_a:
             return None
         rank = adapter.get("r") if isinstance(adapter, dict) else None
         return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
 
     @property
     def rows_scaled(self) -> bool:
-        """With rule frozen, whether the lengths of A's rows gate B's steps."""
+        """Whether the lengths of a frozen A's rows gate B's steps."""
         gate = self.recipe.get("gate")
         places = gate.get("places") if isinstance(gate, dict) else None
         return self.rows_placed is not None and isinstance(places, list) and "b_step" in places

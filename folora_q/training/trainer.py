@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer import sft_trainer
 
-from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
+from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.data.halving import Halving
 from folora_q.data.tokens import batches
@@ -27,9 +27,10 @@ from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.compare import compare
 from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.loss import mean_loss
-from folora_q.models.adapters import adapter_pairs, freeze_first, keep_in_float32, trains_head, wrappers
+from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
+from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
 from folora_q.training.durable import DurableTrainer
 from folora_q.training.guards import MicroBatches, SkippedSteps
@@ -60,46 +61,44 @@ class GatedTrainer(DurableTrainer):
     means_batches: bool = False
 
     def gate_with(self, gates: Mapping[str, SpectralGate]) -> None:
-        """Pass all steps to come through these gates; with rule frozen, train no A from here on.
+        """Pass all steps to come through these gates, by the recipe's rule.
 
         Args:
             gates: by adapted layer, those of one input space one object.
         """
-        if self.gate_section.rule == "frozen":
-            freeze_first(adapter_pairs(self.model))
-            away = {id(gate): gate.to("cpu") for gate in gates.values()}  # no step needs them
-            gates = {layer: away[id(gate)] for layer, gate in gates.items()}
-        self.gates = gates
+        self.gates = rule_of(self.gate_section).before_training(adapter_pairs(self.model), gates)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
-        section = self.gate_section
         if self.optimizer is not None:
             return self.optimizer
-        if self.gates is None or section.rule == "frozen":
-            return self._with_rate_of_whole(super().create_optimizer(model))
+        make = super().create_optimizer
+
+        def configured() -> Optimizer:
+            return self._with_rate_of_whole(make(model))
+
+        if self.gates is None:
+            return configured()
+        rule = rule_of(self.gate_section)
         pairs = [pair for pair in adapter_pairs(self.model) if pair.name in self.gates]
-        adapters = [(pair.a, pair.b, self.gates[pair.name]) for pair in pairs]
-        if section.rule == "step":
-            self.optimizer = self.gated = GatedOptimizer(
-                self._with_rate_of_whole(super().create_optimizer(model)),
-                adapters,
-                gate_a="a_step" in section.places,
-                gate_b="b_step" in section.places,
-                refresh_every=section.refresh_every,
-                on_failure=self._rank_gates_failed,
-            )
-            return self.optimizer
         gated = {id(p) for pair in pairs for p in (pair.a, pair.b)}
-        self.optimizer = SpectralAdamW(
-            adapters,
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-            weight_decay=self.args.weight_decay,
-            complement=section.complement,
-            others=[p for p in self.model.parameters() if p.requires_grad and id(p) not in gated],
+        arguments = self.args
+        context = OptimizerContext(
+            section=self.gate_section,
+            adapters=[(pair.a, pair.b, self.gates[pair.name]) for pair in pairs],
+            configured=configured,
+            adam=AdamSettings(
+                lr=arguments.learning_rate,
+                betas=(arguments.adam_beta1, arguments.adam_beta2),
+                eps=arguments.adam_epsilon,
+                weight_decay=arguments.weight_decay,
+            ),
+            ungated=[p for p in self.model.parameters() if p.requires_grad and id(p) not in gated],
+            on_failure=self._rank_gates_failed,
         )
-        return self._with_rate_of_whole(self.optimizer)
+        self.optimizer = rule.build_optimizer(context)
+        if isinstance(self.optimizer, GatedOptimizer):
+            self.gated = self.optimizer
+        return self._with_rate_of_whole(self.optimizer) if rule.facts.optimizer == "own" else self.optimizer
 
     def _with_rate_of_whole(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer with groups of their own for what is trained whole, whose rate is no adapter's."""

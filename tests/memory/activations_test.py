@@ -64,13 +64,13 @@ def difference(
     **lora: Any,
 ) -> float:
     """The formula's, relative to what is counted."""
-    from folora_q.models.adapters import adapter_pairs, freeze_first
+    from folora_q.models.adapters import adapter_pairs, freeze_lora_a
     from tests.memory.models import adapted_4bit, kept_bytes
 
     shape = shape_of(config)
     model = adapted_4bit(config, RANK, checkpointing, **lora)
     if frozen:
-        freeze_first(adapter_pairs(model))
+        freeze_lora_a(adapter_pairs(model))
     dropout = lora.get("lora_dropout", 0) > 0
     how = Arithmetic(compute=2, autocast=autocast, rank=RANK, dropout=dropout, eager=shape.eager, frozen=frozen)
     found = (kept_with_checkpointing if checkpointing else kept)(shape, batch, how)

@@ -8,9 +8,9 @@ import yaml
 
 from folora_q.errors import UserError
 from folora_q.recipe import load_recipe
-from folora_q.recipe.schema import BY_RULE, LEARNING_RATES
+from folora_q.recipe.gate_rules import GATE_RULES, PLAIN_LEARNING_RATE
 
-FROZEN = (BY_RULE["frozen"]["ridge"], BY_RULE["frozen"]["utility_ridge"])
+FROZEN = (GATE_RULES["frozen"].ridge, GATE_RULES["frozen"].utility_ridge)
 MINIMAL = """\
 model:
   model_name_or_path: some/model
@@ -124,14 +124,14 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "rate", "rank"),
     [
-        ([], LEARNING_RATES["frozen"], 64),
-        (["gate.rule=step"], LEARNING_RATES["step"], 64),
-        (["gate.rule=spectral"], LEARNING_RATES["spectral"], 64),
-        (["gate.enabled=false"], LEARNING_RATES["plain"], 64),
+        ([], GATE_RULES["frozen"].learning_rate, 64),
+        (["gate.rule=step"], GATE_RULES["step"].learning_rate, 64),
+        (["gate.rule=spectral"], GATE_RULES["spectral"].learning_rate, 64),
+        (["gate.enabled=false"], PLAIN_LEARNING_RATE, 64),
         (["gate.enabled=false", "training.learning_rate=0.5"], 0.5, 64),
-        (["adapter.r=32"], LEARNING_RATES["frozen"], 64),
-        (["adapter.r=48"], LEARNING_RATES["frozen"], 96),
-        (["adapter.r=48", "gate.rank=8"], LEARNING_RATES["frozen"], 8),
+        (["adapter.r=32"], GATE_RULES["frozen"].learning_rate, 64),
+        (["adapter.r=48"], GATE_RULES["frozen"].learning_rate, 96),
+        (["adapter.r=48", "gate.rank=8"], GATE_RULES["frozen"].learning_rate, 8),
     ],
 )
 def test_rate_and_rank_follow_the_rule_and_the_adapter_unless_they_are_given(

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from folora_q.recipe import Recipe, load_recipe
+from folora_q.recipe.gate_rules import GATE_RULES
 from folora_q.recipe.paths import HUB_ID
-from folora_q.recipe.schema import LEARNING_RATES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(FOLDER.glob("*.yaml"))
@@ -114,7 +114,7 @@ def test_the_size_in_the_name_is_the_models(path: Path) -> None:
 def test_the_gate_is_on_with_the_default_rate(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.gate.enabled and recipe.gate.rule == "frozen"
-    assert recipe.training.learning_rate == LEARNING_RATES["frozen"]
+    assert recipe.training.learning_rate == GATE_RULES["frozen"].learning_rate
     assert recipe.adapter.r == recipe.adapter.lora_alpha == (32 if "-8gb-" in path.stem else 64)
     assert recipe.proxy.source == "mixed" and recipe.proxy.num_samples == 256
 

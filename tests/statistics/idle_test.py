@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from folora_q.data.tokens import batches
-from folora_q.models.adapters import adapter_pairs, attach_adapter, start
+from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.progress import Clock
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
+from folora_q.rules import rule_of
 from folora_q.statistics.collect import build_gates
 from tests.conftest import Silent
 from tests.statistics.collect_test import sequences
@@ -32,7 +33,7 @@ def test_an_idle_expert_keeps_its_random_a_and_is_named(rule: str, tiny_folder: 
     section, progress = GateSection(rule=rule, rank=8), Silent()
     texts = [list(batches(sequences(seed), 4, CPU.device)) for seed in (1, 2)]
     gates = build_gates(model, pairs, *texts, section, Clock(progress))
-    start(pairs, gates, section)
+    rule_of(section).initialize(pairs, gates, section)
     idle = "model.layers.1.mlp.experts.0"
     assert gates.keys() == before.keys() - {idle}
     assert {pair.name for pair in pairs if torch.equal(pair.a, before[pair.name])} == {idle}

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from benchmarks.frontier.ground import ALPHA, RANK, pairs_with
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
-from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
-from folora_q.models.adapters import freeze_first, start
+from folora_q.core import SpectralAdamW, SpectralGate
+from folora_q.recipe.gate_rules import DEFAULT_RULE
 from folora_q.recipe.schema import GateSection, sketch_rank
+from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 
 # Of the mean variance; the paper gives none.
 DENSE_RIDGE = 0.01
@@ -31,7 +32,7 @@ class Gated(Method):
         r: the adapter's rank; its scale alpha / r stays as it is.
     """
 
-    gate: dict[str, object] = field(default_factory=lambda: {"rule": "frozen"})
+    gate: dict[str, object] = field(default_factory=lambda: {"rule": DEFAULT_RULE})
     r: int = 2 * RANK
     kind: ClassVar[type[SpectralGate]] = SpectralGate
 
@@ -48,24 +49,18 @@ class Gated(Method):
 
     def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         self.of_layers = ground.gates(model, self.section, self.kind)
-        start(pairs, self.of_layers, self.section)
-        if self.section.rule == "frozen":
-            freeze_first(pairs)
+        self.rule = rule_of(self.section)
+        self.rule.initialize(pairs, self.of_layers, self.section)
+        self.of_layers = self.rule.before_training(pairs, self.of_layers)
 
     def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        if self.section.rule == "frozen":
-            return self.adamw(model)
-        places = self.section.places
-        adapters = pairs_with(self.of_layers, pairs)
-        if self.section.rule == "spectral":
-            return SpectralAdamW(adapters, lr=self.learning_rate, complement=self.section.complement)
-        return GatedOptimizer(
-            self.adamw(model),
-            adapters,
-            gate_a="a_step" in places,
-            gate_b="b_step" in places,
-            refresh_every=self.section.refresh_every,
+        context = OptimizerContext(
+            section=self.section,
+            adapters=pairs_with(self.of_layers, pairs),
+            configured=lambda: self.adamw(model),
+            adam=AdamSettings(lr=self.learning_rate),
         )
+        return self.rule.build_optimizer(context)
 
 
 @dataclass

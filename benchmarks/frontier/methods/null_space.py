@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from folora_q.core.spectrum import generalized_eigenproblem
-from folora_q.models.adapters import freeze_first
+from folora_q.models.adapters import freeze_lora_a
 
 # A's rows get the norm that PEFT's own start gives them, so that a learning rate means the same everywhere.
 ROW_NORM = 3**-0.5
@@ -35,7 +35,7 @@ class LoRANull(Method):
             with torch.no_grad():
                 pair.a.copy_(ROW_NORM * rows)
         if self.freeze_a:
-            freeze_first(pairs)
+            freeze_lora_a(pairs)
 
     def rows(self, penalty: Tensor, utility: Tensor, rank: int) -> Tensor:
         """Orthonormal rows (r, d)."""

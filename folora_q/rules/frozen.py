@@ -1,0 +1,35 @@
+"""Rule `frozen`: A is fixed to the gate's leading directions, and B is trained (docs/method.md, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch.optim import Optimizer
+
+from folora_q.core import SpectralGate
+from folora_q.models.adapters import AdapterPair, freeze_lora_a
+from folora_q.recipe.schema import GateSection
+from folora_q.rules.base import OptimizerContext, Rule
+from folora_q.rules.initialize import initialize_in_shares
+
+
+class FrozenRule(Rule):
+    """Gate B's steps through the lengths of A's rows: no basis on the device, and no product in a step."""
+
+    name = "frozen"
+
+    def initialize(self, pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], section: GateSection) -> None:
+        if section.scales_rows:
+            initialize_in_shares(pairs, gates, in_nats=section.covariance == "fisher")
+        else:
+            super().initialize(pairs, gates, section)
+
+    def before_training(
+        self, pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate]
+    ) -> Mapping[str, SpectralGate]:
+        freeze_lora_a(pairs)
+        on_host = {id(gate): gate.to("cpu") for gate in gates.values()}  # no step needs them
+        return {layer: on_host[id(gate)] for layer, gate in gates.items()}
+
+    def build_optimizer(self, context: OptimizerContext) -> Optimizer:
+        return context.configured()
