@@ -35,7 +35,7 @@ from shapes import SHAPES, random_4bit, random_gates
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from folora_q.data.halving import ran_out
+from folora_q.data.batch_splitting import ran_out
 from folora_q.errors import RunFailed
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import PeakMemory, choose_hardware

@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora_q.data.tokens import batches
-from folora_q.evaluation.compare import HeldOutText, compare
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.divergence import HeldOutText, compare
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.models.hardware import PeakMemory
 
 VOCABULARIES = (8_000, 32_000, 128_000)

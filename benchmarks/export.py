@@ -29,21 +29,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from folora_q.data.prepare import chat_template, tokenize_task
-from folora_q.data.read import read_task_data
+from folora_q.data.loading import read_task_data
+from folora_q.data.task_data import chat_template, tokenize_task
 from folora_q.data.tokens import batches
 from folora_q.evaluation.loss import GENERAL_TEXTS, mean_loss, text_windows
 from folora_q.export.texts import check_texts
 from folora_q.export.verify import Difference, compare_logits, logits_of
-from folora_q.merging import MergeRequest, adapter_folder, run_merge
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
-from folora_q.pipeline import run_training
 from folora_q.progress import Clock
 from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
+from folora_q.workflows.merge import MergeRequest, adapter_folder, run_merge
+from folora_q.workflows.train import run_training
 
 # Layers of a Llama of 1,024 channels: 0.25, 0.76 and 1.5 GB of bfloat16 with a vocabulary of 32,000.
 LAYERS = (4, 20, 44)
@@ -65,7 +65,7 @@ child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(child, 0)
 print(time.perf_counter() - began, usage.ru_maxrss / 1e3, os.waitstatus_to_exitcode(status))
 """
-IMPORTS = "import torch, peft, transformers, folora_q.merging"
+IMPORTS = "import torch, peft, transformers, folora_q.workflows.merge"
 
 
 @click.group()

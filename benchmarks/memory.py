@@ -35,12 +35,14 @@ from shapes import SHAPES, random_4bit, random_gates
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from folora_q.calibration.collect import build_gates
+from folora_q.calibration.sample import sample_proxy
 from folora_q.data.tokens import batches
-from folora_q.evaluation.compare import HeldOutText, compare
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.divergence import HeldOutText, compare
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.memory.activations import Arithmetic, Batch, at_backward
+from folora_q.memory.components import adapter_parameters
 from folora_q.memory.estimate import CUDA_CONTEXT, estimate
-from folora_q.memory.parts import adapter_parameters
 from folora_q.memory.shapes import ModelShape, shape_of
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.demo import DEMO_MODEL, demo_model_folder
@@ -48,9 +50,7 @@ from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model
 from folora_q.models.quantization import Quantization
 from folora_q.progress import Clock
-from folora_q.proxy.sample import sample_proxy
 from folora_q.recipe import Recipe
-from folora_q.statistics.collect import build_gates
 from folora_q.training.trainer import build_trainer
 
 STAGES = ("loading", "sampling", "statistics", "training", "evaluation")

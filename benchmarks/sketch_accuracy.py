@@ -20,22 +20,22 @@ quiet_libraries()  # before they are imported
 
 import torch
 
+from folora_q.calibration.hooks import feeding, shared_inputs
+from folora_q.calibration.sample_cache import kept_or_sampled
 from folora_q.core import CovarianceSketch, ProjectedCovariance
-from folora_q.data.prepare import chat_template, read_task, tokenize_task
+from folora_q.data.task_data import chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
-from folora_q.pipeline import run_training
 from folora_q.progress import Clock
-from folora_q.proxy.cache import kept_or_sampled
 from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_evaluation
-from folora_q.statistics.hooks import feeding, shared_inputs
+from folora_q.workflows.train import run_training
 
 RANKS = (16, 64, 128, 256)
 OVERSAMPLING = 16

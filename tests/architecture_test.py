@@ -16,13 +16,13 @@ HOUSE = Path(folora_q.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 # A room may import rooms of earlier tiers and itself, never a sibling.
 TIERS = [
-    {"errors", "files", "private", "progress", "reading", "folora_q"},
+    {"errors", "progress", "storage", "folora_q"},
     {"core", "distributed", "recipe"},
     {"models", "data", "runs", "memory"},
-    {"proxy", "statistics", "evaluation", "preflight", "rules"},
+    {"calibration", "evaluation", "preflight", "rules"},
     {"training", "export", "report"},
-    {"subject"},
-    {"pipeline", "merging", "evaluating", "chat", "doctor"},
+    {"targets"},
+    {"workflows", "chat", "doctor"},
     {"cli"},
     {"__main__"},
 ]
@@ -67,7 +67,7 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
     }
     if room_of(path) != "cli":
         assert not calls & {"print", "sys.exit", "exit", "quit", "os._exit"}
-    if room_of(path) != "files":
+    if room_of(path) != "storage":
         assert not calls & {"os.replace", "os.rename", "shutil.move"}
 
 
@@ -75,7 +75,7 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
     "statement",
     [
         "import folora_q",
-        "import folora_q.errors, folora_q.files",
+        "import folora_q.errors, folora_q.storage.files",
         "import folora_q.distributed",
         "import folora_q.recipe",
         "import folora_q.cli.app",

@@ -160,7 +160,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
         "model": {"model_name_or_path": str(model), "dtype": "float32"},
         "adapter": {"r": 4, "lora_alpha": 16},
         "data": {"train_dataset": "train.jsonl", "eval_dataset": "heldout.jsonl"},
-        # Without public text, whose windows are most of a tiny run's time; tests/statistics has it.
+        # Without public text, whose windows are most of a tiny run's time; tests/calibration has it.
         "proxy": {
             "source": "mixed",
             "num_samples": 4,

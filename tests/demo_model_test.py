@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from folora_q.calibration.collect import build_gates
+from folora_q.calibration.sample import ProxySample, sample_proxy
 from folora_q.core import SpectralGate
 from folora_q.data.encode import Encoder
-from folora_q.data.read import read_task_data
+from folora_q.data.loading import read_task_data
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.models.adapters import adapter_pairs, attach_adapter
@@ -19,10 +21,8 @@ from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import LoadedModel, load_model
 from folora_q.progress import Clock
-from folora_q.proxy.sample import ProxySample, sample_proxy
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection, ProxySection
-from folora_q.statistics.collect import build_gates
 from tests.conftest import Silent
 
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from folora_q import pipeline
 from folora_q.cli.app import main
 from folora_q.distributed import require_one_process
 from folora_q.errors import UserError
 from folora_q.models.hardware import choose_hardware
 from folora_q.recipe import load_recipe
 from folora_q.training.trainer import on_one_device
+from folora_q.workflows import train as pipeline
 from tests.conftest import Silent
 
 

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
-import folora_q.merging
-import folora_q.training.trainer  # noqa: F401  (each child would import what the commands need)
 from folora_q.cli.app import main
 
 

@@ -138,7 +138,7 @@ def table(output: Path, docs: bool, keep: bool) -> None:
     """Show what has been run, with the runs that the repository keeps."""
     from benchmarks.frontier.results import KEPT, read_all
     from benchmarks.frontier.tables import show
-    from folora_q.files import atomic_write
+    from folora_q.storage.files import atomic_write
 
     lines, found = read_all(output)
     show(found, HERE.parent.parent if docs else None)

@@ -30,9 +30,9 @@ from benchmarks.frontier.training import Cost, release, train
 from benchmarks.live_tensors import GIVE_BACK
 from folora_q.cli.console import ConsoleProgress
 from folora_q.errors import RunFailed
-from folora_q.files import atomic_write
 from folora_q.progress import Clock
 from folora_q.recipe import load_recipe
+from folora_q.storage.files import atomic_write
 
 # B's gates are solved for in every tenth step.
 STEPS = 10

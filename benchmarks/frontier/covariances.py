@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from folora_q.calibration.collect import BYTES, Reading, in_rounds
+from folora_q.calibration.hooks import shared_inputs
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import Batch
 from folora_q.models.adapters import adapter_off, adapter_pairs
-from folora_q.statistics.collect import BYTES, Reading, in_rounds
-from folora_q.statistics.hooks import shared_inputs
 
 # Summed on the model's device at a time, in bytes: the demo's model at once, a 7B model in a dozen readings.
 AT_ONCE = 4 * 2**30

@@ -16,9 +16,13 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
+from folora_q.calibration.collect import build_gates
+from folora_q.calibration.gate_store import load_gates, save_gates
+from folora_q.calibration.sample_cache import kept_or_sampled, read_samples, settings_of_text
+from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
-from folora_q.data.halving import first_rows
-from folora_q.data.prepare import TaskTokens, chat_template, read_task, tokenize_task
+from folora_q.data.batch_splitting import first_rows
+from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.evaluation.evaluate import HeldOut, held_out
@@ -28,12 +32,8 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import Clock
-from folora_q.proxy.cache import kept_or_sampled, read_samples, settings_of_text
 from folora_q.recipe import Recipe
 from folora_q.recipe.schema import GateSection
-from folora_q.statistics.collect import build_gates
-from folora_q.statistics.store import load_gates, save_gates
-from folora_q.statistics.texts import penalty_text, public_windows
 
 DATA = Path(__file__).parent / "data"
 RANK, ALPHA = 16, 16

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.human_eval import Problem, pass_rate
-from folora_q.evaluation.compare import HeldOutText
+from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.task import greedy_tokens
 from folora_q.models.logits import chunks, head_logits, hidden_states
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from folora_q.files import atomic_write
 from folora_q.recipe import Recipe
+from folora_q.storage.files import atomic_write
 
 # Raised when the same settings come to give other numbers.
 FORMAT = 1

@@ -19,7 +19,7 @@ from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.results import Key, Result, Setting, write
 from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
-from folora_q.data.halving import ran_out
+from folora_q.data.batch_splitting import ran_out
 from folora_q.errors import RunFailed, first_line
 from folora_q.progress import Clock, Progress
 from folora_q.recipe import load_recipe

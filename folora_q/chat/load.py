@@ -12,14 +12,14 @@ from folora_q.data.sources import read_source
 from folora_q.data.turns import Message
 from folora_q.errors import UserError
 from folora_q.models.trust import NOTHING, Trust
-from folora_q.reading import MIB, parse_json, read_text
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_answers
-from folora_q.subject.find import find_subject
-from folora_q.subject.load import load_subject
+from folora_q.storage.untrusted import MIB, parse_json, read_text
+from folora_q.targets.find import find_subject
+from folora_q.targets.load import load_subject
 
 FIRST_ROWS = 20
 

@@ -23,7 +23,7 @@ from folora_q.data.tokens import TEMPLATE_ERRORS, text_ids
 from folora_q.data.turns import THOUGHT, Message
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.models.adapters import adapter_off
-from folora_q.subject.load import nothing_to_compare
+from folora_q.targets.load import nothing_to_compare
 
 # Below this, sampling is greedy: the most likely token has all of the probability, if the division can be made at all.
 LEAST_TEMPERATURE = 1e-3

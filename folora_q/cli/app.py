@@ -14,7 +14,7 @@ import rich_click as click
 from folora_q import __version__
 from folora_q.cli.console import concealing, print_error
 from folora_q.errors import FoloraError, RunFailed, Terminated
-from folora_q.files import NoCache, cache_folder
+from folora_q.storage.files import NoCache, cache_folder
 
 # Name of the command: its module in this folder. The command is the module's attribute `command`.
 COMMANDS = {

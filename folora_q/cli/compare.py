@@ -22,7 +22,7 @@ from folora_q.report.comparison import (
     where,
     written,
 )
-from folora_q.report.record import Run, load_run, same_base, same_data
+from folora_q.report.run_record import Run, load_run, same_base, same_data
 from folora_q.report.text import NONE, number, visible
 
 DEFAULT_OUTPUT = Path("compare.html")

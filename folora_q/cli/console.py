@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.segment import Segments
 from rich.table import Table
 
-from folora_q.private import conceal
+from folora_q.storage.redaction import conceal
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -104,7 +104,7 @@ def quiet_progress_bars() -> None:
 
 
 class ConsoleProgress:
-    """Shows a run's stages (`folora_q.pipeline.Progress`): bars with their time left, or plain lines."""
+    """Shows a run's stages (`folora_q.workflows.train.Progress`): bars with their time left, or plain lines."""
 
     def __init__(self, console: Console = err) -> None:
         self.console = console

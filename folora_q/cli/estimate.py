@@ -15,10 +15,10 @@ from folora_q.cli.console import err, out, print_table, starting
 from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
-from folora_q.memory.built import shape_of_parameters
 from folora_q.memory.config import read_config
 from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
 from folora_q.memory.shapes import ModelShape, is_known, leaving_out, shape_of
+from folora_q.memory.shapes_from_meta import shape_of_parameters
 from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
 from folora_q.models.unsupported import refuse_unsupported
 from folora_q.recipe import Recipe

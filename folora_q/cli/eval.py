@@ -20,7 +20,7 @@ from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import Evaluation, answer_lines, to_json
 
 if TYPE_CHECKING:
-    from folora_q.evaluating import EvaluationOutcome
+    from folora_q.workflows.evaluate import EvaluationOutcome
 
 MOST_MOVED = 3
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -77,7 +77,7 @@ def command(
         raise UserError(f"{output} is there already", "name another folder with --output")
     require_one_process()
     with starting(settings["debug"]) as progress:
-        from folora_q.evaluating import EvaluationRequest, HarnessRequest, run_evaluation
+        from folora_q.workflows.evaluate import EvaluationRequest, HarnessRequest, run_evaluation
     harness = None
     if tasks:
         names = [task.strip() for task in tasks.split(",") if task.strip()]

@@ -14,14 +14,14 @@ import rich_click as click
 from rich.markup import escape
 
 from folora_q.cli.console import out
-from folora_q.data.read import examine
+from folora_q.data.loading import examine
 from folora_q.errors import UserError
-from folora_q.files import atomic_write
 from folora_q.recipe.dataset import Shape, Source
 from folora_q.recipe.json_schema import json_schema
 from folora_q.recipe.new import Answers, Card, new_recipe
 from folora_q.recipe.paths import HUB_ID, is_remote
 from folora_q.recipe.shipped import SCHEMA_FILE
+from folora_q.storage.files import atomic_write
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 CARDS = get_args(Card)

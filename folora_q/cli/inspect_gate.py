@@ -15,7 +15,7 @@ from folora_q.cli.console import out, print_table
 from folora_q.errors import UserError
 from folora_q.report.gates import find_gates, heldout_penalties, mean_value, passing, shared_by
 from folora_q.report.layers import Quantity, Scale, gate_quantities, layer_quantities, place_of, scale_of
-from folora_q.report.record import Run, load_run
+from folora_q.report.run_record import Run, load_run
 from folora_q.report.text import number, short, visible
 from folora_q.runs.results import GateResult, LayerResult
 

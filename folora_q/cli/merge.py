@@ -17,7 +17,7 @@ from folora_q.errors import UserError
 from folora_q.models.trust import Trust
 
 if TYPE_CHECKING:
-    from folora_q.merging import MergeResult
+    from folora_q.workflows.merge import MergeResult
 
 
 @click.command("merge")
@@ -75,7 +75,7 @@ def command(
     with starting(settings["debug"]) as progress:
         import torch
 
-        from folora_q.merging import MergeRequest, run_merge
+        from folora_q.workflows.merge import MergeRequest, run_merge
     request = MergeRequest(
         sources=sources,
         shares=shares or (1.0,) * len(sources),

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from folora_q.cli.console import out, visible
 from folora_q.errors import UserError
-from folora_q.files import atomic_write
+from folora_q.storage.files import atomic_write
 
 # Every page of ours has it near its beginning.
 OURS = b'name="generator" content="folora-q"'

@@ -9,7 +9,7 @@ from typing import Any
 from folora_q.cli.console import starting
 from folora_q.preflight.model import Examined, examine_model
 from folora_q.recipe import Recipe, places_in
-from folora_q.recipe.targets import Modules
+from folora_q.recipe.target_modules import Modules
 
 
 def examined(recipe: Recipe, path: Path, overrides: Sequence[str], debug: bool, ask_the_hub: bool) -> Examined:

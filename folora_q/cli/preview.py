@@ -20,7 +20,7 @@ from folora_q.progress import Clock
 from folora_q.recipe import Recipe
 
 if TYPE_CHECKING:
-    from folora_q.data.prepare import TaskTokens
+    from folora_q.data.task_data import TaskTokens
     from folora_q.data.tokenized import Tokenized
 
 BINS = 10
@@ -52,7 +52,7 @@ def command(
     """Show examples as the model will see them: learned tokens in green, the others dim. No model is loaded."""
     with starting(settings["debug"], "Transformers") as progress:
         from folora_q.data.advice import size_warnings
-        from folora_q.data.prepare import chat_template, read_task, tokenize_task
+        from folora_q.data.task_data import chat_template, read_task, tokenize_task
         from folora_q.models.tokenizer import load_tokenizer
     clock = Clock(progress)
     task = read_task(recipe, clock)

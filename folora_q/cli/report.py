@@ -10,7 +10,7 @@ from rich.markup import escape
 from folora_q.cli.console import ConsoleProgress, out, visible
 from folora_q.cli.pages import check_target, print_page, write
 from folora_q.errors import UserError
-from folora_q.report.record import Run, load_run, same_base
+from folora_q.report.run_record import Run, load_run, same_base
 
 # What `folora-q train` proposes for the plain run.
 PLAIN_SUFFIX = "-plain"

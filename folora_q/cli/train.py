@@ -25,7 +25,7 @@ from folora_q.recipe import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
-    from folora_q.pipeline import RunResult
+    from folora_q.workflows.train import RunResult
 
 # What QLoRA's paper and most recipes use.
 PLAIN_LEARNING_RATE = "2e-4"
@@ -69,7 +69,7 @@ def command(
     require_one_process()
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
     with starting(settings["debug"]) as progress:
-        from folora_q.pipeline import run_training
+        from folora_q.workflows.train import run_training
     for note in model.notes:
         progress.note(note)
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
-from folora_q.data.read import SourceFacts, examine
+from folora_q.data.loading import SourceFacts, examine
 from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
 from folora_q.memory.config import read_config

@@ -5,7 +5,7 @@ Imports torch and nothing else of the stack, so that it is usable in anyone's tr
 
 from folora_q.core.gate import SpectralGate, units
 from folora_q.core.optimizer import GatedOptimizer, SpectralAdamW
-from folora_q.core.refine import refined_basis
+from folora_q.core.refine_basis import refined_basis
 from folora_q.core.sketch import CovarianceSketch, ProjectedCovariance
 from folora_q.core.spectrum import LowRankCovariance, joint_basis
 

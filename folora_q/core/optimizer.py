@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from folora_q.core.batched_gates import stacks
 from folora_q.core.gate import SpectralGate
-from folora_q.core.stack import stacks
 
 Adapter = tuple[Tensor, Tensor, SpectralGate]  # A (r, d), B (o, r), the gate of the input space d
 

@@ -1,0 +1,1 @@
+"""Training data: sources, file readers, row formats, chat rendering and labels, tokenized datasets."""

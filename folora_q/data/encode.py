@@ -16,7 +16,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import has_generation_markers
 
-from folora_q.data.complete import lost_part
+from folora_q.data.completeness import lost_part
 from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
 from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, Unrenderable, common_length

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from folora_q.data.file_readers import UNKNOWN_ENDING, unreadable
 from folora_q.data.files import ending_of
-from folora_q.data.readers import UNKNOWN_ENDING, unreadable
-from folora_q.data.saved import INFO, SPLITS, STATE, choose_split
+from folora_q.data.saved_datasets import INFO, SPLITS, STATE, choose_split
 from folora_q.data.splits import by_split, others
 
 # In a folder these are data only where nothing else is: a README often lies beside the data.

@@ -10,9 +10,9 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from folora_q.errors import UserError, first_line
-from folora_q.files import commit_file, free_bytes
-from folora_q.private import conceal
 from folora_q.recipe.paths import WEB
+from folora_q.storage.files import commit_file, free_bytes
+from folora_q.storage.redaction import conceal
 
 BLOCK = 2**22
 # What a source that never ends must leave on the disk.

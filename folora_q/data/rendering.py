@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.complete import lost_part
+from folora_q.data.completeness import lost_part
 from folora_q.data.tokens import TEMPLATE_ERRORS
 from folora_q.data.tools import Tool
 from folora_q.data.turns import THOUGHT, Message

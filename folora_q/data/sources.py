@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from folora_q.data.file_readers import READERS, Rows, read_file
 from folora_q.data.files import DataFile
 from folora_q.data.folders import Choice, choose, names_in
-from folora_q.data.readers import READERS, Rows, read_file
 from folora_q.data.remote import Remote, file_name
 from folora_q.data.rows import Row
-from folora_q.data.saved import SPLITS, SavedDataset, read_splits
+from folora_q.data.saved_datasets import SPLITS, SavedDataset, read_splits
 from folora_q.data.splits import TRAIN
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.dataset import Source

@@ -17,7 +17,7 @@ from folora_q.data.formats import Example, Text, content_of
 from folora_q.data.pieces import Encoded
 from folora_q.data.rows import RowError
 from folora_q.errors import UserError
-from folora_q.files import cache_folder, commit_directory
+from folora_q.storage.files import cache_folder, commit_directory
 
 # Raised when the same settings come to mean other tokens.
 FORMAT = 2

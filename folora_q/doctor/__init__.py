@@ -1,8 +1,8 @@
 """Whether training can work on this machine, and what to do where it cannot. Nothing heavy is imported here."""
 
 from folora_q.doctor.checks import CHECKS
-from folora_q.doctor.examine import Examiner
-from folora_q.doctor.finding import Check, Finding, State, can_train
-from folora_q.doctor.private import without_user
+from folora_q.doctor.findings import Check, Finding, State, can_train
+from folora_q.doctor.redaction import without_user
+from folora_q.doctor.runner import Examiner
 
 __all__ = ["CHECKS", "Check", "Examiner", "Finding", "State", "can_train", "without_user"]

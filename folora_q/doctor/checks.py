@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from folora_q.doctor.compute import check_compute
-from folora_q.doctor.finding import Check
+from folora_q.doctor.findings import Check
 from folora_q.doctor.four_bit import check_four_bit
 from folora_q.doctor.gpu import check_gpu
 from folora_q.doctor.hub import check_hub
 from folora_q.doctor.machine import check_disk, check_memory
-from folora_q.doctor.optional import check_flash_attention, check_gguf, check_lm_eval
+from folora_q.doctor.optional_packages import check_flash_attention, check_gguf, check_lm_eval
 from folora_q.doctor.packages import STACK, check_other_packages, check_package, check_python
 
 CHECKS = [

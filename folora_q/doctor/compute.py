@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from folora_q.doctor.finding import Finding, State
+from folora_q.doctor.findings import Finding, State
 
 
 def check_compute() -> list[Finding]:

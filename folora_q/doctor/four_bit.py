@@ -7,7 +7,7 @@ import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from folora_q.doctor.finding import Finding, State
+from folora_q.doctor.findings import Finding, State
 from folora_q.doctor.pip import pip_install
 from folora_q.doctor.requirements import requirement
 from folora_q.errors import first_line

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from folora_q.doctor.finding import Finding, State
+from folora_q.doctor.findings import Finding, State
 from folora_q.doctor.nvidia import Card, Driver, ask_driver, torch_install
 from folora_q.doctor.requirements import requirement
 from folora_q.errors import first_line

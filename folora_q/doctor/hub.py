@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Thread
 from urllib.parse import urlsplit
 
-from folora_q.doctor.finding import Finding, State
+from folora_q.doctor.findings import Finding, State
 from folora_q.errors import first_line
 
 SECONDS = 3.0

@@ -7,8 +7,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from folora_q.doctor.finding import Finding, State
-from folora_q.files import cache_folder, free_bytes
+from folora_q.doctor.findings import Finding, State
+from folora_q.storage.files import cache_folder, free_bytes
 
 # The demo's training takes 2.5 GB, its last measurements up to 4.
 ENOUGH_MEMORY = 4e9

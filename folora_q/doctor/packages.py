@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 
-from folora_q.doctor.finding import Finding, State, root_cause
+from folora_q.doctor.findings import Finding, State, root_cause
 from folora_q.doctor.nvidia import ask_driver, torch_install
 from folora_q.doctor.pip import install_missing, pip_install
 from folora_q.doctor.requirements import ordered, ranges, requirement, within

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.core import SpectralGate
-from folora_q.data.halving import Halving
+from folora_q.data.batch_splitting import Halving
 from folora_q.data.tokens import Batch
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.models.adapters import AdapterPair
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.batch_splitting import Halving
 from folora_q.data.formats import Example, Text
-from folora_q.data.halving import Halving
-from folora_q.data.prepare import TaskTokens
 from folora_q.data.rendering import Renderer
+from folora_q.data.task_data import TaskTokens
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
-from folora_q.evaluation.compare import HeldOutText, compare
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import adapted_layers, measured_drift, update_norm
 from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Question,

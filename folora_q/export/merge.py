@@ -19,11 +19,11 @@ from torch import Tensor
 
 from folora_q.errors import UserError
 from folora_q.export.adapter import AdapterFile, Delta
-from folora_q.files import commit_directory, free_bytes
-from folora_q.models.checkpoint import INDEX, SINGLE, Checkpoint
 from folora_q.models.layout import Layout, quantized_parameters, read_layout
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import NOTHING, Trust
+from folora_q.models.weight_files import INDEX, SINGLE, Checkpoint
+from folora_q.storage.files import commit_directory, free_bytes
 
 BaseWeights = Literal["original", "dequantized"]
 # Written last, with the result of the verification; a merged folder without it was not finished.

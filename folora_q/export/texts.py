@@ -8,12 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.calibration.sample_cache import read_samples
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat
-from folora_q.data.read import read_task_data
+from folora_q.data.loading import read_task_data
 from folora_q.errors import UserError
 from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
-from folora_q.proxy.cache import read_samples
 from folora_q.recipe import Recipe
 from folora_q.runs.folder import RunFolder
 

@@ -24,8 +24,8 @@ from transformers import AutoConfig, PreTrainedModel
 from folora_q.errors import RunFailed
 from folora_q.export.ends import FittedCheckpoint
 from folora_q.export.merge import Merge
-from folora_q.models.checkpoint import DTYPES, open_checkpoint
 from folora_q.models.classes import auto_class
+from folora_q.models.weight_files import DTYPES, open_checkpoint
 
 # Rows of a weight that are compared at a time.
 ROWS = 1024

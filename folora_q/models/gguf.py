@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from folora_q.errors import UserError, first_line
-from folora_q.files import cache_folder, commit_directory, sha256
+from folora_q.storage.files import cache_folder, commit_directory, sha256
 
 # What transformers raises, besides, for a model whose files say what makes no sense.
 MALFORMED = (

@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from folora_q.errors import UserError, first_line
 from folora_q.models.classes import auto_class
 from folora_q.models.trust import NOTHING, Trust
-from folora_q.reading import finite
 from folora_q.recipe.paths import short
-from folora_q.recipe.targets import Modules
+from folora_q.recipe.target_modules import Modules
+from folora_q.storage.untrusted import finite
 
 # What transformers raises for a configuration that makes no sense, by where it meets that.
 UNBUILDABLE = (

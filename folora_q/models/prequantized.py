@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from folora_q.errors import UserError
-from folora_q.reading import read_object
 from folora_q.recipe.paths import HUB_ID, short
+from folora_q.storage.untrusted import read_object
 
 BITSANDBYTES = {"bitsandbytes", "bitsandbytes_4bit"}
 NAMES = {

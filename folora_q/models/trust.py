@@ -14,7 +14,7 @@ from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.models.patterns import check_patterns
-from folora_q.reading import MIB, MOST_JSON, read_object
+from folora_q.storage.untrusted import MIB, MOST_JSON, read_object
 
 CODE_FLAG, PICKLE_FLAG = "--trust-remote-code", "--allow-pickle"
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.prepare import TaskTokens
+from folora_q.data.task_data import TaskTokens
 from folora_q.data.tokenized import Tokenized
 from folora_q.errors import UserError
 from folora_q.preflight.model import no_row

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from folora_q.data.read import first_examples
+from folora_q.data.loading import first_examples
 from folora_q.data.templates import read_template
 from folora_q.errors import UserError, first_line
 from folora_q.memory.config import config_here, files_here, read_config
@@ -20,7 +20,7 @@ from folora_q.preflight.tokens import needed_tokens, tokens_beyond, tokens_in
 from folora_q.recipe import Recipe
 from folora_q.recipe.paths import is_hub_dataset, listed, short
 from folora_q.recipe.schema import AdapterSection
-from folora_q.recipe.targets import Modules, adapter_findings
+from folora_q.recipe.target_modules import Modules, adapter_findings
 
 Config = Mapping[str, Any]
 Place = Callable[[tuple[str | int, ...]], str]

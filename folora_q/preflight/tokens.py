@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from folora_q.data.formats import Example, content_of
-from folora_q.reading import MIB, read_json, read_text
+from folora_q.storage.untrusted import MIB, read_json, read_text
 
 # A tokenizer of 260,000 tokens with their merges has 33 MiB.
 MOST_TOKENIZER = 128 * MIB

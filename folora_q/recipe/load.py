@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from folora_q.errors import UserError
-from folora_q.private import conceal, holds_secret
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.hints import FOREIGN_WORDS
 from folora_q.recipe.paths import exists, listed, short, with_absolute_paths
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import LONGEST, KeyPath, parse_yaml
+from folora_q.storage.redaction import conceal, holds_secret
 
 # An error quotes no more of a value than this.
 SHORT = Repr()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import folora_q
 from folora_q.errors import UserError
-from folora_q.files import atomic_write
+from folora_q.storage.files import atomic_write
 
 SCHEMA_FILE = "recipe.schema.json"
 # What a recipe that brings its own data keeps it in, a folder of its name.

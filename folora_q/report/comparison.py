@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from folora_q.report import text
-from folora_q.report.record import Run, Stage
+from folora_q.report.run_record import Run, Stage
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
 from folora_q.runs.results import Estimate, Evaluation, TextResult
 

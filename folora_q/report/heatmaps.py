@@ -10,8 +10,8 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from folora_q.report.figures import WIDTH, label_of
 from folora_q.report.layers import Quantity, Scale, joint_name, place_of, short_names
+from folora_q.report.plots import WIDTH, label_of
 from folora_q.report.render import in_our_style, titled
 from folora_q.report.style import ACCENT, MUTED, RAMP, SECOND, SURFACE
 from folora_q.report.text import short, tick

@@ -10,10 +10,9 @@ from datetime import datetime, timedelta
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from folora_q.private import conceal
 from folora_q.report import comparison, text
 from folora_q.report.comparison import AtEqualLoss, at_ends, at_equal_loss, names_of
-from folora_q.report.pictures import (
+from folora_q.report.figure_set import (
     cost_pictures,
     course_pictures,
     drift_pictures,
@@ -21,10 +20,11 @@ from folora_q.report.pictures import (
     layer_pictures,
     trade_off_pictures,
 )
-from folora_q.report.record import Run
 from folora_q.report.render import Picture, svg
+from folora_q.report.run_record import Run
 from folora_q.report.style import css_variables
 from folora_q.runs.results import AnswerResult, Estimate
+from folora_q.storage.redaction import conceal
 
 # Answers on a page: right, wrong and unscored ones, and answers to prompts that have nothing to do with the task.
 RIGHT, WRONG, UNSCORED, GENERAL = 3, 3, 4, 6

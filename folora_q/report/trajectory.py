@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from folora_q.reading import finite
+from folora_q.storage.untrusted import finite
 
 
 @dataclass(frozen=True)

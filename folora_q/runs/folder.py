@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from folora_q.errors import UserError
-from folora_q.files import atomic_write, sha256
-from folora_q.reading import finite, read_text
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.runs.results import read_metrics
+from folora_q.storage.files import atomic_write, sha256
+from folora_q.storage.untrusted import finite, read_text
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from folora_q.errors import UserError
-from folora_q.files import free_bytes
-from folora_q.reading import parse_json
+from folora_q.storage.files import free_bytes
+from folora_q.storage.untrusted import parse_json
 
 try:
     import fcntl

@@ -11,8 +11,8 @@ from typing import Any
 
 from folora_q import __version__
 from folora_q.errors import UserError
-from folora_q.files import sha256
 from folora_q.recipe.schema import Recipe
+from folora_q.storage.files import sha256
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 

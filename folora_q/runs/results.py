@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import FailFast, TypeAdapter, ValidationError
 
 from folora_q.errors import UserError, first_line
-from folora_q.reading import MIB, parse_json, read_lines, read_text
+from folora_q.storage.untrusted import MIB, parse_json, read_lines, read_text
 
 # Of evaluation.json and gates.json. A hundred layers with hundreds of directions each take one.
 MOST_RESULTS = 16 * MIB

@@ -1,0 +1,1 @@
+"""The Trainer: fault tolerance, checkpoints, resume, step guards, schedules, packing."""

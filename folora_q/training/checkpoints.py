@@ -1,7 +1,7 @@
 """Checkpoints that can be trusted: a manifest with every file's SHA-256, written last; and which of them are kept.
 
 A checkpoint is gathered in a hidden folder beside its place and takes its name when it is whole and on the disk
-(`folora_q.files.commit_directory`). Their order comes from the steps in their names, never from the clock.
+(`folora_q.storage.files.commit_directory`). Their order comes from the steps in their names, never from the clock.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from folora_q.errors import first_line
-from folora_q.files import atomic_write, remove_directory, sha256
 from folora_q.models.trust import is_inside
-from folora_q.reading import read_object
-from folora_q.training.saved import MOST_STATE, PROGRESS, TRAINER_STATE
+from folora_q.storage.files import atomic_write, remove_directory, sha256
+from folora_q.storage.untrusted import read_object
+from folora_q.training.checkpoint_schema import MOST_STATE, PROGRESS, TRAINER_STATE
 
 MANIFEST = "manifest.json"
 # Without one of these, training would begin anew in part, and silently.

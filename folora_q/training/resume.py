@@ -10,11 +10,11 @@ from reprlib import Repr
 from typing import Any
 
 from folora_q.errors import RunFailed, UserError, first_line
-from folora_q.files import sha256
-from folora_q.reading import read_object
 from folora_q.recipe.paths import listed, short
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder
+from folora_q.storage.files import sha256
+from folora_q.storage.untrusted import read_object
 from folora_q.training.checkpoints import discard_after, newest_whole, step_of
 
 # Another version of one of these may compute something else.

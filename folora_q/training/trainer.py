@@ -21,20 +21,20 @@ from trl.trainer import sft_trainer
 
 from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
-from folora_q.data.halving import Halving
+from folora_q.data.batch_splitting import Halving
 from folora_q.data.tokens import batches
 from folora_q.errors import RunFailed, UserError, first_line
-from folora_q.evaluation.compare import compare
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.loss import mean_loss
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
-from folora_q.training.durable import DurableTrainer
-from folora_q.training.guards import MicroBatches, SkippedSteps
+from folora_q.training.fault_tolerant_trainer import DurableTrainer
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
+from folora_q.training.step_guards import MicroBatches, SkippedSteps
 
 # Its name in transformers before 5.20 and since.
 FIELDS = SFTConfig.__dataclass_fields__

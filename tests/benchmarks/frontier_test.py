@@ -33,16 +33,16 @@ from benchmarks.frontier.questions import log_likelihoods
 from benchmarks.frontier.running import BestPoint, Plan, run_plan
 from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
+from folora_q.calibration.sample import ProxySample
+from folora_q.calibration.sample_cache import read_samples, write_samples
 from folora_q.core import SpectralGate
 from folora_q.errors import RunFailed
-from folora_q.evaluation.compare import compare
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.divergence import compare
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.models.adapters import AdapterPair, adapter_pairs
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.progress import Clock
-from folora_q.proxy.cache import read_samples, write_samples
-from folora_q.proxy.sample import ProxySample
 from folora_q.recipe import load_recipe
 from folora_q.recipe.schema import GateSection
 from tests.conftest import Silent, write_recipe

@@ -39,7 +39,7 @@ from tests.conftest import save_tiny_model
 from tests.data.chats import TEMPLATES, tokenizer_for
 from tests.data.rows import assistant, user, write_jsonl
 from tests.forked import in_a_terminal
-from tests.subject.folders import write_adapter, write_merged
+from tests.targets.folders import write_adapter, write_merged
 
 SYSTEM = {"role": "system", "content": "be brief"}
 GREEDY = Sampling(temperature=0, max_new_tokens=12)

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from folora_q import merging
 from folora_q.cli.app import main
 from folora_q.export.merge import REPORT
-from folora_q.merging import UNVERIFIED
+from folora_q.workflows import merge as merging
+from folora_q.workflows.merge import UNVERIFIED
 from tests.export.models import save_adapter, sharded_llama
 from tests.forked import forked, wait_until
 

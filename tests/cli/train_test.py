@@ -17,7 +17,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from folora_q import pipeline
+from folora_q.calibration.gate_store import load_gates
 from folora_q.cli.app import main
 from folora_q.data.templates import read_template
 from folora_q.models import logits
@@ -25,8 +25,8 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
 from folora_q.runs.results import Evaluation, read_answers, read_evaluation, read_gate_results
-from folora_q.statistics.store import load_gates
 from folora_q.training import trainer
+from folora_q.workflows import train as pipeline
 from tests.forked import forked, wait_until
 
 

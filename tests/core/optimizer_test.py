@@ -12,7 +12,7 @@ from scipy.linalg import eigh
 from torch import nn
 
 from folora_q.core import CovarianceSketch, GatedOptimizer, SpectralAdamW, SpectralGate
-from folora_q.core.stack import GateStack
+from folora_q.core.batched_gates import GateStack
 from tests.core import dense
 
 D, OUT, R = 20, 6, 4

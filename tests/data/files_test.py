@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 
 from folora_q.data import files
+from folora_q.data.file_readers import read_file
 from folora_q.data.files import DataFile
-from folora_q.data.read import read_task_data
-from folora_q.data.readers import read_file
+from folora_q.data.loading import read_task_data
 from folora_q.data.rows import Row, RowError
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from folora_q.data.file_readers import read_file
 from folora_q.data.files import DataFile
-from folora_q.data.readers import read_file
 from folora_q.data.rows import Row, RowError
 from folora_q.errors import UserError
 

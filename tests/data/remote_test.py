@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 
 from folora_q.cli.app import main
 from folora_q.data import remote
-from folora_q.data.read import read_task_data
+from folora_q.data.loading import read_task_data
 from folora_q.data.rows import Row
 from folora_q.data.sources import find, read_source
 from folora_q.errors import UserError

@@ -10,7 +10,7 @@ import datasets
 import pytest
 from datasets import Audio, Dataset
 
-from folora_q.data.read import read_task_data
+from folora_q.data.loading import read_task_data
 from folora_q.data.rows import Row
 from folora_q.data.sources import _read_hub, find, read_source
 from folora_q.errors import UserError

@@ -13,7 +13,7 @@ import pytest
 from folora_q.doctor import Finding, State, hub, machine
 from folora_q.doctor.hub import check_hub
 from folora_q.doctor.machine import check_disk, check_memory
-from folora_q.doctor.optional import check_gguf, check_lm_eval
+from folora_q.doctor.optional_packages import check_gguf, check_lm_eval
 
 TOKEN = "hf_notarealtoken"
 
@@ -135,7 +135,7 @@ def test_offline_by_choice_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_optional_is_never_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("folora_q.doctor.optional.version", lambda name: "0.4.1")
+    monkeypatch.setattr("folora_q.doctor.optional_packages.version", lambda name: "0.4.1")
     (found,) = check_lm_eval()
     assert (found.state, found.fact) == (State.NOTE, "0.4.1, outside >=0.4.9, for folora-q eval --tasks")
     assert found.fix.endswith('"lm-eval>=0.4.9"')

@@ -11,8 +11,8 @@ from peft.utils.integrations import dequantize_module_weight
 
 from folora_q.core import CovarianceSketch, SpectralGate
 from folora_q.data.tokens import batches
-from folora_q.evaluation.contrast import Contrast
 from folora_q.evaluation.drift import adapted_layers, measured_drift, predicted_drift, update_norm
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, load_model

@@ -11,17 +11,17 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.batch_splitting import Halving
 from folora_q.data.formats import Completion
-from folora_q.data.halving import Halving
 from folora_q.data.rendering import Renderer
 from folora_q.data.thoughts import Said
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed, UserError
-from folora_q.evaluation.compare import HeldOutText, compare
-from folora_q.evaluation.contrast import Contrast
+from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import measured_drift
 from folora_q.evaluation.evaluate import general_texts
 from folora_q.evaluation.loss import GENERAL_TEXTS, mean_loss, text_windows
+from folora_q.evaluation.model_pair import Contrast
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Questions,

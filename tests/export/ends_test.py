@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, Gemma
 from folora_q.errors import UserError
 from folora_q.export.adapter import read_adapter
 from folora_q.export.ends import FittedCheckpoint, fitted
-from folora_q.merging import MergeRequest, run_merge
-from folora_q.models.checkpoint import open_checkpoint
+from folora_q.models.weight_files import open_checkpoint
+from folora_q.workflows.merge import MergeRequest, run_merge
 from tests.conftest import Silent
 from tests.export.models import _save, save_tiny_model, sharded_llama, sharded_qwen
 

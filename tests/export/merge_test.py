@@ -17,11 +17,11 @@ from folora_q.export import merge as merging
 from folora_q.export.adapter import read_adapter
 from folora_q.export.ends import fitted
 from folora_q.export.merge import REPORT, Merge, write_merged
-from folora_q.models.checkpoint import INDEX, open_checkpoint
 from folora_q.models.hardware import Hardware
 from folora_q.models.layout import quantized_parameters
 from folora_q.models.load import load_model
 from folora_q.models.quantization import Quantization
+from folora_q.models.weight_files import INDEX, open_checkpoint
 from folora_q.recipe.schema import ModelSection
 from tests.export.models import save_adapter, sharded_llama, sharded_qwen
 

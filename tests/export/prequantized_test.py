@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from folora_q.errors import RunFailed, UserError
-from folora_q.merging import MergeRequest, run_merge
-from folora_q.models.checkpoint import open_checkpoint
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model, load_unquantized
 from folora_q.models.quantization import Quantization
+from folora_q.models.weight_files import open_checkpoint
 from folora_q.recipe.schema import ModelSection
+from folora_q.workflows.merge import MergeRequest, run_merge
 from tests.conftest import Silent
 from tests.zoo.members import MEMBERS
 

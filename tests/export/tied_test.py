@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from folora_q.merging import MergeRequest, run_merge
+from folora_q.workflows.merge import MergeRequest, run_merge
 from tests.conftest import Silent
 from tests.export.models import save_adapter
 from tests.zoo.members import MEMBERS

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from folora_q.errors import RunFailed
 from folora_q.export.merge import Merge, write_merged
 from folora_q.export.verify import CheckedWeights, check_outputs, check_weights
-from folora_q.models.checkpoint import INDEX, open_checkpoint
+from folora_q.models.weight_files import INDEX, open_checkpoint
 from tests.export.merge_test import merge_of
 from tests.export.models import save_adapter, sharded_llama, sharded_qwen
 

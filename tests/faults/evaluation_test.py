@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from folora_q import pipeline
 from folora_q.cli.app import main
 from folora_q.evaluation import evaluate as evaluating
+from folora_q.workflows import train as pipeline
 from tests.faults.commands import manifest, run
 
 # Right for the reference, which is tried before training, and for no answer.

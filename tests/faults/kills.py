@@ -22,13 +22,10 @@ from typing import Any
 
 import torch
 
-import folora_q.merging
-import folora_q.pipeline
-import folora_q.report.page  # noqa: F401  (children would each import what the commands need)
 from folora_q.cli.app import main
 from folora_q.cli.console import ConsoleProgress
 from folora_q.training.checkpoints import checkpoints, damage
-from folora_q.training.durable import DurableTrainer
+from folora_q.training.fault_tolerant_trainer import DurableTrainer
 from tests.faults.commands import assert_the_same_run, manifest
 
 # What is done to files, and where its function is looked up; of `open`, what opens to write.

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from folora_q import pipeline
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
+from folora_q.workflows import train as pipeline
 from tests.faults.commands import assert_the_same_run, manifest, metrics, run
 from tests.training.trainer_test import gates_of, trainer_of
 

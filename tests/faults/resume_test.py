@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from folora_q import pipeline
+from folora_q.calibration.gate_store import load_gates
 from folora_q.models.hardware import Hardware
 from folora_q.runs.folder import RunFolder
-from folora_q.statistics.store import load_gates
-from folora_q.training.durable import DurableTrainer
+from folora_q.training.fault_tolerant_trainer import DurableTrainer
+from folora_q.workflows import train as pipeline
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from folora_q import pipeline
 from folora_q.training.checkpoints import checkpoints, damage
-from folora_q.training.durable import DurableTrainer
+from folora_q.training.fault_tolerant_trainer import DurableTrainer
+from folora_q.workflows import train as pipeline
 from tests.faults.commands import assert_the_same_run, at_step, manifest, run, signalled, steps_saved
 
 

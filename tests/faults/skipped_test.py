@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten
 
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
-from folora_q.training import guards
-from folora_q.training.guards import SkippedSteps
+from folora_q.training import step_guards as guards
+from folora_q.training.step_guards import SkippedSteps
 from folora_q.training.trainer import GatedTrainer
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
 from tests.training.trainer_test import gates_of, trainer_of

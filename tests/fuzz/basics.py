@@ -42,7 +42,7 @@ def tiny() -> Path:
 @cache
 def tiny_adapter() -> Path:
     """An adapter on it, as folora-q saves one."""
-    from tests.subject.folders import write_adapter
+    from tests.targets.folders import write_adapter
 
     return write_adapter(tiny(), tiny().with_name("adapter"), 0.1)
 

@@ -98,7 +98,7 @@ def build_data(folder: Path) -> None:
 
 def read_data(folder: Path, file: str) -> None:
     """As `validate`, `preview` and `train` read rows, and as they make tokens of them."""
-    from folora_q.data.read import examine, read_task_data
+    from folora_q.data.loading import examine, read_task_data
     from folora_q.errors import UserError
     from folora_q.recipe.dataset import DataSection
 

@@ -15,7 +15,7 @@ from tests.fuzz.contract import Target
 def read_adapter(folder: Path, file: str) -> None:
     """As `merge` reads an adapter, and as `chat` and `eval` find one."""
     from folora_q.export.adapter import read_adapter
-    from folora_q.subject.find import find_subject
+    from folora_q.targets.find import find_subject
 
     find_subject(str(folder / "adapter"))
     read_adapter(folder / "adapter")
@@ -28,8 +28,8 @@ def read_and_merge(folder: Path, file: str) -> None:
 def read_and_load(folder: Path, file: str) -> None:
     """As `chat` and `eval` load an adapter."""
     from folora_q.recipe.schema import ModelSection
-    from folora_q.subject.find import find_subject
-    from folora_q.subject.load import load_subject
+    from folora_q.targets.find import find_subject
+    from folora_q.targets.load import load_subject
 
     against = ModelSection(model_name_or_path=str(folder / "model"))
     load_subject(find_subject(str(folder / "adapter")), "float32", 16, against, compare=True)
@@ -41,8 +41,8 @@ def build_model(folder: Path) -> None:
 
 def read_model(folder: Path, file: str) -> None:
     """As `chat`, `eval` and `train` load a model and its tokenizer."""
-    from folora_q.subject.find import find_subject
-    from folora_q.subject.load import load_subject
+    from folora_q.targets.find import find_subject
+    from folora_q.targets.load import load_subject
 
     load_subject(find_subject(str(folder / "model")), "float32", 16)
 
@@ -61,7 +61,7 @@ def read_gguf(folder: Path, file: str) -> None:
 
 
 def build_named(folder: Path) -> None:
-    from tests.subject.folders import write_run
+    from tests.targets.folders import write_run
 
     write_run(tiny(), tiny_adapter(), folder / "run")
 
@@ -69,7 +69,7 @@ def build_named(folder: Path) -> None:
 def read_named(folder: Path, file: str) -> None:
     """What a name stands for, as `chat` and `eval` ask."""
     from folora_q.errors import UserError
-    from folora_q.subject.find import find_subject
+    from folora_q.targets.find import find_subject
 
     refused = None
     for name in ("", "adapter", "merged", CHECKPOINT):
@@ -90,7 +90,7 @@ def build_weights(folder: Path) -> None:
 
 def read_weights(folder: Path, file: str) -> None:
     """As `merge` reads a base, tensor by tensor."""
-    from folora_q.models.checkpoint import open_checkpoint
+    from folora_q.models.weight_files import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     for name in checkpoint.tensors:

@@ -14,7 +14,7 @@ from tests.fuzz.contract import Target
 
 
 def build_gates(folder: Path) -> None:
-    from folora_q.statistics.store import save_gates
+    from folora_q.calibration.gate_store import save_gates
     from tests.conftest import random_gate
 
     shared = random_gate(16)
@@ -25,7 +25,7 @@ def read_gates(folder: Path, file: str) -> None:
     """As `eval` and a run that goes on read them, and as they are used there."""
     import torch
 
-    from folora_q.statistics.store import gate_results, load_gates
+    from folora_q.calibration.gate_store import gate_results, load_gates
 
     gates = load_gates(folder / file)
     gate_results(gates)
@@ -42,7 +42,7 @@ def build_samples(folder: Path) -> None:
 
 def read_samples(folder: Path, file: str) -> None:
     """As `train`, `eval` and `merge` read sampled text; None stands for text that is made again."""
-    from folora_q.proxy.cache import read_samples
+    from folora_q.calibration.sample_cache import read_samples
 
     for sample in read_samples(folder / file, 10) or []:
         if not sample.ids or not all(type(token) is int and 0 <= token < 10 for token in sample.ids):
@@ -60,7 +60,7 @@ def read_run(folder: Path, file: str) -> None:
     """As `inspect` shows a run, and the numbers that `report` and `compare` take of it."""
     from folora_q.report.comparison import at_ends, at_equal_loss, names_of, where, written
     from folora_q.report.page import samples
-    from folora_q.report.record import load_run, same_base, same_data
+    from folora_q.report.run_record import load_run, same_base, same_data
 
     runs = [load_run(folder / "run"), load_run(folder / "other")]
     same_base(runs), same_data(runs), names_of(runs), samples(runs[0].answers)
@@ -102,9 +102,9 @@ def recipe_of(folder: Path, steps: int) -> Any:
 
 def build_checkpoint(folder: Path) -> None:
     """A run of the tiny model with one checkpoint, made by training it; without its sampled text."""
+    from folora_q.calibration.gate_store import save_gates
     from folora_q.recipe.strict_yaml import dump_yaml
     from folora_q.runs.folder import RunFolder
-    from folora_q.statistics.store import save_gates
     from tests.conftest import random_gate
 
     kept = _trained()

@@ -16,8 +16,8 @@ from folora_q.memory.activations import (
     passing_head,
     shared,
 )
-from folora_q.memory.families import FAMILIES
-from folora_q.memory.parts import adapter_parameters
+from folora_q.memory.components import adapter_parameters
+from folora_q.memory.model_families import FAMILIES
 from folora_q.memory.shapes import shape_of
 
 RANK = 4

@@ -6,8 +6,7 @@ import pytest
 
 from folora_q.memory.activations import Batch, kept_with_checkpointing, passing_head
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
-from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
-from folora_q.memory.parts import (
+from folora_q.memory.components import (
     STATES,
     adapter_parameters,
     arithmetic,
@@ -17,6 +16,7 @@ from folora_q.memory.parts import (
     sketches,
     weights,
 )
+from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
 from folora_q.memory.shapes import shape_of
 from folora_q.recipe.schema import TrainingSection
 from tests.memory.recipes import LLAMA_8B, MISTRAL_7B, QWEN_7B, SMALL_LLAMA, a_recipe

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.live_tensors import gpu_autocast
 from folora_q.models.load import guard_cpu_kernels
-from folora_q.models.targets import choose_targets
+from folora_q.models.target_modules import choose_targets
 
 
 def adapted_4bit(config: dict[str, Any], rank: int, checkpointing: bool = False, **lora: Any) -> PeftModel:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from folora_q.errors import UserError
-from folora_q.memory.built import shape_of_parameters
-from folora_q.memory.families import FAMILIES
+from folora_q.memory.model_families import FAMILIES
 from folora_q.memory.shapes import ModelShape, is_known, shape_of, text_config
+from folora_q.memory.shapes_from_meta import shape_of_parameters
 
 SMALL = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA_LIKE = SMALL | {

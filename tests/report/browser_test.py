@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from folora_q.report.page import comparison_page, report_page
-from folora_q.report.record import load_run
+from folora_q.report.run_record import load_run
 from tests.report.run_folder import Shape, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

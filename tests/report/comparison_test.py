@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from folora_q.report.comparison import Row, at_ends, at_equal_loss, names_of, peak_stage, where, written
-from folora_q.report.record import load_run, same_base, same_data
+from folora_q.report.run_record import load_run, same_base, same_data
 from folora_q.runs.results import Estimate
 from tests.report.run_folder import BASE_LOSS, Shape, write_run
 

@@ -11,7 +11,7 @@ import pytest
 
 from folora_q.errors import UserError
 from folora_q.report.page import comparison_page, report_page, samples
-from folora_q.report.record import Run, load_run
+from folora_q.report.run_record import Run, load_run
 from folora_q.report.text import number, short, wall_time
 from folora_q.runs.results import AnswerResult, Estimate, to_json
 from tests.report.page_parts import Cell, Parts, parts_of

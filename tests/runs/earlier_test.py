@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from folora_q.cli.app import main
-from folora_q.report.record import load_run
+from folora_q.report.run_record import load_run
 from tests.runs.earlier import FOLDERS, logits, placed, tuned
 
 VERSIONS = sorted(path.name for path in FOLDERS.iterdir())

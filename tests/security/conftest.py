@@ -22,6 +22,6 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on the tiny model."""
-    from tests.subject.folders import write_adapter
+    from tests.targets.folders import write_adapter
 
     return write_adapter(tiny_folder, tmp_path_factory.mktemp("adapter") / "adapter", std=0.05)

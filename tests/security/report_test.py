@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from folora_q.report.page import comparison_page, report_page
-from folora_q.report.record import load_run
+from folora_q.report.run_record import load_run
 from tests.report.page_parts import parts_of
 from tests.report.run_folder import Shape, write_run
 

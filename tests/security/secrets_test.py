@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from folora_q.cli.console import Concealing, concealing
-from folora_q.private import HIDDEN, conceal
+from folora_q.storage.redaction import HIDDEN, conceal
 from tests.conftest import write_recipe
 from tests.faults.conftest import SAVING
 from tests.security.hostile import run

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from folora_q.errors import UserError
-from folora_q.models.checkpoint import open_checkpoint
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model, load_unquantized
 from folora_q.models.tokenizer import local_or_hub
 from folora_q.models.trust import CONFIG, NOTHING, SAFE, SAFE_INDEX, Trust, is_inside, shards_of
+from folora_q.models.weight_files import open_checkpoint
 from folora_q.recipe.schema import ModelSection
-from folora_q.subject.find import find_subject
-from folora_q.subject.load import fetched
+from folora_q.targets.find import find_subject
+from folora_q.targets.load import fetched
 from tests.conftest import write_recipe
 from tests.security.hostile import Touch, edit_json, pickled_adapter, pickled_model, run
 

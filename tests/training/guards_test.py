@@ -12,8 +12,8 @@ from folora_q.cli.app import main
 from folora_q.errors import RunFailed
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
-from folora_q.training import guards
-from folora_q.training.guards import longest_rows
+from folora_q.training import step_guards as guards
+from folora_q.training.step_guards import longest_rows
 from tests.training.trainer_test import trainer_of
 
 FULL = "CUDA out of memory. Tried to allocate 20.00 MiB"

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from folora_q.statistics.store import load_gates
+from folora_q.calibration.gate_store import load_gates
 from tests.cli.commands_test import run
 from tests.conftest import write_recipe
 from tests.export.models import sharded_qwen

@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Example
-from folora_q.data.read import read_task_data
+from folora_q.data.loading import read_task_data
 from folora_q.data.tokenized import tokenize
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed
-from folora_q.evaluation.compare import HeldOutText
+from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.loss import mean_loss
 from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware

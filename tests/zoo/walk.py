@@ -25,18 +25,18 @@ from transformers import (
 from folora_q.chat.load import load_chat
 from folora_q.chat.reply import Sampling
 from folora_q.cli.app import main
-from folora_q.evaluating import EvaluationRequest, run_evaluation
-from folora_q.memory.built import shape_of_parameters
 from folora_q.memory.config import read_config
 from folora_q.memory.estimate import estimate
 from folora_q.memory.shapes import ModelShape, is_known, leaving_out, shape_of
-from folora_q.merging import MergeRequest, run_merge
+from folora_q.memory.shapes_from_meta import shape_of_parameters
 from folora_q.models.gguf import convert_gguf
 from folora_q.models.meta import parameter_shapes
 from folora_q.models.stored_quantization import stored_quantization
-from folora_q.pipeline import RunResult, run_training
 from folora_q.recipe import Recipe
 from folora_q.runs.folder import RunFolder
+from folora_q.workflows.evaluate import EvaluationRequest, run_evaluation
+from folora_q.workflows.merge import MergeRequest, run_merge
+from folora_q.workflows.train import RunResult, run_training
 from tests.conftest import Silent
 from tests.zoo.members import MEMBERS, Member
 

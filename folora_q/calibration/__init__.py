@@ -1,0 +1,1 @@
+"""Calibration: text sampled from the base model, and the statistics from which gates are computed."""

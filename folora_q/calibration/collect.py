@@ -1,0 +1,364 @@
+"""Streams text through the model and comes back with a gate for every input space that adapters read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from folora_q.calibration.hooks import feeding, shared_inputs, weighing
+from folora_q.core import (
+    CovarianceSketch,
+    LowRankCovariance,
+    ProjectedCovariance,
+    SpectralGate,
+    joint_basis,
+    refined_basis,
+    units,
+)
+from folora_q.data.batch_splitting import Halving, ran_out, rows_of
+from folora_q.data.tokens import Batch
+from folora_q.errors import RunFailed, first_line
+from folora_q.models.adapters import AdapterPair, adapter_off
+from folora_q.models.logits import chunks, head_logits, hidden_states
+from folora_q.progress import Clock
+from folora_q.recipe.schema import GateSection
+
+Text = Sequence[Batch]
+Sink = CovarianceSketch | ProjectedCovariance
+GIB = 2**30
+BYTES = 4  # of a number in a sketch or a basis
+
+
+def build_gates(
+    model: PeftModel,
+    pairs: Sequence[AdapterPair],
+    proxy: Text,
+    task: Text,
+    section: GateSection,
+    clock: Clock,
+    memory: float | None = None,
+    recompute: bool = False,
+) -> dict[str, SpectralGate]:
+    """The gate of every adapted layer, by the layer's name; layers that read the same tensor share one object.
+
+    A layer that no token reaches has no gate.
+
+    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out. Tokens
+    count by the gradient that they have in the loss of what counts (`gate.covariance: fisher`), or all alike where a
+    token that counts is predicted from them. Where memory runs out, the text is read again in smaller batches.
+
+    Args:
+        proxy, task: batches that no evaluation uses; their labels say what counts.
+        memory: GiB for the sketches of layers at a time; None takes all at once.
+        recompute: keep no activations for the backward pass but the layers' inputs.
+
+    Raises:
+        RunFailed: an activation or a gradient is not finite; the layer is named.
+    """
+    modules = {pair.name: pair.module for pair in pairs}
+    model.eval()
+    with adapter_off(model):
+        groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
+        columns = columns_held(section)
+        needed = {group[0]: modules[group[0]].in_features * columns * BYTES / GIB for group in groups}
+        shares = in_rounds(needed, memory)
+        readings = 1 + len(section.readings)
+        found: dict[str, SpectralGate] = {}
+        with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
+            halving = Halving("taking statistics of", clock.note)
+            reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, halving)
+            for share in shares:
+                found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
+    torch.cuda.empty_cache()  # blocks as large as a batch of text would split badly in training; nothing without CUDA
+    if len(shares) > 1:
+        clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
+    by_layer = {name: found[group[0]] for group in groups if group[0] in found for name in group}
+    if idle := [name for name in modules if name not in by_layer]:
+        clock.note(
+            f"no token of the text reaches {len(idle)} adapted layers, which have no gate and keep their random A: "
+            f"{', '.join(idle)}"
+        )
+    return {name: by_layer[name] for name in modules if name in by_layer}
+
+
+def row_penalties(
+    model: PeftModel,
+    pairs: Sequence[AdapterPair],
+    gates: Mapping[str, SpectralGate],
+    texts: tuple[Text, Text],
+    section: GateSection,
+    clock: Clock,
+    recompute: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """tr(A Σ Aᵀ) of the rows that A has now, for each of two texts, by layer: one that the gates were made of, one not.
+
+    In units of the loss with `gate.covariance: fisher`, as a mean over the layers that share a gate. Directions were
+    chosen where the first text has least, so the second number is the honest one.
+    """
+    first_reader = {}  # of each gate
+    for pair in pairs:
+        if pair.name in gates:
+            first_reader.setdefault(id(gates[pair.name]), pair)
+    groups = [[name for name, gate in gates.items() if id(gate) == key] for key in first_reader]
+    rows = {pair.name: pair.a.detach().T for pair in first_reader.values()}
+    modules = {pair.name: pair.module for pair in pairs}
+
+    def new_sinks() -> dict[str, Sink]:
+        return {name: ProjectedCovariance(a, device=model.device) for name, a in rows.items()}
+
+    model.eval()
+    with adapter_off(model), clock.stage("penalty of A's rows, in sample and held out", sum(map(len, texts))) as done:
+        halving = Halving("taking statistics of", clock.note)
+        reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, halving)
+        draw = 0 if reading.weighted else None
+        both = [reading.stream(text, len(rows), new_sinks, draw) for text in texts]
+    return {
+        name: tuple(float(sinks[group[0]].mean().trace()) for sinks in both)
+        for group in groups
+        if all(sinks[group[0]].count for sinks in both)
+        for name in group
+    }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How text is read: what is fed to the sinks of layers' inputs, each known by its first reader.
+
+    Attributes:
+        modules: adapted layers by name; `groups` of them read the same tensor.
+        weighted: tokens count by their gradient; the unit is then that of the loss, a token that counts.
+    """
+
+    model: PeftModel
+    modules: Mapping[str, nn.Module]
+    groups: Sequence[Sequence[str]]
+    weighted: bool
+    recompute: bool = False
+    on_progress: Callable[[int], None] = lambda _: None
+    halving: Halving = field(default_factory=lambda: Halving("taking statistics of"))
+
+    def stream(
+        self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
+    ) -> dict[str, Sink]:
+        """Sinks that have seen a text; where memory runs out, new ones see it again in smaller batches.
+
+        Args:
+            count: how many sinks there are, for the error.
+            draw: as in `feed`.
+        """
+        while True:
+            sinks: dict[str, Sink] = {}
+            try:
+                sinks = new_sinks()
+                self.feed(text, sinks, draw=draw)
+                return sinks
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            if not sinks:
+                raise RunFailed(
+                    f"memory ran out for the sketches of {count} layers' inputs",
+                    "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
+                )
+            del sinks
+            rows = max(self.halving.fitting(len(batch.input_ids)) for batch in text)
+            self.halving.halve(rows, text[0].input_ids.shape[1])
+
+    def feed(self, text: Text, sinks: Mapping[str, Sink], draw: int | None = None) -> None:
+        """Show the sinks a text.
+
+        Args:
+            draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
+                weighted statistics the Fisher information; None takes the text's labels (the empirical Fisher).
+        """
+        labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
+        by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
+        seen, learned = (
+            sum(int(x.sum()) for x in marks)
+            for marks in zip(*((b.attention_mask, b.predicting) for b in text), strict=True)
+        )
+        unit = (seen / max(learned, 1)) ** 0.5  # sinks take the mean over all tokens
+        watching = weighing(self.modules, by_module) if self.weighted else feeding(self.modules, sinks)
+        with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
+            for batch in text:
+                rows = len(batch.input_ids)
+                for start in range(0, rows, size := self.halving.fitting(rows)):
+                    part = rows_of(batch, start, start + size)
+                    counted.mask = part.attention_mask if self.weighted else part.predicting
+                    counted.weight = part.weight
+                    if self.weighted:
+                        _backward(self.model.get_base_model(), part, unit, labels)
+                    else:
+                        ids, seen_by = part.input_ids, part.attention_mask
+                        self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
+                self.on_progress(1)
+
+
+def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Generator | None = None) -> None:
+    """Compute the gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time.
+
+    Args:
+        labels: draws each token's label from the model's own distribution, in place of the text's.
+    """
+    hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.predicting]
+    wanted = part.targets
+    if len(wanted) == 0:
+        return
+    states = hidden.detach().requires_grad_()
+    for rows in chunks(len(wanted)):
+        logits = head_logits(model, states[rows])
+        targets = wanted[rows]
+        if labels is not None:
+            targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels)[:, 0]
+        (unit * cross_entropy(logits, targets, reduction="sum")).backward()
+    hidden.backward(states.grad)
+
+
+@contextmanager
+def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
+    """Let gradients reach every layer's output, though no weight is trained.
+
+    The mode stays evaluation in every module: a layer that transformers is to recompute must be in training mode, and
+    some (OPT) then apply dropout. So the layers' forward passes are checkpointed here.
+    """
+    inner = model.get_base_model()
+    embedding = inner.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)] if recompute else []
+    own = {layer: layer.__dict__.get("forward") for layer in layers}  # hooks of accelerate set one
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for layer, forward in own.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _gates_of(
+    widths: Mapping[str, int], reading: Reading, texts: tuple[Text, Text], section: GateSection
+) -> dict[str, SpectralGate]:
+    """The gates of some layers' inputs: a reading for sketches, one for exact quotients, one for each refinement.
+
+    A layer that no token of one of the texts reaches, such as an idle expert, has none.
+    """
+    device = reading.model.device
+    dtype = getattr(torch, section.basis_dtype_on(device.type == "cuda"))
+
+    def new_sketches() -> dict[str, Sink]:
+        return {
+            name: CovarianceSketch(width, section.rank, section.oversampling, device=device)
+            for name, width in widths.items()
+        }
+
+    # Each reading draws other labels of the proxy text: those that chose a basis are not those that its Grams count.
+    def draws(number: int) -> tuple[int | None, None]:
+        return number if reading.weighted else None, None
+
+    covariances = [
+        {
+            name: sketch.covariance()
+            for name, sketch in reading.stream(text, len(widths), new_sketches, draw).items()
+            if sketch.count > 0
+        }
+        for text, draw in zip(texts, draws(0), strict=True)
+    ]
+    widths = {name: width for name, width in widths.items() if all(name in found for found in covariances)}
+    both = {name: tuple(found[name] for found in covariances) for name in widths}
+    bases = {name: joint_basis(*both[name]) for name in widths}
+    gates: dict[str, SpectralGate] = {}
+    for number, (_, with_image) in enumerate(section.readings, 1):
+        # One text's projections are gone before the other's are made.
+        projected = [
+            _projected(text, reading, bases, device, with_image, draw)
+            for text, draw in zip(texts, draws(number), strict=True)
+        ]
+        for name in widths:
+            grams, images, traces = zip(*(found.pop(name) for found in projected), strict=True)
+            both[name] = tuple(replace(seen, trace=trace) for seen, trace in zip(both[name], traces, strict=True))
+            gates[name] = _solved(name, section, both[name], bases[name], grams)
+            if with_image:
+                of = units(*both[name], section.covariance == "fisher")
+                images = tuple(image / unit for image, unit in zip(images, of, strict=True))
+                bases[name] = refined_basis(gates[name], images, section.rank)
+    if not section.readings:
+        gates = {name: _solved(name, section, both[name], bases[name], None) for name in widths}
+    return {name: gate.narrowed(section.rank).to(device, dtype) for name, gate in gates.items()}
+
+
+def _projected(
+    text: Text,
+    reading: Reading,
+    bases: Mapping[str, torch.Tensor],
+    device: torch.device,
+    with_image: bool,
+    draw: int | None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None, float]]:
+    """PᵀΣP, ΣP if wanted, and tr Σ, of a text in each basis."""
+
+    def new_projections() -> dict[str, Sink]:
+        return {name: ProjectedCovariance(basis, with_image, device=device) for name, basis in bases.items()}
+
+    return {
+        name: (sink.mean(), sink.mean_image() if with_image else None, sink.energy / sink.count)
+        for name, sink in reading.stream(text, len(bases), new_projections, draw).items()
+    }
+
+
+def _solved(
+    name: str,
+    section: GateSection,
+    covariances: Sequence[LowRankCovariance],
+    basis: torch.Tensor,
+    grams: tuple[torch.Tensor, torch.Tensor] | None,
+) -> SpectralGate:
+    try:
+        return SpectralGate.from_covariances(
+            *covariances,
+            ridge=section.ridge,
+            utility_ridge=section.utility_ridge,
+            gate_lambda=section.gate_lambda,
+            floor=section.floor,
+            sharpness=section.sharpness,
+            basis=basis,
+            grams=grams,
+            one_unit=section.covariance == "fisher",
+        )
+    except (torch.linalg.LinAlgError, ValueError) as error:
+        raise RunFailed(
+            f"the gate of {name} could not be solved for: {first_line(error)}", "raise gate.ridge, e.g. tenfold"
+        ) from error
+
+
+def in_rounds(needed: Mapping[str, float], memory: float | None) -> list[list[str]]:
+    """Layers whose statistics stand in memory together, in order, by what each needs; None has room for all."""
+    if memory is None:
+        return [list(needed)]
+    shares: list[list[str]] = []
+    free = 0.0
+    for name, size in needed.items():
+        if size > free or not shares:
+            shares.append([])
+            free = memory
+        shares[-1].append(name)
+        free -= size
+    return shares
+
+
+def columns_held(section: GateSection) -> int:
+    """Numbers held for each input feature at most: a sketch's columns, or later a basis and what a text makes of it."""
+    return max([section.rank + section.oversampling, *(columns * (1 + image) for columns, image in section.readings)])

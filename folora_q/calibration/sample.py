@@ -1,0 +1,216 @@
+"""Text sampled from the base model: what it already handles, drawn from itself, so that no other data is needed.
+
+Source: FoLoRA (arXiv 2606.00132) Appendix B.4 for the decoding mixture and the filters; Magpie (arXiv 2406.08464) for
+the user turns of chats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.batch_splitting import Halving
+from folora_q.data.rendering import Renderer
+from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs
+from folora_q.errors import RunFailed, UserError, first_line
+from folora_q.recipe.schema import ProxySection
+
+# The paper's mixture: share of the samples, and their decoding settings.
+PAPER_MIXTURE = (
+    (0.7, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}),
+    (0.2, {"temperature": 1.0, "top_p": 0.95, "top_k": 0}),
+    (0.1, {"temperature": 1.2, "top_p": 0.98, "top_k": 50}),
+)
+PLAIN = ((1.0, PAPER_MIXTURE[0][1]),)
+# Fewer tokens than this say little about the model, and crops of them nothing.
+SHORTEST_SAMPLE = 16
+# With filters on, a model that mostly writes degenerate text must not sample for ever.
+MOST_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class ProxySample:
+    """One sampled sequence: its tokens, from the very first (the beginning-of-text token where the model has one)."""
+
+    ids: list[int]
+    source: str  # bos | chat
+
+
+def sample_proxy(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    section: ProxySection,
+    on_progress: Callable[[int], None] = lambda count: None,
+    halving: Halving | None = None,
+) -> list[ProxySample]:
+    """Draw `num_samples + num_heldout_samples` sequences from the model, with no adapter on it.
+
+    The random state of the process is left as it was. The same seed, settings and machine give the same text.
+
+    Args:
+        on_progress: called with the number of samples gained.
+        halving: what to do where memory runs out, after which the same seed gives other text; None raises.
+
+    Raises:
+        UserError: chats are asked for and there is no chat template.
+        RunFailed: the model gives too little text that passes.
+    """
+    halving = halving or Halving("sampling", enabled=False)
+    wanted = section.num_samples + section.num_heldout_samples
+    sources = {"bos": ["bos"], "chat": ["chat"], "mixed": ["bos", "chat"]}[section.source]
+    device = next(model.parameters()).device
+    samples: list[ProxySample] = []
+    seen: set[str] = set()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(section.seed)
+        for index, source in enumerate(sources):
+            share = wanted // len(sources) + (index < wanted % len(sources))
+            target = len(samples) + share
+            for _ in range(MOST_ROUNDS):
+                missing = target - len(samples)
+                if missing <= 0:
+                    break
+                drawn = _draw(model, tokenizer, section, source, missing, halving)
+                passed = [ids for ids in drawn if len(ids) >= SHORTEST_SAMPLE and _passes(ids, section, seen)]
+                samples += [ProxySample(ids, source) for ids in passed[:missing]]
+                on_progress(min(len(passed), missing))
+            if len(samples) < target:
+                raise RunFailed(
+                    f"after {MOST_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
+                    "turn proxy.filters off, or use another proxy.source",
+                )
+    return _interleaved(samples)
+
+
+def start_token(tokenizer: Tokenizer) -> int:
+    """The token that texts begin with: BOS, or `<|endoftext|>` for models without one (Qwen), or else EOS.
+
+    Raises:
+        UserError: the tokenizer has none of them.
+    """
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    if separator is not None and separator != tokenizer.unk_token_id:
+        return separator
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    raise UserError("this tokenizer has no BOS, <|endoftext|> or EOS token, so there is nothing to sample from")
+
+
+def chat_openings(tokenizer: Tokenizer) -> str:
+    """What the chat template writes before the user's first words.
+
+    Raises:
+        UserError: there is no template, it fails, or it changes what the user says.
+    """
+    marker = "folora-q user turn"
+    if tokenizer.chat_template is None:
+        raise UserError("proxy.source asks for chats, but this model has no chat template", "set proxy.source=bos")
+    rendered = _render(Renderer(tokenizer), marker)
+    opening, found, _ = rendered.partition(marker)
+    if not found:
+        raise UserError("this model's chat template hides what the user says", "set proxy.source=bos")
+    return opening
+
+
+def _draw(
+    model: PreTrainedModel, tokenizer: Tokenizer, section: ProxySection, source: str, count: int, halving: Halving
+) -> Iterator[list[int]]:
+    mixture = PAPER_MIXTURE if section.decoding == "paper" else PLAIN
+    left = count
+    for position, (share, decoding) in enumerate(mixture):
+        amount = left if position == len(mixture) - 1 else round(count * share)
+        left -= amount
+
+        def draw(start: int, stop: int, decoding: dict[str, float] = decoding) -> list[list[int]]:
+            if source == "bos":
+                prompts = [[start_token(tokenizer)]] * (stop - start)
+                return _continue(model, tokenizer, prompts, section.max_new_tokens, decoding)
+            return _draw_chats(model, tokenizer, stop - start, section.max_new_tokens, decoding)
+
+        for samples in halving.over(amount, section.max_new_tokens, draw, section.batch_size):
+            yield from samples
+
+
+def _draw_chats(
+    model: PreTrainedModel, tokenizer: Tokenizer, count: int, max_new_tokens: int, decoding: dict[str, float]
+) -> list[list[int]]:
+    """The model writes the user's turn after the template's opening, and then answers it."""
+    opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
+    turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
+    users = [tokenizer.decode(turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
+    renderer = Renderer(tokenizer)
+    prompts = [renderer.ids(_render(renderer, user, prompt=True)) for user in users if user]
+    return _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding) if prompts else []
+
+
+def _render(renderer: Renderer, user: str, prompt: bool = False) -> str:
+    """A chat of one turn, with the generation prompt if `prompt`."""
+    try:
+        return renderer.render([{"role": "user", "content": user}], prompt=prompt)
+    except TEMPLATE_ERRORS as error:
+        raise UserError(
+            f"this model's chat template fails on a user's turn: {first_line(error)}", "set proxy.source=bos"
+        ) from error
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    decoding: dict[str, float],
+) -> list[list[int]]:
+    """The prompts with what the model writes after them, up to and with its end token."""
+    inputs = generation_inputs(prompts, tokenizer, next(model.parameters()).device)
+    output = model.generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
+    ends, width = _end_tokens(model), inputs["input_ids"].shape[1]
+    return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def _until_end(row: Tensor, ends: set[int]) -> list[int]:
+    ids = row.tolist()
+    end = next((position for position, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: end + 1]
+
+
+def _passes(ids: list[int], section: ProxySection, seen: set[str]) -> bool:
+    """The paper's filters: no duplicate, 32 tokens or more, no run of 20 equal ones, varied tokens and 4-grams."""
+    if not section.filters:
+        return True
+    digest = hashlib.sha1(str(ids).encode(), usedforsecurity=False).hexdigest()
+    longest_run = run = 1
+    for before, token in zip(ids, ids[1:], strict=False):
+        run = run + 1 if token == before else 1
+        longest_run = max(longest_run, run)
+    four_grams = list(zip(*(ids[offset:] for offset in range(4)), strict=False))
+    good = (
+        digest not in seen
+        and len(ids) >= 32
+        and longest_run < 20
+        and not (len(ids) >= 128 and len(set(ids)) / len(ids) < 0.12)
+        and not (len(ids) >= 256 and len(set(four_grams)) / len(four_grams) < 0.25)
+    )
+    seen.add(digest)
+    return good
+
+
+def _interleaved(samples: list[ProxySample]) -> list[ProxySample]:
+    """Sources in turn, so that a held-out tail holds as much of each as the rest."""
+    by_source: dict[str, list[ProxySample]] = {}
+    for sample in samples:
+        by_source.setdefault(sample.source, []).append(sample)
+    queues = sorted(by_source.values(), key=len, reverse=True)
+    return [queue[i] for i in range(len(queues[0])) for queue in queues if i < len(queue)]

@@ -1,0 +1,86 @@
+"""Sampled text is slow to make, so it is kept: one readable JSONL file a model, quantization, seed and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.calibration.sample import ProxySample, sample_proxy
+from folora_q.data.batch_splitting import Halving
+from folora_q.progress import Clock
+from folora_q.recipe.schema import ProxySection
+from folora_q.storage.files import atomic_write, cache_folder
+from folora_q.storage.untrusted import parse_json, read_lines
+
+# Raised when the same settings come to mean other text.
+FORMAT = 2
+
+
+def kept_or_sampled(
+    model: PreTrainedModel, tokenizer: Tokenizer, fingerprint: str, dtype: str, section: ProxySection, clock: Clock
+) -> list[ProxySample]:
+    """The text that a model wrote before under these settings, or that it writes now.
+
+    Raises:
+        UserError, RunFailed: as `sample_proxy`.
+    """
+    template = tokenizer.chat_template if section.source != "bos" else None
+    path = cache_path(fingerprint, dtype, template, section)
+    samples = read_samples(path, model.get_input_embeddings().weight.shape[0])
+    if samples is not None:
+        clock.note(f"sampled text taken from {path}")
+        return samples
+    with clock.stage("sampling text from the base model", section.num_samples + section.num_heldout_samples) as done:
+        samples = sample_proxy(model, tokenizer, section, done, Halving("sampling", clock.note))
+    try:
+        write_samples(path, samples, tokenizer)
+        clock.note(f"sampled text kept in {path}")
+    except OSError as error:  # it took long to sample, and the run has it
+        clock.note(f"sampled text could not be kept in {path}: {error.strerror}")
+    return samples
+
+
+def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section: ProxySection) -> Path:
+    """The file for a model (its fingerprint covers the quantization), compute dtype, chat template and settings."""
+    key = json.dumps([FORMAT, fingerprint, dtype, chat_template, settings_of_text(section)], sort_keys=True)
+    return cache_folder() / "proxy" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+
+
+def settings_of_text(section: ProxySection) -> dict[str, Any]:
+    """Those that change the text."""
+    return section.model_dump(mode="json", exclude={"statistics_memory", "public_share"})
+
+
+def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) -> None:
+    """One sample a line: where it began, its text for people, its tokens for us."""
+    lines = (
+        json.dumps({"source": s.source, "text": tokenizer.decode(s.ids), "ids": s.ids}, ensure_ascii=False)
+        for s in samples
+    )
+    atomic_write(path, "".join(line + "\n" for line in lines))
+
+
+def read_samples(path: Path, vocabulary: int) -> list[ProxySample] | None:
+    """The samples of a file, or None where there is none, or it holds anything else.
+
+    Args:
+        vocabulary: so many tokens are there; a model that is given another one fails.
+    """
+    try:
+        rows = [parse_json(line) for line in read_lines(path)]
+    except (OSError, ValueError):
+        return None
+    samples = [_sample(row, vocabulary) for row in rows]
+    return None if None in samples else samples or None
+
+
+def _sample(row: object, vocabulary: int) -> ProxySample | None:
+    ids, source = (row.get("ids"), row.get("source")) if isinstance(row, dict) else (None, None)
+    if not isinstance(source, str) or not isinstance(ids, list) or not ids:
+        return None
+    return ProxySample(ids, source) if all(type(token) is int and 0 <= token < vocabulary for token in ids) else None

@@ -1,0 +1,140 @@
+"""From a recipe to tokens, telling what was found on the way: the same for a run and for a preview of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.encode import Encoder
+from folora_q.data.formats import Chat, Text
+from folora_q.data.loading import TaskData, read_task_data
+from folora_q.data.rendering import Renderer
+from folora_q.data.templates import read_template
+from folora_q.data.tokenized import Tokenized, tokenize
+from folora_q.errors import UserError
+from folora_q.progress import Clock
+from folora_q.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class TaskTokens:
+    """The task as sequences of tokens.
+
+    Attributes:
+        task: what they were made of.
+        marking: how the assistant's turns were found, where there are chats.
+        ends_of_turn: the tokens that end one, and a call where there are any.
+        renderer: what rendered them.
+    """
+
+    task: TaskData
+    train: Tokenized
+    heldout: Tokenized
+    marking: str | None
+    ends_of_turn: list[int]
+    renderer: Renderer
+
+    def skipped(self) -> list[dict[str, str]]:
+        """Every row that could not be used, with its place and the reason."""
+        found = [(error.where, error.reason) for error in self.task.skipped]
+        for examples, half in ((self.task.train, self.train), (self.task.heldout, self.heldout)):
+            found += [(examples[index].where, reason) for index, reason in half.counts.refused]
+        return [{"where": where, "error": reason} for where, reason in found]
+
+    def summary(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "sources": [asdict(facts) for facts in self.task.facts],
+            "marking": self.marking,
+            "train": asdict(self.train.counts),
+            "heldout": asdict(self.heldout.counts),
+            "skipped": len(self.task.skipped),
+            "repeated": self.task.repeated,
+        }
+
+
+def read_task(recipe: Recipe, clock: Clock) -> TaskData:
+    """Read the recipe's rows, and tell what they are.
+
+    Raises:
+        UserError: a row cannot be used, or the metric cannot be taken on them.
+    """
+    with clock.stage("reading the data", None):
+        task = read_task_data(recipe.data, recipe.training.seed)
+    for facts in task.facts:
+        clock.note(f"{facts.path}: {facts.rows:,} rows of `{facts.shape}`")
+        for remark in facts.remarks:
+            clock.note(f"{facts.path}: {remark}")
+    if task.skipped:
+        clock.note(f"{len(task.skipped):,} rows skipped; the first: {task.skipped[0].message}")
+    if task.repeated:
+        clock.note(f"{task.repeated:,} of the held-out examples stand in the training data too")
+    if recipe.evaluation.metric != "none" and any(isinstance(example, Text) for example in task.heldout):
+        raise UserError(
+            f"evaluation.metric: {recipe.evaluation.metric} needs questions, but held-out rows are plain text",
+            "set evaluation.metric: none, or name a data.eval_dataset with prompts",
+        )
+    return task
+
+
+def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: Clock) -> TaskTokens:
+    """Both halves of the task as tokens, and what was left out.
+
+    Raises:
+        UserError: the chat template cannot be used, an example is too long, or nothing is left to learn.
+    """
+    training, data = recipe.training, recipe.data
+    encoder = Encoder(
+        tokenizer,
+        assistant_only_loss=training.assistant_only_loss,
+        completion_only_loss=training.completion_only_loss,
+        template_name=f"the chat template {data.chat_template}" if data.chat_template else "the model's chat template",
+        without_thought=data.without_thought,
+    )
+    if any(isinstance(example, Chat) for example in (*task.train, *task.heldout)):
+        encoder.prepare_chats()
+        if encoder.assistant_only_loss:
+            clock.note(f"the assistant's turns are found by {encoder.marking}")
+    halves = []
+    for name, examples in (("training", task.train), ("held-out", task.heldout)):
+        with clock.stage(f"tokenizing {name} rows", len(examples)) as done:
+            half = tokenize(
+                examples,
+                encoder,
+                max_length=training.max_length,
+                overlong=data.overlong,
+                kind=name,
+                skip_errors=data.on_error == "skip",
+                on_progress=done,
+            )
+        clock.note(_described(half, training.max_length))
+        halves.append(half)
+    return TaskTokens(
+        task, *halves, encoder.marking, encoder.ends_of_turn((*task.train, *task.heldout)), encoder.renderer
+    )
+
+
+def _described(data: Tokenized, max_length: int) -> str:
+    """One line on what there is to learn, what was left out, and where it is kept."""
+    counts = data.counts
+    share = counts.trained / counts.tokens
+    parts = [f"{counts.sequences:,} sequences, {counts.tokens:,} tokens, {share:.0%} of them trained"]
+    happened = {"left out": counts.dropped, "cut": counts.cut, "split": counts.split}
+    parts += [f"{count:,} over {max_length} tokens {what}" for what, count in happened.items() if count]
+    if counts.given:
+        parts.append(
+            f"{counts.given:,} answers have no thought: what the template puts in its place is given, not learned "
+            "(data.without_thought)"
+        )
+    if counts.untrained:
+        parts.append(f"{counts.untrained:,} without a token to learn left out")
+    if counts.refused:
+        parts.append(f"{len(counts.refused):,} that cannot be rendered skipped")
+    return "; ".join(parts) + f" ({'found in' if data.from_cache else 'kept in'} {data.folder})"
+
+
+def chat_template(recipe: Recipe) -> str | None:
+    """The template that takes the place of the model's own, if the recipe names one."""
+    return None if recipe.data.chat_template is None else read_template(recipe.data.chat_template)

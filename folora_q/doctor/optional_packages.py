@@ -1,0 +1,48 @@
+"""What some commands can use, and training needs none of. For information: nothing here is wrong."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from folora_q.doctor.findings import Finding, State
+from folora_q.doctor.pip import pip_install
+from folora_q.doctor.requirements import ordered, ranges, requirement, within
+from folora_q.errors import UserError
+
+
+def check_lm_eval() -> list[Finding]:
+    """lm-eval, for `folora-q eval --tasks`."""
+    specifier, install = ranges("eval").get("lm-eval"), pip_install(requirement("lm-eval", "eval"))
+    try:
+        found = version("lm-eval")
+    except PackageNotFoundError:
+        return [Finding("lm-eval", State.NOTE, "not installed, which folora-q eval --tasks needs", install)]
+    if not within(found, specifier):
+        fact = f"{found}, outside {ordered(specifier)}, for folora-q eval --tasks"
+        return [Finding("lm-eval", State.NOTE, fact, install)]
+    return [Finding("lm-eval", State.GOOD, f"{found} (folora-q eval --tasks)")]
+
+
+def check_gguf() -> list[Finding]:
+    """llama.cpp's converter, for `folora-q merge --gguf`."""
+    from folora_q.export.gguf import find_converter
+
+    try:
+        command = find_converter(None)
+    except UserError as error:
+        return [Finding("gguf", State.NOTE, "no converter, which folora-q merge --gguf needs", error.hint)]
+    return [Finding("gguf", State.GOOD, f"{Path(command[-1]).name} (folora-q merge --gguf)")]
+
+
+def check_flash_attention() -> list[Finding]:
+    """flash-attn, which only a GPU can use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    try:
+        found = f"{version('flash-attn')} (model.attn_implementation: flash_attention_2)"
+    except PackageNotFoundError:
+        found = "not installed, and not needed: torch's own attention is used"
+    return [Finding("flash-attn", State.NOTE, found)]

@@ -1,0 +1,95 @@
+"""Base and tuned model on the same text: the loss of both, and how far their predictions are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from folora_q.data.batch_splitting import Halving
+from folora_q.data.tokens import Batch
+from folora_q.evaluation.bootstrap import Tally, change, estimate
+from folora_q.evaluation.model_pair import Contrast
+from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
+from folora_q.runs.results import TextKind, TextResult
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Text that is only ever measured on: neither trained on nor used for statistics.
+
+    Attributes:
+        batches: a text's tokens that have a label are the predictions that count.
+    """
+
+    name: str
+    kind: TextKind
+    batches: Sequence[Batch]
+
+
+def compare(
+    contrast: Contrast,
+    text: HeldOutText,
+    on_progress: Callable[[int], None] = lambda batches: None,
+    halving: Halving | None = None,
+) -> TextResult:
+    """Losses of both models, KL(base ‖ tuned) and top-1 agreement, as means over the text's labelled tokens.
+
+    On text that the base model sampled, the mean KL is an unbiased estimate of the divergence over all that it writes.
+    Memory is for the hidden states of one batch, and the logits of both models at a few positions.
+
+    Args:
+        halving: what to do where memory runs out; None raises.
+    """
+    halving = halving or Halving("comparing", enabled=False)
+    parts: list[tuple[Tensor, Tensor]] = []
+    contrast.eval()
+    with torch.no_grad():
+        for number, batch in enumerate(text.batches):
+            if number == 0:
+                with contrast.base() as base:
+                    check_head(base, batch.input_ids)
+            parts.extend(halving.over_batch(batch, lambda part: _tally(contrast, part)))
+            on_progress(1)
+    all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
+    said = all_counts > 0  # a row may have nothing but tokens that do not count
+    counts = all_counts[said].numpy()
+    base_loss, tuned_loss, kl, agreed = (Tally(row, counts) for row in all_sums[:, said].numpy())
+    return TextResult(
+        name=text.name,
+        kind=text.kind,
+        texts=len(counts),
+        tokens=int(counts.sum()),
+        loss=change(base_loss, tuned_loss),
+        kl=estimate(kl),
+        top1_agreement=estimate(agreed),
+    )
+
+
+def _tally(contrast: Contrast, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums over each text's tokens, (4, b): loss of base and of tuned, KL, agreement; and the tokens' number, (b,)."""
+    counted = batch.predicting
+    inputs = batch.input_ids, batch.attention_mask
+    with contrast.base() as base:
+        of_base = hidden_states(base, *inputs)[counted]
+    with contrast.tuned() as tuned:
+        of_tuned = hidden_states(tuned, *inputs)[counted]
+    wanted, owners = batch.targets, counted.nonzero()[:, 0].cpu()
+    sums = torch.zeros(4, len(counted), dtype=torch.float64)
+    for part in chunks(len(wanted)):
+        with contrast.base(head_only=True) as base:
+            log_p = log_softmax(head_logits(base, of_base[part], exact=True), dim=-1)
+        with contrast.tuned() as tuned:
+            log_q = log_softmax(head_logits(tuned, of_tuned[part], exact=True), dim=-1)
+        sums.index_add_(1, owners[part], _at_tokens(log_p, log_q, wanted[part]).double().cpu())
+    return sums, counted.sum(1).double().cpu()
+
+
+def _at_tokens(log_p: Tensor, log_q: Tensor, wanted: Tensor) -> Tensor:
+    """(4, n): loss of base, loss of tuned, KL(p ‖ q) and agreement at n positions, from (n, vocabulary)."""
+    losses = [-log.gather(-1, wanted[:, None])[:, 0] for log in (log_p, log_q)]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return torch.stack([*losses, kl, (log_p.argmax(-1) == log_q.argmax(-1)).to(kl)])

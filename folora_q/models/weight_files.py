@@ -1,0 +1,238 @@
+"""A model's weights as they lie on the disk: safetensors shards, read tensor by tensor, never as a whole.
+
+Where it is allowed, pickled shards too, which torch maps into memory and takes tensors from, and nothing else. What
+bitsandbytes saved in 4 bits is decoded when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import is_zipfile
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from folora_q.errors import UserError, first_line
+from folora_q.models.stored_quantization import stored_quantization
+from folora_q.models.tokenizer import local_or_hub
+from folora_q.models.trust import NOTHING, PICKLE_ENDING, PICKLES, SAFE, SAFE_INDEX, Trust, check_weights, shards_of
+from folora_q.storage.untrusted import read_object
+
+INDEX, SINGLE = SAFE_INDEX, SAFE
+PICKLE, PICKLE_INDEX = PICKLES
+# Dtypes as safetensors calls them.
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+# What torch raises for a pickle that is damaged, or holds more than tensors.
+PICKLE_ERRORS = (UnpicklingError, RuntimeError, EOFError, OSError, AttributeError)
+# Beside a weight in 4 bits lie its constants, under the weight's name and one of these.
+CONSTANTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+# Bytes of a number of what they are packed into.
+STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
+# What bitsandbytes raises for constants that do not fit.
+UNDECODABLE = (ValueError, KeyError, TypeError, RuntimeError, AssertionError, AttributeError)
+# What a merge needs of a hub repository.
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and how large.
+
+    Attributes:
+        shape, dtype: as it is read; of a weight in 4 bits, after decoding.
+        packed: it lies there in 4 bits.
+        copy_of: the name that it has there, where it is the same as another one.
+    """
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: str
+    packed: bool = False
+    copy_of: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors shards.
+
+    Attributes:
+        shards: file names, in order.
+        tensors: by name, in the order of the shards; the constants of weights in 4 bits are not among them.
+        config: config.json.
+        constants: of each weight in 4 bits, the names and places of its constants.
+    """
+
+    folder: Path
+    shards: list[str]
+    tensors: dict[str, StoredTensor]
+    config: dict
+    constants: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+
+    @property
+    def prequantized(self) -> bool:
+        """Whether weights of it lie there in 4 bits."""
+        return bool(self.constants)
+
+    def names_in(self, shard: str) -> list[str]:
+        """The tensors of one shard, in its own order."""
+        return [name for name, stored in self.tensors.items() if stored.shard == shard]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, decoded if it lies there in 4 bits.
+
+        Raises:
+            UserError: its bytes cannot be read; shard and tensor are named.
+        """
+        stored = self.tensors[name]
+        place = stored.copy_of or name
+        tensor = self._read(place, stored)
+        return dequantize_4bit(tensor, self._state(place)) if stored.packed else tensor
+
+    def with_copy(self, name: str, of: str) -> Checkpoint:
+        """With one tensor more, which is the same as another."""
+        return replace(self, tensors=self.tensors | {name: replace(self.tensors[of], copy_of=of)})
+
+    def _state(self, name: str) -> QuantState:
+        found = {other.removeprefix(f"{name}."): self._read(other, at) for other, at in self.constants[name].items()}
+        try:
+            return QuantState.from_dict(found, torch.device("cpu"))
+        except UNDECODABLE as error:
+            raise UserError(f"{self.folder}: the constants of {name} cannot be decoded: {first_line(error)}") from None
+
+    def _decoded(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Where each weight in 4 bits is, as it is read."""
+        for name in self.constants:
+            state = self._state(name)
+            dtype = DTYPES.get(state.dtype)
+            held = self.tensors[name].numel * STORAGE.get(self.tensors[name].dtype, 0) * 2  # numbers of 4 bits
+            if state.shape is None or dtype is None or not prod(state.shape) <= held <= prod(state.shape) + 1:
+                raise UserError(f"{self.folder}: the constants of {name} are those of another weight")
+            yield name, replace(self.tensors[name], shape=tuple(state.shape), dtype=dtype, packed=True)
+
+    def _read(self, name: str, stored: StoredTensor) -> Tensor:
+        if stored.shard.endswith(PICKLE_ENDING):
+            return unpickled(self.folder / stored.shard)[name].clone()  # two of them may be one and the same
+        try:
+            with safe_open(self.folder / stored.shard, "pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read {name} in {self.folder / stored.shard}: {first_line(error)}") from None
+
+
+def model_folder(name: str, revision: str | None, trust: Trust = NOTHING) -> Path:
+    """The folder of a model: a local one as it is, a GGUF file or the demo's model converted, a hub id downloaded.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    patterns = [*PATTERNS, *["*.bin"] * trust.pickle, *["*.py"] * trust.remote_code]
+    source = local_or_hub(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises whatever its transport does
+        reason = first_line(error)
+        raise UserError(
+            f"cannot find the base model {name}: {reason}",
+            "name the folder that it is in with --base-model",
+        ) from error
+
+
+def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
+    """Look at every shard's header.
+
+    Raises:
+        UserError: there are no weights that `trust` lets us read, a shard is missing, damaged or outside of the folder,
+            or a tensor of the index is in none.
+    """
+    try:
+        config = read_object(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no model's folder: config.json cannot be read ({first_line(error)})") from None
+    check_weights(folder, trust)
+    index, expected = INDEX, {}
+    if (folder / INDEX).exists():
+        expected = shards_of(folder / INDEX)
+    elif (folder / SINGLE).exists():
+        expected = {"": SINGLE}
+    elif (folder / PICKLE_INDEX).exists():
+        index, expected = PICKLE_INDEX, shards_of(folder / PICKLE_INDEX, PICKLE_ENDING)
+    elif (folder / PICKLE).exists():
+        expected = {"": PICKLE}
+    else:
+        raise UserError(f"{folder} holds no weights: there is no {SINGLE}, and no {INDEX}")
+    shards = list(dict.fromkeys(expected.values()))
+    expected.pop("", None)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        if shard.endswith(PICKLE_ENDING):
+            tensors |= {
+                name: StoredTensor(shard, tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
+                for name, tensor in unpickled(folder / shard).items()
+            }
+            continue
+        try:
+            with safe_open(folder / shard, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (it is no dict)
+                    piece = file.get_slice(name)
+                    tensors[name] = StoredTensor(shard, tuple(piece.get_shape()), piece.get_dtype())
+        except FileNotFoundError:
+            raise UserError(f"the shard {folder / shard} is missing") from None
+        except (SafetensorError, OSError) as error:
+            wanted = next((name for name, place in expected.items() if place == shard), "its first tensor")
+            raise UserError(f"the shard {folder / shard} is damaged, from {wanted} on: {first_line(error)}") from None
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise UserError(f"{folder / index} places {missing[0]} in {expected[missing[0]]}, which does not hold it")
+    return _with_packed(Checkpoint(folder, shards, tensors, config))
+
+
+def _with_packed(found: Checkpoint) -> Checkpoint:
+    """With the constants of weights in 4 bits set apart."""
+    if stored_quantization(found.config) is None:
+        return found
+    names = [name.removesuffix(ending) for name in found.tensors for ending in STATES if name.endswith(ending)]
+    constants = {
+        name: {
+            f"{name}{end}": found.tensors[f"{name}{end}"]
+            for end in (*CONSTANTS, *STATES)
+            if f"{name}{end}" in found.tensors
+        }
+        for name in names
+        if name in found.tensors
+    }
+    apart = {name for of_one in constants.values() for name in of_one}
+    tensors = {name: stored for name, stored in found.tensors.items() if name not in apart}
+    packed = replace(found, tensors=tensors, constants=constants)
+    packed.tensors.update(packed._decoded())
+    return packed
+
+
+def unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled shard, mapped where its format allows that; torch builds no other object from it.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"the shard {path} is missing")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except PICKLE_ERRORS as error:
+        raise UserError(f"{path} cannot be read as tensors alone, and was not loaded: {first_line(error)}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path} does not hold tensors by name")
+    return found

@@ -1,0 +1,166 @@
+"""What a name stands for: a run, an adapter or a model. Reads a few JSON files, loads nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from folora_q.errors import UserError, first_line
+from folora_q.export.merge import REPORT as MERGE_REPORT
+from folora_q.models.demo import DEMO_MODEL
+from folora_q.models.trust import ADAPTER_CONFIG
+from folora_q.recipe.paths import HUB_MODEL, short
+from folora_q.recipe.schema import ModelSection
+from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
+from folora_q.runs.folder import RunFolder
+from folora_q.storage.untrusted import read_object, read_text
+from folora_q.training.checkpoints import checkpoints
+
+# Folders in a run's that can be named themselves.
+INSIDE_A_RUN = re.compile(r"adapter|merged|checkpoint-\d+")
+WHAT_TO_NAME = "name a run folder, an adapter's folder, a model's folder, a .gguf file or a hub id"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a name stands for.
+
+    Attributes:
+        name: as it was given.
+        kind: for people.
+        section: the model to load; of an adapter its base.
+        adapter: the folder of the adapter on it.
+        base: what a merged model says, in its merge.json, that it was made of.
+        run: the run itself, or the one in whose folder the adapter, checkpoint or merged model lies.
+    """
+
+    name: str
+    kind: str
+    section: ModelSection
+    adapter: Path | None = None
+    base: ModelSection | None = None
+    run: RunFolder | None = None
+
+
+def find_subject(name: str) -> Subject:
+    """Find what a name stands for.
+
+    Args:
+        name: a run folder, an adapter's folder, or a model: a folder, a .gguf file or a hub id. Whether a hub has it
+            is only known when it is loaded.
+
+    Raises:
+        UserError: there is no such thing, or what it says of itself cannot be read.
+    """
+    path = Path(name)
+    there = os.path.exists(name)  # False too for a name that is too long, or holds a NUL
+    if there and path.is_dir():
+        if RunFolder(path).manifest.is_file():
+            return _find_run(name, RunFolder(path))
+        if (path / ADAPTER_CONFIG).is_file():
+            return replace(_find_adapter(name, path), run=_run_around(path))
+        if (path / "config.json").is_file():
+            report = _read_json(path / MERGE_REPORT) if (path / MERGE_REPORT).is_file() else {}
+            base = _section_of(report.get("base"), report.get("revision"))
+            kind = f"merged model, its base {base.model_name_or_path}" if base else "model"
+            return Subject(name, kind, ModelSection(model_name_or_path=name), base=base, run=_run_around(path))
+        raise UserError(
+            f"{path} is no run, adapter or model: it holds no run.json, {ADAPTER_CONFIG} or config.json",
+            _hint_inside(path),
+        )
+    if there and path.suffix != ".gguf":
+        raise UserError(f"{path} is a file, but no .gguf file", WHAT_TO_NAME)
+    is_hub_name = HUB_MODEL.fullmatch(name) and not ("/" in name and path.parent.is_dir())
+    if name != DEMO_MODEL and not there and (path.suffix == ".gguf" or not is_hub_name):
+        raise UserError(f"there is no run, adapter or model at {short(name)!r}{_near(path)}", WHAT_TO_NAME)
+    return Subject(name, "model", ModelSection(model_name_or_path=name))
+
+
+def _find_run(name: str, run: RunFolder) -> Subject:
+    if not (run.adapter / ADAPTER_CONFIG).is_file():
+        status = _read_json(run.manifest).get("status")
+        newest = next((saved for saved in checkpoints(run.path) if (saved / ADAPTER_CONFIG).is_file()), None)
+        raise UserError(
+            f"the run in {run.path} has no adapter" + (f": it is marked as {status}" if status else ""),
+            f"a checkpoint of it can be asked: folora-q chat {newest}" if newest else None,
+        )
+    if not run.recipe.is_file():
+        return replace(_find_adapter(name, run.adapter), run=run)
+    try:
+        recipe = parse_yaml(read_text(run.recipe, 4 * LONGEST))[0]
+        section = ModelSection.model_validate(recipe.get("model") if isinstance(recipe, dict) else None)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, ('model', *first['loc'])))}: {first['msg']}"
+        raise UserError(f"{run.recipe} cannot be read: {reason}", f"name the adapter itself: {run.adapter}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run.recipe} cannot be read: {first_line(error)}", f"name the adapter itself: {run.adapter}"
+        ) from None
+    # The attention backend was chosen for training, perhaps on another machine; all of them compute the same.
+    section = section.model_copy(update={"attn_implementation": "auto"})
+    return Subject(name, f"adapter of a run on {section.model_name_or_path}", section, run.adapter, run=run)
+
+
+def _find_adapter(name: str, folder: Path) -> Subject:
+    config = _read_json(folder / ADAPTER_CONFIG)
+    section = _section_of(config.get("base_model_name_or_path"), config.get("revision"))
+    if section is None:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG} names no base model", "write its name there as base_model_name_or_path"
+        )
+    mapping = config.get("auto_mapping")
+    held = mapping.get("quantization_config") if isinstance(mapping, dict) else None
+    if isinstance(held, dict):  # as folora-q writes how the base was held in training
+        keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        try:
+            section = ModelSection.model_validate(
+                section.model_dump() | {key: held[key] for key in keys if key in held}
+            )
+        except ValidationError as error:
+            raise UserError(f"{folder / ADAPTER_CONFIG} cannot be used: {error.errors()[0]['msg']}") from None
+    return Subject(name, f"adapter on {section.model_name_or_path}", section, folder)
+
+
+def _run_around(folder: Path) -> RunFolder | None:
+    """The run in whose folder this one lies."""
+    for place in (folder, folder.resolve()):  # as it was named, or what a link or a dot stands for
+        if INSIDE_A_RUN.fullmatch(place.name) and RunFolder(place.parent).manifest.is_file():
+            return RunFolder(place.parent)
+    return None
+
+
+def _section_of(name: object, revision: object) -> ModelSection | None:
+    """The model that a JSON file names, if it does."""
+    if not isinstance(name, str) or not name:
+        return None
+    return ModelSection(model_name_or_path=name, revision=revision if isinstance(revision, str) else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def _hint_inside(path: Path) -> str:
+    """The first run, adapter or model in a folder that is none, which is perhaps what was meant."""
+    for name in ("run.json", ADAPTER_CONFIG, "config.json"):
+        if inside := sorted(path.glob(f"*/{name}")):
+            return f"did you mean {inside[0].parent}?"
+    return WHAT_TO_NAME
+
+
+def _near(path: Path) -> str:
+    try:
+        near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    except (OSError, ValueError):
+        near = []
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,242 @@
+"""Loading what a name stands for: its tokenizer, the model with its adapter, and the base to compare it with."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import cached_file
+
+from folora_q.errors import UserError, first_line
+from folora_q.export.merge import REPORT as MERGE_REPORT
+from folora_q.memory.config import files_here
+from folora_q.models.demo import DEMO_MODEL
+from folora_q.models.hardware import Hardware, choose_hardware
+from folora_q.models.load import load_model, load_unquantized
+from folora_q.models.quantization import Quantization
+from folora_q.models.tokenizer import IF_THERE, load_tokenizer, loading
+from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
+from folora_q.recipe.paths import HUB_MODEL, short
+from folora_q.recipe.schema import ModelSection
+from folora_q.targets.embeddings import fit_embedding
+from folora_q.targets.find import WHAT_TO_NAME, Subject, find_subject
+
+ADAPTER_WEIGHTS = (SAFE_ADAPTER, PICKLED_ADAPTER)
+# Of a hub's adapter, what is fetched besides its configuration.
+ADAPTER_FILES = (
+    SAFE_ADAPTER,
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+# What PEFT and safetensors raise for an adapter that cannot be read, or belongs to another model.
+ADAPTER_ERRORS = (
+    *(OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, EOFError),
+    *(SafetensorError, UnpicklingError),
+)
+
+
+@dataclass(frozen=True)
+class LoadedSubject:
+    """A model, frozen, and what it is compared with.
+
+    Attributes:
+        model: with the adapter where there is one; switching that off makes it the base.
+        base: a second model, where one was asked for and there is no adapter to switch off.
+        bits: 4 or 16.
+        held: how the weights are held and computed with, for people.
+        fingerprint: of the base, or else of the only model, as it was loaded; keys the cache of text sampled from it.
+    """
+
+    subject: Subject
+    tokenizer: Tokenizer
+    model: PreTrainedModel | PeftModel
+    base: PreTrainedModel | None
+    hardware: Hardware
+    bits: int
+    held: str
+    fingerprint: str
+
+
+def load_subject(
+    subject: Subject,
+    dtype: str = "auto",
+    bits: int = 4,
+    against: ModelSection | None = None,
+    compare: bool = False,
+    trust: Trust = NOTHING,
+) -> LoadedSubject:
+    """Load what a name stands for.
+
+    Args:
+        dtype: compute dtype; auto is the recipe's where the name is a run's, else the hardware's.
+        bits: of the model's weights, 4 as in training or 16.
+        against: a base that takes the place of the one that an adapter or a merged model names. Only its name and
+            revision count: it is held as the model is.
+        compare: there must be a base to compare with; that of a model is loaded besides it.
+
+    Raises:
+        UserError: it cannot be loaded, `trust` does not allow what it needs, or there is nothing to compare it with.
+        RunFailed: nothing of it could be put into 4 bits, or the demo's model could not be fetched.
+    """
+    subject = fetched(subject)
+    adapter, section, base_section = subject.adapter, subject.section, against or subject.base
+    if compare and adapter is None and base_section is None:
+        raise nothing_to_compare(subject.name)
+    if adapter is not None:
+        check_adapter(adapter, trust)
+    if compare and adapter is not None and _learns_a_prompt(adapter):
+        raise UserError(
+            f"the adapter {adapter} is a learned prompt, and base and tuned model are compared by switching an adapter"
+            " off layer by layer",
+            "`folora-q chat` talks to it, without --base",
+        )
+    if against is not None and adapter is not None:
+        section = _instead(section, against)
+    hardware = choose_hardware(section.dtype if dtype == "auto" else dtype)
+    try:
+        tokenizer = _tokenizer(adapter, section, trust)
+        model, fingerprint, four_bit = _load(section, hardware, tokenizer, bits, trust)
+    except UserError as error:
+        raise _explained(subject, error) from error
+    if adapter is not None and (adapter / "generation_config.json").is_file():
+        with loading(section):
+            model.generation_config = GenerationConfig.from_pretrained(adapter)
+    base = None
+    if compare and adapter is None and base_section is not None:
+        try:
+            base, fingerprint, _ = _load(_instead(section, base_section), hardware, tokenizer, bits, trust)
+        except UserError as error:
+            if against is not None:
+                raise
+            reason = f"{Path(subject.name) / MERGE_REPORT} names a base: {error.message}"
+            raise UserError(reason, "leave out --base") from error
+        base.generation_config = model.generation_config  # they stop alike
+    return LoadedSubject(
+        subject=subject,
+        tokenizer=tokenizer,
+        model=model if adapter is None else _with_adapter(model, adapter, section, compare),
+        base=base,
+        hardware=hardware,
+        bits=bits,
+        held=f"{bits} bits{f' ({four_bit})' if four_bit else ''}, computing in {hardware}",
+        fingerprint=fingerprint,
+    )
+
+
+def fetched(subject: Subject) -> Subject:
+    """A hub id that is an adapter's, as the folder that the hub's client keeps it in; all else as it is.
+
+    Raises:
+        UserError: the adapter names a folder of this machine as its base: what is downloaded chooses no files here.
+    """
+    name, revision = subject.section.model_name_or_path, subject.section.revision
+    if subject.adapter is not None or name == DEMO_MODEL or os.path.exists(name):
+        return subject
+    with suppress(OSError, ValueError):  # it is no adapter, or not there; loading it as a model says so
+        if (config := cached_file(name, ADAPTER_CONFIG, revision=revision, **IF_THERE)) is None:
+            return subject
+        folder = Path(config).parent
+        for file in ADAPTER_FILES:
+            cached_file(name, file, revision=folder.name, **IF_THERE)
+        if not (folder / SAFE_ADAPTER).is_file():
+            cached_file(name, PICKLED_ADAPTER, revision=folder.name, **IF_THERE)
+        found = find_subject(str(folder))
+        base = found.section.model_name_or_path
+        if os.path.exists(base) or not HUB_MODEL.fullmatch(base):
+            raise UserError(
+                f"the adapter {name} names a file of this machine as its base: {short(base)}",
+                f"download it (`hf download {name} --local-dir FOLDER`), write the base's hub id into its "
+                f"{ADAPTER_CONFIG}, and name that folder",
+            )
+        return replace(found, name=subject.name)
+    return subject
+
+
+def nothing_to_compare(name: str) -> UserError:
+    """What to raise where there is neither an adapter to switch off nor a base."""
+    return UserError(
+        f"{name} is no adapter, so there is nothing to compare it with",
+        "`folora-q chat`: leave out --base; `folora-q eval`: name what it was made of with --against",
+    )
+
+
+def _instead(section: ModelSection, other: ModelSection) -> ModelSection:
+    """Another model, held as this one is."""
+    return section.model_copy(update={"model_name_or_path": other.model_name_or_path, "revision": other.revision})
+
+
+def _learns_a_prompt(adapter: Path) -> bool:
+    """Whether it is virtual tokens before the text, known before gigabytes are loaded for it."""
+    with warnings.catch_warnings(), suppress(*ADAPTER_ERRORS):  # told of where it is put on the model
+        warnings.simplefilter("ignore")
+        return PeftConfig.from_pretrained(str(adapter)).is_prompt_learning
+    return False
+
+
+def _tokenizer(adapter: Path | None, section: ModelSection, trust: Trust) -> Tokenizer:
+    """The adapter's own where it has one, with the base's chat template if it has none."""
+    if adapter is None:
+        return load_tokenizer(section, trust=trust)
+    own = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(ModelSection(model_name_or_path=str(adapter)) if own else section, trust=trust)
+    template = adapter / "chat_template.jinja"
+    if not own and template.is_file():
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {template}: {error}") from None
+    elif own and tokenizer.chat_template is None:
+        tokenizer.chat_template = load_tokenizer(section, trust=trust).chat_template
+    return tokenizer
+
+
+def _load(
+    section: ModelSection, hardware: Hardware, tokenizer: Tokenizer, bits: int, trust: Trust
+) -> tuple[PreTrainedModel, str, Quantization | None]:
+    """The model, its fingerprint, and how it is held in 4 bits."""
+    if bits == 16:
+        return *load_unquantized(section, hardware, trust), None
+    loaded = load_model(section, hardware, tokenizer, trust)
+    return loaded.model, loaded.fingerprint, loaded.quantization
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, section: ModelSection, compare: bool) -> PeftModel:
+    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UserError(f"there is no {folder / ADAPTER_WEIGHTS[0]}")
+    fit_embedding(model, folder, files_here(section.model_name_or_path, section.revision), compare)
+    base = model.name_or_path
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            tuned = PeftModel.from_pretrained(model, folder).eval()
+        except ADAPTER_ERRORS as error:
+            raise UserError(
+                f"cannot put the adapter {folder} on {base}: {first_line(error)}",
+                "is it damaged, or was it trained on another model?",
+            ) from error
+    # PEFT goes on without the weights that it does not find, which is an adapter that does nothing there.
+    if any("missing adapter keys" in str(warning.message) for warning in caught):
+        raise UserError(
+            f"the adapter {folder} does not fit {base}: it lacks weights for some of its layers",
+            "was it trained on another model?",
+        )
+    return tuned
+
+
+def _explained(subject: Subject, error: UserError) -> UserError:
+    """What cannot be loaded, in the words of what was asked for."""
+    if subject.adapter is not None:
+        return UserError(f"the adapter {subject.adapter} needs its base and tokenizer: {error.message}", error.hint)
+    name = subject.section.model_name_or_path
+    if os.path.exists(name):
+        return error
+    reason = error.message.removeprefix(f"cannot load the model {name}: ")
+    return UserError(f"{name} is no run or adapter here, and no model that can be loaded: {reason}", WHAT_TO_NAME)

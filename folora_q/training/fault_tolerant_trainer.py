@@ -1,0 +1,273 @@
+"""An SFTTrainer that lasts: rehearsed, halved where memory runs out, spared non-finite steps, saved whole, continued.
+
+What it overrides are the Trainer's own steps, in transformers 5.17 to 5.23; the loop stays its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.trainer_callback import ExportableState
+from trl import SFTTrainer
+
+from folora_q.data.batch_splitting import Halving
+from folora_q.data.tokens import IGNORED, Batch
+from folora_q.errors import FoloraError, RunFailed, first_line
+from folora_q.evaluation.divergence import HeldOutText, compare
+from folora_q.evaluation.loss import mean_loss
+from folora_q.evaluation.model_pair import Contrast
+from folora_q.storage.files import atomic_write, commit_directory
+from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, Progress, State, read_saved
+from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
+from folora_q.training.step_guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
+
+# What torch, safetensors and transformers raise for something else than what was saved, until the first step is taken.
+UNFIT = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, EOFError),
+    SafetensorError,
+)
+
+
+class DurableTrainer(SFTTrainer):
+    """Keeps a run from dying, or from losing more than the steps since its last checkpoint when it does.
+
+    Attributes:
+        heldout: the task's rows that `evaluate` takes the loss of.
+        own_text: text of the base's own that it takes the KL on; None takes none.
+        real_text: general text, of which it says how much the loss has risen.
+        exceeded: the step and the KL at which training stopped for its limit.
+        micro_batches, measuring: halve what does not fit into memory.
+        skipped: the steps that were left out.
+        kept: how many checkpoints remain.
+        needs_saves: a checkpoint that cannot be written ends the run.
+    """
+
+    heldout: Sequence[Batch]
+    own_text: HeldOutText | None = None
+    real_text: Sequence[HeldOutText] = ()
+    exceeded: tuple[int, float] | None = None
+    micro_batches: MicroBatches
+    measuring: Halving
+    skipped: SkippedSteps
+    kept: int = 2
+    needs_saves: bool = True
+    last_good: Path | None = None
+    continued: Path | None = None
+    ended: bool = False
+    step_in_hand: int | None = None
+    step_loss: Tensor | float = 0.0
+    loss_before: Tensor | None = None
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint, as if it had never stopped.
+
+        Args:
+            resume_from_checkpoint: one that is whole (`folora_q.training.checkpoints.newest_whole`).
+        """
+        if resume_from_checkpoint is None:
+            return super().train(**kwargs)
+        self.continued = checkpoint = Path(resume_from_checkpoint)
+        self.args.eval_on_start = False  # it was measured at the real start
+        try:
+            for name, kind in ((TRAINER_STATE, State), (PROGRESS, Progress)):
+                read_saved(checkpoint / name, kind)
+            return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
+        except UnpicklingError as error:  # torch builds nothing but tensors and numbers
+            raise RunFailed(
+                f"{resume_from_checkpoint} holds more than tensors and numbers, which can be code; it was not loaded",
+                "training saves nothing of the kind; without this checkpoint, --resume goes on from the one before",
+            ) from error
+        except UNFIT as error:
+            if self.state.global_step > step_of(checkpoint):  # then it is not what was saved
+                raise
+            raise RunFailed(
+                f"cannot go on from {checkpoint}: {first_line(error)}",
+                "is it of another version? Without this checkpoint, --resume goes on from the one before",
+            ) from error
+
+    @property
+    def saves(self) -> bool:
+        """Whether checkpoints were asked for, and stay."""
+        return self.args.save_strategy != "no"
+
+    def before_first_step(self) -> None:
+        """Rehearse, and bring back what only a running Trainer can take."""
+        self.rehearse()
+        if self.continued is not None:
+            self._bring_back(self.continued)
+
+    def rehearse(self) -> None:
+        """Before the first step: the longest batch forth and back, a batch of each measurement, and a save.
+
+        Memory, a disk or a folder that will not do is found now. Nothing is changed by it: no weight, no random state.
+
+        Raises:
+            RunFailed: a single sequence does not fit, or nothing can be saved.
+        """
+        device = self.args.device
+        tokens = self._total_train_tokens
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            inputs = self.data_collator(longest_rows(self.train_dataset, self.args.per_device_train_batch_size))
+            self.training_step(self.model, inputs, (inputs["labels"] != IGNORED).sum().to(device))
+            self.model.zero_grad(set_to_none=True)
+            if self.args.eval_strategy != "no":
+                self.model.eval()  # where B is no longer zero, dropout shows
+                mean_loss(self.model.get_base_model(), self.heldout[:1], halving=self.measuring)
+                for text in (*([self.own_text] if self.own_text is not None else []), *self.real_text):
+                    first = replace(text, batches=text.batches[:1])
+                    compare(Contrast(self.model), first, halving=self.measuring)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.kept if self.saves else 0)
+        self.step_in_hand = None
+        self._total_train_tokens = tokens
+        for kind in self._metrics.values():
+            kind.clear()
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A micro-batch, in parts where memory does not do for all of it."""
+        compute = super().training_step
+        first, self.step_in_hand = self.step_in_hand != self.state.global_step, self.state.global_step
+        if first:
+            self.loss_before = self._tr_loss.clone()
+        if num_items_in_batch is None:  # then parts would not add up
+            loss = compute(model, inputs, num_items_in_batch)
+        else:
+            loss = self.micro_batches.add(
+                inputs,
+                first,
+                lambda part: compute(model, part, num_items_in_batch),
+                lambda: model.zero_grad(set_to_none=True),
+            )
+        self.step_loss = loss if first else self.step_loss + loss  # stays on the device
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer asks once per optimizer step, right before it: here a step that would do harm is skipped.
+
+        Raises:
+            RunFailed: it was one too many in a row.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        seen = torch.stack([torch.as_tensor(each, device=self.args.device).float() for each in (self.step_loss, norm)])
+        loss, size = seen.tolist()  # the one synchronization with the device in a step
+        # In float16 the loss scaler finds its scale by gradients that overflow, and skips those steps itself.
+        reason = self.skipped.reason(loss, 0.0 if scaled else size)
+        if reason is None:
+            self.skipped.taken(loss)
+            return norm
+        if not scaled:
+            model.zero_grad(set_to_none=True)
+            # accelerate's way to let `optimizer.step()` pass without a step; set anew before every micro-batch.
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        # Out of the running mean too: what is not finite would never leave it (`tr_loss -= tr_loss`).
+        self._tr_loss.copy_(self.loss_before)
+        self._globalstep_last_logged += 1
+        self.skipped.add(self.state.global_step + 1, loss, size, reason, self.last_good)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:  # of all steps that were taken, also those before a continuation
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.skipped.total, 1)
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]  # a skipped step's, which has a line of its own
+        super().log(logs, start_time)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer would take one more step after a checkpoint of the last one.
+        if self.ended or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As the Trainer does it, but whole or not at all, and older ones are removed only afterwards.
+
+        Raises:
+            RunFailed: it cannot be written, and the run needs it; those before it are still there.
+        """
+        run, step = Path(self.args.output_dir), self.state.global_step
+        target = checkpoint_path(run, step)
+        self.store_flos()
+        best, best_before = self.state.best_global_step, self.state.best_model_checkpoint
+        if best and (best == step or checkpoint_path(run, best).is_dir()):
+            self.state.best_model_checkpoint = str(checkpoint_path(run, best))
+        try:
+            with commit_directory(target) as folder:
+                self.save_model(str(folder), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+                for callback in (*self.callback_handler.callbacks, self.control):
+                    if isinstance(callback, ExportableState):
+                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                self.state.save_to_json(str(folder / TRAINER_STATE))
+                atomic_write(folder / PROGRESS, json.dumps(self._in_progress(), indent=1) + "\n")
+                seal(folder, step)
+        except FoloraError:
+            raise
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or safetensors' own, by who meets it
+            what = f"cannot save {target}: {first_line(error)}"
+            if self.needs_saves or (self.args.load_best_model_at_end and best == step):
+                raise RunFailed(what, "is the disk full? `--resume` goes on from the one before") from error
+            self.state.best_model_checkpoint = best_before
+            self.skipped.tell(f"{what}; training goes on without it, as training.on_save_error says")
+            return
+        if self.skipped.in_a_row == 0:
+            self.last_good = target
+        needed = [self.last_good] if self.last_good is not None else []
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            needed.append(Path(self.state.best_model_checkpoint))
+        rotate(run, self.kept, needed)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if problem := damage(best):
+            raise RunFailed(
+                f"the best checkpoint, {best.name}, is not whole: {problem}",
+                "`--resume` goes back to a checkpoint before it, or to the start of training",
+            )
+        super()._load_best_model()
+
+    def _in_progress(self) -> dict[str, Any]:
+        """What the Trainer, and what is ours, hold between two steps and save nowhere."""
+        return {
+            "loss_sum": self._tr_loss.item(),
+            "loss_total": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "ended": bool(self.control.should_training_stop and self.state.global_step < self.state.max_steps),
+            "exceeded": self.exceeded,
+            "skipped": [self.skipped.in_a_row, self.skipped.total],
+            "losses": [self.skipped.first, self.skipped.last],
+            "rows_that_fit": [self.micro_batches.halving.rows, self.measuring.rows],
+            "tokens": self._total_train_tokens,
+            "metrics": {kind: dict(values) for kind, values in self._metrics.items()},
+        }
+
+    def _bring_back(self, checkpoint: Path) -> None:
+        saved = read_saved(checkpoint / PROGRESS, Progress)
+        self._tr_loss.fill_(saved.loss_sum)
+        self._total_loss_scalar, self._globalstep_last_logged = saved.loss_total, saved.last_logged
+        self.ended, self.exceeded = saved.ended, saved.exceeded
+        self.skipped.in_a_row, self.skipped.total = saved.skipped
+        self.skipped.first, self.skipped.last = saved.losses
+        self.micro_batches.halving.rows, self.measuring.rows = saved.rows_that_fit
+        self._total_train_tokens = saved.tokens
+        self._metrics = {kind: defaultdict(list, saved.metrics.get(kind, {})) for kind in ("train", "eval")}
+        self.last_good = checkpoint if self.skipped.in_a_row == 0 else None
+        # The folder may have been moved since, or named from elsewhere.
+        run, best = checkpoint.parent, self.state.best_global_step
+        known = best and (best == step_of(checkpoint) or checkpoint_path(run, best).is_dir())
+        self.state.best_model_checkpoint = str(checkpoint_path(run, best)) if known else None

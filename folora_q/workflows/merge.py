@@ -1,0 +1,276 @@
+"""One merge in reading order: read the adapters, find the base, write, verify. Prints nothing; tells `Progress`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from folora_q import __version__
+from folora_q.errors import RunFailed, UserError
+from folora_q.export.adapter import AdapterFile, read_adapter
+from folora_q.export.card import write_merged_card
+from folora_q.export.ends import FittedCheckpoint, fitted
+from folora_q.export.gguf import find_converter, write_gguf
+from folora_q.export.gguf_check import GgufFacts
+from folora_q.export.hub import push_folder, require_token
+from folora_q.export.merge import BaseWeights, Merge, write_merged
+from folora_q.export.texts import check_texts
+from folora_q.export.verify import Verification, check_outputs, check_weights
+from folora_q.models.classes import auto_class
+from folora_q.models.load import require_loadable
+from folora_q.models.quantization import Quantization
+from folora_q.models.trust import ADAPTER_CONFIG, CODE_FLAG, NOTHING, Trust, names_code
+from folora_q.models.weight_files import Checkpoint, model_folder, open_checkpoint
+from folora_q.progress import Clock, Progress
+from folora_q.recipe.schema import ModelSection
+from folora_q.runs.folder import RunFolder
+
+# Lies in a merged folder whose verification failed.
+UNVERIFIED = "UNVERIFIED"
+# Bytes a weight that comparing in float32 takes: the weights, and what loading and computing add.
+FLOAT32_MEMORY = 5
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What somebody wants merged.
+
+    Attributes:
+        sources: run folders or adapter folders, of one base.
+        shares: an adapter's weight each.
+        dtype: None takes the base's own, if it has 16 bits, else bfloat16.
+        output: None is `merged` in the run folder, or beside the adapter's.
+        base_model: takes the place of the base that the adapter names.
+        gguf: also write a GGUF file of this type, beside the output.
+        converter: llama.cpp's converter, where it is not found by itself.
+        push_to_hub: the repository to push the merged model to.
+        private: what to make that repository, if it is new.
+        trust: what base and adapters may do.
+    """
+
+    sources: Sequence[Path]
+    shares: Sequence[float]
+    weights: BaseWeights
+    dtype: torch.dtype | None = None
+    output: Path | None = None
+    base_model: str | None = None
+    verify: bool = True
+    overwrite: bool = False
+    gguf: str | None = None
+    converter: Path | None = None
+    push_to_hub: str | None = None
+    private: bool = True
+    trust: Trust = NOTHING
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written, and what was found of it.
+
+    Attributes:
+        verification: None where nothing was verified.
+        gguf: the GGUF file and what it holds.
+        url: of the repository that it was pushed to.
+    """
+
+    folder: Path
+    merge: Merge
+    verification: Verification | None
+    gguf: tuple[Path, GgufFacts] | None = None
+    url: str | None = None
+
+    @property
+    def loader(self) -> str:
+        """The class of transformers that loads the model."""
+        return auto_class(
+            AutoConfig.from_pretrained(self.folder, trust_remote_code=self.merge.trust.remote_code)
+        ).__name__
+
+
+def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
+    """Merge adapters into their base, and verify the result.
+
+    Raises:
+        UserError: an adapter or its base cannot be merged, or the output is taken.
+        RunFailed: what was written is not the adapter; the folder is there and marked.
+    """
+    clock = Clock(progress)
+    converter = find_converter(request.converter) if request.gguf else []
+    if request.push_to_hub:
+        require_token()
+    adapters = [read_adapter(adapter_folder(source), request.trust) for source in request.sources]
+    target = request.output or _beside(request.sources[0])
+    if target.exists() and not request.overwrite:
+        raise UserError(f"{target} is there already", "add --overwrite, or name another place with --output")
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        clock.note(f"{leftover} is left from a merge that was killed; it is not used, and can be deleted")
+    base, adapters = fitted(_base(adapters, request, clock), adapters, request.trust)
+    if isinstance(base, FittedCheckpoint):
+        clock.note(base.note)
+    folders = [base.folder, *(adapter.folder for adapter in adapters)]  # its tokenizer may be the adapter's
+    if request.gguf and not request.trust.remote_code and (naming := next(filter(names_code, folders), None)):
+        raise UserError(
+            f"llama.cpp's converter runs Python that comes with a model, and what {naming} names is not trusted",
+            f"read that code; if you trust it, add {CODE_FLAG}, or leave out --gguf",
+        )
+    dtype, reason = (request.dtype, "as asked") if request.dtype else _dtype_of(base)
+    shared = list(zip(adapters, request.shares, strict=True))
+    trained_on = _trained_on(adapters, request, clock)
+    merge = Merge(base, shared, request.weights, dtype, _quantization(adapters), request.trust, trained_on)
+    size = merge.result_bytes / 1e9
+    clock.note(
+        f"{len(merge.changed)} of {len(base.tensors)} weights change; {size:.2f} GB in {_name(dtype)} ({reason})"
+    )
+    facts = {
+        "folora_q": __version__,
+        "base": adapters[0].base if request.base_model is None else request.base_model,
+        "revision": adapters[0].revision,
+        "base_weights": request.weights,
+        "dtype": _name(dtype),
+        "adapters": [{"name": _adapter_name(a.folder), "weight": share} for a, share in merge.adapters],
+    }
+    verification: list[Verification] = []
+    failures: list[str] = []
+    writing = ExitStack()
+
+    def finish(folder: Path) -> dict[str, Any]:
+        writing.close()
+        report = dict(facts, verified=None)
+        if request.verify:
+            try:
+                verification.append(_verify(merge, folder, clock))
+                report |= verification[0].to_dict()
+            except RunFailed as failure:
+                report |= {"verified": False, "failures": [failure.message]}
+            if not report["verified"]:
+                (folder / UNVERIFIED).write_text("\n".join(report["failures"]) + "\n", encoding="utf-8")
+        write_merged_card(folder / "README.md", report)
+        failures.extend(report.get("failures", []))
+        return report
+
+    with writing:
+        done = writing.enter_context(clock.stage("merging", len(base.tensors)))
+        write_merged(merge, target, finish, done)
+    if failures:
+        raise RunFailed(
+            f"{'; '.join(failures)}; {target} is marked {UNVERIFIED}",
+            "please report this with the adapter's configuration",
+        )
+    gguf = url = None
+    if request.gguf:
+        path = target.with_name(f"{target.name}-{request.gguf}.gguf")
+        with clock.stage(f"writing and checking {path}", None):
+            gguf = path, write_gguf(target, path, request.gguf, converter)
+    if request.push_to_hub:
+        with clock.stage(f"pushing to {request.push_to_hub}", None):
+            url = push_folder(target, request.push_to_hub, request.private)
+    return MergeResult(target, merge, verification[0] if verification else None, gguf, url)
+
+
+def adapter_folder(source: Path) -> Path:
+    """The adapter of a run folder, or the folder itself.
+
+    Raises:
+        UserError: it is neither.
+    """
+    run = RunFolder(source)
+    if run.manifest.exists():
+        if not (run.adapter / ADAPTER_CONFIG).exists():
+            raise UserError(f"the run in {source} has no adapter yet: see its run.json")
+        return run.adapter
+    if (source / ADAPTER_CONFIG).exists():
+        return source
+    raise UserError(
+        f"{source} is neither a run folder nor an adapter", "name a folder with run.json or adapter_config.json"
+    )
+
+
+def _adapter_name(folder: Path) -> str:
+    """A run's name, or the folder's own; the path to it is nobody's business."""
+    folder = folder.resolve()
+    return folder.parent.name if (folder.parent / "run.json").exists() else folder.name
+
+
+def _verify(merge: Merge, folder: Path, clock: Clock) -> Verification:
+    with clock.stage("checking every weight", len(merge.base.tensors)) as done:
+        weights = check_weights(merge, folder, done)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
+    texts = check_texts(merge.adapters[0][0].folder, tokenizer)
+    compute, reason = _compute_dtype(merge)
+    with clock.stage(f"comparing what it says, in {_name(compute)} ({reason})", 3) as done:
+        verification = check_outputs(merge, folder, texts.sequences, weights, compute, done)
+    clock.note(f"compared on {verification.tokens:,} tokens: {texts.origin}")
+    return verification
+
+
+def _compute_dtype(merge: Merge) -> tuple[torch.dtype, str]:
+    """Float32 if the model fits in memory so, else the merged model's own."""
+    needed = FLOAT32_MEMORY * sum(stored.numel for stored in merge.base.tensors.values())
+    free = psutil.virtual_memory().available
+    if needed <= free:
+        return torch.float32, f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+    return merge.dtype, f"float32 needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+
+
+def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) -> Checkpoint:
+    others = {(adapter.base, adapter.revision) for adapter in adapters}
+    if len(others) > 1 and request.base_model is None:
+        raise UserError(f"the adapters have different bases: {', '.join(sorted(base for base, _ in others))}")
+    name = request.base_model or adapters[0].base
+    if not name:
+        raise UserError(f"{adapters[0].folder} names no base model", "name it with --base-model")
+    with clock.stage(f"finding the base {name}", None):
+        folder = model_folder(name, None if request.base_model else adapters[0].revision, request.trust)
+        require_loadable(ModelSection(model_name_or_path=str(folder)), request.trust)
+        return open_checkpoint(folder, request.trust)
+
+
+def _trained_on(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) -> Path | None:
+    """The checkpoint in 4 bits that an adapter was trained on, where it is merged into another one.
+
+    Raises:
+        UserError: it is needed for the proof and cannot be found.
+    """
+    found = next((each for each in adapters if each.quantization and each.quantization.prequantized), None)
+    if found is None or request.base_model is None or not request.verify:
+        return None
+    if request.weights == "original":
+        clock.note(
+            f"{found.folder} was trained on {found.base}, in 4 bits; what is merged is compared with the adapter on "
+            f"{request.base_model}"
+        )
+        return None
+    try:
+        return model_folder(found.base, found.revision, request.trust)
+    except UserError as error:
+        raise UserError(
+            f"the merged model is to be compared with the one that was trained, on {found.base}: {error.message}",
+            "leave --base-model out, or give --no-verify",
+        ) from None
+
+
+def _quantization(adapters: Sequence[AdapterFile]) -> Quantization:
+    return next((adapter.quantization for adapter in adapters if adapter.quantization), Quantization())
+
+
+def _dtype_of(base: Checkpoint) -> tuple[torch.dtype, str]:
+    stored = {tensor.dtype for tensor in base.tensors.values()}
+    if stored == {"F16"}:
+        return torch.float16, "as the base is stored"
+    return torch.bfloat16, "as the base is stored" if stored == {"BF16"} else "the usual"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _beside(source: Path) -> Path:
+    run = RunFolder(source)
+    return run.merged if run.manifest.exists() else source.with_name(f"{source.resolve().name}-merged")
