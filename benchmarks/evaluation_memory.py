@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora_q.data.tokens import batches
 from folora_q.evaluation.divergence import HeldOutText, compare
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.hardware import PeakMemory
 
 VOCABULARIES = (8_000, 32_000, 128_000)
@@ -74,7 +74,7 @@ def once(way: str, vocabulary: int, length: int, gpu: bool) -> None:
     model = get_peft_model(LlamaForCausalLM(config).to(device), LoraConfig(target_modules="all-linear"))
     ids = torch.randint(0, vocabulary, (TEXTS, length)).tolist()
     text = HeldOutText("random", "own", list(batches(ids, TEXTS, device)))
-    measure = {"ours": lambda text: compare(Contrast(model), text), "whole": lambda text: _whole_logits(model, text)}[
+    measure = {"ours": lambda text: compare(ModelPair(model), text), "whole": lambda text: _whole_logits(model, text)}[
         way
     ]
     measure(HeldOutText("few", "own", list(batches([row[:16] for row in ids], TEXTS, device))))  # libraries warm up

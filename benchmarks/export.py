@@ -38,7 +38,7 @@ from folora_q.export.verify import Difference, compare_logits, logits_of
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
@@ -183,7 +183,7 @@ def _compare(run: Path, scratch: Path) -> list[Row]:
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
     progress = ConsoleProgress()
     task = read_task_data(recipe.data, recipe.training.seed)
-    heldout = tokenize_task(recipe, task, tokenizer, Clock(progress)).heldout.sequences
+    heldout = tokenize_task(recipe, task, tokenizer, StageTimer(progress)).heldout.sequences
     texts = check_texts(adapter, tokenizer).sequences
     general = text_windows(GENERAL_TEXTS["prose"], tokenizer, 256)
     base = load_model(recipe.model, choose_hardware(recipe.model.dtype), tokenizer)

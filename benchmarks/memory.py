@@ -39,7 +39,7 @@ from folora_q.calibration.collect import build_gates
 from folora_q.calibration.sample import sample_proxy
 from folora_q.data.tokens import batches
 from folora_q.evaluation.divergence import HeldOutText, compare
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.memory.activations import Arithmetic, Batch, at_backward
 from folora_q.memory.components import adapter_parameters
 from folora_q.memory.estimate import CUDA_CONTEXT, estimate
@@ -49,7 +49,7 @@ from folora_q.models.demo import DEMO_MODEL, demo_model_folder
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model
 from folora_q.models.quantization import Quantization
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
 from folora_q.training.trainer import build_trainer
 
@@ -247,13 +247,13 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path):
         return list(batches([*ids[:-1], ids[-1][:-1]], rows, hardware.device))  # one is padded
 
     if stage == "statistics":
-        clock = Clock(ConsoleProgress())
+        clock = StageTimer(ConsoleProgress())
         size = recipe.gate.batch_size
         recompute = recipe.training.recomputes_on(hardware.device.type == "cuda")
         return lambda: build_gates(model, pairs, text(size), text(size), recipe.gate, clock, recompute=recompute)
     if stage == "evaluation":
         own = HeldOutText("own", "own", text(recipe.evaluation.batch_size))
-        return lambda: compare(Contrast(model), own)
+        return lambda: compare(ModelPair(model), own)
     rows = recipe.training.per_device_train_batch_size
     ids = torch.randint(5, vocabulary, (4 * rows, length)).tolist()
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})

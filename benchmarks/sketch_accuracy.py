@@ -20,8 +20,8 @@ quiet_libraries()  # before they are imported
 
 import torch
 
-from folora_q.calibration.hooks import feeding, shared_inputs
-from folora_q.calibration.sample_cache import kept_or_sampled
+from folora_q.calibration.hooks import collect_inputs, shared_inputs
+from folora_q.calibration.sample_cache import load_or_sample
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.task_data import chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
@@ -30,7 +30,7 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
@@ -76,12 +76,12 @@ def memory() -> None:
 def captured() -> None:
     """The share of a covariance's trace that the leading directions hold, by module."""
     recipe = load_recipe(recipes_folder() / "demo.yaml")
-    clock = Clock(ConsoleProgress())
+    clock = StageTimer(ConsoleProgress())
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
     hardware = choose_hardware()
     base = load_model(recipe.model, hardware, tokenizer)
     rows = tokenize_task(recipe, read_task(recipe, clock), tokenizer, clock).train.sequences
-    samples = kept_or_sampled(base.model, tokenizer, base.fingerprint, str(hardware.dtype), recipe.proxy, clock)
+    samples = load_or_sample(base.model, tokenizer, base.fingerprint, str(hardware.dtype), recipe.proxy, clock)
     own = [sample.ids for sample in samples[: recipe.proxy.num_samples]]
     device = hardware.device
     texts = {
@@ -110,7 +110,7 @@ def captured() -> None:
 
 def _captured(model, readers, text: Sequence[Batch], rank: int, done) -> dict[str, float]:
     sketches = {name: CovarianceSketch(module.in_features, rank, OVERSAMPLING) for name, module in readers.items()}
-    with torch.no_grad(), model.disable_adapter(), feeding(readers, sketches) as counted:
+    with torch.no_grad(), model.disable_adapter(), collect_inputs(readers, sketches) as counted:
         for batch in text:
             counted.mask = batch.attention_mask
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)

@@ -46,7 +46,7 @@ class Stage:
 
 
 @dataclass
-class Clock:
+class StageTimer:
     """Time and memory by stage, in the order of their first end; a stage that comes again adds to itself."""
 
     progress: Progress

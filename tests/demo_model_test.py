@@ -20,7 +20,7 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import LoadedModel, load_model
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection, ProxySection
 from tests.conftest import Silent
@@ -64,7 +64,7 @@ def real() -> Real:
     whole = [sample.ids for sample in samples]
     (proxy_batch,) = batches([*whole, *crops(whole, seed=0)], 64, CPU)
     (task_batch,) = batches(task, 64, CPU)
-    gates = build_gates(model, adapter_pairs(model), [proxy_batch], [task_batch], SECTION, Clock(Silent()))
+    gates = build_gates(model, adapter_pairs(model), [proxy_batch], [task_batch], SECTION, StageTimer(Silent()))
     return Real(base, model, samples, gates, inputs_of(model, proxy_batch), inputs_of(model, task_batch))
 
 

@@ -30,7 +30,7 @@ from benchmarks.frontier.training import Cost, release, train
 from benchmarks.live_tensors import GIVE_BACK
 from folora_q.cli.console import ConsoleProgress
 from folora_q.errors import RunFailed
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.storage.files import atomic_write
 
@@ -102,7 +102,7 @@ def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, tim
         timed: time plain LoRA too, after which the peak is no longer the method's alone.
     """
     (series,) = [series for series in methods() if series.name == name]
-    ground = Ground(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, Clock(ConsoleProgress()))
+    ground = Ground(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, StageTimer(ConsoleProgress()))
 
     def let_go(step: int, _: PeftModel) -> None:
         if step == 0:

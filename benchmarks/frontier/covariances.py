@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from folora_q.calibration.collect import BYTES, Reading, in_rounds
+from folora_q.calibration.collect import BYTES, Reading, partition_by_memory
 from folora_q.calibration.hooks import shared_inputs
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import Batch
@@ -67,7 +67,7 @@ def measure(model: PeftModel, text: Sequence[Batch], at_once: float = AT_ONCE) -
         found: dict[str, Tensor] = {}
         # Each has a basis and a sum, (d, d).
         needed = {group[0]: 2 * BYTES * modules[group[0]].in_features ** 2 for group in groups}
-        for share in in_rounds(needed, at_once):
+        for share in partition_by_memory(needed, at_once):
             widths = {name: modules[name].in_features for name in share}
             sinks = {name: ProjectedCovariance(torch.eye(d), device=model.device) for name, d in widths.items()}
             reading.feed(text, sinks)

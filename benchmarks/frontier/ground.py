@@ -18,7 +18,7 @@ from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
 from folora_q.calibration.collect import build_gates
 from folora_q.calibration.gate_store import load_gates, save_gates
-from folora_q.calibration.sample_cache import kept_or_sampled, read_samples, settings_of_text
+from folora_q.calibration.sample_cache import load_or_sample, read_samples, settings_of_text
 from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
@@ -31,7 +31,7 @@ from folora_q.models.adapters import AdapterPair, adapter_pairs, keep_in_float32
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
 from folora_q.recipe.schema import GateSection
 
@@ -58,7 +58,7 @@ class Ground:
         device_name: where it all runs, for the record.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, clock: Clock) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, clock: StageTimer) -> None:
         self.recipe, self.clock, self.kept = recipe, clock, folder / "gates"
         self.scorer = make_scorer(recipe.evaluation, allow_code=False)
         evaluation = recipe.evaluation.model_copy(update={"general_text": None})  # the packaged ones
@@ -71,7 +71,7 @@ class Ground:
         self.base: PreTrainedModel = loaded.model
         if self.base.device.type == "cpu":
             decode(self.base)
-        samples = read_samples(written(recipe), self.base.get_input_embeddings().weight.shape[0]) or kept_or_sampled(
+        samples = read_samples(written(recipe), self.base.get_input_embeddings().weight.shape[0]) or load_or_sample(
             self.base, self.tokenizer, loaded.fingerprint, str(hardware.dtype), recipe.proxy, clock
         )
         ids = [sample.ids for sample in samples]

@@ -107,7 +107,7 @@ def _states(model: PreTrainedModel, text: HeldOutText) -> tuple[Tensor, Tensor]:
     wanted, states = [], []
     for batch in text.batches:
         wanted.append(batch.targets)
-        states.append(hidden_states(model, batch.input_ids, batch.attention_mask)[batch.predicting])
+        states.append(hidden_states(model, batch.input_ids, batch.attention_mask)[batch.loss_positions])
     return torch.cat(wanted), torch.cat(states)
 
 

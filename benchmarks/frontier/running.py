@@ -21,7 +21,7 @@ from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
 from folora_q.data.batch_splitting import ran_out
 from folora_q.errors import RunFailed, first_line
-from folora_q.progress import Clock, Progress
+from folora_q.progress import Progress, StageTimer
 from folora_q.recipe import load_recipe
 
 
@@ -96,7 +96,7 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
     missing = [run for run in wanted if not run[0].exists()][plan.share[0] :: plan.share[1]]
     if not missing:
         return
-    ground = Ground(recipe, plan.output, Clock(progress))
+    ground = Ground(recipe, plan.output, StageTimer(progress))
     steps = max(1, round(plan.epochs * len(ground.rows()[0]) / recipe.training.per_device_train_batch_size))
     with ground.clock.stage("measuring the base", None):
         yardstick = Yardstick(ground, problems() if plan.human_eval else ())

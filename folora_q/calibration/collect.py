@@ -15,22 +15,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from folora_q.calibration.hooks import feeding, shared_inputs, weighing
+from folora_q.calibration.hooks import collect_inputs, collect_weighted_inputs, shared_inputs
 from folora_q.core import (
     CovarianceSketch,
     LowRankCovariance,
     ProjectedCovariance,
     SpectralGate,
     joint_basis,
+    normalizers,
     refined_basis,
-    units,
 )
-from folora_q.data.batch_splitting import Halving, ran_out, rows_of
+from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
 from folora_q.data.tokens import Batch
 from folora_q.errors import RunFailed, first_line
 from folora_q.models.adapters import AdapterPair, adapter_off
 from folora_q.models.logits import chunks, head_logits, hidden_states
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe.schema import GateSection
 
 Text = Sequence[Batch]
@@ -45,7 +45,7 @@ def build_gates(
     proxy: Text,
     task: Text,
     section: GateSection,
-    clock: Clock,
+    clock: StageTimer,
     memory: float | None = None,
     recompute: bool = False,
 ) -> dict[str, SpectralGate]:
@@ -71,12 +71,12 @@ def build_gates(
         groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
         columns = columns_held(section)
         needed = {group[0]: modules[group[0]].in_features * columns * BYTES / GIB for group in groups}
-        shares = in_rounds(needed, memory)
+        shares = partition_by_memory(needed, memory)
         readings = 1 + len(section.readings)
         found: dict[str, SpectralGate] = {}
         with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
-            halving = Halving("taking statistics of", clock.note)
-            reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, halving)
+            splitter = BatchSplitter("taking statistics of", clock.note)
+            reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
             for share in shares:
                 found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
     torch.cuda.empty_cache()  # blocks as large as a batch of text would split badly in training; nothing without CUDA
@@ -97,7 +97,7 @@ def row_penalties(
     gates: Mapping[str, SpectralGate],
     texts: tuple[Text, Text],
     section: GateSection,
-    clock: Clock,
+    clock: StageTimer,
     recompute: bool = False,
 ) -> dict[str, tuple[float, float]]:
     """tr(A Σ Aᵀ) of the rows that A has now, for each of two texts, by layer: one that the gates were made of, one not.
@@ -118,8 +118,8 @@ def row_penalties(
 
     model.eval()
     with adapter_off(model), clock.stage("penalty of A's rows, in sample and held out", sum(map(len, texts))) as done:
-        halving = Halving("taking statistics of", clock.note)
-        reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, halving)
+        splitter = BatchSplitter("taking statistics of", clock.note)
+        reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
         draw = 0 if reading.weighted else None
         both = [reading.stream(text, len(rows), new_sinks, draw) for text in texts]
     return {
@@ -145,7 +145,7 @@ class Reading:
     weighted: bool
     recompute: bool = False
     on_progress: Callable[[int], None] = lambda _: None
-    halving: Halving = field(default_factory=lambda: Halving("taking statistics of"))
+    splitter: BatchSplitter = field(default_factory=lambda: BatchSplitter("taking statistics of"))
 
     def stream(
         self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
@@ -171,8 +171,8 @@ class Reading:
                     "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
                 )
             del sinks
-            rows = max(self.halving.fitting(len(batch.input_ids)) for batch in text)
-            self.halving.halve(rows, text[0].input_ids.shape[1])
+            rows = max(self.splitter.fitting(len(batch.input_ids)) for batch in text)
+            self.splitter.halve(rows, text[0].input_ids.shape[1])
 
     def feed(self, text: Text, sinks: Mapping[str, Sink], draw: int | None = None) -> None:
         """Show the sinks a text.
@@ -185,16 +185,18 @@ class Reading:
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
         seen, learned = (
             sum(int(x.sum()) for x in marks)
-            for marks in zip(*((b.attention_mask, b.predicting) for b in text), strict=True)
+            for marks in zip(*((b.attention_mask, b.loss_positions) for b in text), strict=True)
         )
         unit = (seen / max(learned, 1)) ** 0.5  # sinks take the mean over all tokens
-        watching = weighing(self.modules, by_module) if self.weighted else feeding(self.modules, sinks)
+        watching = (
+            collect_weighted_inputs(self.modules, by_module) if self.weighted else collect_inputs(self.modules, sinks)
+        )
         with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
             for batch in text:
                 rows = len(batch.input_ids)
-                for start in range(0, rows, size := self.halving.fitting(rows)):
+                for start in range(0, rows, size := self.splitter.fitting(rows)):
                     part = rows_of(batch, start, start + size)
-                    counted.mask = part.attention_mask if self.weighted else part.predicting
+                    counted.mask = part.attention_mask if self.weighted else part.loss_positions
                     counted.weight = part.weight
                     if self.weighted:
                         _backward(self.model.get_base_model(), part, unit, labels)
@@ -210,7 +212,7 @@ def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Ge
     Args:
         labels: draws each token's label from the model's own distribution, in place of the text's.
     """
-    hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.predicting]
+    hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.loss_positions]
     wanted = part.targets
     if len(wanted) == 0:
         return
@@ -292,12 +294,12 @@ def _gates_of(
             both[name] = tuple(replace(seen, trace=trace) for seen, trace in zip(both[name], traces, strict=True))
             gates[name] = _solved(name, section, both[name], bases[name], grams)
             if with_image:
-                of = units(*both[name], section.covariance == "fisher")
+                of = normalizers(*both[name], section.covariance == "fisher")
                 images = tuple(image / unit for image, unit in zip(images, of, strict=True))
                 bases[name] = refined_basis(gates[name], images, section.rank)
     if not section.readings:
         gates = {name: _solved(name, section, both[name], bases[name], None) for name in widths}
-    return {name: gate.narrowed(section.rank).to(device, dtype) for name, gate in gates.items()}
+    return {name: gate.truncated(section.rank).to(device, dtype) for name, gate in gates.items()}
 
 
 def _projected(
@@ -344,7 +346,7 @@ def _solved(
         ) from error
 
 
-def in_rounds(needed: Mapping[str, float], memory: float | None) -> list[list[str]]:
+def partition_by_memory(needed: Mapping[str, float], memory: float | None) -> list[list[str]]:
     """Layers whose statistics stand in memory together, in order, by what each needs; None has room for all."""
     if memory is None:
         return [list(needed)]

@@ -54,7 +54,7 @@ def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids:
 
 
 @contextmanager
-def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
+def collect_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
     """While this lasts, every forward pass feeds each module's input to its sink.
 
     Yields:
@@ -77,8 +77,8 @@ def feeding(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) ->
 
 
 @contextmanager
-def weighing(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
-    """As `feeding`, in the backward pass: each token is fed times ‖g‖, g the gradient at the module's output.
+def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
+    """As `collect_inputs`, in the backward pass: each token is fed times ‖g‖, g the gradient at the module's output.
 
     The sum over tokens of ‖g‖² x xᵀ is what the loss's Fisher information has to say of the directions that a module
     reads (K-FAC, arXiv 1503.05671, without its independence of x and g).

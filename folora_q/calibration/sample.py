@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.rendering import Renderer
 from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs
 from folora_q.errors import RunFailed, UserError, first_line
@@ -47,7 +47,7 @@ def sample_proxy(
     tokenizer: Tokenizer,
     section: ProxySection,
     on_progress: Callable[[int], None] = lambda count: None,
-    halving: Halving | None = None,
+    splitter: BatchSplitter | None = None,
 ) -> list[ProxySample]:
     """Draw `num_samples + num_heldout_samples` sequences from the model, with no adapter on it.
 
@@ -55,13 +55,13 @@ def sample_proxy(
 
     Args:
         on_progress: called with the number of samples gained.
-        halving: what to do where memory runs out, after which the same seed gives other text; None raises.
+        splitter: what to do where memory runs out, after which the same seed gives other text; None raises.
 
     Raises:
         UserError: chats are asked for and there is no chat template.
         RunFailed: the model gives too little text that passes.
     """
-    halving = halving or Halving("sampling", enabled=False)
+    splitter = splitter or BatchSplitter("sampling", enabled=False)
     wanted = section.num_samples + section.num_heldout_samples
     sources = {"bos": ["bos"], "chat": ["chat"], "mixed": ["bos", "chat"]}[section.source]
     device = next(model.parameters()).device
@@ -76,7 +76,7 @@ def sample_proxy(
                 missing = target - len(samples)
                 if missing <= 0:
                     break
-                drawn = _draw(model, tokenizer, section, source, missing, halving)
+                drawn = _draw(model, tokenizer, section, source, missing, splitter)
                 passed = [ids for ids in drawn if len(ids) >= SHORTEST_SAMPLE and _passes(ids, section, seen)]
                 samples += [ProxySample(ids, source) for ids in passed[:missing]]
                 on_progress(min(len(passed), missing))
@@ -121,7 +121,12 @@ def chat_openings(tokenizer: Tokenizer) -> str:
 
 
 def _draw(
-    model: PreTrainedModel, tokenizer: Tokenizer, section: ProxySection, source: str, count: int, halving: Halving
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    section: ProxySection,
+    source: str,
+    count: int,
+    splitter: BatchSplitter,
 ) -> Iterator[list[int]]:
     mixture = PAPER_MIXTURE if section.decoding == "paper" else PLAIN
     left = count
@@ -135,7 +140,7 @@ def _draw(
                 return _continue(model, tokenizer, prompts, section.max_new_tokens, decoding)
             return _draw_chats(model, tokenizer, stop - start, section.max_new_tokens, decoding)
 
-        for samples in halving.over(amount, section.max_new_tokens, draw, section.batch_size):
+        for samples in splitter.over(amount, section.max_new_tokens, draw, section.batch_size):
             yield from samples
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.calibration.sample import ProxySample, sample_proxy
-from folora_q.data.batch_splitting import Halving
-from folora_q.progress import Clock
+from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.progress import StageTimer
 from folora_q.recipe.schema import ProxySection
 from folora_q.storage.files import atomic_write, cache_folder
 from folora_q.storage.untrusted import parse_json, read_lines
@@ -21,8 +21,8 @@ from folora_q.storage.untrusted import parse_json, read_lines
 FORMAT = 2
 
 
-def kept_or_sampled(
-    model: PreTrainedModel, tokenizer: Tokenizer, fingerprint: str, dtype: str, section: ProxySection, clock: Clock
+def load_or_sample(
+    model: PreTrainedModel, tokenizer: Tokenizer, fingerprint: str, dtype: str, section: ProxySection, clock: StageTimer
 ) -> list[ProxySample]:
     """The text that a model wrote before under these settings, or that it writes now.
 
@@ -36,7 +36,7 @@ def kept_or_sampled(
         clock.note(f"sampled text taken from {path}")
         return samples
     with clock.stage("sampling text from the base model", section.num_samples + section.num_heldout_samples) as done:
-        samples = sample_proxy(model, tokenizer, section, done, Halving("sampling", clock.note))
+        samples = sample_proxy(model, tokenizer, section, done, BatchSplitter("sampling", clock.note))
     try:
         write_samples(path, samples, tokenizer)
         clock.note(f"sampled text kept in {path}")

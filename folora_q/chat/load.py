@@ -18,8 +18,8 @@ from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_answers
 from folora_q.storage.untrusted import MIB, parse_json, read_text
-from folora_q.targets.find import find_subject
-from folora_q.targets.load import load_subject
+from folora_q.targets.find import find_target
+from folora_q.targets.load import load_target
 
 FIRST_ROWS = 20
 
@@ -36,8 +36,8 @@ def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = Fal
     Raises:
         UserError: there is no such thing, it cannot or must not be loaded, or there is nothing to compare it with.
     """
-    loaded = load_subject(find_subject(name), dtype, bits, compare=compare, trust=trust)
-    subject, tokenizer = loaded.subject, loaded.tokenizer
+    loaded = load_target(find_target(name), dtype, bits, compare=compare, trust=trust)
+    target, tokenizer = loaded.target, loaded.tokenizer
     stops = loaded.model.generation_config.eos_token_id
     stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
@@ -46,11 +46,11 @@ def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = Fal
         model=loaded.model,
         tokenizer=tokenizer,
         name=name,
-        origin=f"{subject.kind}, in {bits} bits, computing in {loaded.hardware}",
+        origin=f"{target.kind}, in {bits} bits, computing in {loaded.hardware}",
         stops=stops,
         base=loaded.base,
-        system=None if subject.run is None else _system_prompt(subject.run),
-        thoughtless=subject.run is not None and _thoughtless(subject.run),
+        system=None if target.run is None else _system_prompt(target.run),
+        thoughtless=target.run is not None and _thoughtless(target.run),
     )
 
 

@@ -15,7 +15,7 @@ from folora_q.errors import UserError
 from folora_q.report.comparison import (
     NO_TRAJECTORY,
     AtEqualLoss,
-    Row,
+    TableRow,
     at_ends,
     at_equal_loss,
     names_of,
@@ -82,7 +82,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def _ends_table(rows: Sequence[Row], names: Sequence[str]) -> Table:
+def _ends_table(rows: Sequence[TableRow], names: Sequence[str]) -> Table:
     table = Table()
     table.add_column("")
     table.add_column("base", justify="right", no_wrap=True)

@@ -16,7 +16,7 @@ from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.config import read_config
-from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
+from folora_q.memory.estimate import GIB, PARTS, MemoryEstimate, estimate
 from folora_q.memory.shapes import ModelShape, is_known, leaving_out, shape_of
 from folora_q.memory.shapes_from_meta import shape_of_parameters
 from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
@@ -34,7 +34,7 @@ FROZEN = ("4-bit weights", "their constants", "16-bit weights")
 @click.option("--gpu", "card", type=click.FloatRange(min=1), metavar="GB", help="A card's memory: 8, 12, 16, 24, ...")
 @click.pass_context
 def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: Recipe, card: float | None) -> None:
-    """Estimate a RECIPE's peak memory on a GPU, by stage and part, from the model's config.json alone.
+    """MemoryEstimate a RECIPE's peak memory on a GPU, by stage and part, from the model's config.json alone.
 
     Exit code 1 says that it does not fit the card of --gpu, and then it says what to change, least harm first.
     """
@@ -73,7 +73,7 @@ def _shape(recipe: Recipe, debug: bool) -> tuple[ModelShape, StoredQuantization 
     return leaving_out(shape_of_parameters(*parameter_shapes(config)), skipped), stored
 
 
-def _print_head(recipe: Recipe, shape: ModelShape, found: Estimate) -> None:
+def _print_head(recipe: Recipe, shape: ModelShape, found: MemoryEstimate) -> None:
     sizes = f"{shape.parameters / 1e9:,.2f} billion parameters, {shape.quantized / shape.parameters:.0%} in 4 bits"
     name = escape(recipe.model.model_name_or_path)
     out.print(f"[bold]{name}[/]: {sizes}; {found.trained / 1e6:,.1f} million trained", soft_wrap=True)
@@ -85,7 +85,7 @@ def _print_head(recipe: Recipe, shape: ModelShape, found: Estimate) -> None:
     out.print(f"[dim]steps of {rows} x {training.max_length:,} tokens, all rows at their longest[/]\n", soft_wrap=True)
 
 
-def _table(found: Estimate) -> Table:
+def _table(found: MemoryEstimate) -> Table:
     """Parts by stage, in GiB; a dot is less than 5 MiB."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("GiB")
@@ -106,7 +106,7 @@ def _gib(size: int) -> str:
     return f"{size / GIB:,.2f}" if size >= 0.005 * GIB else "·"
 
 
-def _print_cards(found: Estimate, cards: Sequence[float]) -> None:
+def _print_cards(found: MemoryEstimate, cards: Sequence[float]) -> None:
     """A bar of the card for each: frozen weights, what else stands, and what passes."""
     out.print()
     frozen = sum(found.largest.device[name] for name in FROZEN)
@@ -127,7 +127,7 @@ def _print_cards(found: Estimate, cards: Sequence[float]) -> None:
     out.print(f"{' ' * 8}[{HELD}]█[/][dim] frozen weights [/][{WORKING}]█[/][dim] {rest}[/]", soft_wrap=True)
 
 
-def _print_host_and_disk(found: Estimate) -> None:
+def _print_host_and_disk(found: MemoryEstimate) -> None:
     busiest = max(found.stages, key=lambda stage: stage.on_host)
     out.print(f"\nhost memory  {found.host / GIB:,.1f} GiB, at most ({busiest.name})", soft_wrap=True)
     parts = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in found.disk.items() if size >= 5e7)

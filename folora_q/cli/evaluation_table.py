@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from folora_q.cli.console import out, print_table, visible
-from folora_q.runs.results import AnswerResult, Change, Estimate, Evaluation, HarnessResult
+from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, Interval, PairedChange
 
 ANSWER_LENGTH = 200
 
@@ -18,7 +18,7 @@ def print_evaluation(found: Evaluation, title: str) -> None:
     for heading in ("base", "tuned", "change", "95 % interval"):
         table.add_column(heading, justify="right")
 
-    def add(label: str, change: Change, form: str, lower_is_better: bool) -> None:
+    def add(label: str, change: PairedChange, form: str, lower_is_better: bool) -> None:
         good = (change.change.value < 0) == lower_is_better
         colour = "" if change.change.value == 0 else "green" if good else "yellow"
         table.add_row(
@@ -29,7 +29,7 @@ def print_evaluation(found: Evaluation, title: str) -> None:
             _interval(change.change, f"+{form}"),
         )
 
-    def add_kl(label: str, kl: Estimate, agreement: Estimate) -> None:
+    def add_kl(label: str, kl: Interval, agreement: Interval) -> None:
         table.add_row(label, "0", f"{kl.value:.4f}", f"[yellow]{kl.value:+.4f}[/]", _interval(kl, "+.4f"))
         lost = agreement.value - 1
         table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
@@ -78,7 +78,7 @@ def print_answer(answer: AnswerResult) -> None:
         out.print(f"[bold]{name:6}[/] {escape(visible(line))}", soft_wrap=True)
 
 
-def _interval(estimate: Estimate, form: str) -> str:
+def _interval(estimate: Interval, form: str) -> str:
     return f"[dim]{estimate.low:{form}} to {estimate.high:{form}}[/]"
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from folora_q.cli.console import out, print_table, starting, visible
 from folora_q.cli.options import code_option, recipe_arguments
 from folora_q.models.trust import Trust
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def command(
         from folora_q.data.advice import size_warnings
         from folora_q.data.task_data import chat_template, read_task, tokenize_task
         from folora_q.models.tokenizer import load_tokenizer
-    clock = Clock(progress)
+    clock = StageTimer(progress)
     task = read_task(recipe, clock)
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe), trust)
     data = tokenize_task(recipe, task, tokenizer, clock)

@@ -3,7 +3,7 @@
 Imports torch and nothing else of the stack, so that it is usable in anyone's training loop.
 """
 
-from folora_q.core.gate import SpectralGate, units
+from folora_q.core.gate import SpectralGate, normalizers
 from folora_q.core.optimizer import GatedOptimizer, SpectralAdamW
 from folora_q.core.refine_basis import refined_basis
 from folora_q.core.sketch import CovarianceSketch, ProjectedCovariance
@@ -17,6 +17,6 @@ __all__ = [
     "SpectralAdamW",
     "SpectralGate",
     "joint_basis",
+    "normalizers",
     "refined_basis",
-    "units",
 ]

@@ -115,7 +115,7 @@ class SpectralGate:
         sp, st = grams if grams is not None else (penalty.project(basis), utility.project(basis))
         if sp.shape != (m, m) or st.shape != (m, m):
             raise ValueError(f"the grams must be ({m}, {m}), got {tuple(sp.shape)} and {tuple(st.shape)}")
-        of_penalty, of_utility = units(penalty, utility, one_unit)
+        of_penalty, of_utility = normalizers(penalty, utility, one_unit)
         return cls(
             basis.float(),
             sp.double() / of_penalty,
@@ -149,7 +149,7 @@ class SpectralGate:
         odds = (quotients / self.gate_lambda).pow(self.sharpness)
         return (1 - 1 / (1 + odds)).clamp_min(self.floor)
 
-    def narrowed(self, rank: int) -> SpectralGate:
+    def truncated(self, rank: int) -> SpectralGate:
         """The gate in the space of its `rank` largest quotients, (d, 2 rank): V and HV of these.
 
         They stay solutions there, and P acts on them as before; what else the basis held joins the complement.
@@ -307,7 +307,7 @@ def rank_gates(penalty: Tensor, utility: Tensor, gate_of: Callable[[Tensor], Ten
     return identity + change
 
 
-def units(penalty: LowRankCovariance, utility: LowRankCovariance, one_unit: bool = False) -> tuple[float, float]:
+def normalizers(penalty: LowRankCovariance, utility: LowRankCovariance, one_unit: bool = False) -> tuple[float, float]:
     """What a gate divides Σp and Σt by; see `SpectralGate.from_covariances`."""
     return penalty.mean_variance or 1.0, (penalty if one_unit else utility).mean_variance or 1.0
 

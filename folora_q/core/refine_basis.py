@@ -23,7 +23,7 @@ def refined_basis(gate: SpectralGate, images: tuple[Tensor, Tensor], rank: int) 
 
     Args:
         gate: solved in P with the exact grams.
-        images: (ΣpP, ΣtP), each (d, m), in the gate's units (`units`).
+        images: (ΣpP, ΣtP), each (d, m), in the gate's units (`normalizers`).
         rank: so many of the largest quotients are made better.
     """
     basis, leading = gate.basis.double().cpu(), gate.vectors[:, :rank]

@@ -14,7 +14,7 @@ from folora_q.errors import RunFailed
 Result = TypeVar("Result")
 
 
-class Halving:
+class BatchSplitter:
     """Remembers how many sequences fit, from the first time that more did not.
 
     Args:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from folora_q.data.formats import Example, Text, content_of, shape_of, to_example
-from folora_q.data.rows import RowError, Sieve
+from folora_q.data.rows import ErrorPolicy, RowError
 from folora_q.data.sources import find, read_source
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.errors import UserError
@@ -79,12 +79,12 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
     Raises:
         UserError: a source cannot be read, a row cannot be used (unless `on_error: skip`), or nothing is left.
     """
-    sieve: Sieve = Sieve(section.on_error == "skip")
+    error_policy: ErrorPolicy = ErrorPolicy(section.on_error == "skip")
     facts: list[SourceFacts] = []
     heldout: list[Example] = []
     train: list[Example] = []
     for number, source in enumerate(section.train_dataset):
-        examples = _read(source, sieve, facts)
+        examples = _read(source, error_policy, facts)
         chooser = random.Random(f"{seed} {number}")
         if section.eval_dataset is None:
             size = _share_of(section.eval_size, number, len(section.train_dataset))
@@ -92,14 +92,14 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
             heldout += held
         train += _weighted(examples, source.weight, chooser)
     for source in section.eval_dataset or []:
-        heldout += _read(source, sieve, facts)
+        heldout += _read(source, error_policy, facts)
     train = _at_most(train, section.max_train_samples, seed)
     heldout = _at_most(heldout, section.max_eval_samples, seed)
     if not train:
         raise UserError("no training row is left", "check `weight` and `on_error` in the recipe's data section")
     known = {content_of(example) for example in train}
     repeated = sum(content_of(example) in known for example in heldout)
-    return TaskData(train, heldout, facts, sieve.skipped, repeated)
+    return TaskData(train, heldout, facts, error_policy.skipped, repeated)
 
 
 def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
@@ -109,7 +109,7 @@ def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
         UserError: as `read_task_data`, as far as these rows show it.
     """
     facts: list[SourceFacts] = []
-    _read(source, Sieve(on_error == "skip"), facts, rows)
+    _read(source, ErrorPolicy(on_error == "skip"), facts, rows)
     return facts[0]
 
 
@@ -119,7 +119,7 @@ def first_examples(source: Source, rows: int | None, on_error: str) -> list[Exam
     Raises:
         UserError: as `examine`.
     """
-    return _read(source, Sieve(on_error == "skip"), [], rows)
+    return _read(source, ErrorPolicy(on_error == "skip"), [], rows)
 
 
 def _some(names: list[str]) -> str:
@@ -127,15 +127,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | None = None) -> list[Example]:
+def _read(
+    source: Source, error_policy: ErrorPolicy, facts: list[SourceFacts], most: int | None = None
+) -> list[Example]:
     found: list[Shape] = []
     columns: set[str] = set()
     filled: set[str] = set()
-    skipped_before = len(sieve.skipped)
+    skipped_before = len(error_policy.skipped)
     there = find(source)
 
     def examples() -> Iterator[Example | RowError]:
-        for row in sieve.pass_on(islice(read_source(source, there), most)):
+        for row in error_policy.pass_on(islice(read_source(source, there), most)):
             columns.update(row.values)
             try:
                 shape = shape_of(row, source)
@@ -150,8 +152,8 @@ def _read(source: Source, sieve: Sieve, facts: list[SourceFacts], most: int | No
             except RowError as error:
                 yield error
 
-    usable = list(sieve.pass_on(examples()))
-    skipped = sieve.skipped[skipped_before:]
+    usable = list(error_policy.pass_on(examples()))
+    skipped = error_policy.skipped[skipped_before:]
     if not usable:
         raise UserError(
             f"no row of {source.path} can be used; the first: {skipped[0].message}"

@@ -39,7 +39,7 @@ class RowError(UserError):
 
 
 @dataclass
-class Sieve(Generic[Item]):
+class ErrorPolicy(Generic[Item]):
     """What `data.on_error` says to do with rows that cannot be used: raise the first, or collect them.
 
     Attributes:

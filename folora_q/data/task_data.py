@@ -14,7 +14,7 @@ from folora_q.data.rendering import Renderer
 from folora_q.data.templates import read_template
 from folora_q.data.tokenized import Tokenized, tokenize
 from folora_q.errors import UserError
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe.schema import Recipe
 
 
@@ -55,7 +55,7 @@ class TaskTokens:
         }
 
 
-def read_task(recipe: Recipe, clock: Clock) -> TaskData:
+def read_task(recipe: Recipe, clock: StageTimer) -> TaskData:
     """Read the recipe's rows, and tell what they are.
 
     Raises:
@@ -79,7 +79,7 @@ def read_task(recipe: Recipe, clock: Clock) -> TaskData:
     return task
 
 
-def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: Clock) -> TaskTokens:
+def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: StageTimer) -> TaskTokens:
     """Both halves of the task as tokens, and what was left out.
 
     Raises:

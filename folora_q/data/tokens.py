@@ -31,14 +31,14 @@ class Batch(NamedTuple):
     weight: float = 1.0
 
     @property
-    def predicting(self) -> Tensor:
+    def loss_positions(self) -> Tensor:
         """Where the token that follows counts, (b, t) bool: what is learned or measured is what is made of these."""
         counted = self.labels != IGNORED
         return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
 
     @property
     def targets(self) -> Tensor:
-        """The tokens that count, (n,), in the order of `predicting`."""
+        """The tokens that count, (n,), in the order of `loss_positions`."""
         labels = self.labels[:, 1:]
         return labels[labels != IGNORED]
 

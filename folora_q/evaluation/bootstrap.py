@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from folora_q.runs.results import Change, Estimate
+from folora_q.runs.results import Interval, PairedChange
 
 RESAMPLES = 2000
 # Resamples drawn at a time: 100 of 10,000 texts are 8 MB.
@@ -27,7 +27,7 @@ class Tally:
         return float(self.sums.sum() / self.counts.sum())
 
 
-def estimate(tally: Tally, seed: int = 0) -> Estimate:
+def estimate(tally: Tally, seed: int = 0) -> Interval:
     """The mean with its percentile interval.
 
     Texts are drawn, not tokens, which depend on each other within a text; the mean is sum / count of what was drawn.
@@ -36,10 +36,10 @@ def estimate(tally: Tally, seed: int = 0) -> Estimate:
     return _interval(tally.mean, _means(tally, seed))
 
 
-def change(base: Tally, tuned: Tally, seed: int = 0) -> Change:
+def change(base: Tally, tuned: Tally, seed: int = 0) -> PairedChange:
     """Both means, and their difference from the same draws of texts: what texts have in common drops out of it."""
     of_base, of_tuned = _means(base, seed), _means(tuned, seed)
-    return Change(
+    return PairedChange(
         base=_interval(base.mean, of_base),
         tuned=_interval(tuned.mean, of_tuned),
         change=_interval(tuned.mean - base.mean, of_tuned - of_base),
@@ -57,6 +57,6 @@ def _means(tally: Tally, seed: int) -> np.ndarray:
     return np.concatenate(means)
 
 
-def _interval(value: float, means: np.ndarray) -> Estimate:
+def _interval(value: float, means: np.ndarray) -> Interval:
     low, high = np.quantile(means, [TAIL, 1 - TAIL])
-    return Estimate(value, float(low), float(high))
+    return Interval(value, float(low), float(high))

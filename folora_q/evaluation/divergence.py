@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch
 from folora_q.evaluation.bootstrap import Tally, change, estimate
-from folora_q.evaluation.model_pair import Contrast
-from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
+from folora_q.evaluation.model_pair import ModelPair
+from folora_q.models.logits import chunks, head_logits, hidden_states, verify_chunked_logits
 from folora_q.runs.results import TextKind, TextResult
 
 
@@ -31,10 +31,10 @@ class HeldOutText:
 
 
 def compare(
-    contrast: Contrast,
+    model_pair: ModelPair,
     text: HeldOutText,
     on_progress: Callable[[int], None] = lambda batches: None,
-    halving: Halving | None = None,
+    splitter: BatchSplitter | None = None,
 ) -> TextResult:
     """Losses of both models, KL(base ‖ tuned) and top-1 agreement, as means over the text's labelled tokens.
 
@@ -42,17 +42,17 @@ def compare(
     Memory is for the hidden states of one batch, and the logits of both models at a few positions.
 
     Args:
-        halving: what to do where memory runs out; None raises.
+        splitter: what to do where memory runs out; None raises.
     """
-    halving = halving or Halving("comparing", enabled=False)
+    splitter = splitter or BatchSplitter("comparing", enabled=False)
     parts: list[tuple[Tensor, Tensor]] = []
-    contrast.eval()
+    model_pair.eval()
     with torch.no_grad():
         for number, batch in enumerate(text.batches):
             if number == 0:
-                with contrast.base() as base:
-                    check_head(base, batch.input_ids)
-            parts.extend(halving.over_batch(batch, lambda part: _tally(contrast, part)))
+                with model_pair.base() as base:
+                    verify_chunked_logits(base, batch.input_ids)
+            parts.extend(splitter.over_batch(batch, lambda part: _tally(model_pair, part)))
             on_progress(1)
     all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
     said = all_counts > 0  # a row may have nothing but tokens that do not count
@@ -69,20 +69,20 @@ def compare(
     )
 
 
-def _tally(contrast: Contrast, batch: Batch) -> tuple[Tensor, Tensor]:
+def _tally(model_pair: ModelPair, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sums over each text's tokens, (4, b): loss of base and of tuned, KL, agreement; and the tokens' number, (b,)."""
-    counted = batch.predicting
+    counted = batch.loss_positions
     inputs = batch.input_ids, batch.attention_mask
-    with contrast.base() as base:
+    with model_pair.base() as base:
         of_base = hidden_states(base, *inputs)[counted]
-    with contrast.tuned() as tuned:
+    with model_pair.tuned() as tuned:
         of_tuned = hidden_states(tuned, *inputs)[counted]
     wanted, owners = batch.targets, counted.nonzero()[:, 0].cpu()
     sums = torch.zeros(4, len(counted), dtype=torch.float64)
     for part in chunks(len(wanted)):
-        with contrast.base(head_only=True) as base:
+        with model_pair.base(head_only=True) as base:
             log_p = log_softmax(head_logits(base, of_base[part], exact=True), dim=-1)
-        with contrast.tuned() as tuned:
+        with model_pair.tuned() as tuned:
             log_q = log_softmax(head_logits(tuned, of_tuned[part], exact=True), dim=-1)
         sums.index_add_(1, owners[part], _at_tokens(log_p, log_q, wanted[part]).double().cpu())
     return sums, counted.sum(1).double().cpu()

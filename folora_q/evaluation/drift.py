@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.core import SpectralGate
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import AdapterPair
 
 
@@ -34,39 +34,39 @@ class LayerChange:
     delta: Callable[[Tensor, Tensor], Tensor]  # of x and of the layer's output
 
 
-def layer_changes(contrast: Contrast) -> dict[str, LayerChange]:
+def layer_changes(model_pair: ModelPair) -> dict[str, LayerChange]:
     """Every linear layer that an adapter changes, or that both of two models have, but for the head."""
-    if contrast.adapted is not None:
+    if model_pair.adapted is not None:
         return {
             name: LayerChange(module.get_base_layer(), _adapter_delta(module))
-            for name, module in adapted_layers(contrast.adapted).items()
+            for name, module in adapted_layers(model_pair.adapted).items()
         }
-    theirs = dict(contrast.other.named_modules())
-    head = contrast.model.get_output_embeddings()
+    theirs = dict(model_pair.other.named_modules())
+    head = model_pair.model.get_output_embeddings()
     return {
         name: LayerChange(theirs[name], lambda x, out, module=module: module(x).float() - out.float())
-        for name, module in contrast.model.named_modules()
+        for name, module in model_pair.model.named_modules()
         if _is_linear(module) and module is not head and _is_linear(theirs.get(name))
     }
 
 
 def measured_drift(
-    contrast: Contrast,
+    model_pair: ModelPair,
     text: Iterable[Batch],
     on_progress: Callable[[int], None] = lambda batches: None,
-    halving: Halving | None = None,
+    splitter: BatchSplitter | None = None,
 ) -> dict[str, float]:
     """E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 for a layer that none reached.
 
     Args:
-        halving: what to do where memory runs out; None raises.
+        splitter: what to do where memory runs out; None raises.
     """
-    halving = halving or Halving("measuring drift of", enabled=False)
-    changes = layer_changes(contrast)
-    contrast.eval()
+    splitter = splitter or BatchSplitter("measuring drift of", enabled=False)
+    changes = layer_changes(model_pair)
+    model_pair.eval()
     totals: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}  # of the part in hand
-    with torch.no_grad(), contrast.base() as base, _watching(changes, seen) as mask:
+    with torch.no_grad(), model_pair.base() as base, _watching(changes, seen) as mask:
 
         def look(part: Batch) -> dict[str, Tensor]:
             seen.clear()
@@ -75,7 +75,7 @@ def measured_drift(
             return dict(seen)
 
         for batch in text:
-            for sums in halving.over_batch(batch, look):
+            for sums in splitter.over_batch(batch, look):
                 totals.update({name: totals.get(name, 0) + moved for name, moved in sums.items()})
             on_progress(1)
     return {name: _ratio(totals.get(name)) for name in changes}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Example, Text
 from folora_q.data.rendering import Renderer
 from folora_q.data.task_data import TaskTokens
@@ -18,7 +18,7 @@ from folora_q.data.windows import crops
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import adapted_layers, measured_drift, update_norm
 from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Question,
@@ -27,7 +27,7 @@ from folora_q.evaluation.task import (
     answer_both,
     mean_score,
 )
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe.schema import EvaluationSection
 from folora_q.runs.results import AnswerResult, LayerResult, ScoreResult, TextResult
 
@@ -117,26 +117,26 @@ def _questions(reader: Questions, section: EvaluationSection, examples: Sequence
 
 
 def evaluate(
-    contrast: Contrast,
+    model_pair: ModelPair,
     on: HeldOut,
     section: EvaluationSection,
     scorer: Scorer | None,
-    clock: Clock,
+    clock: StageTimer,
 ) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
     """Losses and predictions on every text, and the answers to every question with their mean score."""
-    contrast.eval()
-    halving = Halving("measuring", clock.note)
+    model_pair.eval()
+    splitter = BatchSplitter("measuring", clock.note)
     with clock.stage("comparing losses and predictions", sum(len(text.batches) for text in on.texts)) as done:
-        texts = [compare(contrast, text, done, halving) for text in on.texts]
+        texts = [compare(model_pair, text, done, splitter) for text in on.texts]
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions)) as done:
-        answers = answer_both(contrast, on.reader, on.questions, section, scorer, done, halving)
+        answers = answer_both(model_pair, on.reader, on.questions, section, scorer, done, splitter)
     return texts, mean_score(answers, section.metric), answers
 
 
 def evaluate_layers(
-    contrast: Contrast,
+    model_pair: ModelPair,
     on: HeldOut,
-    clock: Clock,
+    clock: StageTimer,
     predicted: Mapping[str, Mapping[str, float]] | None = None,
     energy_kept: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[LayerResult]:
@@ -147,12 +147,12 @@ def evaluate_layers(
         energy_kept: by layer, the share of the steps' energy that the gate let pass.
     """
     measured: dict[str, dict[str, float]] = {}
-    halving = Halving("measuring drift of", clock.note)
+    splitter = BatchSplitter("measuring drift of", clock.note)
     with clock.stage("measuring how far each layer moved", sum(map(len, on.drift.values()))) as done:
         for kind, text in on.drift.items():
-            for name, drift in measured_drift(contrast, text, done, halving).items():
+            for name, drift in measured_drift(model_pair, text, done, splitter).items():
                 measured.setdefault(name, {})[kind] = drift
-    modules = {} if contrast.adapted is None else adapted_layers(contrast.adapted)
+    modules = {} if model_pair.adapted is None else adapted_layers(model_pair.adapted)
     return [
         LayerResult(
             name=name,

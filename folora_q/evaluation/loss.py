@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch, text_ids
 from folora_q.errors import UserError
-from folora_q.models.logits import check_head, chunks, head_logits, hidden_states
+from folora_q.models.logits import chunks, head_logits, hidden_states, verify_chunked_logits
 
 # Three kinds of text that no run trains on, by the name that tables show. Training may improve one kind and harm the
 # others: after Shakespeare, prose got better and code worse.
@@ -24,21 +24,21 @@ def mean_loss(
     model: PreTrainedModel,
     batches: Iterable[Batch],
     on_progress: Callable[[int], None] = lambda batches: None,
-    halving: Halving | None = None,
+    splitter: BatchSplitter | None = None,
 ) -> float:
     """Cross-entropy in nats, averaged over all tokens that have a label (not over batches).
 
     Args:
         model: the causal language model itself; an adapter that sits in it and is switched on counts.
-        halving: what to do where memory runs out; None raises.
+        splitter: what to do where memory runs out; None raises.
     """
-    halving = halving or Halving("measuring the loss of", enabled=False)
+    splitter = splitter or BatchSplitter("measuring the loss of", enabled=False)
     total, count = 0.0, 0
     with torch.no_grad():
         for number, batch in enumerate(batches):
             if number == 0:
-                check_head(model, batch.input_ids)
-            for loss, tokens in halving.over_batch(batch, lambda part: _sum_of_losses(model, part)):
+                verify_chunked_logits(model, batch.input_ids)
+            for loss, tokens in splitter.over_batch(batch, lambda part: _sum_of_losses(model, part)):
                 total, count = total + loss, count + tokens
             on_progress(1)
     return total / count
@@ -46,7 +46,7 @@ def mean_loss(
 
 def _sum_of_losses(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
     """Over the labelled tokens of a batch, and how many they are."""
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[batch.predicting]
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[batch.loss_positions]
     wanted = batch.targets
     losses = (
         cross_entropy(head_logits(model, hidden[part], exact=True), wanted[part], reduction="sum")

@@ -15,7 +15,7 @@ from folora_q.errors import UserError
 from folora_q.models.adapters import adapter_off
 
 
-class Contrast:
+class ModelPair:
     """What is compared.
 
     Args:

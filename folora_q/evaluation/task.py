@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Chat, Completion
 from folora_q.data.rendering import Renderer, Unrenderable
 from folora_q.data.thoughts import Said, ThoughtSyntax
@@ -24,7 +24,7 @@ from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, text_ids
 from folora_q.data.turns import Message
 from folora_q.errors import RunFailed, UserError
 from folora_q.evaluation.bootstrap import Tally, change
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.memory.positions import positions_of
 from folora_q.recipe.schema import EvaluationSection
 from folora_q.runs.results import AnswerResult, ScoreResult
@@ -112,26 +112,26 @@ class Questions:
 
 
 def answer_both(
-    contrast: Contrast,
+    model_pair: ModelPair,
     reader: Questions,
     questions: Sequence[Question],
     section: EvaluationSection,
     scorer: Scorer | None,
     on_progress: Callable[[int], None] = lambda answers: None,
-    halving: Halving | None = None,
+    splitter: BatchSplitter | None = None,
 ) -> list[AnswerResult]:
     """What both models say, in the order of the questions.
 
     Args:
-        halving: what to do where memory runs out; None raises.
+        splitter: what to do where memory runs out; None raises.
         scorer: scores answers to questions with a reference; None scores nothing.
         on_progress: called with answers given, 2 x len(questions) in all.
     """
     prompts = [question.ids for question in questions]
-    settings = section.max_new_tokens, section.batch_size, on_progress, halving
-    with contrast.base() as model:
+    settings = section.max_new_tokens, section.batch_size, on_progress, splitter
+    with model_pair.base() as model:
         of_base = greedy_tokens(model, reader.tokenizer, prompts, *settings)
-    with contrast.tuned() as model:
+    with model_pair.tuned() as model:
         of_tuned = greedy_tokens(model, reader.tokenizer, prompts, *settings)
     return [
         _result(question, reader.read(question, base), reader.read(question, tuned), scorer)
@@ -162,10 +162,10 @@ def greedy_tokens(
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] = lambda answers: None,
-    halving: Halving | None = None,
+    splitter: BatchSplitter | None = None,
 ) -> list[list[int]]:
     """Greedy answers to prompts given as tokens, in their order; padding may follow the end of an answer."""
-    halving = halving or Halving("answering", enabled=False)
+    splitter = splitter or BatchSplitter("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}
     positions = positions_of(model.config.to_dict())
@@ -183,7 +183,7 @@ def greedy_tokens(
         on_progress(len(chosen))
 
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    for _ in halving.over(len(order), longest, answer, batch_size):
+    for _ in splitter.over(len(order), longest, answer, batch_size):
         pass
     return [answers[index] for index in range(len(prompts))]
 

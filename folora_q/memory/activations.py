@@ -24,7 +24,7 @@ KEPT_WRITTEN_OUT = 4
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """Sequences in one pass.
 
     Attributes:
@@ -79,7 +79,7 @@ class Arithmetic:
         return linear.adaptable and (self.adapted is None or linear.name in self.adapted)
 
 
-def kept_in_layer(shape: ModelShape, layer: Layer, batch: Batch, how: Arithmetic) -> int:
+def kept_in_layer(shape: ModelShape, layer: Layer, batch: BatchShape, how: Arithmetic) -> int:
     """Bytes that autograd keeps of one decoder layer without checkpointing."""
     per_token = (
         _kept_by_norms(shape, layer, how)
@@ -122,7 +122,7 @@ def _kept_by_adapters(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
     return kept
 
 
-def _kept_by_attention(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+def _kept_by_attention(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
     """Queries, keys and values, the output, and a float32 number a head. With a mask, keys and values are repeated."""
     queries = shape.heads * shape.head_dim
     repeated = batch.masked or how.eager
@@ -144,7 +144,7 @@ def _kept_by_mlp(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
     return how.compute * (tensors * layer.middle + experts)
 
 
-def kept(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+def kept(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
     """Bytes that autograd keeps of a forward pass without checkpointing, up to the head.
 
     The first norm keeps nothing, as nothing before it is trained; the last one does.
@@ -154,23 +154,23 @@ def kept(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
     )
 
 
-def kept_with_checkpointing(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+def kept_with_checkpointing(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
     """Bytes of the layers' inputs, which is all that checkpointing keeps of them, and what the last norm keeps."""
     layers = shape.depth * shape.hidden * how.compute
     return (layers + FLOAT32 * (shape.hidden + 1)) * batch.tokens + shared(shape, batch, how)
 
 
-def shared(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+def shared(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
     """What all layers read: the mask, and the rotary tables."""
     mask = batch.rows * batch.length**2 * (how.compute if how.eager else 1) if batch.masked or how.eager else 0
     return mask + _rotary(shape, batch, how)
 
 
-def _rotary(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+def _rotary(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
     return 2 * batch.length * shape.head_dim * how.compute
 
 
-def passing_backward(shape: ModelShape, layer: Layer, batch: Batch, how: Arithmetic) -> int:
+def passing_backward(shape: ModelShape, layer: Layer, batch: BatchShape, how: Arithmetic) -> int:
     """Bytes that a layer's backward pass holds at its peak beyond what the layer kept.
 
     At the MLP's last linear layer: the gradient that comes in, (n, h), and that of its input by the frozen weight,
@@ -186,7 +186,7 @@ def passing_backward(shape: ModelShape, layer: Layer, batch: Batch, how: Arithme
     return incoming + max(largest + gradient, 2 * gradient)
 
 
-def at_backward(shape: ModelShape, batch: Batch, how: Arithmetic, checkpointing: bool) -> tuple[int, int]:
+def at_backward(shape: ModelShape, batch: BatchShape, how: Arithmetic, checkpointing: bool) -> tuple[int, int]:
     """The peak of a backward pass after the head's: bytes that layers keep, and those of the one in hand.
 
     With checkpointing the layer in hand is computed again, and the last norm's are gone.
@@ -200,12 +200,12 @@ def at_backward(shape: ModelShape, batch: Batch, how: Arithmetic, checkpointing:
     return kept(shape, batch, how), max(*passing, passing_last_norm(shape, batch, how))
 
 
-def passing_last_norm(shape: ModelShape, batch: Batch, how: Arithmetic) -> int:
+def passing_last_norm(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
     """Bytes that the backward pass of the last norm takes, where the layers' activations all still stand."""
     return (NORM_BACKWARD * FLOAT32 + how.compute) * shape.hidden * batch.tokens
 
 
-def passing_head(shape: ModelShape, batch: Batch, how: Arithmetic, fused: bool) -> int:
+def passing_head(shape: ModelShape, batch: BatchShape, how: Arithmetic, fused: bool) -> int:
     """Bytes of the head and the loss, every token counted as trained.
 
     Fused, as on a GPU: a copy of the trained tokens' hidden states, their gradient in float32, and one tile of logits,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from folora_q.memory.estimate import GIB, Estimate, estimate
+from folora_q.memory.estimate import GIB, MemoryEstimate, estimate
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
 
@@ -47,7 +47,7 @@ class Advice:
     """
 
     changes: tuple[Change, ...]
-    after: Estimate
+    after: MemoryEstimate
     fits: bool
 
     @property
@@ -56,7 +56,7 @@ class Advice:
         return {key: value for change in self.changes for key, value in change.overrides.items()}
 
 
-def fits(found: Estimate, card: float) -> bool:
+def fits(found: MemoryEstimate, card: float) -> bool:
     """Whether a run fits a card of so many GiB, with the margin kept."""
     return found.peak <= card * GIB * (1 - MARGIN)
 
@@ -82,8 +82,8 @@ def _in_order(changes: Mapping[str, Change]) -> tuple[Change, ...]:
 
 
 def _first_that_helps(
-    recipe: Recipe, shape: ModelShape, found: Estimate, card: float
-) -> tuple[str, Change, Recipe, Estimate] | None:
+    recipe: Recipe, shape: ModelShape, found: MemoryEstimate, card: float
+) -> tuple[str, Change, Recipe, MemoryEstimate] | None:
     """The name of a change, itself, and the recipe and the estimate with it."""
     for name, overrides, cost in _ladder(recipe):
         changed = _with(recipe, overrides)

@@ -13,7 +13,7 @@ from folora_q.memory import components as parts
 from folora_q.memory.activations import (
     FLOAT32,
     Arithmetic,
-    Batch,
+    BatchShape,
     at_backward,
     kept,
     kept_with_checkpointing,
@@ -65,7 +65,7 @@ GENERAL_WINDOW = 256
 
 
 @dataclass(frozen=True)
-class Stage:
+class MemoryStage:
     """The largest moment of a stage: bytes by part, where the model is and on the host."""
 
     name: str
@@ -82,7 +82,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """A run's memory.
 
     Attributes:
@@ -92,12 +92,12 @@ class Estimate:
     """
 
     device: Device
-    stages: tuple[Stage, ...]
+    stages: tuple[MemoryStage, ...]
     disk: Parts
     trained: int
 
     @property
-    def largest(self) -> Stage:
+    def largest(self) -> MemoryStage:
         """The stage with the peak."""
         return max(self.stages, key=lambda stage: stage.on_device)
 
@@ -112,15 +112,15 @@ class Estimate:
         return max(stage.on_host for stage in self.stages)
 
 
-def estimate(recipe: Recipe, shape: ModelShape, device: Device = "gpu") -> Estimate:
+def estimate(recipe: Recipe, shape: ModelShape, device: Device = "gpu") -> MemoryEstimate:
     """What a run takes at its peak, stage by stage."""
     run = _Run(recipe, shape, device)
     stages = [run.loading(), run.sampling(), run.statistics(), run.training(), run.evaluation()]
     if not recipe.gate.enabled:
         stages.pop(2)
     if device == "cpu":
-        stages = [Stage(stage.name, _together(stage.host, stage.device), {}) for stage in stages]
-    return Estimate(device, tuple(stages), run.disk(), run.trained)
+        stages = [MemoryStage(stage.name, _together(stage.host, stage.device), {}) for stage in stages]
+    return MemoryEstimate(device, tuple(stages), run.disk(), run.trained)
 
 
 def _together(one: Parts, other: Parts) -> Parts:
@@ -145,28 +145,28 @@ class _Run:
         self.checkpointing = recipe.training.recomputes_on(self.on_gpu)
         self.sampled = OPENING + recipe.proxy.max_new_tokens
 
-    def loading(self) -> Stage:
+    def loading(self) -> MemoryStage:
         """Tensor by tensor: each stands in 16 bits until it is quantized, on the host and on the device."""
         largest = max(self.shape.largest, self.shape.vocabulary * self.shape.hidden) * self.how.compute
         device = self.weights | {"a layer at work": self.decoded} | self.context
-        return Stage("loading", device, self.always | {"a layer at work": largest})
+        return MemoryStage("loading", device, self.always | {"a layer at work": largest})
 
-    def sampling(self) -> Stage:
+    def sampling(self) -> MemoryStage:
         section = self.recipe.proxy
         width = SAMPLING_MIXTURE if section.decoding == "paper" else SAMPLING
         logits = section.batch_size * self.shape.vocabulary * (self.how.compute + width)
         device = self.weights | self._generating(section.batch_size, self.sampled) | {"logits": logits} | self.context
-        return Stage("sampling", device, self.always)
+        return MemoryStage("sampling", device, self.always)
 
     def _generating(self, rows: int, length: int) -> Parts:
         """Keys and values of every layer, one layer's of which is copied to grow; and a weight that is decoded."""
         tokens = 2 * self.shape.kv_heads * self.shape.head_dim * self.how.compute * rows * length
         return {"KV cache": tokens * (self.shape.depth + 1), "a layer at work": self.decoded}
 
-    def statistics(self) -> Stage:
+    def statistics(self) -> MemoryStage:
         recipe, shape = self.recipe, self.shape
         length = max(recipe.training.max_length, self.sampled)
-        batch = Batch(recipe.statistics_batch_size(length), length)
+        batch = BatchShape(recipe.statistics_batch_size(length), length)
         held = parts.sketches(recipe, shape, self.how)
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
         # Of the layer that is read also the rows without padding.
@@ -177,9 +177,9 @@ class _Run:
             activations = max(read, self._forward(batch)) + shared(shape, batch, self.how)
         device = self.weights | {"adapter": FLOAT32 * self.adapter, "sketches": held, "activations": activations}
         host = self.always | {"covariances": parts.covariances(recipe, shape, self.how), "gates": self.solved}
-        return Stage("statistics", device | self.context, host)
+        return MemoryStage("statistics", device | self.context, host)
 
-    def _watched(self, batch: Batch, widest: int) -> int:
+    def _watched(self, batch: BatchShape, widest: int) -> int:
         """A backward pass without adapters, for which the inputs of adapted layers are kept; the loss goes in parts."""
         shape, how = self.shape, self.plain
         spaces = parts.input_spaces(shape, self.how)
@@ -193,7 +193,7 @@ class _Run:
         fed = 2 * FLOAT32 * batch.tokens * widest + READ_ROWS * widest * READ_BYTES
         return max(forward + head, stored + inputs + max(passing, fed)) + self.decoded
 
-    def _forward(self, batch: Batch) -> int:
+    def _forward(self, batch: BatchShape) -> int:
         """A pass without gradients and adapters: three tensors of the MLP, or the attention's, and a decoded weight."""
         shape, c = self.shape, self.how.compute
         middle = max(max(layer.middle, layer.active) for layer, _ in shape.layers)
@@ -203,13 +203,13 @@ class _Run:
         attention = 4 * heads + STREAMS * shape.hidden
         return batch.tokens * max(c * mlp, c * attention + scores) + self.decoded
 
-    def training(self) -> Stage:
+    def training(self) -> MemoryStage:
         """The largest of three moments of a step: the head, the backward pass of a layer, and the optimizer's step."""
         training, shape, how = self.recipe.training, self.shape, self.how
         rows = training.per_device_train_batch_size
-        batch = Batch(rows, training.max_length, masked=rows > 1)
+        batch = BatchShape(rows, training.max_length, masked=rows > 1)
         if training.packing:  # TRL makes one row of them
-            batch = Batch(1, rows * training.max_length)
+            batch = BatchShape(1, rows * training.max_length)
         # With an adapter on the head, or a trained one, no fused loss is used (folora_q.training.trainer).
         fused = self.on_gpu and not (how.head or parts.head_is_whole(self.recipe, shape))
         head = passing_head(shape, batch, how, fused)
@@ -229,7 +229,7 @@ class _Run:
             | max(moments, key=lambda moment: sum(moment.values()))
         )
         host = self.always | {"optimizer": self.pages, "gates": self.solved}
-        return Stage("training", device | self.context, host)
+        return MemoryStage("training", device | self.context, host)
 
     def _optimizer_step(self) -> int:
         """The adapter as it was, and of the largest stack of steps about six tensors: what P makes of them."""
@@ -241,14 +241,14 @@ class _Run:
             stacks[key] = stacks.get(key, 0) + space.count * space.readers * self.how.rank * space.width
         return FLOAT32 * (self.trained + 6 * max(stacks.values(), default=0))
 
-    def evaluation(self) -> Stage:
+    def evaluation(self) -> MemoryStage:
         """The largest of comparing, answering and measuring drift; optimizer and gates still stand.
 
         No autocast is on: PEFT casts an adapted layer's input to float32, and its result comes in float32, and scaled.
         """
         section, shape, c = self.recipe.evaluation, self.shape, self.how.compute
         length = max(self.recipe.training.max_length, self.sampled, GENERAL_WINDOW)
-        batch = Batch(section.batch_size, length)
+        batch = BatchShape(section.batch_size, length)
         middle = max(max(layer.middle, layer.active) for layer, _ in shape.layers)
         adapted = (
             batch.tokens * (middle * (2 * c + 2 * FLOAT32) + shape.hidden * (STREAMS * c + c + FLOAT32)) + self.decoded
@@ -269,7 +269,7 @@ class _Run:
             | max(moments, key=lambda moment: sum(moment.values()))
         )
         host = self.always | {"optimizer": self.pages, "gates": self.solved}
-        return Stage("evaluation", device | self.context, host)
+        return MemoryStage("evaluation", device | self.context, host)
 
     def disk(self) -> Parts:
         """What is written; the model is counted as it is downloaded, in 16 bits."""

@@ -49,7 +49,7 @@ def _float32_linear(head: nn.Linear, hidden: Tensor) -> Tensor:
     return logits if head.bias is None else logits + head.bias.float()
 
 
-def check_head(model: PreTrainedModel, input_ids: Tensor) -> None:
+def verify_chunked_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Make sure that chunked logits are the model's own; some architectures do more after the head than we know.
 
     Raises:

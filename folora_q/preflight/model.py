@@ -23,7 +23,7 @@ from folora_q.recipe.schema import AdapterSection
 from folora_q.recipe.target_modules import Modules, adapter_findings
 
 Config = Mapping[str, Any]
-Place = Callable[[tuple[str | int, ...]], str]
+KeyPath = Callable[[tuple[str | int, ...]], str]
 MODEL, LENGTH = ("model", "model_name_or_path"), ("training", "max_length")
 # A message names no more tokens.
 MOST_TOKENS = 4
@@ -45,7 +45,7 @@ class Examined:
     beyond: dict[int, str] = field(default_factory=dict)
 
 
-def examine_model(recipe: Recipe, place: Place, build: Callable[[Config], Modules], ask_the_hub: bool) -> Examined:
+def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modules], ask_the_hub: bool) -> Examined:
     """Look through the recipe and the files of the model that are no weights.
 
     Args:
@@ -88,7 +88,7 @@ def examine_model(recipe: Recipe, place: Place, build: Callable[[Config], Module
     return Examined(notes, rows, beyond)
 
 
-def _lengths(recipe: Recipe, config: Config, place: Place, notes: list[str]) -> list[str]:
+def _lengths(recipe: Recipe, config: Config, place: KeyPath, notes: list[str]) -> list[str]:
     """Texts that are longer than the model's positions."""
     positions = positions_of(config)
     if positions is None:
@@ -116,7 +116,7 @@ def _lengths(recipe: Recipe, config: Config, place: Place, notes: list[str]) -> 
     return findings
 
 
-def _tokens(recipe: Recipe, folder: Path | None, rows: int, beyond: dict[int, str], place: Place) -> list[str]:
+def _tokens(recipe: Recipe, folder: Path | None, rows: int, beyond: dict[int, str], place: KeyPath) -> list[str]:
     """Tokens that every text has and the model no row for."""
     template = None if recipe.data.chat_template is None else read_template(recipe.data.chat_template)
     needed = {} if folder is None or not beyond else needed_tokens(folder, beyond, template)
@@ -157,7 +157,7 @@ def _named(tokens: Mapping[int, str]) -> str:
 
 
 def _layers(
-    recipe: Recipe, config: Config, place: Place, build: Callable[[Config], Modules], notes: list[str]
+    recipe: Recipe, config: Config, place: KeyPath, build: Callable[[Config], Modules], notes: list[str]
 ) -> Sequence[str]:
     """Names in the section `adapter` that no layer of the model has."""
     section = recipe.adapter

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from folora_q.report import text
-from folora_q.report.run_record import Run, Stage
+from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
-from folora_q.runs.results import Estimate, Evaluation, TextResult
+from folora_q.runs.results import Evaluation, Interval, TextResult
 
 # What a run without measurements along training lacks.
 NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to know where a run stood at another loss"
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One number of every run.
 
     Attributes:
@@ -29,7 +29,7 @@ class Row:
     label: str
     form: str
     base: float | None
-    estimates: list[Estimate | None]
+    estimates: list[Interval | None]
     lower_is_better: bool | None = True
 
     @property
@@ -59,25 +59,25 @@ class AtEqualLoss:
         return self.base_loss is None or self.loss < self.base_loss
 
 
-def at_ends(runs: Sequence[Run]) -> list[Row]:
+def at_ends(runs: Sequence[Run]) -> list[TableRow]:
     """What every run has at its end, a number a row; numbers that no run has are left out."""
     evaluations = [run.evaluation for run in runs]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
 
     def add(
         label: str,
         form: str,
         base: Callable[[Evaluation], float | None],
-        tuned: Callable[[Evaluation], Estimate | None],
+        tuned: Callable[[Evaluation], Interval | None],
         lower_is_better: bool | None = True,
     ) -> None:
         estimates = [None if found is None else tuned(found) for found in evaluations]
         bases = [base(found) for found in evaluations if found is not None]
         if any(estimate is not None for estimate in estimates):
             known = next((value for value in bases if value is not None), None)
-            rows.append(Row(label, form, known, estimates, lower_is_better))
+            rows.append(TableRow(label, form, known, estimates, lower_is_better))
 
-    def of_text(name: str, pick: Callable[[TextResult], Estimate]) -> Callable[[Evaluation], Estimate | None]:
+    def of_text(name: str, pick: Callable[[TextResult], Interval]) -> Callable[[Evaluation], Interval | None]:
         return lambda found: None if (result := found.text(name)) is None else pick(result)
 
     def base_loss(name: str) -> Callable[[Evaluation], float | None]:
@@ -104,8 +104,8 @@ def at_ends(runs: Sequence[Run]) -> list[Row]:
     for label, form, of in (("time", "time", total_seconds), ("peak memory", "memory", peak_bytes)):
         numbers = [of(run) for run in runs]
         if any(value is not None for value in numbers):
-            found = [None if value is None else Estimate(value, value, value) for value in numbers]
-            rows.append(Row(label, form, None, found, None))
+            found = [None if value is None else Interval(value, value, value) for value in numbers]
+            rows.append(TableRow(label, form, None, found, None))
     return rows
 
 
@@ -140,18 +140,18 @@ def metric_name(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def update_norm(found: Evaluation) -> Estimate | None:
+def update_norm(found: Evaluation) -> Interval | None:
     """‖ΔW‖ over all layers."""
     norms = [layer.update_norm for layer in found.layers if layer.update_norm is not None]
     total = math.sqrt(sum(norm * norm for norm in norms))
-    return Estimate(total, total, total) if norms else None
+    return Interval(total, total, total) if norms else None
 
 
 def total_seconds(run: Run) -> float | None:
     return sum(stage.seconds for stage in run.stages) if run.stages else None
 
 
-def peak_stage(run: Run) -> Stage | None:
+def peak_stage(run: Run) -> StageTime | None:
     """The stage that took most memory; of the device, where that was measured."""
     known = [stage for stage in run.stages if stage.peak_bytes]
     of_device = [stage for stage in known if stage.memory == "device"]

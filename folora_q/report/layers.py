@@ -16,7 +16,7 @@ DECADES = 5
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """Where a module stands: `model.layers.11.mlp.down_proj` is `mlp.down_proj` of 11 in `model.layers`.
 
     Numbers further on, of experts, are a `*`: they are one kind.
@@ -79,14 +79,14 @@ class Quantity:
         return scale_of(self.grid.values, self.logarithmic)
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> LayerPlace:
     """Parse a module's name."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if _is_index(part)), None)
     if number is None:
-        return Place("", None, name)
+        return LayerPlace("", None, name)
     stem, rest = ".".join(parts[:number]), parts[number + 1 :]
-    return Place(stem, int(parts[number]), ".".join("*" if _is_index(part) else part for part in rest) or stem)
+    return LayerPlace(stem, int(parts[number]), ".".join("*" if _is_index(part) else part for part in rest) or stem)
 
 
 def short_names(names: Iterable[str]) -> dict[tuple[str, str], str]:

@@ -23,7 +23,7 @@ from folora_q.report.figure_set import (
 from folora_q.report.render import Picture, svg
 from folora_q.report.run_record import Run
 from folora_q.report.style import css_variables
-from folora_q.runs.results import AnswerResult, Estimate
+from folora_q.runs.results import AnswerResult, Interval
 from folora_q.storage.redaction import conceal
 
 # Answers on a page: right, wrong and unscored ones, and answers to prompts that have nothing to do with the task.
@@ -162,7 +162,7 @@ def _environment() -> Environment:
     return environment
 
 
-def direction(change: Estimate) -> str:
+def direction(change: Interval) -> str:
     """What a change is in words, as far as its interval tells."""
     if not all(map(math.isfinite, (change.value, change.low, change.high))):
         return "could not be measured"

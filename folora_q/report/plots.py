@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from folora_q.report.render import in_our_style, titled
-from folora_q.report.run_record import Run, Stage
+from folora_q.report.run_record import Run, StageTime
 from folora_q.report.style import ACCENT, INK, LINE, MARKERS, MUTED, SERIES, SURFACE
 from folora_q.report.text import memory, short, tick, visible, wall_time
 from folora_q.runs.results import LayerResult
@@ -92,7 +92,7 @@ def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | Non
 
 
 @in_our_style
-def costs(stages: Sequence[Stage]) -> Figure:
+def costs(stages: Sequence[StageTime]) -> Figure:
     """Time and peak memory of every stage, as bars with their numbers."""
     has_memory = any(stage.peak_bytes for stage in stages)
     figure = Figure(figsize=(WIDTH, 0.45 + 0.35 * len(stages)), layout="constrained")

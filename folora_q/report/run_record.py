@@ -20,9 +20,9 @@ from folora_q.report.trajectory import Point, train_losses, trajectory
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import (
     AnswerResult,
-    Estimate,
     Evaluation,
     GateResult,
+    Interval,
     TextResult,
     read_answers,
     read_evaluation,
@@ -33,7 +33,7 @@ from folora_q.storage.untrusted import finite, read_object, read_text
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageTime:
     """One stage of a run: seconds, and the peak of memory where it was measured, of the host or the device."""
 
     title: str
@@ -168,14 +168,14 @@ class Run:
         return [*self.points, self.end]
 
     @cached_property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[StageTime]:
         """Times and peaks by stage, in the order of time; runs of earlier versions have times alone."""
         listed, older = self.manifest.get("stages"), self.manifest.get("seconds")
         if isinstance(listed, list):
             return [stage for entry in listed if (stage := _stage(entry)) is not None]
         entries = older.items() if isinstance(older, dict) else ()
         known = ((title, finite(seconds)) for title, seconds in entries)
-        return [Stage(title, seconds) for title, seconds in known if seconds is not None]
+        return [StageTime(title, seconds) for title, seconds in known if seconds is not None]
 
 
 def load_run(path: Path) -> Run:
@@ -217,7 +217,7 @@ def same_data(runs: Iterable[Run]) -> bool:
     return all(one == sums[0] for one in sums)
 
 
-def _mean(texts: Sequence[TextResult], of: Callable[[TextResult], Estimate]) -> float | None:
+def _mean(texts: Sequence[TextResult], of: Callable[[TextResult], Interval]) -> float | None:
     """The mean over the tokens of all texts."""
     tokens = sum(text.tokens for text in texts)
     value = sum(of(text).value * text.tokens for text in texts) / tokens if tokens > 0 else math.nan
@@ -261,12 +261,12 @@ def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
     return text, value if isinstance(value, dict) else {}
 
 
-def _stage(entry: Any) -> Stage | None:
+def _stage(entry: Any) -> StageTime | None:
     seconds = finite(entry.get("seconds")) if isinstance(entry, dict) else None
     if seconds is None:
         return None
     peak = finite(entry.get("peak_bytes")) or 0.0
-    return Stage(
+    return StageTime(
         title=str(entry.get("title")),
         seconds=seconds,
         peak_bytes=int(peak) if peak > 0 else None,

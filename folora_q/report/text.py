@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from folora_q.runs.results import Estimate
+from folora_q.runs.results import Interval
 
 NONE = "–"
 MINUS = "−"
@@ -54,7 +54,7 @@ def tick(value: float, _: object = None) -> str:
     return text.replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS)
 
 
-def interval(estimate: Estimate, form: str = ".4f", signed: bool = False) -> str:
+def interval(estimate: Interval, form: str = ".4f", signed: bool = False) -> str:
     """The 95 % interval in words: 0.11 to 0.14."""
     return f"{number(estimate.low, form, signed)} to {number(estimate.high, form, signed)}"
 

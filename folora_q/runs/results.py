@@ -27,7 +27,7 @@ TextKind = Literal["task", "own", "general"]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A number measured on some texts, with the 95 % bootstrap interval that comes of their being so few."""
 
     value: float
@@ -36,12 +36,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Change:
+class PairedChange:
     """The same of the base, of the tuned model, and tuned - base, whose interval pairs them text by text."""
 
-    base: Estimate
-    tuned: Estimate
-    change: Estimate
+    base: Interval
+    tuned: Interval
+    change: Interval
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class TextResult:
     kind: TextKind
     texts: int
     tokens: int
-    loss: Change
-    kl: Estimate
-    top1_agreement: Estimate
+    loss: PairedChange
+    kl: Interval
+    top1_agreement: Interval
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ScoreResult:
 
     metric: str
     answers: int
-    score: Change
+    score: PairedChange
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ WHAT_TO_NAME = "name a run folder, an adapter's folder, a model's folder, a .ggu
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """What a name stands for.
 
     Attributes:
@@ -48,7 +48,7 @@ class Subject:
     run: RunFolder | None = None
 
 
-def find_subject(name: str) -> Subject:
+def find_target(name: str) -> Target:
     """Find what a name stands for.
 
     Args:
@@ -69,7 +69,7 @@ def find_subject(name: str) -> Subject:
             report = _read_json(path / MERGE_REPORT) if (path / MERGE_REPORT).is_file() else {}
             base = _section_of(report.get("base"), report.get("revision"))
             kind = f"merged model, its base {base.model_name_or_path}" if base else "model"
-            return Subject(name, kind, ModelSection(model_name_or_path=name), base=base, run=_run_around(path))
+            return Target(name, kind, ModelSection(model_name_or_path=name), base=base, run=_run_around(path))
         raise UserError(
             f"{path} is no run, adapter or model: it holds no run.json, {ADAPTER_CONFIG} or config.json",
             _hint_inside(path),
@@ -79,10 +79,10 @@ def find_subject(name: str) -> Subject:
     is_hub_name = HUB_MODEL.fullmatch(name) and not ("/" in name and path.parent.is_dir())
     if name != DEMO_MODEL and not there and (path.suffix == ".gguf" or not is_hub_name):
         raise UserError(f"there is no run, adapter or model at {short(name)!r}{_near(path)}", WHAT_TO_NAME)
-    return Subject(name, "model", ModelSection(model_name_or_path=name))
+    return Target(name, "model", ModelSection(model_name_or_path=name))
 
 
-def _find_run(name: str, run: RunFolder) -> Subject:
+def _find_run(name: str, run: RunFolder) -> Target:
     if not (run.adapter / ADAPTER_CONFIG).is_file():
         status = _read_json(run.manifest).get("status")
         newest = next((saved for saved in checkpoints(run.path) if (saved / ADAPTER_CONFIG).is_file()), None)
@@ -105,10 +105,10 @@ def _find_run(name: str, run: RunFolder) -> Subject:
         ) from None
     # The attention backend was chosen for training, perhaps on another machine; all of them compute the same.
     section = section.model_copy(update={"attn_implementation": "auto"})
-    return Subject(name, f"adapter of a run on {section.model_name_or_path}", section, run.adapter, run=run)
+    return Target(name, f"adapter of a run on {section.model_name_or_path}", section, run.adapter, run=run)
 
 
-def _find_adapter(name: str, folder: Path) -> Subject:
+def _find_adapter(name: str, folder: Path) -> Target:
     config = _read_json(folder / ADAPTER_CONFIG)
     section = _section_of(config.get("base_model_name_or_path"), config.get("revision"))
     if section is None:
@@ -125,7 +125,7 @@ def _find_adapter(name: str, folder: Path) -> Subject:
             )
         except ValidationError as error:
             raise UserError(f"{folder / ADAPTER_CONFIG} cannot be used: {error.errors()[0]['msg']}") from None
-    return Subject(name, f"adapter on {section.model_name_or_path}", section, folder)
+    return Target(name, f"adapter on {section.model_name_or_path}", section, folder)
 
 
 def _run_around(folder: Path) -> RunFolder | None:

@@ -27,7 +27,7 @@ from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
 from folora_q.targets.embeddings import fit_embedding
-from folora_q.targets.find import WHAT_TO_NAME, Subject, find_subject
+from folora_q.targets.find import WHAT_TO_NAME, Target, find_target
 
 ADAPTER_WEIGHTS = (SAFE_ADAPTER, PICKLED_ADAPTER)
 # Of a hub's adapter, what is fetched besides its configuration.
@@ -44,7 +44,7 @@ ADAPTER_ERRORS = (
 
 
 @dataclass(frozen=True)
-class LoadedSubject:
+class LoadedTarget:
     """A model, frozen, and what it is compared with.
 
     Attributes:
@@ -55,7 +55,7 @@ class LoadedSubject:
         fingerprint: of the base, or else of the only model, as it was loaded; keys the cache of text sampled from it.
     """
 
-    subject: Subject
+    target: Target
     tokenizer: Tokenizer
     model: PreTrainedModel | PeftModel
     base: PreTrainedModel | None
@@ -65,14 +65,14 @@ class LoadedSubject:
     fingerprint: str
 
 
-def load_subject(
-    subject: Subject,
+def load_target(
+    target: Target,
     dtype: str = "auto",
     bits: int = 4,
     against: ModelSection | None = None,
     compare: bool = False,
     trust: Trust = NOTHING,
-) -> LoadedSubject:
+) -> LoadedTarget:
     """Load what a name stands for.
 
     Args:
@@ -86,10 +86,10 @@ def load_subject(
         UserError: it cannot be loaded, `trust` does not allow what it needs, or there is nothing to compare it with.
         RunFailed: nothing of it could be put into 4 bits, or the demo's model could not be fetched.
     """
-    subject = fetched(subject)
-    adapter, section, base_section = subject.adapter, subject.section, against or subject.base
+    target = fetched(target)
+    adapter, section, base_section = target.adapter, target.section, against or target.base
     if compare and adapter is None and base_section is None:
-        raise nothing_to_compare(subject.name)
+        raise nothing_to_compare(target.name)
     if adapter is not None:
         check_adapter(adapter, trust)
     if compare and adapter is not None and _learns_a_prompt(adapter):
@@ -105,7 +105,7 @@ def load_subject(
         tokenizer = _tokenizer(adapter, section, trust)
         model, fingerprint, four_bit = _load(section, hardware, tokenizer, bits, trust)
     except UserError as error:
-        raise _explained(subject, error) from error
+        raise _explained(target, error) from error
     if adapter is not None and (adapter / "generation_config.json").is_file():
         with loading(section):
             model.generation_config = GenerationConfig.from_pretrained(adapter)
@@ -116,11 +116,11 @@ def load_subject(
         except UserError as error:
             if against is not None:
                 raise
-            reason = f"{Path(subject.name) / MERGE_REPORT} names a base: {error.message}"
+            reason = f"{Path(target.name) / MERGE_REPORT} names a base: {error.message}"
             raise UserError(reason, "leave out --base") from error
         base.generation_config = model.generation_config  # they stop alike
-    return LoadedSubject(
-        subject=subject,
+    return LoadedTarget(
+        target=target,
         tokenizer=tokenizer,
         model=model if adapter is None else _with_adapter(model, adapter, section, compare),
         base=base,
@@ -131,24 +131,24 @@ def load_subject(
     )
 
 
-def fetched(subject: Subject) -> Subject:
+def fetched(target: Target) -> Target:
     """A hub id that is an adapter's, as the folder that the hub's client keeps it in; all else as it is.
 
     Raises:
         UserError: the adapter names a folder of this machine as its base: what is downloaded chooses no files here.
     """
-    name, revision = subject.section.model_name_or_path, subject.section.revision
-    if subject.adapter is not None or name == DEMO_MODEL or os.path.exists(name):
-        return subject
+    name, revision = target.section.model_name_or_path, target.section.revision
+    if target.adapter is not None or name == DEMO_MODEL or os.path.exists(name):
+        return target
     with suppress(OSError, ValueError):  # it is no adapter, or not there; loading it as a model says so
         if (config := cached_file(name, ADAPTER_CONFIG, revision=revision, **IF_THERE)) is None:
-            return subject
+            return target
         folder = Path(config).parent
         for file in ADAPTER_FILES:
             cached_file(name, file, revision=folder.name, **IF_THERE)
         if not (folder / SAFE_ADAPTER).is_file():
             cached_file(name, PICKLED_ADAPTER, revision=folder.name, **IF_THERE)
-        found = find_subject(str(folder))
+        found = find_target(str(folder))
         base = found.section.model_name_or_path
         if os.path.exists(base) or not HUB_MODEL.fullmatch(base):
             raise UserError(
@@ -156,8 +156,8 @@ def fetched(subject: Subject) -> Subject:
                 f"download it (`hf download {name} --local-dir FOLDER`), write the base's hub id into its "
                 f"{ADAPTER_CONFIG}, and name that folder",
             )
-        return replace(found, name=subject.name)
-    return subject
+        return replace(found, name=target.name)
+    return target
 
 
 def nothing_to_compare(name: str) -> UserError:
@@ -231,11 +231,11 @@ def _with_adapter(model: PreTrainedModel, folder: Path, section: ModelSection, c
     return tuned
 
 
-def _explained(subject: Subject, error: UserError) -> UserError:
+def _explained(target: Target, error: UserError) -> UserError:
     """What cannot be loaded, in the words of what was asked for."""
-    if subject.adapter is not None:
-        return UserError(f"the adapter {subject.adapter} needs its base and tokenizer: {error.message}", error.hint)
-    name = subject.section.model_name_or_path
+    if target.adapter is not None:
+        return UserError(f"the adapter {target.adapter} needs its base and tokenizer: {error.message}", error.hint)
+    name = target.section.model_name_or_path
     if os.path.exists(name):
         return error
     reason = error.message.removeprefix(f"cannot load the model {name}: ")

@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch
 from folora_q.errors import FoloraError, RunFailed, first_line
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.loss import mean_loss
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.storage.files import atomic_write, commit_directory
-from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, Progress, State, read_saved
+from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, TrainerProgress, TrainerState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
 
@@ -38,7 +38,7 @@ UNFIT = (
 )
 
 
-class DurableTrainer(SFTTrainer):
+class FaultTolerantTrainer(SFTTrainer):
     """Keeps a run from dying, or from losing more than the steps since its last checkpoint when it does.
 
     Attributes:
@@ -57,7 +57,7 @@ class DurableTrainer(SFTTrainer):
     real_text: Sequence[HeldOutText] = ()
     exceeded: tuple[int, float] | None = None
     micro_batches: MicroBatches
-    measuring: Halving
+    measuring: BatchSplitter
     skipped: SkippedSteps
     kept: int = 2
     needs_saves: bool = True
@@ -79,7 +79,7 @@ class DurableTrainer(SFTTrainer):
         self.continued = checkpoint = Path(resume_from_checkpoint)
         self.args.eval_on_start = False  # it was measured at the real start
         try:
-            for name, kind in ((TRAINER_STATE, State), (PROGRESS, Progress)):
+            for name, kind in ((TRAINER_STATE, TrainerState), (PROGRESS, TrainerProgress)):
                 read_saved(checkpoint / name, kind)
             return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
         except UnpicklingError as error:  # torch builds nothing but tensors and numbers
@@ -122,10 +122,10 @@ class DurableTrainer(SFTTrainer):
             self.model.zero_grad(set_to_none=True)
             if self.args.eval_strategy != "no":
                 self.model.eval()  # where B is no longer zero, dropout shows
-                mean_loss(self.model.get_base_model(), self.heldout[:1], halving=self.measuring)
+                mean_loss(self.model.get_base_model(), self.heldout[:1], splitter=self.measuring)
                 for text in (*([self.own_text] if self.own_text is not None else []), *self.real_text):
                     first = replace(text, batches=text.batches[:1])
-                    compare(Contrast(self.model), first, halving=self.measuring)
+                    compare(ModelPair(self.model), first, splitter=self.measuring)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.kept if self.saves else 0)
         self.step_in_hand = None
@@ -251,19 +251,19 @@ class DurableTrainer(SFTTrainer):
             "exceeded": self.exceeded,
             "skipped": [self.skipped.in_a_row, self.skipped.total],
             "losses": [self.skipped.first, self.skipped.last],
-            "rows_that_fit": [self.micro_batches.halving.rows, self.measuring.rows],
+            "rows_that_fit": [self.micro_batches.splitter.rows, self.measuring.rows],
             "tokens": self._total_train_tokens,
             "metrics": {kind: dict(values) for kind, values in self._metrics.items()},
         }
 
     def _bring_back(self, checkpoint: Path) -> None:
-        saved = read_saved(checkpoint / PROGRESS, Progress)
+        saved = read_saved(checkpoint / PROGRESS, TrainerProgress)
         self._tr_loss.fill_(saved.loss_sum)
         self._total_loss_scalar, self._globalstep_last_logged = saved.loss_total, saved.last_logged
         self.ended, self.exceeded = saved.ended, saved.exceeded
         self.skipped.in_a_row, self.skipped.total = saved.skipped
         self.skipped.first, self.skipped.last = saved.losses
-        self.micro_batches.halving.rows, self.measuring.rows = saved.rows_that_fit
+        self.micro_batches.splitter.rows, self.measuring.rows = saved.rows_that_fit
         self._total_train_tokens = saved.tokens
         self._metrics = {kind: defaultdict(list, saved.metrics.get(kind, {})) for kind in ("train", "eval")}
         self.last_good = checkpoint if self.skipped.in_a_row == 0 else None

@@ -141,7 +141,7 @@ def _check(earlier: dict[str, Any]) -> None:
         raise ValueError("its resumed is no list")
 
 
-def go_on(
+def prepare_resume(
     folder: RunFolder,
     earlier: dict[str, Any],
     recipe: Recipe,

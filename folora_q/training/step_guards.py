@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from torch import Tensor
 
-from folora_q.data.batch_splitting import Halving, ran_out, rows_of_inputs
+from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of_inputs
 from folora_q.errors import RunFailed
 from folora_q.storage.files import free_bytes
 
@@ -31,8 +31,8 @@ class MicroBatches:
     is cleared and computed again.
     """
 
-    def __init__(self, halving: Halving) -> None:
-        self.halving = halving
+    def __init__(self, splitter: BatchSplitter) -> None:
+        self.splitter = splitter
         self.gathered: list[Inputs] = []
 
     def add(
@@ -62,12 +62,12 @@ class MicroBatches:
                     raise
             rows, length = inputs["input_ids"].shape
             clear()
-            self.halving.halve(self.halving.fitting(rows), length)
+            self.splitter.halve(self.splitter.fitting(rows), length)
             todo = self.gathered
 
     def _parts(self, inputs: Inputs) -> list[Inputs]:
         rows = len(inputs["input_ids"])
-        size = self.halving.fitting(rows)
+        size = self.splitter.fitting(rows)
         return (
             [inputs]
             if size >= rows

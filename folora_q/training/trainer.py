@@ -21,18 +21,18 @@ from trl.trainer import sft_trainer
 
 from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import batches
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.loss import mean_loss
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import GateSection, Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
-from folora_q.training.fault_tolerant_trainer import DurableTrainer
+from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps
 
@@ -43,7 +43,7 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIEL
 BEST = "loss_within_limit"
 
 
-class GatedTrainer(DurableTrainer):
+class GatedTrainer(FaultTolerantTrainer):
     """A trainer whose optimizer passes the adapter's steps through `gates`, once those are set.
 
     Attributes:
@@ -126,16 +126,16 @@ class GatedTrainer(DurableTrainer):
         The Trainer's own loss is a mean over batches, whatever they hold, and keeps their logits.
         """
         self.model.eval()
-        loss = mean_loss(self.model.get_base_model(), self.heldout, halving=self.measuring)
+        loss = mean_loss(self.model.get_base_model(), self.heldout, splitter=self.measuring)
         metrics = {f"{metric_key_prefix}_loss": loss}
         within = True
         if self.own_text is not None:
-            own = compare(Contrast(self.model), self.own_text, halving=self.measuring)
+            own = compare(ModelPair(self.model), self.own_text, splitter=self.measuring)
             metrics[f"{metric_key_prefix}_kl"] = own.kl.value
             metrics[f"{metric_key_prefix}_top1_agreement"] = own.top1_agreement.value
             within = self.max_kl is None or own.kl.value <= self.max_kl
         for text in self.real_text:
-            rise = compare(Contrast(self.model), text, halving=self.measuring).loss.change
+            rise = compare(ModelPair(self.model), text, splitter=self.measuring).loss.change
             metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
             if rise.low > 0:
                 self.skipped.tell(
@@ -338,8 +338,8 @@ def build_trainer(
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     if training.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
-    trainer.micro_batches = MicroBatches(Halving("training on", tell, training.auto_batch_size))
-    trainer.measuring = Halving("measuring", tell, training.auto_batch_size)
+    trainer.micro_batches = MicroBatches(BatchSplitter("training on", tell, training.auto_batch_size))
+    trainer.measuring = BatchSplitter("measuring", tell, training.auto_batch_size)
     factor = None if config.fp16 else training.max_loss_factor  # where the loss scaler says which steps are taken
     vocabulary = model.get_input_embeddings().weight.shape[0]
     trainer.skipped = SkippedSteps(training.max_skipped_steps, factor, vocabulary, tell)

@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Literal
 
 from folora_q.calibration.gate_store import load_gates
-from folora_q.calibration.sample_cache import kept_or_sampled, read_samples
+from folora_q.calibration.sample_cache import load_or_sample, read_samples
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.errors import UserError, first_line
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.harness import run_harness
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import make_scorer
 from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import stop_at
 from folora_q.models.trust import NOTHING, Trust
-from folora_q.progress import Clock, Progress, Stage
+from folora_q.progress import Progress, Stage, StageTimer
 from folora_q.recipe.schema import EvaluationSection, ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
-from folora_q.targets.find import Subject, find_subject
-from folora_q.targets.load import LoadedSubject, fetched, load_subject
+from folora_q.targets.find import Target, find_target
+from folora_q.targets.load import LoadedTarget, fetched, load_target
 
 # Of text that is sampled for an evaluation alone.
 SAMPLE_TOKENS = 128
@@ -83,54 +83,54 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         UserError: there is no such thing, no base to compare it with, or a text cannot be read.
         RunFailed: the model could not be loaded or sampled from.
     """
-    clock = Clock(progress)
-    subject = find_subject(request.name)
-    recipe = request.recipe or _recipe_of(subject)
+    clock = StageTimer(progress)
+    target = find_target(request.name)
+    recipe = request.recipe or _recipe_of(target)
     section = recipe.evaluation if recipe else EvaluationSection()
     if request.general_text:
         section = section.model_copy(update={"general_text": [str(path) for path in request.general_text]})
     scorer = make_scorer(section, request.allow_code)
     against = ModelSection(model_name_or_path=request.against) if request.against else None
     with clock.stage(f"loading {request.name}", None):
-        subject = fetched(subject)
-        bits = request.bits or (4 if subject.adapter else 16)
-        loaded = load_subject(subject, request.dtype, bits, against, compare=True, trust=request.trust)
+        target = fetched(target)
+        bits = request.bits or (4 if target.adapter else 16)
+        loaded = load_target(target, request.dtype, bits, against, compare=True, trust=request.trust)
     clock.meter = PeakMemory(loaded.hardware.device)
-    clock.note(f"{subject.kind}, {loaded.held}")
+    clock.note(f"{target.kind}, {loaded.held}")
     if loaded.hardware.others is not None:
         clock.note(loaded.hardware.others)
     if request.recipe is not None and (template := chat_template(request.recipe)) is not None:
         loaded.tokenizer.chat_template = template
-    contrast = Contrast(loaded.model, loaded.base)
-    data = _task(request, recipe, loaded, contrast, clock)
-    own, own_seed = _own_text(request, recipe, loaded, contrast, clock)
+    model_pair = ModelPair(loaded.model, loaded.base)
+    data = _task(request, recipe, loaded, model_pair, clock)
+    own, own_seed = _own_text(request, recipe, loaded, model_pair, clock)
     length = {"max_length": recipe.training.max_length} if recipe else {}
-    on = held_out(loaded.tokenizer, section, contrast.device, own=own, own_seed=own_seed, data=data, **length)
-    texts, score, answers = evaluate(contrast, on, section, scorer, clock)
+    on = held_out(loaded.tokenizer, section, model_pair.device, own=own, own_seed=own_seed, data=data, **length)
+    texts, score, answers = evaluate(model_pair, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,
-        base=(against or subject.base or subject.section).model_name_or_path,
+        base=(against or target.base or target.section).model_name_or_path,
         held=loaded.held,
         texts=texts,
         score=score,
-        layers=_layers(request, loaded, contrast, on, clock),
-        harness=_harness(request.harness, loaded, contrast, section, clock),
+        layers=_layers(request, loaded, model_pair, on, clock),
+        harness=_harness(request.harness, loaded, model_pair, section, clock),
     )
     return EvaluationOutcome(evaluation, answers, list(clock.stages.values()))
 
 
-def _recipe_of(subject: Subject) -> Recipe | None:
-    """The recipe of the run that a subject belongs to."""
-    if subject.run is None or not subject.run.recipe.is_file():
+def _recipe_of(target: Target) -> Recipe | None:
+    """The recipe of the run that a target belongs to."""
+    if target.run is None or not target.run.recipe.is_file():
         return None
     try:
-        return subject.run.read_recipe()
+        return target.run.read_recipe()
     except (OSError, ValueError) as error:
-        raise UserError(f"{subject.run.recipe} cannot be read: {first_line(error)}", "give --recipe") from None
+        raise UserError(f"{target.run.recipe} cannot be read: {first_line(error)}", "give --recipe") from None
 
 
 def _task(
-    request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedSubject, contrast: Contrast, clock: Clock
+    request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> TaskTokens | None:
     """The recipe's rows; a run's may be gone, and then the rest is measured."""
     if recipe is None:
@@ -144,17 +144,17 @@ def _task(
             raise
         clock.note(f"the task is not measured: {error.message}")
         return None
-    for model in (contrast.model, contrast.other):
+    for model in (model_pair.model, model_pair.other):
         for token in data.ends_of_turn if model is not None else []:
             stop_at(model, token)
     return data
 
 
 def _own_text(
-    request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedSubject, contrast: Contrast, clock: Clock
+    request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> tuple[list[list[int]], int]:
     """What the base wrote: the run's held-out samples, or new ones; and the seed that cuts them."""
-    run = loaded.subject.run
+    run = loaded.target.run
     if run is not None and recipe is not None and request.against is None:
         vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
         if kept := (read_samples(run.proxy, vocabulary) or [])[recipe.proxy.num_samples :]:
@@ -166,37 +166,37 @@ def _own_text(
         max_new_tokens=SAMPLE_TOKENS,
     )
     dtype = str(loaded.hardware.dtype)
-    with contrast.base() as base:
-        samples = kept_or_sampled(base, loaded.tokenizer, loaded.fingerprint, dtype, section, clock)
+    with model_pair.base() as base:
+        samples = load_or_sample(base, loaded.tokenizer, loaded.fingerprint, dtype, section, clock)
     return [sample.ids for sample in samples[: request.samples]], section.seed
 
 
 def _layers(
-    request: EvaluationRequest, loaded: LoadedSubject, contrast: Contrast, on: HeldOut, clock: Clock
+    request: EvaluationRequest, loaded: LoadedTarget, model_pair: ModelPair, on: HeldOut, clock: StageTimer
 ) -> list[LayerResult]:
     """Drift by layer; for the adapter of a run with what its gates predict, and what they let pass."""
-    run = loaded.subject.run
-    own = run is not None and loaded.subject.adapter == run.adapter and request.against is None
+    run = loaded.target.run
+    own = run is not None and loaded.target.adapter == run.adapter and request.against is None
     if not own or not run.gates.is_file():
-        return evaluate_layers(contrast, on, clock)
-    predicted = predicted_drift(adapter_pairs(contrast.adapted), load_gates(run.gates, contrast.device))
+        return evaluate_layers(model_pair, on, clock)
+    predicted = predicted_drift(adapter_pairs(model_pair.adapted), load_gates(run.gates, model_pair.device))
     earlier = read_evaluation(run.evaluation)
     kept = {} if earlier is None else {layer.name: layer.energy_kept for layer in earlier.layers}
-    return evaluate_layers(contrast, on, clock, predicted, kept)
+    return evaluate_layers(model_pair, on, clock, predicted, kept)
 
 
 def _harness(
     wanted: HarnessRequest | None,
-    loaded: LoadedSubject,
-    contrast: Contrast,
+    loaded: LoadedTarget,
+    model_pair: ModelPair,
     section: EvaluationSection,
-    clock: Clock,
+    clock: StageTimer,
 ) -> list[HarnessResult]:
     if wanted is None:
         return []
     with clock.stage("lm-eval-harness, base and tuned", 2 * len(set(wanted.tasks))) as done:
         return run_harness(
-            contrast,
+            model_pair,
             loaded.tokenizer,
             wanted.tasks,
             include_path=wanted.include_path,

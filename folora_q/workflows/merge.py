@@ -28,7 +28,7 @@ from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import ADAPTER_CONFIG, CODE_FLAG, NOTHING, Trust, names_code
 from folora_q.models.weight_files import Checkpoint, model_folder, open_checkpoint
-from folora_q.progress import Clock, Progress
+from folora_q.progress import Progress, StageTimer
 from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
 
@@ -101,7 +101,7 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
         UserError: an adapter or its base cannot be merged, or the output is taken.
         RunFailed: what was written is not the adapter; the folder is there and marked.
     """
-    clock = Clock(progress)
+    clock = StageTimer(progress)
     converter = find_converter(request.converter) if request.gguf else []
     if request.push_to_hub:
         require_token()
@@ -198,7 +198,7 @@ def _adapter_name(folder: Path) -> str:
     return folder.parent.name if (folder.parent / "run.json").exists() else folder.name
 
 
-def _verify(merge: Merge, folder: Path, clock: Clock) -> Verification:
+def _verify(merge: Merge, folder: Path, clock: StageTimer) -> Verification:
     with clock.stage("checking every weight", len(merge.base.tensors)) as done:
         weights = check_weights(merge, folder, done)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
@@ -219,7 +219,7 @@ def _compute_dtype(merge: Merge) -> tuple[torch.dtype, str]:
     return merge.dtype, f"float32 needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
 
 
-def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) -> Checkpoint:
+def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: StageTimer) -> Checkpoint:
     others = {(adapter.base, adapter.revision) for adapter in adapters}
     if len(others) > 1 and request.base_model is None:
         raise UserError(f"the adapters have different bases: {', '.join(sorted(base for base, _ in others))}")
@@ -232,7 +232,7 @@ def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) 
         return open_checkpoint(folder, request.trust)
 
 
-def _trained_on(adapters: Sequence[AdapterFile], request: MergeRequest, clock: Clock) -> Path | None:
+def _trained_on(adapters: Sequence[AdapterFile], request: MergeRequest, clock: StageTimer) -> Path | None:
     """The checkpoint in 4 bits that an adapter was trained on, where it is merged into another one.
 
     Raises:

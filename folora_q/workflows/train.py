@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.calibration.collect import build_gates, row_penalties
 from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
 from folora_q.calibration.sample import ProxySample
-from folora_q.calibration.sample_cache import kept_or_sampled, read_samples, write_samples
+from folora_q.calibration.sample_cache import load_or_sample, read_samples, write_samples
 from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.advice import size_warnings
@@ -34,7 +34,7 @@ from folora_q.errors import FoloraError, RunFailed, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.export.card import CARD, write_card
 from folora_q.models.adapters import (
@@ -45,12 +45,12 @@ from folora_q.models.adapters import (
 )
 from folora_q.models.hardware import Hardware, PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, require_loadable, require_packable, stop_at
-from folora_q.models.logits import check_head
+from folora_q.models.logits import verify_chunked_logits
 from folora_q.models.target_modules import in_16_bits, listed, without_adapter
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.preflight.ids import require_rows
-from folora_q.progress import Clock, Progress, Stage
+from folora_q.progress import Progress, Stage, StageTimer
 from folora_q.recipe.schema import EvaluationSection, Recipe, TrainingSection
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
@@ -63,7 +63,7 @@ from folora_q.storage.redaction import conceal
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.packing import check_packing
-from folora_q.training.resume import Resumption, go_on, read_earlier
+from folora_q.training.resume import Resumption, prepare_resume, read_earlier
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, build_trainer
 
@@ -103,7 +103,7 @@ def run_training(
         RunFailed: the run could not go on. Where its evaluation failed, the adapter that was trained is kept.
     """
     require_one_process()
-    clock = Clock(progress)
+    clock = StageTimer(progress)
     target = Path(recipe.training.output_dir)
     with locked(target, clock.note):
         earlier = read_earlier(RunFolder(target)) if resume else None
@@ -118,7 +118,7 @@ def _run_here(
     recipe: Recipe,
     target: Path,
     earlier: dict[str, Any] | None,
-    clock: Clock,
+    clock: StageTimer,
     overwrite: bool,
     allow_code: bool,
     force: bool,
@@ -153,7 +153,7 @@ def _run_here(
         folder = open_run_folder(target, overwrite)
     else:
         folder = RunFolder(target)
-        resumed = go_on(folder, earlier, recipe, manifest, force, clock.note)
+        resumed = prepare_resume(folder, earlier, recipe, manifest, force, clock.note)
         manifest = resumed.manifest(manifest)
     folder.write_manifest(manifest)
     try:
@@ -180,7 +180,7 @@ def _run(
     tokenizer: Tokenizer,
     scorer: Scorer | None,
     manifest: dict[str, Any],
-    clock: Clock,
+    clock: StageTimer,
     resumed: Resumption | None,
     trust: Trust,
 ) -> RunResult:
@@ -194,7 +194,7 @@ def _run(
     for token in data.ends_of_turn:
         stop_at(base.model, token)
     first = torch.tensor([data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
-    check_head(base.model, first)  # statistics, KL and losses all rest on it
+    verify_chunked_logits(base.model, first)  # statistics, KL and losses all rest on it
     clock.note(f"{base.quantized_modules} linear layers in 4 bits ({base.quantization})")
     clock.note(f"in 16 bits: {listed(in_16_bits(base.model))} of the weights")
     if resumed is not None:
@@ -221,7 +221,7 @@ def _run(
     trainer = build_trainer(
         model, tokenizer, data.train.sequences, data.heldout.sequences, recipe, hardware, folder.path, tell=clock.note
     )
-    trainer.own_text = _few(recipe, base, proxy_heldout)
+    trainer.own_text = _monitoring_text(recipe, base, proxy_heldout)
     trainer.real_text = _few_windows(recipe, measured_on)
     if recipe.training.packing:
         clock.note(f"packed into {len(trainer.train_dataset):,} sequences")
@@ -235,10 +235,10 @@ def _run(
 
     _save(recipe, base, model, folder)  # before the evaluation, which can fail and must not cost what was trained
 
-    contrast = Contrast(model)
+    model_pair = ModelPair(model)
     try:
-        texts, score, answers = evaluate(contrast, measured_on, recipe.evaluation, scorer, clock)
-        layers = _layers(contrast, trainer, measured_on, clock)
+        texts, score, answers = evaluate(model_pair, measured_on, recipe.evaluation, scorer, clock)
+        layers = _layers(model_pair, trainer, measured_on, clock)
     except Exception as error:
         raise _evaluation_failed(error, folder, recipe.evaluation, trust) from error
     held = f"4 bits ({base.quantization}), computing in {hardware}"
@@ -259,7 +259,12 @@ def _left_out(model: PeftModel) -> str:
 
 
 def _proxy_text(
-    recipe: Recipe, base: LoadedModel, hardware: Hardware, folder: RunFolder, clock: Clock, resumed: Resumption | None
+    recipe: Recipe,
+    base: LoadedModel,
+    hardware: Hardware,
+    folder: RunFolder,
+    clock: StageTimer,
+    resumed: Resumption | None,
 ) -> tuple[list[ProxySample], list[ProxySample]]:
     """Sampled text from the run that goes on, from the cache or from the model, and its held-out tail."""
     section = recipe.proxy
@@ -267,12 +272,12 @@ def _proxy_text(
     if resumed is not None and resumed.keeps(folder.proxy):
         samples = read_samples(folder.proxy, base.model.get_input_embeddings().weight.shape[0])
     if samples is None:
-        samples = kept_or_sampled(base.model, base.tokenizer, base.fingerprint, str(hardware.dtype), section, clock)
+        samples = load_or_sample(base.model, base.tokenizer, base.fingerprint, str(hardware.dtype), section, clock)
         write_samples(folder.proxy, samples, base.tokenizer)
     return samples[: section.num_samples], samples[section.num_samples :]
 
 
-def _few(recipe: Recipe, base: LoadedModel, proxy: Sequence[ProxySample]) -> HeldOutText:
+def _monitoring_text(recipe: Recipe, base: LoadedModel, proxy: Sequence[ProxySample]) -> HeldOutText:
     """Some of the held-out samples, from their start and cut, for the KL during training."""
     ids = [sample.ids for sample in proxy[: recipe.evaluation.num_proxy_samples]]
     both = [*ids, *crops(ids, recipe.proxy.seed)]
@@ -295,7 +300,7 @@ def _gate(
     proxy: Sequence[ProxySample],
     heldout: Sequence[ProxySample],
     folder: RunFolder,
-    clock: Clock,
+    clock: StageTimer,
     resumed: Resumption | None,
 ) -> None:
     """The gates, from statistics of both texts or from the run that goes on, and A's gated start."""
@@ -320,7 +325,7 @@ def _penalties(
     pairs: Sequence[AdapterPair],
     gates: Mapping[str, SpectralGate],
     samples: tuple[Sequence[ProxySample], Sequence[ProxySample]],
-    clock: Clock,
+    clock: StageTimer,
 ) -> dict[str, tuple[float, float]]:
     """What A's rows cost on texts that the gates were made of, and on as many that they were not."""
     size, device = recipe.statistics_batch_size, model.device
@@ -341,7 +346,7 @@ def _measured_gates(
     pairs: Sequence[AdapterPair],
     task: Tokenized,
     proxy: Sequence[ProxySample],
-    clock: Clock,
+    clock: StageTimer,
 ) -> dict[str, SpectralGate]:
     size, device = recipe.statistics_batch_size, base.model.device
     rows = len(task.sequences)
@@ -362,7 +367,7 @@ def _measured_gates(
 
 
 def _train(
-    training: TrainingSection, trainer: GatedTrainer, folder: RunFolder, clock: Clock, checkpoint: Path | None
+    training: TrainingSection, trainer: GatedTrainer, folder: RunFolder, clock: StageTimer, checkpoint: Path | None
 ) -> None:
     steps = training.steps_for(len(trainer.train_dataset))
     if (warmup := warmup_of(training.warmup_steps, steps)) < int(training.warmup_steps):
@@ -384,10 +389,10 @@ def _train(
     trainer.require_learned()
 
 
-def _layers(contrast: Contrast, trainer: GatedTrainer, on: HeldOut, clock: Clock) -> list[LayerResult]:
+def _layers(model_pair: ModelPair, trainer: GatedTrainer, on: HeldOut, clock: StageTimer) -> list[LayerResult]:
     pairs = adapter_pairs(trainer.model)
     predicted = predicted_drift(pairs, trainer.gates) if trainer.gates is not None else None
-    return evaluate_layers(contrast, on, clock, predicted, trainer.energy_kept())
+    return evaluate_layers(model_pair, on, clock, predicted, trainer.energy_kept())
 
 
 def _try(scorer: Scorer | None, heldout: Sequence[Example]) -> None:

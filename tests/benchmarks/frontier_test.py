@@ -38,11 +38,11 @@ from folora_q.calibration.sample_cache import read_samples, write_samples
 from folora_q.core import SpectralGate
 from folora_q.errors import RunFailed
 from folora_q.evaluation.divergence import compare
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import AdapterPair, adapter_pairs
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.schema import GateSection
 from tests.conftest import Silent, write_recipe
@@ -88,7 +88,7 @@ def ground(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Groun
                 "evaluation.num_answers=2",
             ],
         )
-        ground = Ground(recipe, folder, Clock(Silent()))
+        ground = Ground(recipe, folder, StageTimer(Silent()))
         decode(ground.base)  # as on a CPU: what is merged is then not rounded to 4 bits
         return ground
 
@@ -140,7 +140,7 @@ def test_numbers_are_those_of_the_product(ground: Ground) -> None:
     method, model = tuned(ground, LoRA(1e-2))
     measured = yardstick.measure(model)
     for text in ground.on.texts:
-        expected = compare(Contrast(model), text)
+        expected = compare(ModelPair(model), text)
         assert measured.loss[text.name] == pytest.approx(expected.loss.tuned.value, rel=1e-5)
         assert yardstick.base.loss[text.name] == pytest.approx(expected.loss.base.value, rel=1e-5)
         if text.kind == "own":

@@ -13,14 +13,14 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from folora_q.calibration.collect import Reading, build_gates, row_penalties
 from folora_q.calibration.gate_store import load_gates, save_gates
-from folora_q.calibration.hooks import feeding, shared_inputs
+from folora_q.calibration.hooks import collect_inputs, shared_inputs
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
 from tests.conftest import Silent, random_gate
 
@@ -85,7 +85,7 @@ def test_gates_solve_the_dense_problem_of_the_text_without_its_padding(model) ->
     proxy, task = sequences(1), sequences(2)
     progress = Silent()
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU))
-    gates = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(progress))
+    gates = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(progress))
     total, *done = progress.stages["statistics of both texts"]
     assert sum(done) == total == 2 * 4, "two readings of two batches of each"
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
@@ -103,7 +103,7 @@ def test_of_the_task_only_what_is_learned_counts(model) -> None:
     proxy, task = sequences(1), sequences(2)
     labels = [[IGNORED] * (len(ids) - 2) + ids[-2:] for ids in task]
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU, labels))
-    gates = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(Silent()))
+    gates = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(Silent()))
     name = "model.layers.1.mlp.down_proj"
     basis, utility = gates[name].basis.double(), dense_covariance(model, name, task, learned=2)
     assert torch.allclose(basis @ gates[name].utility_gram @ basis.T, utility, atol=1e-3 * float(utility.abs().max()))
@@ -147,7 +147,7 @@ def test_fisher_covariances_are_those_of_autograd_in_one_unit(model, name: str, 
     labels = [[IGNORED] * (len(ids) - 3) + ids[-3:] for ids in task]
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU, labels))
     section = FULL.model_copy(update={"covariance": "fisher"})
-    gate = build_gates(model, adapter_pairs(model), *texts, section, Clock(Silent()), recompute=recompute)[name]
+    gate = build_gates(model, adapter_pairs(model), *texts, section, StageTimer(Silent()), recompute=recompute)[name]
     utility, basis = fisher(model, name, task, labels), gate.basis.double()
     found = basis @ gate.utility_gram @ basis.T
     unit = float(utility.trace() / found.trace())  # the mean variance of the penalty, which is drawn
@@ -210,7 +210,7 @@ def test_statistics_are_free_of_dropout_where_activations_are_recomputed(tmp_pat
     model = get_peft_model(opt, LoraConfig(r=2, target_modules=["fc1", "fc2"], task_type="CAUSAL_LM"))
     text = list(batches(sequences(1), 4, CPU))
     gates = [
-        build_gates(model, adapter_pairs(model), text, text, FULL, Clock(Silent()), recompute=recompute)
+        build_gates(model, adapter_pairs(model), text, text, FULL, StageTimer(Silent()), recompute=recompute)
         for recompute in (False, True, True)
     ]
     for name, gate in gates[0].items():
@@ -225,9 +225,9 @@ def test_refinements_find_larger_quotients_and_the_gate_stays_as_small(model) ->
     found = {}
     for refinements in (0, 1, 2, 3):
         section = GateSection(rank=6, oversampling=2, ridge=0.05, refinements=refinements)
-        found[refinements] = build_gates(model, adapter_pairs(model), *text, section, Clock(Silent()))[name]
+        found[refinements] = build_gates(model, adapter_pairs(model), *text, section, StageTimer(Silent()))[name]
     whole = GateSection(rank=128, oversampling=0, ridge=0.05, refinements=0)
-    best = build_gates(model, adapter_pairs(model), *text, whole, Clock(Silent()))[name].quotients[:6]
+    best = build_gates(model, adapter_pairs(model), *text, whole, StageTimer(Silent()))[name].quotients[:6]
     reached = [gate.quotients[:6] / best for gate in found.values()]
     assert all(bool((more >= less - 1e-3).all()) for less, more in zip(reached, reached[1:], strict=False))
     assert 3 * reached[0].mean() < reached[3].mean() and float(max(map(torch.max, reached))) < 1.002
@@ -244,9 +244,9 @@ def test_the_penalty_of_as_rows_is_that_of_the_dense_covariance_of_each_text(mod
     seen, unseen = sequences(1), sequences(3)
     texts = [list(batches(text, 4, CPU)) for text in (seen, unseen)]
     section = GateSection(rank=4, oversampling=4, **ACTIVATION)
-    gates = build_gates(model, adapter_pairs(model), texts[0], texts[1], section, Clock(Silent()))
+    gates = build_gates(model, adapter_pairs(model), texts[0], texts[1], section, StageTimer(Silent()))
     gates.pop("model.layers.1.mlp.down_proj")  # as if no token had reached it
-    found = row_penalties(model, adapter_pairs(model), gates, tuple(texts), section, Clock(Silent()))
+    found = row_penalties(model, adapter_pairs(model), gates, tuple(texts), section, StageTimer(Silent()))
     assert found.keys() == gates.keys()
     base = model.get_base_model()
     for pair in adapter_pairs(model):
@@ -267,7 +267,7 @@ def test_the_penalty_of_as_rows_is_that_of_the_dense_covariance_of_each_text(mod
 def test_layers_with_one_input_share_one_gate(model) -> None:
     section = GateSection(rank=4, oversampling=4, ridge=0.1, utility_ridge=0.1, **ACTIVATION)
     text = list(batches(sequences(1), 4, CPU))
-    gates = build_gates(model, adapter_pairs(model), text, text, section, Clock(Silent()))
+    gates = build_gates(model, adapter_pairs(model), text, text, section, StageTimer(Silent()))
     layer = "model.layers.0.self_attn."
     assert gates[layer + "q_proj"] is gates[layer + "k_proj"] is gates[layer + "v_proj"]
     assert gates[layer + "q_proj"] is not gates[layer + "o_proj"]
@@ -286,7 +286,7 @@ def test_the_second_pass_makes_quotients_exact_in_their_directions(model) -> Non
         section = GateSection(
             rank=6, oversampling=2, second_pass=second_pass, ridge=0.1, utility_ridge=0.0, **ACTIVATION
         )
-        gate = build_gates(model, adapter_pairs(model), *text, section, Clock(Silent()))[name]
+        gate = build_gates(model, adapter_pairs(model), *text, section, StageTimer(Silent()))[name]
         directions = gate.basis.double() @ gate.vectors
         true = torch.einsum("di,de,ei->i", directions, utility, directions) / (
             torch.einsum("di,de,ei->i", directions, penalty, directions) + 0.1 * directions.square().sum(0)
@@ -303,7 +303,7 @@ def hooks(model) -> int:
 def test_hooks_are_gone_and_the_mode_is_evaluation_afterwards(model) -> None:
     text = list(batches(sequences(1, 2), 4, CPU))
     before = hooks(model)
-    build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=0), Clock(Silent()))
+    build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=0), StageTimer(Silent()))
     assert hooks(model) == before
 
 
@@ -315,7 +315,7 @@ def test_a_nan_activation_is_refused_with_the_layers_name(model) -> None:
     text = list(batches(sequences(1, 2), 4, CPU))
     try:
         with pytest.raises(RunFailed, match=r"hold a NaN or an infinity, at the input of model.layers.1.self_attn.q_"):
-            build_gates(model, pairs, text, text, GateSection(rank=4, oversampling=0), Clock(Silent()))
+            build_gates(model, pairs, text, text, GateSection(rank=4, oversampling=0), StageTimer(Silent()))
     finally:
         norm.weight.data = kept
     assert hooks(model) == before, "an error must not leave hooks behind"
@@ -325,7 +325,7 @@ def test_a_mask_of_another_shape_masks_nothing() -> None:
     """Experts are given tokens picked out of the batch, (n, d): the batch's mask (b, t) says nothing about them."""
     layer = torch.nn.Linear(8, 8)
     sketch = CovarianceSketch(8, 4)
-    with feeding({"expert": layer}, {"expert": sketch}) as counted:
+    with collect_inputs({"expert": layer}, {"expert": sketch}) as counted:
         counted.mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         layer(torch.randn(2, 3, 8))
         assert sketch.count == 3
@@ -350,20 +350,22 @@ def test_gates_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
 def test_sketches_that_do_not_fit_together_are_taken_in_rounds_with_the_same_result(model) -> None:
     texts = list(batches(sequences(1), 4, CPU)), list(batches(sequences(2), 4, CPU))
     section = GateSection(rank=6, oversampling=2)
-    at_once = build_gates(model, adapter_pairs(model), *texts, section, Clock(Silent()))
+    at_once = build_gates(model, adapter_pairs(model), *texts, section, StageTimer(Silent()))
     progress = Silent()
     one_layer = 128 * 12 * 4 / 2**30  # of the widest: 128 features, a joint basis of 12 columns
-    in_rounds = build_gates(model, adapter_pairs(model), *texts, section, Clock(progress), memory=one_layer)
+    partition_by_memory = build_gates(
+        model, adapter_pairs(model), *texts, section, StageTimer(progress), memory=one_layer
+    )
     rounds = int(progress.notes[-1].split()[2])
     assert progress.notes[-1] == f"statistics in {rounds} rounds, by proxy.statistics_memory"
     assert 4 <= rounds <= 8, "eight inputs, of which two narrow ones fit together"
     total, *done = progress.stages["statistics of both texts"]
     assert sum(done) == total
-    assert list(in_rounds) == list(at_once)
+    assert list(partition_by_memory) == list(at_once)
     for name, gate in at_once.items():
-        assert torch.equal(gate.quotients, in_rounds[name].quotients), name
-        assert torch.equal(gate.basis, in_rounds[name].basis)
-    assert in_rounds["model.layers.0.mlp.up_proj"] is in_rounds["model.layers.0.mlp.gate_proj"]
+        assert torch.equal(gate.quotients, partition_by_memory[name].quotients), name
+        assert torch.equal(gate.basis, partition_by_memory[name].basis)
+    assert partition_by_memory["model.layers.0.mlp.up_proj"] is partition_by_memory["model.layers.0.mlp.gate_proj"]
 
 
 def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once(model, monkeypatch) -> None:
@@ -371,7 +373,7 @@ def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once
     counted: list[int] = []
     covariance = CovarianceSketch.covariance
     monkeypatch.setattr(CovarianceSketch, "covariance", lambda self: counted.append(self.count) or covariance(self))
-    expected = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(Silent()))
+    expected = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(Silent()))
     once = counted.copy()
     counted.clear()
     taken: list[int] = []
@@ -386,7 +388,7 @@ def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once
     handle = last.register_forward_pre_hook(hook)
     progress = Silent()
     try:
-        found = build_gates(model, adapter_pairs(model), *texts, FULL, Clock(progress))
+        found = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(progress))
     finally:
         handle.remove()
     assert counted == once, "every token of every input, once"
@@ -400,7 +402,7 @@ def test_the_bases_dtype_is_the_recipes(model) -> None:
     text = list(batches(sequences(1, 2), 4, CPU))
     for name, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
         section = GateSection(rank=4, oversampling=0, basis_dtype=name)
-        gates = build_gates(model, adapter_pairs(model), text, text, section, Clock(Silent()))
+        gates = build_gates(model, adapter_pairs(model), text, text, section, StageTimer(Silent()))
         assert {gate.basis.dtype for gate in gates.values()} == {dtype}
 
 
@@ -411,4 +413,4 @@ def test_sketches_that_do_not_fit_at_all_are_a_sentence(model, monkeypatch) -> N
     monkeypatch.setattr("folora_q.calibration.collect.CovarianceSketch", full)
     text = list(batches(sequences(1, 2), 4, CPU))
     with pytest.raises(RunFailed, match="memory ran out for the sketches of 8 layers' inputs"):
-        build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4), Clock(Silent()))
+        build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4), StageTimer(Silent()))

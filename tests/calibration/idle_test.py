@@ -13,7 +13,7 @@ from folora_q.data.tokens import batches
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
-from folora_q.progress import Clock
+from folora_q.progress import StageTimer
 from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
 from folora_q.rules import rule_of
 from tests.calibration.collect_test import sequences
@@ -32,7 +32,7 @@ def test_an_idle_expert_keeps_its_random_a_and_is_named(rule: str, tiny_folder: 
     before = {pair.name: pair.a.clone() for pair in pairs}
     section, progress = GateSection(rule=rule, rank=8), Silent()
     texts = [list(batches(sequences(seed), 4, CPU.device)) for seed in (1, 2)]
-    gates = build_gates(model, pairs, *texts, section, Clock(progress))
+    gates = build_gates(model, pairs, *texts, section, StageTimer(progress))
     rule_of(section).initialize(pairs, gates, section)
     idle = "model.layers.1.mlp.experts.0"
     assert gates.keys() == before.keys() - {idle}

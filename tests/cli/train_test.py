@@ -180,10 +180,10 @@ def test_held_out_text_is_never_used_for_statistics(recipe_file: Path, monkeypat
         used["proxy"], used["task"] = ([b.input_ids for b in batches] for batches in (proxy, task))
         return build_gates(model, pairs, proxy, task, *rest)
 
-    def spy_evaluate(contrast, on, *rest):
+    def spy_evaluate(model_pair, on, *rest):
         held_out = [text for text in on.texts if text.name in ("task", "own text")]
         used["held out"] = [batch.input_ids for text in held_out for batch in text.batches]
-        return evaluate(contrast, on, *rest)
+        return evaluate(model_pair, on, *rest)
 
     build_gates, evaluate = pipeline.build_gates, pipeline.evaluate
     monkeypatch.setattr(pipeline, "build_gates", spy)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folora_q.data.batch_splitting import Halving, first_rows, ran_out, rows_of
+from folora_q.data.batch_splitting import BatchSplitter, first_rows, ran_out, rows_of
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunFailed
 
@@ -16,7 +16,7 @@ from folora_q.errors import RunFailed
 @given(count=st.integers(1, 20), fits=st.integers(1, 20), most=st.none() | st.integers(1, 20))
 def test_every_row_is_computed_once_in_order(count: int, fits: int, most: int | None) -> None:
     told: list[str] = []
-    halving = Halving("testing", told.append)
+    splitter = BatchSplitter("testing", told.append)
     seen: list[int] = []
 
     def compute(start: int, stop: int) -> int:
@@ -25,12 +25,12 @@ def test_every_row_is_computed_once_in_order(count: int, fits: int, most: int | 
         seen.extend(range(start, stop))
         return stop - start
 
-    sizes = list(halving.over(count, 7, compute, most))
+    sizes = list(splitter.over(count, 7, compute, most))
     assert seen == list(range(count))
     assert sum(sizes) == count and max(sizes) <= min(fits, most or count)
     assert bool(told) == (min(count, most or count) > fits)
     told.clear()
-    list(halving.over(count, 7, compute, most))
+    list(splitter.over(count, 7, compute, most))
     assert not told, "it remembers what fits"
 
 
@@ -39,15 +39,15 @@ def test_one_row_that_does_not_fit_is_a_sentence_and_other_errors_pass() -> None
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     with pytest.raises(RunFailed, match="memory ran out while testing, with 1 sequences of 7 tokens"):
-        list(Halving("testing").over(4, 7, never))
+        list(BatchSplitter("testing").over(4, 7, never))
     with pytest.raises(RunFailed, match="with 4 sequences"):
-        list(Halving("testing", enabled=False).over(4, 7, never))
+        list(BatchSplitter("testing", enabled=False).over(4, 7, never))
 
     def wrong(start: int, stop: int) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        list(Halving("testing").over(4, 7, wrong))
+        list(BatchSplitter("testing").over(4, 7, wrong))
 
 
 def test_what_counts_as_full_memory() -> None:

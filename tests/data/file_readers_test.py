@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from folora_q.data.file_readers import READERS, read_file
 from folora_q.data.files import DataFile
-from folora_q.data.rows import Row, RowError, Sieve
+from folora_q.data.rows import ErrorPolicy, Row, RowError
 from folora_q.data.sources import read_source
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import Source
@@ -39,7 +39,7 @@ def read(path: Path) -> Found:
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        list(Sieve(skip=False).pass_on(read_source(Source(path=str(path)))))
+        list(ErrorPolicy(skip=False).pass_on(read_source(Source(path=str(path)))))
     return caught.value.message
 
 
@@ -200,7 +200,7 @@ def test_a_stray_quote_on_line_4711_is_named_there(tmp_path: Path) -> None:
 def test_the_row_after_a_broken_header_is_no_header(tmp_path: Path) -> None:
     path = write(tmp_path / "r.csv", '"prompt"s,completion\nprompt,completion\nx,y\n')
     with pytest.raises(UserError, match="line 1"):
-        list(Sieve(skip=True).pass_on(read_file(DataFile(path, str(path)))))
+        list(ErrorPolicy(skip=True).pass_on(read_file(DataFile(path, str(path)))))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_parquet_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_a_date_that_python_does_not_have_costs_no_traceback(tmp_path: Path, made: pa.Array) -> None:
     path = tmp_path / "r.parquet"
     parquet.write_table(pa.table({"text": ["hi"], "made": made}), path)
-    [row] = Sieve(skip=False).pass_on(read_source(Source(path=str(path))))
+    [row] = ErrorPolicy(skip=False).pass_on(read_source(Source(path=str(path))))
     assert row.values["text"] == "hi"
 
 

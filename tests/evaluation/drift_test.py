@@ -12,7 +12,7 @@ from peft.utils.integrations import dequantize_module_weight
 from folora_q.core import CovarianceSketch, SpectralGate
 from folora_q.data.tokens import batches
 from folora_q.evaluation.drift import adapted_layers, measured_drift, predicted_drift, update_norm
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, load_model
@@ -55,7 +55,7 @@ def dense_drift(model, module) -> float:
 @pytest.mark.parametrize("size", [1, 3])
 def test_measured_drift_is_the_dense_ratio_whatever_is_padded(tiny_folder: Path, size: int) -> None:
     model = tuned_on(loaded(tiny_folder))
-    found = measured_drift(Contrast(model), batches(TEXT, size, CPU))
+    found = measured_drift(ModelPair(model), batches(TEXT, size, CPU))
     layers = adapted_layers(model)
     assert found.keys() == layers.keys()
     for name in found:
@@ -69,7 +69,7 @@ def test_other_adapters_than_plain_lora_are_measured_by_their_outputs(tiny_folde
             if "magnitude" in name:
                 parameter.mul_(1.1)
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    found = measured_drift(Contrast(model), batches(TEXT, 2, CPU))
+    found = measured_drift(ModelPair(model), batches(TEXT, 2, CPU))
     for name, module in adapted_layers(model).items():
         x = inputs_of(model, module.base_layer).float()
         with torch.no_grad():
@@ -88,7 +88,7 @@ def test_two_models_differ_where_their_weights_do(tiny_folder: Path) -> None:
     linear = torch.nn.Linear(64, 128, bias=False)
     linear.weight.data = dequantize_module_weight(moved).float() * 1.5
     tuned.model.layers[1].mlp.up_proj = linear
-    found = measured_drift(Contrast(tuned, base), batches(TEXT, 2, CPU))
+    found = measured_drift(ModelPair(tuned, base), batches(TEXT, 2, CPU))
     assert found.pop("model.layers.1.mlp.up_proj") == pytest.approx(0.25, rel=1e-4)
     assert set(found.values()) == {0.0} and len(found) == 13
     assert "lm_head" not in found
@@ -107,7 +107,7 @@ def test_predicted_drift_is_the_measured_where_the_sketch_is_complete(tiny_folde
         other = CovarianceSketch(width, width)
         other.update(torch.randn(64, width, generator=torch.Generator().manual_seed(number)))
         gates[pair.name] = SpectralGate.from_covariances(sketch.covariance(), other.covariance())
-    measured, predicted = measured_drift(Contrast(model), batches(TEXT, 2, CPU)), predicted_drift(pairs, gates)
+    measured, predicted = measured_drift(ModelPair(model), batches(TEXT, 2, CPU)), predicted_drift(pairs, gates)
     for pair in pairs:
         assert predicted[pair.name]["own"] == pytest.approx(measured[pair.name], rel=2e-3), pair.name
         assert predicted[pair.name]["task"] != pytest.approx(measured[pair.name], rel=2e-3)
@@ -124,4 +124,4 @@ def test_the_update_norm_is_that_of_all_active_adapters_together(tiny_folder: Pa
         there = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
         change = sum(module.get_delta_weight(adapter).double() for adapter in there)
         assert update_norm(module) == pytest.approx(float(change.norm()), rel=1e-5), name
-    assert measured_drift(Contrast(model), batches(TEXT, 2, CPU))["model.layers.0.self_attn.q_proj"] > 0
+    assert measured_drift(ModelPair(model), batches(TEXT, 2, CPU))["model.layers.0.self_attn.q_proj"] > 0

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.batch_splitting import Halving
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Completion
 from folora_q.data.rendering import Renderer
 from folora_q.data.thoughts import Said
@@ -21,7 +21,7 @@ from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import measured_drift
 from folora_q.evaluation.evaluate import general_texts
 from folora_q.evaluation.loss import GENERAL_TEXTS, mean_loss, text_windows
-from folora_q.evaluation.model_pair import Contrast
+from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Questions,
@@ -102,7 +102,7 @@ def test_a_comparison_is_what_full_logits_say(tuned) -> None:
             found.append(cross_entropy(log, torch.tensor(wanted[1:])[counted], reduction="none"))
     mean = lambda parts: float(torch.cat(parts).mean())  # noqa: E731
     for size in (1, 3):
-        found = compare(Contrast(tuned), on(TEXT, size, labels))
+        found = compare(ModelPair(tuned), on(TEXT, size, labels))
         assert found.kl.value == pytest.approx(mean(kl), rel=1e-4)
         assert found.top1_agreement.value == pytest.approx(mean(agreed))
         assert found.loss.base.value == pytest.approx(mean(losses[0]), rel=1e-5)
@@ -114,7 +114,10 @@ def test_a_comparison_is_what_full_logits_say(tuned) -> None:
 
 def test_two_models_are_compared_as_an_adapter_is(tuned, base: LoadedModel, tiny_folder: Path) -> None:
     other = load_model(ModelSection(model_name_or_path=str(tiny_folder)), Hardware(CPU, torch.float32, "a test"))
-    as_adapter, as_two = compare(Contrast(tuned), on(TEXT, 2)), compare(Contrast(base.model, other.model), on(TEXT, 2))
+    as_adapter, as_two = (
+        compare(ModelPair(tuned), on(TEXT, 2)),
+        compare(ModelPair(base.model, other.model), on(TEXT, 2)),
+    )
     assert as_two.kl.value == pytest.approx(as_adapter.kl.value, rel=1e-5), "the base model carries the adapter"
     assert as_two.loss.base.value == pytest.approx(as_adapter.loss.base.value, rel=1e-5)
 
@@ -126,7 +129,7 @@ def test_a_trained_head_does_not_answer_for_the_base(tiny_folder: Path) -> None:
     model = get_peft_model(loaded.model, config).eval()
     with torch.no_grad():
         model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
-    found = compare(Contrast(model), on(TEXT, 2))
+    found = compare(ModelPair(model), on(TEXT, 2))
     with model.disable_adapter():
         expected = mean_loss(model.get_base_model(), batches(TEXT, 2, CPU))
     assert found.loss.base.value == pytest.approx(expected, rel=1e-5)
@@ -135,14 +138,14 @@ def test_a_trained_head_does_not_answer_for_the_base(tiny_folder: Path) -> None:
 
 def test_models_of_different_vocabularies_are_refused(base: LoadedModel) -> None:
     with pytest.raises(UserError, match="their predictions cannot be compared"):
-        Contrast(gemma2(), base.model)
+        ModelPair(gemma2(), base.model)
     with pytest.raises(ValueError, match="two models"):
-        Contrast(base.model)
+        ModelPair(base.model)
 
 
 def test_without_a_change_nothing_is_forgotten(tiny_folder: Path) -> None:
     fresh = load_model(ModelSection(model_name_or_path=str(tiny_folder)), Hardware(CPU, torch.float32, "a test"))
-    found = compare(Contrast(attach_adapter(fresh, AdapterSection(r=4), seed=0)), on(TEXT, 2))
+    found = compare(ModelPair(attach_adapter(fresh, AdapterSection(r=4), seed=0)), on(TEXT, 2))
     assert (found.kl.value, found.top1_agreement.value, found.loss.change.value) == (0.0, 1.0, 0.0)
 
 
@@ -234,7 +237,7 @@ def test_both_models_answer_and_only_the_task_is_scored(tuned, base: LoadedModel
     reader = Questions(Renderer(base.tokenizer))
     questions = reader.of_task([Completion("a", "abab", "x"), Completion("a", "cd", "y")]) + reader.general(path)
     section = EvaluationSection(metric="regex", metric_pattern=".", max_new_tokens=4)
-    answers = answer_both(Contrast(tuned), reader, questions, section, lambda answer, reference: 0.25)
+    answers = answer_both(ModelPair(tuned), reader, questions, section, lambda answer, reference: 0.25)
     assert [(a.kind, a.asked, a.reference) for a in answers] == [
         ("task", "abab", "x"),
         ("task", "cd", "y"),
@@ -305,9 +308,9 @@ def test_a_users_function_scores_only_where_code_is_allowed(tmp_path: Path) -> N
 
 
 def test_where_memory_runs_out_the_same_is_measured_in_halves(tuned, base: LoadedModel) -> None:
-    contrast, text = Contrast(tuned), on(TEXT, 4)
+    model_pair, text = ModelPair(tuned), on(TEXT, 4)
     prompts = [base.tokenizer("ab" * length)["input_ids"] for length in (9, 2, 5)]
-    expected = compare(contrast, text), measured_drift(contrast, text.batches)
+    expected = compare(model_pair, text), measured_drift(model_pair, text.batches)
     answers = greedy_answers(tuned.get_base_model(), base.tokenizer, prompts, 4, 3)
     loss = mean_loss(tuned.get_base_model(), text.batches)
     taken: list[int] = []
@@ -322,20 +325,20 @@ def test_where_memory_runs_out_the_same_is_measured_in_halves(tuned, base: Loade
     handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
     told: list[str] = []
     try:
-        halving = Halving("measuring", told.append)
-        found = compare(contrast, text, halving=halving)
+        splitter = BatchSplitter("measuring", told.append)
+        found = compare(model_pair, text, splitter=splitter)
         assert found.kl.value == pytest.approx(expected[0].kl.value, rel=1e-5)
         assert found.loss.tuned.value == pytest.approx(expected[0].loss.tuned.value, rel=1e-6)
         assert told == [
             "memory ran out while measuring 4 sequences at a time; from here on 2",
             "memory ran out while measuring 2 sequences at a time; from here on 1",
         ]
-        assert measured_drift(contrast, text.batches, halving=halving) == pytest.approx(expected[1], rel=1e-5)
-        assert mean_loss(tuned.get_base_model(), text.batches, halving=halving) == pytest.approx(loss, rel=1e-6)
-        again = greedy_answers(tuned.get_base_model(), base.tokenizer, prompts, 4, 3, halving=halving)
+        assert measured_drift(model_pair, text.batches, splitter=splitter) == pytest.approx(expected[1], rel=1e-5)
+        assert mean_loss(tuned.get_base_model(), text.batches, splitter=splitter) == pytest.approx(loss, rel=1e-6)
+        again = greedy_answers(tuned.get_base_model(), base.tokenizer, prompts, 4, 3, splitter=splitter)
         assert again == answers and len(told) == 2
         with pytest.raises(RunFailed, match="memory ran out while comparing, with 4 sequences"):
-            compare(contrast, text)
+            compare(model_pair, text)
     finally:
         handle.remove()
 

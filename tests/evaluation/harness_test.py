@@ -112,7 +112,7 @@ def folder(tmp_path_factory, pair: Pair, tokenizer) -> Path:
     exact = [{"metric": "exact_match", **mean}]
     write("choosing", **choosing, metric_list=accuracies)
     write("choosing_again", **choosing, metric_list=accuracies)
-    write("predicting", output_type="loglikelihood", doc_to_target=" {{choices[0]}}")
+    write("loss_positions", output_type="loglikelihood", doc_to_target=" {{choices[0]}}")
     write(
         "answering",
         output_type="generate_until",
@@ -171,7 +171,7 @@ def test_the_values_are_those_of_the_models_and_their_changes_are_paired(
     results = run_harness(
         pair,
         tokenizer,
-        ["choosing", "predicting", "answering"],
+        ["choosing", "loss_positions", "answering"],
         include_path=folder,
         batch_size=5,
         on_progress=progress.append,
@@ -187,8 +187,8 @@ def test_the_values_are_those_of_the_models_and_their_changes_are_paired(
     assert set(found) == {
         ("choosing", "acc"),
         ("choosing", "acc_norm"),
-        ("predicting", "acc"),
-        ("predicting", "perplexity"),
+        ("loss_positions", "acc"),
+        ("loss_positions", "perplexity"),
         ("answering", "exact_match"),
         ("answering", "exact_match (shout)"),
     }
@@ -211,7 +211,7 @@ def test_the_values_are_those_of_the_models_and_their_changes_are_paired(
         check(found["answering", metric], *right)
     assert 0 < found["answering", "exact_match"].base < found["answering", "exact_match"].tuned < 1
 
-    perplexity = found["predicting", "perplexity"]
+    perplexity = found["loss_positions", "perplexity"]
     for model, value in ((pair.first, perplexity.base), (pair.second, perplexity.tuned)):
         mean = np.mean(
             [log_likelihood(model, tokenizer, row["question"], f" {row['choices'][0]}") for row in QUESTIONS]
@@ -267,7 +267,7 @@ def test_a_model_does_not_differ_from_itself(pair: Pair, tokenizer, folder: Path
 
 def test_prompts_can_go_through_the_chat_template_with_examples(pair: Pair, tokenizer, folder: Path) -> None:
     plain, chat, shots = (
-        run_harness(pair, tokenizer, ["predicting"], include_path=folder, limit=6, **settings)
+        run_harness(pair, tokenizer, ["loss_positions"], include_path=folder, limit=6, **settings)
         for settings in ({}, {"apply_chat_template": True}, {"num_fewshot": 2})
     )
     perplexities = {next(r.base for r in results if r.metric == "perplexity") for results in (plain, chat, shots)}

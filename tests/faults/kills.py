@@ -25,7 +25,7 @@ import torch
 from folora_q.cli.app import main
 from folora_q.cli.console import ConsoleProgress
 from folora_q.training.checkpoints import checkpoints, damage
-from folora_q.training.fault_tolerant_trainer import DurableTrainer
+from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
 from tests.faults.commands import assert_the_same_run, manifest
 
 # What is done to files, and where its function is looked up; of `open`, what opens to write.
@@ -119,7 +119,7 @@ def traced(arguments: Sequence[object], trace: Path, kill_at: int | None = None)
 
 def _watch_stages(stages: list[str], moment: Callable[[], None]) -> None:
     """Let the last of `stages` be what the command is at; a stage lasts until the next one begins."""
-    stage, save = ConsoleProgress.stage, DurableTrainer._save_checkpoint
+    stage, save = ConsoleProgress.stage, FaultTolerantTrainer._save_checkpoint
 
     @contextmanager
     def watched(self: ConsoleProgress, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -133,12 +133,12 @@ def _watch_stages(stages: list[str], moment: Callable[[], None]) -> None:
 
             yield advanced
 
-    def saved(self: DurableTrainer, *args: Any) -> None:
+    def saved(self: FaultTolerantTrainer, *args: Any) -> None:
         stages.append(SAVING)
         save(self, *args)
         stages.pop()
 
-    ConsoleProgress.stage, DurableTrainer._save_checkpoint = watched, saved
+    ConsoleProgress.stage, FaultTolerantTrainer._save_checkpoint = watched, saved
 
 
 def moments(trace: Path) -> list[Moment]:

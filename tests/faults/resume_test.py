@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from folora_q.calibration.gate_store import load_gates
 from folora_q.models.hardware import Hardware
 from folora_q.runs.folder import RunFolder
-from folora_q.training.fault_tolerant_trainer import DurableTrainer
+from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
 from folora_q.workflows import train as pipeline
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
 
@@ -144,9 +144,9 @@ def test_gates_that_come_out_otherwise_than_the_checkpoints_are_refused(
 def test_a_damaged_best_checkpoint_is_not_what_a_run_ends_with(
     demanding: list[object], tmp_path: Path, straight: Path, monkeypatch, capfd
 ) -> None:
-    folder, load, damaged = tmp_path / "stopped" / "run", DurableTrainer._load_best_model, []
+    folder, load, damaged = tmp_path / "stopped" / "run", FaultTolerantTrainer._load_best_model, []
 
-    def spoiled(self: DurableTrainer) -> None:
+    def spoiled(self: FaultTolerantTrainer) -> None:
         weights = Path(self.state.best_model_checkpoint) / "adapter_model.safetensors"
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
@@ -155,7 +155,7 @@ def test_a_damaged_best_checkpoint_is_not_what_a_run_ends_with(
         load(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DurableTrainer, "_load_best_model", spoiled)
+        patch.setattr(FaultTolerantTrainer, "_load_best_model", spoiled)
         assert run(*demanding) == 1
     talk = capfd.readouterr().err
     assert f"the best checkpoint, {damaged[0]}, is not whole: adapter_model.safetensors has the SHA-256 " in talk
@@ -264,8 +264,8 @@ def test_the_last_step_is_not_taken_twice(
         assert run(*saving) == 130
     assert max(steps_saved(folder)) == 6
     with monkeypatch.context() as patch:
-        patch.setattr(DurableTrainer, "training_step", lambda *a: pytest.fail("there is no step left"))
-        patch.setattr(DurableTrainer, "rehearse", lambda self: None)
+        patch.setattr(FaultTolerantTrainer, "training_step", lambda *a: pytest.fail("there is no step left"))
+        patch.setattr(FaultTolerantTrainer, "rehearse", lambda self: None)
         assert run(*saving, "--resume") == 0
     assert "going on from checkpoint-6" in capfd.readouterr().err
     assert_the_same_run(finished, folder)

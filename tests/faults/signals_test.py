@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from folora_q.training.checkpoints import checkpoints, damage
-from folora_q.training.fault_tolerant_trainer import DurableTrainer
+from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
 from folora_q.workflows import train as pipeline
 from tests.faults.commands import assert_the_same_run, at_step, manifest, run, signalled, steps_saved
 
@@ -54,16 +54,16 @@ def test_the_second_signal_stops_at_once_and_what_was_saved_stays_whole(
 def test_a_second_signal_in_the_middle_of_a_save_leaves_the_one_before(
     saving: list[object], finished: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    save = DurableTrainer._save_rng_state
+    save = FaultTolerantTrainer._save_rng_state
 
-    def interrupted(self: DurableTrainer, folder: str) -> None:
+    def interrupted(self: FaultTolerantTrainer, folder: str) -> None:
         save(self, folder)
         if self.state.global_step == 4:
             signalled(signal.SIGINT)()
             signalled(signal.SIGINT)()
 
     with monkeypatch.context() as patch:
-        patch.setattr(DurableTrainer, "_save_rng_state", interrupted)
+        patch.setattr(FaultTolerantTrainer, "_save_rng_state", interrupted)
         assert run(*saving) == 130
     folder = tmp_path / "stopped" / "run"
     assert steps_saved(folder) == [2]

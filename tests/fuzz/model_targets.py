@@ -15,9 +15,9 @@ from tests.fuzz.contract import Target
 def read_adapter(folder: Path, file: str) -> None:
     """As `merge` reads an adapter, and as `chat` and `eval` find one."""
     from folora_q.export.adapter import read_adapter
-    from folora_q.targets.find import find_subject
+    from folora_q.targets.find import find_target
 
-    find_subject(str(folder / "adapter"))
+    find_target(str(folder / "adapter"))
     read_adapter(folder / "adapter")
 
 
@@ -28,11 +28,11 @@ def read_and_merge(folder: Path, file: str) -> None:
 def read_and_load(folder: Path, file: str) -> None:
     """As `chat` and `eval` load an adapter."""
     from folora_q.recipe.schema import ModelSection
-    from folora_q.targets.find import find_subject
-    from folora_q.targets.load import load_subject
+    from folora_q.targets.find import find_target
+    from folora_q.targets.load import load_target
 
     against = ModelSection(model_name_or_path=str(folder / "model"))
-    load_subject(find_subject(str(folder / "adapter")), "float32", 16, against, compare=True)
+    load_target(find_target(str(folder / "adapter")), "float32", 16, against, compare=True)
 
 
 def build_model(folder: Path) -> None:
@@ -41,10 +41,10 @@ def build_model(folder: Path) -> None:
 
 def read_model(folder: Path, file: str) -> None:
     """As `chat`, `eval` and `train` load a model and its tokenizer."""
-    from folora_q.targets.find import find_subject
-    from folora_q.targets.load import load_subject
+    from folora_q.targets.find import find_target
+    from folora_q.targets.load import load_target
 
-    load_subject(find_subject(str(folder / "model")), "float32", 16)
+    load_target(find_target(str(folder / "model")), "float32", 16)
 
 
 def build_gguf(folder: Path) -> None:
@@ -69,12 +69,12 @@ def build_named(folder: Path) -> None:
 def read_named(folder: Path, file: str) -> None:
     """What a name stands for, as `chat` and `eval` ask."""
     from folora_q.errors import UserError
-    from folora_q.targets.find import find_subject
+    from folora_q.targets.find import find_target
 
     refused = None
     for name in ("", "adapter", "merged", CHECKPOINT):
         try:
-            find_subject(str(folder / "run" / name))
+            find_target(str(folder / "run" / name))
         except UserError as error:
             refused = error
     if refused is not None:

@@ -9,7 +9,7 @@ from transformers import Gemma2PreTrainedModel
 
 from folora_q.memory.activations import (
     Arithmetic,
-    Batch,
+    BatchShape,
     at_backward,
     kept,
     kept_with_checkpointing,
@@ -57,7 +57,7 @@ def family(name: str) -> dict[str, Any]:
 
 def difference(
     config: dict[str, Any],
-    batch: Batch,
+    batch: BatchShape,
     autocast: bool,
     checkpointing: bool = False,
     frozen: bool = False,
@@ -83,15 +83,15 @@ def difference(
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("batch", [Batch(1, 96, False), Batch(3, 64, True)], ids=["one", "three, padded"])
-def test_what_a_llama_keeps(batch: Batch, checkpointing: bool, autocast: bool) -> None:
+@pytest.mark.parametrize("batch", [BatchShape(1, 96, False), BatchShape(3, 64, True)], ids=["one", "three, padded"])
+def test_what_a_llama_keeps(batch: BatchShape, checkpointing: bool, autocast: bool) -> None:
     assert abs(difference(LLAMA, batch, autocast, checkpointing)) < EXACT
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_frozen_a_keeps_no_input(checkpointing: bool, autocast: bool) -> None:
-    batch = Batch(2, 96, True)
+    batch = BatchShape(2, 96, True)
     assert abs(difference(LLAMA, batch, autocast, checkpointing, frozen=True)) < EXACT
     whole, frozen = (
         kept(shape_of(LLAMA), batch, Arithmetic(compute=2, autocast=autocast, rank=RANK, frozen=frozen))
@@ -108,12 +108,12 @@ def test_what_other_families_keep(name: str, autocast: bool) -> None:
     if name == "gemma2" and Gemma2PreTrainedModel._supports_sdpa:
         pytest.skip("older versions of transformers give it sdpa, which leaves its softcap out")
     limit = NEAR if FAMILIES[name].expert_width else EXACT
-    assert abs(difference(family(name), Batch(2, 96, True), autocast)) < limit
+    assert abs(difference(family(name), BatchShape(2, 96, True), autocast)) < limit
 
 
 def test_dropout_keeps_a_mask_and_a_copy_for_every_adapted_layer() -> None:
     # A CPU's mask is in the compute dtype, a GPU's takes a byte.
-    assert -0.1 < difference(LLAMA, Batch(2, 96), autocast=True, lora_dropout=0.1) < 0
+    assert -0.1 < difference(LLAMA, BatchShape(2, 96), autocast=True, lora_dropout=0.1) < 0
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["cpu", "gpu"])
@@ -131,7 +131,7 @@ def test_the_peak_of_a_step_at_the_shapes_of_an_8b_model(checkpointing: bool, au
         num_attention_heads=32,
         num_key_value_heads=8,
     )
-    shape, batch = shape_of(config.to_dict()), Batch(2, 1024)
+    shape, batch = shape_of(config.to_dict()), BatchShape(2, 1024)
     how = Arithmetic(compute=2, autocast=autocast, rank=16)
     after_forward, peak = counted_step(config, batch.rows, batch.length, 16, checkpointing, autocast)
     trained = adapter_parameters(shape, how)
@@ -143,14 +143,14 @@ def test_the_peak_of_a_step_at_the_shapes_of_an_8b_model(checkpointing: bool, au
 
 
 def test_all_logits_take_three_float32_copies_and_a_fused_head_one_tile() -> None:
-    shape, batch = shape_of(LLAMA | {"vocab_size": 128_000}), Batch(2, 64)
+    shape, batch = shape_of(LLAMA | {"vocab_size": 128_000}), BatchShape(2, 64)
     how = Arithmetic(compute=2, autocast=True, rank=RANK)
     assert passing_head(shape, batch, how, fused=False) == 128 * (12 * 128_000 + 2 * 128)
     assert passing_head(shape, batch, how, fused=True) == 128 * (6 * 128 + 2 * 32_768)
 
 
 def test_a_float32_model_casts_nothing() -> None:
-    shape, batch = shape_of(LLAMA), Batch(2, 64)
+    shape, batch = shape_of(LLAMA), BatchShape(2, 64)
     assert not Arithmetic(compute=4, autocast=False, rank=RANK).casts
     exact = kept(shape, batch, Arithmetic(compute=4, autocast=False, rank=RANK))
     assert kept(shape, batch, Arithmetic(compute=2, autocast=True, rank=RANK)) < exact
@@ -162,7 +162,7 @@ def test_counting_leaves_autocast_as_it_was() -> None:
 
     from benchmarks.live_tensors import counted_step
 
-    difference(LLAMA, Batch(1, 16), True)
+    difference(LLAMA, BatchShape(1, 16), True)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )

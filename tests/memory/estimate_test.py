@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from folora_q.memory.activations import Batch, kept_with_checkpointing, passing_head
+from folora_q.memory.activations import BatchShape, kept_with_checkpointing, passing_head
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.components import (
     STATES,
@@ -16,7 +16,7 @@ from folora_q.memory.components import (
     sketches,
     weights,
 )
-from folora_q.memory.estimate import GIB, PARTS, Estimate, estimate
+from folora_q.memory.estimate import GIB, PARTS, MemoryEstimate, estimate
 from folora_q.memory.shapes import shape_of
 from folora_q.recipe.schema import TrainingSection
 from tests.memory.recipes import LLAMA_8B, MISTRAL_7B, QWEN_7B, SMALL_LLAMA, a_recipe
@@ -24,7 +24,7 @@ from tests.memory.recipes import LLAMA_8B, MISTRAL_7B, QWEN_7B, SMALL_LLAMA, a_r
 SMALL, MISTRAL = shape_of(SMALL_LLAMA), shape_of(MISTRAL_7B)
 
 
-def stage(found: Estimate, name: str) -> dict[str, int]:
+def stage(found: MemoryEstimate, name: str) -> dict[str, int]:
     return next(stage.device for stage in found.stages if stage.name == name)
 
 
@@ -243,7 +243,7 @@ def test_it_is_near_what_others_measured_on_a_gpu(length: int) -> None:
     recipe = a_recipe(training=training, gate={"enabled": False}, adapter={"r": 8})
     parts = stage(estimate(recipe, llama), "training")
     standing = sum(size for name, size in parts.items() if name not in ("activations", "a layer at work", "logits"))
-    how, batch = arithmetic(recipe, llama, on_gpu=True), Batch(1, length, masked=False)
+    how, batch = arithmetic(recipe, llama, on_gpu=True), BatchShape(1, length, masked=False)
     # Accelerate makes a float32 copy of the logits.
     logits = passing_head(llama, batch, how, fused=False) + 4 * length * llama.vocabulary
     found = standing + kept_with_checkpointing(llama, batch, how) + logits

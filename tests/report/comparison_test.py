@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from folora_q.report.comparison import Row, at_ends, at_equal_loss, names_of, peak_stage, where, written
+from folora_q.report.comparison import TableRow, at_ends, at_equal_loss, names_of, peak_stage, where, written
 from folora_q.report.run_record import load_run, same_base, same_data
-from folora_q.runs.results import Estimate
+from folora_q.runs.results import Interval
 from tests.report.run_folder import BASE_LOSS, Shape, write_run
 
 SMALL = Shape(layers=1)
@@ -40,14 +40,14 @@ def test_rows_hold_what_the_evaluations_say(tmp_path: Path) -> None:
 
 
 def test_a_number_is_best_only_where_its_interval_lies_apart() -> None:
-    def row(*estimates: Estimate | None, lower: bool | None = True) -> Row:
-        return Row("x", ".1f", None, list(estimates), lower)
+    def row(*estimates: Interval | None, lower: bool | None = True) -> TableRow:
+        return TableRow("x", ".1f", None, list(estimates), lower)
 
-    low, near, high = Estimate(1, 0.9, 1.1), Estimate(1.15, 1.05, 1.2), Estimate(2, 1.9, 2.1)
+    low, near, high = Interval(1, 0.9, 1.1), Interval(1.15, 1.05, 1.2), Interval(2, 1.9, 2.1)
     assert row(high, low).best == 1 and row(high, low, lower=False).best == 0
     assert row(low, near, high).best is None
     assert row(low, None).best is None and row(low, high, lower=None).best is None
-    assert row(Estimate(math.nan, 0, 0), low, high).best == 1
+    assert row(Interval(math.nan, 0, 0), low, high).best == 1
 
 
 def test_at_equal_loss_kl_is_between_the_measurements_around_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from folora_q.errors import UserError
 from folora_q.report.gates import find_gates, mean_value, passing, shared_by
-from folora_q.report.layers import Place, Scale, grid_of, joint_name, place_of, scale_of, short_names
+from folora_q.report.layers import LayerPlace, Scale, grid_of, joint_name, place_of, scale_of, short_names
 from folora_q.runs.results import GateResult
 from tests.report.run_folder import Shape, gates
 
@@ -16,18 +16,18 @@ from tests.report.run_folder import Shape, gates
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("model.layers.11.mlp.down_proj", Place("model.layers", 11, "mlp.down_proj")),
-        ("model.layers.3.mlp.experts.17.up_proj", Place("model.layers", 3, "mlp.experts.*.up_proj")),
-        ("lm_head", Place("", None, "lm_head")),
-        ("blocks.4", Place("blocks", 4, "blocks")),
-        ("4", Place("", 4, "")),
-        ("", Place("", None, "")),
-        ("h." + "9" * 5000, Place("", None, "h." + "9" * 5000)),
-        ("layers.٣.q", Place("", None, "layers.٣.q")),
-        ("<script>.1.$x$", Place("<script>", 1, "$x$")),
+        ("model.layers.11.mlp.down_proj", LayerPlace("model.layers", 11, "mlp.down_proj")),
+        ("model.layers.3.mlp.experts.17.up_proj", LayerPlace("model.layers", 3, "mlp.experts.*.up_proj")),
+        ("lm_head", LayerPlace("", None, "lm_head")),
+        ("blocks.4", LayerPlace("blocks", 4, "blocks")),
+        ("4", LayerPlace("", 4, "")),
+        ("", LayerPlace("", None, "")),
+        ("h." + "9" * 5000, LayerPlace("", None, "h." + "9" * 5000)),
+        ("layers.٣.q", LayerPlace("", None, "layers.٣.q")),
+        ("<script>.1.$x$", LayerPlace("<script>", 1, "$x$")),
     ],
 )
-def test_a_name_is_parsed_without_knowing_the_model(name: str, place: Place) -> None:
+def test_a_name_is_parsed_without_knowing_the_model(name: str, place: LayerPlace) -> None:
     assert place_of(name) == place
 
 

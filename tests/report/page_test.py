@@ -13,7 +13,7 @@ from folora_q.errors import UserError
 from folora_q.report.page import comparison_page, report_page, samples
 from folora_q.report.run_record import Run, load_run
 from folora_q.report.text import number, short, wall_time
-from folora_q.runs.results import AnswerResult, Estimate, to_json
+from folora_q.runs.results import AnswerResult, Interval, to_json
 from tests.report.page_parts import Cell, Parts, parts_of
 from tests.report.run_folder import Shape, answers, evaluation, gates, write_run
 
@@ -42,13 +42,13 @@ def page(html: str) -> Parts:
     return parts_of(html)
 
 
-def shown(estimate: Estimate, form: str, signed: bool = False) -> str:
+def shown(estimate: Interval, form: str, signed: bool = False) -> str:
     return "".join(
         (number(estimate.value, form, signed), number(estimate.low, form, signed), number(estimate.high, form, signed))
     )
 
 
-def check(cell: Cell, estimate: Estimate, form: str = ".4f", signed: bool = False) -> None:
+def check(cell: Cell, estimate: Interval, form: str = ".4f", signed: bool = False) -> None:
     """The values in the page's markup are exactly the file's, and what is read is their rounded form."""
     assert [float(value) for value in cell.values] == [estimate.value, estimate.low, estimate.high]
     assert cell.text.replace(" to ", "").replace(" points", "") == shown(estimate, form, signed)
@@ -86,7 +86,7 @@ def test_the_headline_says_it_in_words(page: Parts) -> None:
 
 def test_a_change_that_chance_explains_is_not_called_one(tmp_path: Path) -> None:
     found = evaluation(tmp_path, QUICK)
-    texts = [replace(t, loss=replace(t.loss, change=Estimate(0.01, -0.01, 0.03))) for t in found.texts]
+    texts = [replace(t, loss=replace(t.loss, change=Interval(0.01, -0.01, 0.03))) for t in found.texts]
     run = write_run(tmp_path / "run", QUICK)
     run.evaluation.write_text(to_json(replace(found, texts=texts)))
     text = " ".join(parts_of(report_page(load_run(run.path)).html).text.split())

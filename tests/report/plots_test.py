@@ -22,7 +22,7 @@ from folora_q.report.figure_set import (
 )
 from folora_q.report.layers import Quantity, grid_of
 from folora_q.report.render import Picture, png, svg
-from folora_q.report.run_record import Run, Stage, load_run
+from folora_q.report.run_record import Run, StageTime, load_run
 from folora_q.report.style import PALETTE, VARIABLES
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import GateResult, LayerResult
@@ -149,6 +149,6 @@ def test_one_value_alone_can_be_drawn() -> None:
 
 def test_a_run_of_an_earlier_version_has_its_times() -> None:
     run = run_of(Shape(layers=1), manifest={"seconds": {"training": 12.4, "odd": "x"}})
-    assert run.stages == [Stage("training", 12.4)]
+    assert run.stages == [StageTime("training", 12.4)]
     (picture,) = cost_pictures(run)
     assert picture.title == "Time by stage"

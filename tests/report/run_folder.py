@@ -12,12 +12,12 @@ from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import (
     AnswerResult,
-    Change,
-    Estimate,
     Evaluation,
     GateResult,
     HarnessResult,
+    Interval,
     LayerResult,
+    PairedChange,
     ScoreResult,
     TextResult,
     answer_lines,
@@ -159,20 +159,22 @@ def layers(shape: Shape) -> list[LayerResult]:
 
 def evaluation(path: Path, shape: Shape) -> Evaluation:
     kl = shape.kl_scale
-    task = Change(
+    task = PairedChange(
         _around(BASE_LOSS, 0.05), _around(shape.final_loss, 0.006), _around(shape.final_loss - BASE_LOSS, 0.05)
     )
     texts = [TextResult("task", "task", 96, 3021, task, _around(2.61, 0.05), _around(0.412, 0.02))]
     for name, factor in (("own text", 1.0), ("own text, cut", CUT)):
-        rise = Change(_around(3.02, 0.09), _around(3.02 + factor * kl * 0.97, 0.09), _around(factor * kl * 0.97, 0.02))
+        rise = PairedChange(
+            _around(3.02, 0.09), _around(3.02 + factor * kl * 0.97, 0.09), _around(factor * kl * 0.97, 0.02)
+        )
         agreed = _around(math.exp(-1.4 * kl * factor), 0.012)
         texts.append(TextResult(name, "own", 32, 3712, rise, _around(factor * kl, 0.1 * kl), agreed))
     for name, base, factor in (("prose", 3.785, 0.115), ("code", 1.913, 1.54)):
-        rise = Change(_around(base, 0.12), _around(base + factor * kl, 0.12), _around(factor * kl, 0.009))
+        rise = PairedChange(_around(base, 0.12), _around(base + factor * kl, 0.12), _around(factor * kl, 0.009))
         texts.append(
             TextResult(name, "general", 48, 11904, rise, _around(0.3 * kl, 0.03 * kl), _around(1 - 0.3 * kl, 0.01))
         )
-    score = ScoreResult("exact_match", 96, Change(_same(0.0), _around(0.729, 0.09), _around(0.729, 0.09)))
+    score = ScoreResult("exact_match", 96, PairedChange(_same(0.0), _around(0.729, 0.09), _around(0.729, 0.09)))
     harness = [
         HarnessResult("arc_easy", "acc,none", 570, 0.584, 0.021, 0.579, 0.021, 0.008),
         HarnessResult("wikitext", "word_perplexity,none", 62, 21.4, None, 22.0, None, None, higher_is_better=False),
@@ -274,9 +276,9 @@ def _kl_at(shape: Shape, step: int) -> float:
     return OWN_MEAN * shape.kl_scale * (step / shape.steps) ** 0.8
 
 
-def _around(value: float, half: float) -> Estimate:
-    return Estimate(value, value - half, value + half)
+def _around(value: float, half: float) -> Interval:
+    return Interval(value, value - half, value + half)
 
 
-def _same(value: float) -> Estimate:
-    return Estimate(value, value, value)
+def _same(value: float) -> Interval:
+    return Interval(value, value, value)

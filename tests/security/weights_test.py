@@ -17,7 +17,7 @@ from folora_q.models.tokenizer import local_or_hub
 from folora_q.models.trust import CONFIG, NOTHING, SAFE, SAFE_INDEX, Trust, is_inside, shards_of
 from folora_q.models.weight_files import open_checkpoint
 from folora_q.recipe.schema import ModelSection
-from folora_q.targets.find import find_subject
+from folora_q.targets.find import find_target
 from folora_q.targets.load import fetched
 from tests.conftest import write_recipe
 from tests.security.hostile import Touch, edit_json, pickled_adapter, pickled_model, run
@@ -286,7 +286,7 @@ def test_an_adapter_on_a_hub_is_loaded_as_from_a_folder(
     on_the_hub(pickled_adapter(adapter, tmp_path / "p", mark), "somebody/pickled", monkeypatch, tmp_path / "hub")
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tiny_folder))
     on_the_hub(adapter, "somebody/local", monkeypatch, tmp_path / "hub")
-    assert fetched(find_subject("somebody/adapter")).kind == "adapter on somebody/base"
+    assert fetched(find_target("somebody/adapter")).kind == "adapter on somebody/base"
     assert run("chat", "somebody/adapter", "--base", "--prompt", "hi", "--max-new-tokens", "4") == 0
     assert "base\n" in capfd.readouterr().out
     for name, message in (

@@ -12,7 +12,7 @@ from folora_q.errors import UserError
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
-from folora_q.targets.find import find_subject
+from folora_q.targets.find import find_target
 from tests.targets.folders import write_adapter, write_merged, write_run
 
 
@@ -28,50 +28,50 @@ def run(tiny_folder: Path, adapter: Path, tmp_path: Path) -> RunFolder:
 
 def refuses(name: object, message: str) -> UserError:
     with pytest.raises(UserError, match=message) as caught:
-        find_subject(str(name))
+        find_target(str(name))
     return caught.value
 
 
 def test_a_run_is_its_adapter_on_the_recipes_base(run: RunFolder, tiny_folder: Path) -> None:
-    found = find_subject(str(run.path))
+    found = find_target(str(run.path))
     assert (found.name, found.adapter, found.base, found.run) == (str(run.path), run.adapter, None, run)
     assert found.section == ModelSection(model_name_or_path=str(tiny_folder), dtype="float32"), "any attention will do"
     assert found.kind == f"adapter of a run on {tiny_folder}"
     run.recipe.unlink()
-    found = find_subject(str(run.path))
+    found = find_target(str(run.path))
     assert (found.name, found.adapter, found.run) == (str(run.path), run.adapter, run)
     assert found.section.model_name_or_path == str(tiny_folder)
 
 
 def test_what_lies_in_a_runs_folder_belongs_to_it(run: RunFolder, tiny_folder: Path, tmp_path, monkeypatch) -> None:
-    merged = find_subject(str(run.merged))
+    merged = find_target(str(run.merged))
     assert (merged.adapter, merged.base) == (None, ModelSection(model_name_or_path=str(tiny_folder)))
     assert merged.kind == f"merged model, its base {tiny_folder}"
     checkpoint = run.path / "checkpoint-2"
     for folder in (run.adapter, checkpoint):
-        assert find_subject(str(folder)).adapter == folder
+        assert find_target(str(folder)).adapter == folder
     (tmp_path / "link").symlink_to(run.adapter)
     for folder in (run.adapter, run.merged, checkpoint, tmp_path / "link"):
-        assert find_subject(str(folder)).run == run
+        assert find_target(str(folder)).run == run
     monkeypatch.chdir(run.adapter)
-    assert find_subject(".").run == run
+    assert find_target(".").run == run
     monkeypatch.chdir(tmp_path)
-    assert find_subject("run/merged/").run == RunFolder(Path("run")), "as it was named"
+    assert find_target("run/merged/").run == RunFolder(Path("run")), "as it was named"
 
     other = run.adapter.rename(run.path / "other")
-    assert find_subject(str(other)).run is None
+    assert find_target(str(other)).run is None
     run.manifest.unlink()
-    assert find_subject(str(run.merged)).run is None
+    assert find_target(str(run.merged)).run is None
 
 
 def test_a_model_is_a_folder_or_a_hub_id(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.gguf").touch()
     for name in (str(tiny_folder), "there.gguf", "gpt2", "no/such-model", DEMO_MODEL):
-        found = find_subject(name)
+        found = find_target(name)
         assert (found.name, found.kind, found.adapter, found.base, found.run) == (name, "model", None, None, None)
         assert found.section == ModelSection(model_name_or_path=name)
-    other = find_subject(str(write_merged(tiny_folder, tmp_path / "own-name", Path("a/base"))))
+    other = find_target(str(write_merged(tiny_folder, tmp_path / "own-name", Path("a/base"))))
     assert other.base == ModelSection(model_name_or_path="a/base") and other.run is None
 
 
@@ -80,7 +80,7 @@ def test_an_adapter_is_put_on_a_base_that_is_held_as_in_training(adapter: Path, 
     config = json.loads((folder / "adapter_config.json").read_text())
     config["auto_mapping"] = {"quantization_config": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    section = find_subject(str(folder)).section
+    section = find_target(str(folder)).section
     assert (section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant) == ("fp4", False)
 
 

@@ -16,8 +16,8 @@ from folora_q.errors import UserError
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe.schema import ModelSection
-from folora_q.targets.find import find_subject
-from folora_q.targets.load import LoadedSubject, load_subject
+from folora_q.targets.find import find_target
+from folora_q.targets.load import LoadedTarget, load_target
 from tests.conftest import save_tiny_model
 from tests.targets.folders import write_adapter, write_merged, write_run
 
@@ -34,8 +34,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
-def load(folder: Path, bits: int = 4, **how: object) -> LoadedSubject:
-    return load_subject(find_subject(str(folder)), "float32", bits, **how)
+def load(folder: Path, bits: int = 4, **how: object) -> LoadedTarget:
+    return load_target(find_target(str(folder)), "float32", bits, **how)
 
 
 def section(folder: Path) -> ModelSection:
@@ -53,7 +53,7 @@ def in_4_bits(folder: Path) -> PreTrainedModel:
 
 def test_a_run_is_its_adapter_on_its_base_in_the_recipes_dtype(adapter: Path, tiny_folder: Path, tmp_path) -> None:
     run = write_run(tiny_folder, adapter, tmp_path / "run")
-    loaded = load_subject(find_subject(str(run)), compare=True)
+    loaded = load_target(find_target(str(run)), compare=True)
     assert loaded.hardware.dtype == torch.float32 and loaded.bits == 4 and loaded.base is None
     assert loaded.held == f"4 bits (nf4), computing in float32 on {loaded.hardware.reason}"
     expected = in_4_bits(tiny_folder)

@@ -42,7 +42,7 @@ class Fault:
 def trained(recipe, fits: int | None, backward: bool = False) -> tuple[list[torch.Tensor], list[str], list[float]]:
     trainer = trainer_of(recipe)
     told: list[str] = []
-    trainer.micro_batches.halving.tell = told.append
+    trainer.micro_batches.splitter.tell = told.append
     if fits is not None:
         Fault(trainer.model, fits, backward)
     trainer.train()
@@ -70,7 +70,7 @@ def test_memory_that_runs_out_later_in_a_step_takes_the_whole_step_again(recipe_
     expected, _, _ = trained(recipe, None)
     trainer = trainer_of(recipe)
     told: list[str] = []
-    trainer.micro_batches.halving.tell = told.append
+    trainer.micro_batches.splitter.tell = told.append
     fault = Fault(trainer.model, 4, backward=True)
     step = trainer.training_step
     calls: list[int] = []

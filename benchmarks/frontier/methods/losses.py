@@ -81,4 +81,4 @@ class BaseKL(Replay):
 def _logits(model: PeftModel, text: Batch) -> Tensor:
     """At the positions from which a token of the text is predicted, (n, vocabulary)."""
     inner = model.get_base_model()
-    return head_logits(inner, hidden_states(inner, text.input_ids, text.attention_mask)[text.predicting])
+    return head_logits(inner, hidden_states(inner, text.input_ids, text.attention_mask)[text.loss_positions])
