@@ -40,7 +40,9 @@ from folora_q.errors import RunFailed
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.recipe import Recipe
-from folora_q.training.trainer import CHECKPOINTING, build_trainer
+from folora_q.rules import rule_of
+from folora_q.training.config import CHECKPOINTING
+from folora_q.training.trainer import TrainerSetup, build_trainer
 
 LENGTHS = "512,1024,2048,4096,8192"
 CAPS = "8,12,16,24"
@@ -166,10 +168,21 @@ def _gated(rule: str, model: torch.nn.Module, data: Dataset, length: int, folder
     )
     tokenizer.pad_token = tokenizer.eos_token
     hardware = choose_hardware()
-    trainer = build_trainer(model, tokenizer, data, data.select(range(1)), recipe, hardware, Path(folder))
     dtype = torch.bfloat16 if hardware.device.type == "cuda" else torch.float32
-    trainer.gate_with(random_gates(adapter_pairs(model), recipe.gate.rank, hardware.device, dtype))
-    return trainer
+    pairs = adapter_pairs(model)
+    gates = random_gates(pairs, recipe.gate.rank, hardware.device, dtype)
+    return build_trainer(
+        TrainerSetup(
+            model=model,
+            tokenizer=tokenizer,
+            train=data,
+            heldout=data.select(range(1)),
+            recipe=recipe,
+            hardware=hardware,
+            output_dir=Path(folder),
+            gates=rule_of(recipe.gate).before_training(pairs, gates),
+        )
+    )
 
 
 def _plain(model: torch.nn.Module, data: Dataset, folder: str) -> Trainer:

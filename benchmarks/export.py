@@ -43,7 +43,7 @@ from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
 from folora_q.workflows.merge import MergeRequest, adapter_folder, run_merge
-from folora_q.workflows.train import run_training
+from folora_q.workflows.train import TrainingRequest, run_training
 
 # Layers of a Llama of 1,024 channels: 0.25, 0.76 and 1.5 GB of bfloat16 with a vocabulary of 32,000.
 LAYERS = (4, 20, 44)
@@ -244,7 +244,7 @@ def _tuned_qwen(scratch: Path) -> Path:
     changes = [f"model.model_name_or_path={folder}", f"training.output_dir={scratch / 'qwen-run'}", "proxy.source=bos"]
     changes += ["evaluation.metric=none", "gate.enabled=false", "training.learning_rate=1e-3"]
     recipe = load_recipe(recipes_folder() / "demo.yaml", changes)
-    return run_training(recipe, progress).folder
+    return run_training(TrainingRequest(recipe=recipe), progress).folder
 
 
 if __name__ == "__main__":

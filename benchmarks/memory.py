@@ -51,7 +51,8 @@ from folora_q.models.load import LoadedModel, load_model
 from folora_q.models.quantization import Quantization
 from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
-from folora_q.training.trainer import build_trainer
+from folora_q.rules import rule_of
+from folora_q.training.trainer import TrainerSetup, build_trainer
 
 STAGES = ("loading", "sampling", "statistics", "training", "evaluation")
 RANK = 16
@@ -257,9 +258,20 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path):
     rows = recipe.training.per_device_train_batch_size
     ids = torch.randint(5, vocabulary, (4 * rows, length)).tolist()
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    trainer = build_trainer(model, base.tokenizer, data, data.select(range(1)), recipe, hardware, folder)
     dtype = torch.bfloat16 if hardware.device.type == "cuda" else torch.float32
-    trainer.gate_with(random_gates(pairs, recipe.gate.rank, hardware.device, dtype))
+    gates = random_gates(pairs, recipe.gate.rank, hardware.device, dtype)
+    trainer = build_trainer(
+        TrainerSetup(
+            model=model,
+            tokenizer=base.tokenizer,
+            train=data,
+            heldout=data.select(range(1)),
+            recipe=recipe,
+            hardware=hardware,
+            output_dir=folder,
+            gates=rule_of(recipe.gate).before_training(pairs, gates),
+        )
+    )
     return trainer.train
 
 

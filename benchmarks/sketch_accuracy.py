@@ -35,7 +35,7 @@ from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_evaluation
-from folora_q.workflows.train import run_training
+from folora_q.workflows.train import TrainingRequest, run_training
 
 RANKS = (16, 64, 128, 256)
 OVERSAMPLING = 16
@@ -133,7 +133,7 @@ def frontier(overrides: tuple[str, ...], output: Path) -> None:
         )
         found = read_evaluation(RunFolder(folder).evaluation)
         if found is None:
-            found = run_training(recipe, ConsoleProgress(), overwrite=True).evaluation
+            found = run_training(TrainingRequest(recipe=recipe, overwrite=True), ConsoleProgress()).evaluation
         [prose] = found.of_kind("general")
         table.add_row(
             str(rank),

@@ -16,8 +16,8 @@ from folora_q.distributed import require_one_process
 from folora_q.errors import UserError
 from folora_q.models.hardware import choose_hardware
 from folora_q.recipe import load_recipe
-from folora_q.training.trainer import on_one_device
-from folora_q.workflows import train as pipeline
+from folora_q.training.config import on_one_device
+from folora_q.workflows.train import TrainingRequest, run_training
 from tests.conftest import Silent
 
 
@@ -51,7 +51,7 @@ def test_it_is_refused_where_the_run_is_started_from_python_too(
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = everything(tmp_path)
     with pytest.raises(UserError, match="one of 2 processes"):
-        pipeline.run_training(recipe, Silent())
+        run_training(TrainingRequest(recipe=recipe), Silent())
     assert everything(tmp_path) == before
 
 

@@ -20,7 +20,7 @@ from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import Evaluation, answer_lines, to_json
 
 if TYPE_CHECKING:
-    from folora_q.workflows.evaluate import EvaluationOutcome
+    from folora_q.workflows.evaluate import EvaluationResult
 
 MOST_MOVED = 3
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -102,7 +102,7 @@ def command(
         out.print(f"\n[bold]Next[/]\n  [dim]# the same as one page[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
 
 
-def _print_outcome(outcome: EvaluationOutcome) -> None:
+def _print_outcome(outcome: EvaluationResult) -> None:
     found = outcome.evaluation
     print_evaluation(found, f"{found.tuned} against {found.base}")
     if found.harness:
@@ -121,7 +121,7 @@ def _print_layers(found: Evaluation) -> None:
         out.print(f"moved most on the base's own text, E‖ΔWx‖²/E‖Wx‖²: {named}", soft_wrap=True)
 
 
-def _write(outcome: EvaluationOutcome, output: Path) -> None:
+def _write(outcome: EvaluationResult, output: Path) -> None:
     output.mkdir(parents=True)
     folder = RunFolder(output)
     folder.evaluation.write_text(to_json(outcome.evaluation), encoding="utf-8")

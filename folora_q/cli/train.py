@@ -22,13 +22,11 @@ from folora_q.distributed import require_one_process
 from folora_q.errors import Terminated, UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import Recipe
+from folora_q.recipe.gate_rules import PLAIN_LEARNING_RATE, written
 from folora_q.recipe.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
-    from folora_q.workflows.train import RunResult
-
-# What QLoRA's paper and most recipes use.
-PLAIN_LEARNING_RATE = "2e-4"
+    from folora_q.workflows.train import TrainingResult
 
 
 @click.command("train")
@@ -69,13 +67,16 @@ def command(
     require_one_process()
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
     with starting(settings["debug"]) as progress:
-        from folora_q.workflows.train import run_training
+        from folora_q.workflows.train import TrainingRequest, run_training
     for note in model.notes:
         progress.note(note)
 
     signal.signal(signal.SIGTERM, _terminate)  # `kill` is marked in the run folder like Ctrl-C
     try:
-        result = run_training(recipe, progress, overwrite, allow_code, resume, force, trust)
+        request = TrainingRequest(
+            recipe=recipe, overwrite=overwrite, resume=resume, force=force, allow_code=allow_code, trust=trust
+        )
+        result = run_training(request, progress)
     except KeyboardInterrupt as stop:
         if not str(stop):  # nothing had been written
             raise
@@ -96,7 +97,7 @@ def _program() -> str:
     return shlex.join([sys.executable, program] if program.endswith(".py") else [program])
 
 
-def _print_result(result: RunResult, recipe: Recipe) -> None:
+def _print_result(result: TrainingResult, recipe: Recipe) -> None:
     title = "gated QLoRA" if recipe.gate.enabled else "plain QLoRA"
     print_evaluation(result.evaluation, f"What was learned, what was forgotten ({title})")
     for answer in [answer for answer in result.answers if answer.kind == "task"][:1]:
@@ -124,7 +125,7 @@ def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, trust: Tru
         (f"{program} merge {quoted}{allowed}", "one model out of it, and the proof that it is the adapter"),
     ]
     if recipe.gate.enabled:
-        plain = ["gate.enabled=false", f"training.learning_rate={PLAIN_LEARNING_RATE}"]
+        plain = ["gate.enabled=false", f"training.learning_rate={written(PLAIN_LEARNING_RATE)}"]
         plain.append(f"training.output_dir={folder}-plain")
         line = shlex.join(["train", str(path), *overrides, *plain, *trust.flags()])
         steps.append((f"{program} {line}", "plain QLoRA, to compare"))

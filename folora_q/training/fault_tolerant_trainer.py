@@ -1,4 +1,4 @@
-"""An SFTTrainer that lasts: rehearsed, halved where memory runs out, spared non-finite steps, saved whole, continued.
+"""A fault-tolerant SFTTrainer: pre-flight check, batch splitting, skipped steps, atomic checkpoints, exact resume.
 
 What it overrides are the Trainer's own steps, in transformers 5.17 to 5.23; the loop stays its own.
 """
@@ -9,7 +9,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,35 +38,63 @@ UNFIT = (
 )
 
 
-class FaultTolerantTrainer(SFTTrainer):
-    """Keeps a run from dying, or from losing more than the steps since its last checkpoint when it does.
+@dataclass
+class FaultTolerance:
+    """What a run does about faults.
 
     Attributes:
-        heldout: the task's rows that `evaluate` takes the loss of.
-        own_text: text of the base's own that it takes the KL on; None takes none.
-        real_text: general text, of which it says how much the loss has risen.
-        exceeded: the step and the KL at which training stopped for its limit.
-        micro_batches, measuring: halve what does not fit into memory.
-        skipped: the steps that were left out.
-        kept: how many checkpoints remain.
+        micro_batches, measuring: split batches that do not fit into memory.
+        skipped: finds and counts the steps that are skipped.
+        kept: how many checkpoints are kept.
         needs_saves: a checkpoint that cannot be written ends the run.
     """
 
-    heldout: Sequence[Batch]
-    own_text: HeldOutText | None = None
-    real_text: Sequence[HeldOutText] = ()
-    exceeded: tuple[int, float] | None = None
     micro_batches: MicroBatches
     measuring: BatchSplitter
     skipped: SkippedSteps
     kept: int = 2
     needs_saves: bool = True
-    last_good: Path | None = None
-    continued: Path | None = None
-    ended: bool = False
-    step_in_hand: int | None = None
-    step_loss: Tensor | float = 0.0
-    loss_before: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Monitored:
+    """What is measured during training, besides the loss on held-out rows.
+
+    Attributes:
+        own_text: model-generated text for the KL from the base; None measures no KL.
+        real_text: general text for the rise of its loss.
+    """
+
+    own_text: HeldOutText | None = None
+    real_text: Sequence[HeldOutText] = ()
+
+
+class FaultTolerantTrainer(SFTTrainer):
+    """Keeps a run from dying, or from losing more than the steps since its last checkpoint when it does.
+
+    Args:
+        tolerance: what it does about faults.
+        heldout: the task's rows that `evaluate` takes the loss of.
+        monitored: what else it measures.
+
+    Attributes:
+        exceeded: the step and the KL at which training stopped for its limit.
+    """
+
+    def __init__(
+        self, *args: Any, tolerance: FaultTolerance, heldout: Sequence[Batch], monitored: Monitored, **kwargs: Any
+    ) -> None:
+        self.micro_batches, self.measuring = tolerance.micro_batches, tolerance.measuring
+        self.skipped, self.kept, self.needs_saves = tolerance.skipped, tolerance.kept, tolerance.needs_saves
+        self.heldout, self.own_text, self.real_text = heldout, monitored.own_text, monitored.real_text
+        self.exceeded: tuple[int, float] | None = None
+        self.last_good: Path | None = None
+        self.continued: Path | None = None
+        self.ended = False
+        self.step_in_hand: int | None = None
+        self.step_loss: Tensor | float = 0.0
+        self.loss_before: Tensor | None = None
+        super().__init__(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint, as if it had never stopped.

@@ -86,6 +86,7 @@ class SkippedSteps:
         factor: of a blow-up; None looks for none.
         vocabulary: how many tokens there are; guessing costs its logarithm.
         tell: takes one line for each.
+        record: takes one line of metrics for each.
     """
 
     def __init__(
@@ -94,10 +95,10 @@ class SkippedSteps:
         factor: float | None = None,
         vocabulary: int = 1,
         tell: Callable[[str], None] = lambda line: None,
+        record: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
-        self.most, self.factor, self.tell = most, factor, tell
+        self.most, self.factor, self.tell, self.record = most, factor, tell, record
         self.least = math.log(vocabulary) / 2
-        self.record: Callable[[dict[str, Any]], None] = lambda line: None
         self.in_a_row = self.total = 0
         self.first: list[float] = []
         self.last: list[float] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,51 +23,44 @@ from trl.trainer import sft_trainer
 from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.tokens import batches
+from folora_q.data.tokens import Batch, batches
 from folora_q.errors import RunFailed, UserError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.hardware import Hardware
-from folora_q.recipe.schema import GateSection, Recipe
+from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
-from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
+from folora_q.training.config import BEST, trainer_config
+from folora_q.training.fault_tolerant_trainer import FaultTolerance, FaultTolerantTrainer, Monitored
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps
 
-# Its name in transformers before 5.20 and since.
-FIELDS = SFTConfig.__dataclass_fields__
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
-# What the best checkpoint has the least of: the held-out loss of those within the limit.
-BEST = "loss_within_limit"
-
 
 class GatedTrainer(FaultTolerantTrainer):
-    """A trainer whose optimizer passes the adapter's steps through `gates`, once those are set.
+    """A trainer whose optimizer is built by the recipe's gate rule.
+
+    Args:
+        recipe: its sections `gate`, `evaluation` and `training` say what the gate does and when to stop.
+        gates: by adapted layer, those of one input space one object; None is plain QLoRA.
 
     Attributes:
-        gates: by adapted layer, set by `gate_with`; None is plain QLoRA.
-        max_kl: the KL at which training stops.
-        rate_of_whole: learning rate of modules that are trained whole.
         means_batches: the model's own loss is a mean over a batch, whatever it holds, as that of models that also see.
     """
 
-    gates: Mapping[str, SpectralGate] | None = None
-    gate_section: GateSection
-    max_kl: float | None = None
-    rate_of_whole: float = 0.0
-    gated: GatedOptimizer | None = None
-    means_batches: bool = False
-
-    def gate_with(self, gates: Mapping[str, SpectralGate]) -> None:
-        """Pass all steps to come through these gates, by the recipe's rule.
-
-        Args:
-            gates: by adapted layer, those of one input space one object.
-        """
-        self.gates = rule_of(self.gate_section).before_training(adapter_pairs(self.model), gates)
+    def __init__(self, *args: Any, recipe: Recipe, gates: Mapping[str, SpectralGate] | None, **kwargs: Any) -> None:
+        self.gates, self.gate_section = gates, recipe.gate
+        self.max_kl = recipe.evaluation.max_kl
+        self.rate_of_whole = recipe.training.embedding_learning_rate
+        self.gated: GatedOptimizer | None = None
+        super().__init__(*args, **kwargs)
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # the pre-flight check's
+        self.means_batches = not self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = True  # every token counts alike, in whichever batch it is
+        self.remove_callback(PrinterCallback)  # it prints every line of metrics
+        self.add_callback(BeforeTraining(self.before_first_step))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.optimizer is not None:
@@ -237,119 +231,84 @@ class GatedTrainer(FaultTolerantTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def on_one_device(config: SFTConfig) -> None:
-    """Keep transformers from using every GPU that it sees: it would copy the model, and train on larger batches."""
-    _ = config.device  # counts them
-    config._n_gpu = min(config.n_gpu, 1)
+@dataclass(frozen=True, kw_only=True)
+class TrainerSetup:
+    """What a trainer is built from.
+
+    Attributes:
+        train, heldout: columns `input_ids` and `labels`; `training.packing` packs the first.
+        gates: by adapted layer, after `Rule.before_training`; None is plain QLoRA.
+        notify: takes a line each time that memory runs out, or a step is skipped.
+        record: takes a line of metrics for each skipped step.
+    """
+
+    model: PeftModel
+    tokenizer: Tokenizer
+    train: Dataset
+    heldout: Dataset
+    recipe: Recipe
+    hardware: Hardware
+    output_dir: Path
+    gates: Mapping[str, SpectralGate] | None = None
+    monitored: Monitored = Monitored()
+    callbacks: Sequence[TrainerCallback] = ()
+    notify: Callable[[str], None] = lambda line: None
+    record: Callable[[dict[str, Any]], None] = lambda line: None
 
 
-def build_trainer(
-    model: PeftModel,
-    tokenizer: Tokenizer,
-    train: Dataset,
-    heldout: Dataset,
-    recipe: Recipe,
-    hardware: Hardware,
-    output_dir: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-    tell: Callable[[str], None] = lambda line: None,
-) -> GatedTrainer:
-    """A trainer on tokenized data.
-
-    Args:
-        train, heldout: columns `input_ids` and `labels`; `training.packing` packs the first here.
-        tell: takes a line each time that memory runs out, or a step is skipped.
+def build_trainer(setup: TrainerSetup) -> GatedTrainer:
+    """Build a trainer on tokenized data.
 
     Raises:
         UserError: a combination of settings is not one that transformers takes, or one that this model has no use for.
     """
-    training, every = recipe.training, recipe.evaluation.steps
-    save_steps = training.save_steps or (every if recipe.keeps_best else None)
-    on_gpu = hardware.device.type == "cuda"
-    try:
-        config = SFTConfig(
-            output_dir=str(output_dir),
-            learning_rate=training.learning_rate,
-            num_train_epochs=training.num_train_epochs,
-            max_steps=training.max_steps or -1,
-            per_device_train_batch_size=training.per_device_train_batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            lr_scheduler_type=training.lr_scheduler_type,
-            warmup_steps=training.warmup_steps,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            optim=training.optimizer_on(on_gpu),  # rule spectral is its own, and makes none of this name
-            adam_beta1=training.adam_beta1,
-            adam_beta2=training.adam_beta2,
-            adam_epsilon=training.adam_epsilon,
-            **{CHECKPOINTING: training.recomputes_on(on_gpu)},
-            seed=training.seed,
-            router_aux_loss_coef=training.router_aux_loss_coef,  # left out, TRL would take the configuration's own
-            max_length=training.max_length,
-            packing=training.packing,
-            dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared
-            eval_strategy="steps" if every else "no",
-            eval_steps=every,
-            eval_on_start=every is not None,
-            save_strategy="steps" if save_steps else "no",
-            save_steps=save_steps or 1,
-            save_total_limit=None,  # it would remove the last good one before the next is known to be whole
-            restore_callback_states_from_checkpoint=True,
-            load_best_model_at_end=recipe.keeps_best,
-            metric_for_best_model=f"eval_{BEST}",
-            greater_is_better=False,
-            logging_steps=recipe.logging.logging_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # it would show a running average in place of a NaN
-            report_to=list(recipe.logging.report_to) or "none",
-            run_name=recipe.logging.run_name or output_dir.name,
-            bf16=on_gpu and hardware.dtype == torch.bfloat16,
-            fp16=on_gpu and hardware.dtype == torch.float16,
-            use_cpu=not on_gpu,
-            dataloader_pin_memory=on_gpu,
-            disable_tqdm=True,
-        )
-    except ValueError as error:
-        raise UserError(f"section `training`: {str(error).splitlines()[0]}") from error
-    on_one_device(config)
+    recipe, model, training = setup.recipe, setup.model, setup.recipe.training
+    config = trainer_config(recipe, setup.hardware, setup.output_dir)
     if training.router_aux_loss_coef and not hasattr(model.config.get_text_config(), "output_router_logits"):
         raise UserError(
             "`training.router_aux_loss_coef` is for mixtures of experts, and this model has no router to balance",
             "leave it out",
         )
+    train = setup.train
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
+    callbacks = list(setup.callbacks)
+    if training.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     with patch.object(sft_trainer, "BaseTunerLayer", ()):  # it refuses an adapter on the head, which it is not asked to
         trainer = GatedTrainer(
             model=model,
             args=config,
-            processing_class=tokenizer,
+            processing_class=setup.tokenizer,
             train_dataset=train,
-            eval_dataset=heldout,
-            callbacks=list(callbacks),
+            eval_dataset=setup.heldout,
+            callbacks=callbacks,
+            recipe=recipe,
+            gates=setup.gates,
+            tolerance=_fault_tolerance(setup, config),
+            heldout=_heldout_batches(setup),
+            monitored=setup.monitored,
         )
     # TRL leaves it on in the configuration, for every pass that comes; a step of training asks for it.
     model.config.get_text_config().output_router_logits = False
-    trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps  # the rehearsal's
-    trainer.means_batches = not trainer.model_accepts_loss_kwargs
-    trainer.model_accepts_loss_kwargs = True  # every token counts alike, in whichever batch it is
-    trainer.remove_callback(PrinterCallback)  # it prints every line of metrics
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
-    if training.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
-    trainer.micro_batches = MicroBatches(BatchSplitter("training on", tell, training.auto_batch_size))
-    trainer.measuring = BatchSplitter("measuring", tell, training.auto_batch_size)
-    factor = None if config.fp16 else training.max_loss_factor  # where the loss scaler says which steps are taken
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    trainer.skipped = SkippedSteps(training.max_skipped_steps, factor, vocabulary, tell)
-    trainer.kept = training.save_total_limit
-    trainer.needs_saves = training.on_save_error == "stop"
-    trainer.add_callback(BeforeTraining(trainer.before_first_step))
-    trainer.gate_section = recipe.gate
-    trainer.max_kl = recipe.evaluation.max_kl
-    trainer.rate_of_whole = training.embedding_learning_rate
-    trainer.heldout = list(
-        batches(heldout["input_ids"][:], recipe.evaluation.batch_size, model.device, heldout["labels"][:])
-    )
     return trainer
+
+
+def _fault_tolerance(setup: TrainerSetup, config: SFTConfig) -> FaultTolerance:
+    training = setup.recipe.training
+    factor = None if config.fp16 else training.max_loss_factor  # where the loss scaler says which steps are taken
+    vocabulary = setup.model.get_input_embeddings().weight.shape[0]
+    return FaultTolerance(
+        micro_batches=MicroBatches(BatchSplitter("training on", setup.notify, training.auto_batch_size)),
+        measuring=BatchSplitter("measuring", setup.notify, training.auto_batch_size),
+        skipped=SkippedSteps(training.max_skipped_steps, factor, vocabulary, setup.notify, setup.record),
+        kept=training.save_total_limit,
+        needs_saves=training.on_save_error == "stop",
+    )
+
+
+def _heldout_batches(setup: TrainerSetup) -> list[Batch]:
+    ids, labels = (setup.heldout[column][:] for column in ("input_ids", "labels"))
+    return list(batches(ids, setup.recipe.evaluation.batch_size, setup.model.device, labels))

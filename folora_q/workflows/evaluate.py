@@ -68,7 +68,7 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True)
-class EvaluationOutcome:
+class EvaluationResult:
     """What was measured, and how long it took."""
 
     evaluation: Evaluation
@@ -76,7 +76,7 @@ class EvaluationOutcome:
     stages: list[Stage] = field(default_factory=list)
 
 
-def run_evaluation(request: EvaluationRequest, progress: Progress) -> EvaluationOutcome:
+def run_evaluation(request: EvaluationRequest, progress: Progress) -> EvaluationResult:
     """Measure a tuned model against its base.
 
     Raises:
@@ -116,7 +116,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         layers=_layers(request, loaded, model_pair, on, clock),
         harness=_harness(request.harness, loaded, model_pair, section, clock),
     )
-    return EvaluationOutcome(evaluation, answers, list(clock.stages.values()))
+    return EvaluationResult(evaluation, answers, list(clock.stages.values()))
 
 
 def _recipe_of(target: Target) -> Recipe | None:

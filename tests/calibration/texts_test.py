@@ -20,7 +20,7 @@ from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
 from folora_q.recipe.schema import AdapterSection, ModelSection
 from folora_q.runs.folder import RunFolder
-from folora_q.workflows.train import run_training
+from folora_q.workflows.train import TrainingRequest, run_training
 from tests.conftest import Silent, write_recipe
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_a_run_takes_the_recipes_share_of_public_text(tiny_folder: Path, tmp_pat
     for share in (0, 0.3):
         (folder := tmp_path / str(share)).mkdir()
         changes = [f"proxy.public_share={share}", "gate.rule=frozen", "training.max_steps=1"]
-        run_training(load_recipe(write_recipe(folder, tiny_folder), changes), Silent())
+        run_training(TrainingRequest(recipe=load_recipe(write_recipe(folder, tiny_folder), changes)), Silent())
         gates.append(load_gates(RunFolder(folder / "run").gates, CPU))
     alone, mixed = (found["model.layers.0.self_attn.q_proj"].quotients for found in gates)
     assert alone.shape == mixed.shape and not torch.allclose(alone, mixed, rtol=0.05)

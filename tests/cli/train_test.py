@@ -26,7 +26,7 @@ from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
 from folora_q.runs.results import Evaluation, read_answers, read_evaluation, read_gate_results
 from folora_q.training import trainer
-from folora_q.workflows import train as pipeline
+from folora_q.workflows import train, training_run
 from tests.forked import forked, wait_until
 
 
@@ -185,9 +185,9 @@ def test_held_out_text_is_never_used_for_statistics(recipe_file: Path, monkeypat
         used["held out"] = [batch.input_ids for text in held_out for batch in text.batches]
         return evaluate(model_pair, on, *rest)
 
-    build_gates, evaluate = pipeline.build_gates, pipeline.evaluate
-    monkeypatch.setattr(pipeline, "build_gates", spy)
-    monkeypatch.setattr(pipeline, "evaluate", spy_evaluate)
+    build_gates, evaluate = training_run.build_gates, training_run.evaluate
+    monkeypatch.setattr(training_run, "build_gates", spy)
+    monkeypatch.setattr(training_run, "evaluate", spy_evaluate)
     assert run("train", recipe_file, "training.max_steps=1") == 0
 
     def rows(batches: list) -> set[tuple]:
@@ -199,7 +199,7 @@ def test_held_out_text_is_never_used_for_statistics(recipe_file: Path, monkeypat
 
 
 def test_a_typo_is_one_line_before_anything_is_loaded(recipe_file: Path, tmp_path: Path, capfd, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "run_training", lambda *a: pytest.fail("must not start"))
+    monkeypatch.setattr(train, "run_training", lambda *a: pytest.fail("must not start"))
     recipe_file.write_text(recipe_file.read_text() + "gates: {}\n")
     assert run("train", recipe_file) == 2
     text, talk = capfd.readouterr()

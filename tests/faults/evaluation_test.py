@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from folora_q.cli.app import main
 from folora_q.evaluation import evaluate as evaluating
-from folora_q.workflows import train as pipeline
+from folora_q.workflows import training_run
 from tests.faults.commands import manifest, run
 
 # Right for the reference, which is tried before training, and for no answer.
@@ -86,7 +86,7 @@ def test_an_interrupted_evaluation_keeps_the_adapter_too(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "evaluate", interrupted)
+    monkeypatch.setattr(training_run, "evaluate", interrupted)
     assert run(recipe_file, "gate.enabled=false") == 130
     assert manifest(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

@@ -11,9 +11,9 @@ import torch
 
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
-from folora_q.workflows import train as pipeline
+from folora_q.workflows import training_run
 from tests.faults.commands import assert_the_same_run, manifest, metrics, run
-from tests.training.trainer_test import gates_of, trainer_of
+from tests.training.trainer_test import trainer_of
 
 SPOILED = "model.layers.1.mlp.down_proj"
 
@@ -36,14 +36,14 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], shape
 def test_an_activation_that_is_not_finite_is_refused_with_its_layer_and_no_gate_is_written(
     demanding: list[object], tmp_path: Path, monkeypatch, capfd
 ) -> None:
-    build = pipeline.build_gates
+    build = training_run.build_gates
 
     def spoiled(model, *rest):
         layer = model.get_base_model().get_submodule(SPOILED)
         layer.register_forward_pre_hook(lambda _, args: (args[0] * torch.inf, *args[1:]), prepend=True)
         return build(model, *rest)
 
-    monkeypatch.setattr(pipeline, "build_gates", spoiled)
+    monkeypatch.setattr(training_run, "build_gates", spoiled)
     assert run(*demanding) == 1
     folder = tmp_path / "stopped" / "run"
     assert f"error: the activations hold a NaN or an infinity, at the input of {SPOILED}" in capfd.readouterr().err
@@ -88,9 +88,7 @@ def test_gates_of_b_stay_where_new_ones_cannot_be_solved_for_and_end_the_run_in_
 
 def trained(recipe: object, gate_lambda: float | None = 4.0) -> tuple[list[torch.Tensor], list[float]]:
     """Weights, and the loss of every step."""
-    trainer = trainer_of(recipe)
-    if gate_lambda is not None:
-        trainer.gate_with(gates_of(trainer, gate_lambda))
+    trainer = trainer_of(recipe, gate_lambda=gate_lambda)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)], losses

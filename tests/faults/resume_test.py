@@ -14,7 +14,8 @@ from folora_q.calibration.gate_store import load_gates
 from folora_q.models.hardware import Hardware
 from folora_q.runs.folder import RunFolder
 from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
-from folora_q.workflows import train as pipeline
+from folora_q.workflows import prepare_training, training_run
+from folora_q.workflows.training_run import TrainingRun
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
 
 
@@ -97,7 +98,7 @@ def test_without_a_whole_checkpoint_training_begins_again_and_the_gates_are_take
     (tmp_path / "cache" / "proxy").rename(tmp_path / "gone")  # the folder's own text must do
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build_gates", lambda *a: pytest.fail("the gates are there"))
+        patch.setattr(training_run, "build_gates", lambda *a: pytest.fail("the gates are there"))
         assert run(*demanding, "--resume") == 0
     talk = capfd.readouterr().err
     assert "there is no whole checkpoint: training begins again" in talk and "sampling text" not in talk
@@ -124,13 +125,13 @@ def test_gates_that_come_out_otherwise_than_the_checkpoints_are_refused(
     folder = tmp_path / "stopped" / "run"
     stop_at(monkeypatch, 3, demanding)
     (folder / "gates.safetensors").write_bytes(b"")
-    made = pipeline.build_gates
+    made = training_run.build_gates
 
     def otherwise(model, pairs, proxy, task, section, *rest):
         return made(model, pairs, proxy, task, section.model_copy(update={"gate_lambda": 2.0}), *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build_gates", otherwise)
+        patch.setattr(training_run, "build_gates", otherwise)
         for _ in range(2):  # the refusal itself must not make them the run's gates
             assert run(*demanding, "--resume") == 1
             talk = capfd.readouterr().err
@@ -205,7 +206,7 @@ def test_gates_are_made_again_for_another_strength(demanding: list[object], tmp_
     folder = tmp_path / "stopped" / "run"
     other = [*demanding, "gate.gate_lambda=4", "--resume"]
     with monkeypatch.context() as patch:  # stopped before they are made, the old ones must not pass for them later
-        patch.setattr(pipeline, "_gate", lambda *a: signalled(signal.SIGINT)())
+        patch.setattr(TrainingRun, "calibrate", lambda *a: signalled(signal.SIGINT)())
         assert run(*other, "--force") == 130
     assert run(*other) == 0
     assert {gate["gate_lambda"] for gate in json.loads((folder / "gates.json").read_text())} == {4.0}
@@ -229,7 +230,7 @@ def test_another_dtype_or_device_is_a_change_and_more_threads_are_a_note(
 ) -> None:
     with monkeypatch.context() as patch:
         other = Hardware(torch.device("cpu"), torch.bfloat16, "a CPU with bfloat16")
-        patch.setattr(pipeline, "choose_hardware", lambda dtype: other)
+        patch.setattr(prepare_training, "choose_hardware", lambda dtype: other)
         stop_at(patch, 3, saving)
     folder = tmp_path / "stopped" / "run"
     assert run(*saving, "--resume") == 2
@@ -260,7 +261,7 @@ def test_the_last_step_is_not_taken_twice(
 ) -> None:
     folder, saving = tmp_path / "stopped" / "run", [*saving, f"training.save_steps={save_steps}"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", lambda *a: signalled(signal.SIGINT)())
+        patch.setattr(training_run, "evaluate", lambda *a: signalled(signal.SIGINT)())
         assert run(*saving) == 130
     assert max(steps_saved(folder)) == 6
     with monkeypatch.context() as patch:
@@ -282,7 +283,7 @@ def test_a_run_that_stopped_for_its_limit_stays_stopped(recipe_file: Path, tmp_p
     assert run(*arguments, f"training.output_dir={tmp_path / 'straight' / 'run'}") == 0
     arguments.append(f"training.output_dir={tmp_path / 'stopped' / 'run'}")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", lambda *a: signalled(signal.SIGINT)())
+        patch.setattr(training_run, "evaluate", lambda *a: signalled(signal.SIGINT)())
         assert run(*arguments) == 130
     capfd.readouterr()
     assert run(*arguments, "--resume") == 0

@@ -9,7 +9,7 @@ import pytest
 
 from folora_q.training.checkpoints import checkpoints, damage
 from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
-from folora_q.workflows import train as pipeline
+from folora_q.workflows import training_run
 from tests.faults.commands import assert_the_same_run, at_step, manifest, run, signalled, steps_saved
 
 
@@ -76,7 +76,7 @@ def test_a_second_signal_in_the_middle_of_a_save_leaves_the_one_before(
 def test_before_training_the_first_signal_stops_at_once(
     saving: list[object], tmp_path: Path, sent: signal.Signals, code: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "build_trainer", lambda *a, **k: signalled(sent)())
+    monkeypatch.setattr(training_run, "build_trainer", lambda *a, **k: signalled(sent)())
     assert run(*saving) == code
     folder = tmp_path / "stopped" / "run"
     assert manifest(folder)["status"] == "interrupted" and not checkpoints(folder)

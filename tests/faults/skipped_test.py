@@ -19,7 +19,7 @@ from folora_q.training import step_guards as guards
 from folora_q.training.step_guards import SkippedSteps
 from folora_q.training.trainer import GatedTrainer
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
-from tests.training.trainer_test import gates_of, trainer_of
+from tests.training.trainer_test import trainer_of
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = 1.0, added: float = 0.0) -> None:
@@ -61,8 +61,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(recipe_file: P
     monkeypatch.setattr(guards, "LEAST_MEASURE", 1)
     spoil(monkeypatch, {2}, **fault)
     changes = ["training.gradient_accumulation_steps=2", "logging.logging_steps=1", "gate.refresh_every=1"]
-    trainer = trainer_of(load_recipe(recipe_file, changes))
-    trainer.gate_with(gates_of(trainer, 4.0))
+    trainer = trainer_of(load_recipe(recipe_file, changes), gate_lambda=4.0)
     after: list[tuple[list[Any], float]] = []
     ended = trainer.callback_handler.on_step_end
 

@@ -18,7 +18,7 @@ from folora_q.models.load import load_model, require_packable
 from folora_q.recipe import load_recipe
 from folora_q.recipe.schema import AdapterSection, ModelSection
 from folora_q.training.packing import check_packing
-from folora_q.training.trainer import GatedTrainer, build_trainer
+from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
 FIRST, SECOND = list(range(10, 40)), list(range(60, 100))
@@ -74,7 +74,17 @@ def trainer_of(recipe_file: Path, packing: bool) -> GatedTrainer:
     overrides = [f"training.packing={packing}".lower(), "training.max_length=48", "training.seed=0"]
     recipe = load_recipe(recipe_file, overrides)
     model = attach_adapter(load_model(recipe.model, CPU), recipe.adapter, seed=0)
-    return build_trainer(model, load_model(recipe.model, CPU).tokenizer, rows, rows, recipe, CPU, recipe_file.parent)
+    return build_trainer(
+        TrainerSetup(
+            model=model,
+            tokenizer=load_model(recipe.model, CPU).tokenizer,
+            train=rows,
+            heldout=rows,
+            recipe=recipe,
+            hardware=CPU,
+            output_dir=recipe_file.parent,
+        )
+    )
 
 
 def test_packed_rows_give_the_loss_and_gradient_of_the_rows_alone(recipe_file: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from folora_q.core import GatedOptimizer, SpectralAdamW, SpectralGate
+from folora_q.core import GatedOptimizer, SpectralAdamW
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Example
 from folora_q.data.loading import read_task_data
@@ -22,9 +23,10 @@ from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import Recipe, load_recipe
+from folora_q.rules import rule_of
 from folora_q.training.callbacks import Reporting
 from folora_q.training.checkpoints import checkpoint_path
-from folora_q.training.trainer import GatedTrainer, build_trainer
+from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
 from tests.conftest import random_gate
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
@@ -35,18 +37,34 @@ def examples(recipe: Recipe) -> list[Example]:
     return read_task_data(recipe.data, recipe.training.seed).train
 
 
-def trainer_of(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> GatedTrainer:
+def trainer_of(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), gate_lambda: float | None = None, **setup: Any
+) -> GatedTrainer:
+    """A trainer on the recipe's rows; with random gates of a strength, if one is given."""
     base = load_model(recipe.model, CPU)
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
     encoder = Encoder(base.tokenizer)
     encoder.prepare_chats()
     rows = tokenize(examples(recipe), encoder, max_length=recipe.training.max_length, overlong="drop").sequences
-    folder = Path(recipe.training.output_dir)
-    return build_trainer(model, base.tokenizer, rows, rows.select(range(2)), recipe, CPU, folder, callbacks or [])
-
-
-def gates_of(trainer: GatedTrainer, gate_lambda: float) -> Mapping[str, SpectralGate]:
-    return {p.name: random_gate(p.module.in_features, gate_lambda=gate_lambda) for p in adapter_pairs(trainer.model)}
+    gates = None
+    if gate_lambda is not None:
+        pairs = adapter_pairs(model)
+        gates = {pair.name: random_gate(pair.module.in_features, gate_lambda=gate_lambda) for pair in pairs}
+        gates = rule_of(recipe.gate).before_training(pairs, gates)
+    return build_trainer(
+        TrainerSetup(
+            model=model,
+            tokenizer=base.tokenizer,
+            train=rows,
+            heldout=rows.select(range(2)),
+            recipe=recipe,
+            hardware=CPU,
+            output_dir=Path(recipe.training.output_dir),
+            gates=gates,
+            callbacks=callbacks,
+            **setup,
+        )
+    )
 
 
 class Batches(TrainerCallback):
@@ -68,9 +86,7 @@ class Batches(TrainerCallback):
 
 def trained(recipe: Recipe, gate_lambda: float | None) -> tuple[list[torch.Tensor], list]:
     batches = Batches()
-    trainer = batches.watch(trainer_of(recipe))
-    if gate_lambda is not None:
-        trainer.gate_with(gates_of(trainer, gate_lambda))
+    trainer = batches.watch(trainer_of(recipe, gate_lambda=gate_lambda))
     trainer.train()
     return [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)], batches.seen
 
@@ -132,8 +148,7 @@ def test_adapters_stay_in_float32_through_training(recipe_file: Path) -> None:
     [([], torch.optim.AdamW), (["training.optim=sgd"], torch.optim.SGD)],
 )
 def test_rule_step_wraps_the_optimizer_that_the_recipe_names(recipe_file: Path, overrides: list, inner: type) -> None:
-    trainer = trainer_of(load_recipe(recipe_file, overrides))
-    trainer.gate_with(gates_of(trainer, 1.0))
+    trainer = trainer_of(load_recipe(recipe_file, overrides), gate_lambda=1.0)
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, GatedOptimizer)
     assert type(optimizer.inner) is inner
@@ -141,8 +156,7 @@ def test_rule_step_wraps_the_optimizer_that_the_recipe_names(recipe_file: Path, 
 
 
 def test_places_choose_what_is_gated(recipe_file: Path) -> None:
-    trainer = trainer_of(load_recipe(recipe_file, ["gate.places=[a_start,b_step]"]))
-    trainer.gate_with(gates_of(trainer, 1.0))
+    trainer = trainer_of(load_recipe(recipe_file, ["gate.places=[a_start,b_step]"]), gate_lambda=1.0)
     optimizer = trainer.create_optimizer()
     assert (optimizer.gate_a, optimizer.gate_b) == (False, True)
 
@@ -150,8 +164,7 @@ def test_places_choose_what_is_gated(recipe_file: Path) -> None:
 def test_rule_spectral_trains_with_the_papers_optimizer(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["gate.rule=spectral", "gate.places=[a_step]", "training.weight_decay=0.1"])
     lines: list[dict] = []
-    trainer = trainer_of(recipe, [Reporting(lambda n: None, lines.append)])
-    trainer.gate_with(gates_of(trainer, 1.0))
+    trainer = trainer_of(recipe, [Reporting(lambda n: None, lines.append)], gate_lambda=1.0)
     trainer.train()
     optimizer = trainer.optimizer.optimizer  # accelerate wraps it
     assert isinstance(optimizer, SpectralAdamW)
@@ -174,10 +187,9 @@ def frozen_run(recipe_file: Path, overrides: list[str], checkpoint: int | None =
     """Train with rule frozen: whether A was trained, the lines of metrics, and every A and B in the end."""
     recipe = load_recipe(recipe_file, ["gate.rule=frozen", "logging.logging_steps=1", *overrides])
     gradients, lines = Gradients(), []
-    trainer = trainer_of(recipe, [gradients, Reporting(lambda n: None, lines.append)])
+    trainer = trainer_of(recipe, [gradients, Reporting(lambda n: None, lines.append)], gate_lambda=1.0)
     text = list(batches([row["input_ids"] for row in trainer.train_dataset], 4, CPU.device))
     trainer.own_text = HeldOutText("own text", "own", text)
-    trainer.gate_with(gates_of(trainer, 1.0))
     trainer.train(checkpoint_path(Path(recipe.training.output_dir), checkpoint) if checkpoint else None)
     weights = [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)]
     return gradients.of_a, [line for line in lines if "grad_norm" in line], weights

@@ -36,7 +36,7 @@ from folora_q.recipe import Recipe
 from folora_q.runs.folder import RunFolder
 from folora_q.workflows.evaluate import EvaluationRequest, run_evaluation
 from folora_q.workflows.merge import MergeRequest, run_merge
-from folora_q.workflows.train import RunResult, run_training
+from folora_q.workflows.train import TrainingRequest, TrainingResult, run_training
 from tests.conftest import Silent
 from tests.zoo.members import MEMBERS, Member
 
@@ -160,14 +160,14 @@ def command(*arguments: object) -> tuple[int, str]:
     raise AssertionError("a command always exits")
 
 
-def train(recipe: Path, folder: Path, **changed: dict[str, Any]) -> tuple[RunResult, list[str]]:
+def train(recipe: Path, folder: Path, **changed: dict[str, Any]) -> tuple[TrainingResult, list[str]]:
     """A run, and the notes that it made."""
     values = _read(recipe)
     for section, keys in changed.items():
         values[section] = values[section] | keys
     values["training"] = values["training"] | {"output_dir": str(folder)}
     progress = Silent()
-    return run_training(Recipe.model_validate(values), progress), progress.notes
+    return run_training(TrainingRequest(recipe=Recipe.model_validate(values)), progress), progress.notes
 
 
 def _read(recipe: Path) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _check_resumed(run: Path) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
     (run / "checkpoint-2").rmdir()
     progress = Silent()
-    run_training(folder.read_recipe(), progress, resume=True)
+    run_training(TrainingRequest(recipe=folder.read_recipe(), resume=True), progress)
     assert "going on from checkpoint-1" in progress.notes
     after = load_file(folder.adapter / ADAPTER)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

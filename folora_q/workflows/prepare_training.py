@@ -1,0 +1,119 @@
+"""Prepare a run before its model is loaded: read and tokenize the data, choose the hardware, open the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.data.advice import size_warnings
+from folora_q.data.formats import Example, Text
+from folora_q.data.sources import find
+from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
+from folora_q.data.thoughts import Said
+from folora_q.evaluation.task import Scorer, make_scorer
+from folora_q.models.hardware import Hardware, choose_hardware
+from folora_q.models.load import require_loadable, require_packable
+from folora_q.models.tokenizer import load_tokenizer
+from folora_q.models.trust import NOTHING, Trust
+from folora_q.preflight.ids import require_rows
+from folora_q.progress import StageTimer
+from folora_q.recipe.schema import Recipe
+from folora_q.runs.folder import RunFolder, open_run_folder
+from folora_q.runs.manifest import new_manifest
+from folora_q.training.resume import Resumption, prepare_resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest:
+    """A run to make.
+
+    Attributes:
+        overwrite: replace an earlier run in `training.output_dir`.
+        resume: resume the run there from its newest complete checkpoint; start it if there is none.
+        force: resume although the recipe, its data, the model or a library has changed.
+        allow_code: run the Python that `evaluation.metric_function` names.
+        trust: what the model may do.
+    """
+
+    recipe: Recipe
+    overwrite: bool = False
+    resume: bool = False
+    force: bool = False
+    allow_code: bool = False
+    trust: Trust = NOTHING
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What is known before the model is loaded.
+
+    Attributes:
+        scorer: scores answers; None where the recipe has no metric.
+        manifest: content of run.json, updated as the run proceeds.
+        resumed: the run that is resumed, if any.
+    """
+
+    request: TrainingRequest
+    folder: RunFolder
+    data: TaskTokens
+    tokenizer: Tokenizer
+    scorer: Scorer | None
+    hardware: Hardware
+    manifest: dict[str, Any]
+    resumed: Resumption | None
+
+
+def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: StageTimer) -> PreparedRun:
+    """Read and tokenize the data, choose the hardware, and open the folder.
+
+    Args:
+        earlier: run.json of the run to resume.
+    """
+    recipe = request.recipe
+    scorer = make_scorer(recipe.evaluation, request.allow_code)
+    if recipe.training.packing:
+        require_packable(recipe.model, request.trust)
+    task = read_task(recipe, timer)
+    _try(scorer, task.heldout)
+    config = require_loadable(recipe.model, request.trust)
+    tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
+    data = tokenize_task(recipe, task, tokenizer, timer)
+    require_rows(data, tokenizer, config)
+    warnings = size_warnings(recipe, data)
+    for warning in warnings:
+        timer.note(f"warning: {warning}")
+    hardware = choose_hardware(recipe.model.dtype)
+    manifest = new_manifest(recipe, _data_files(recipe)) | {
+        "data": data.summary(),
+        "warnings": warnings,
+        "hardware": hardware.reason,
+        "computing": hardware.facts(),
+    }
+    if request.trust != NOTHING:
+        manifest["allowed"] = request.trust.flags()
+    target, resumed = Path(recipe.training.output_dir), None
+    if earlier is None:
+        folder = open_run_folder(target, request.overwrite)
+    else:
+        folder = RunFolder(target)
+        resumed = prepare_resume(folder, earlier, recipe, manifest, request.force, timer.note)
+        manifest = resumed.manifest(manifest)
+    folder.write_manifest(manifest)
+    return PreparedRun(request, folder, data, tokenizer, scorer, hardware, manifest, resumed)
+
+
+def _data_files(recipe: Recipe) -> dict[str, Path]:
+    sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
+    return {name: path for source in sources for name, path in find(source).files().items()}
+
+
+def _try(scorer: Scorer | None, heldout: Sequence[Example]) -> None:
+    """Score one reference against itself: a function that fails on it is found before anything is trained."""
+    prompts = (example for example in heldout if not isinstance(example, Text))
+    if scorer is not None and (first := next(prompts, None)) is not None and first.reference is not None:
+        said = Said(first.reference)
+        scorer(said, said)

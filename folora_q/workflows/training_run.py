@@ -1,0 +1,322 @@
+"""One training run in reading order: load, sample, calibrate, train, save, evaluate. Prints nothing."""
+
+from __future__ import annotations
+
+import math
+import random
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from folora_q.calibration.collect import build_gates, row_penalties
+from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
+from folora_q.calibration.sample import ProxySample
+from folora_q.calibration.sample_cache import load_or_sample, read_samples, write_samples
+from folora_q.calibration.texts import penalty_text, public_windows
+from folora_q.core import SpectralGate
+from folora_q.data.batch_splitting import first_rows
+from folora_q.data.tokens import batches
+from folora_q.data.windows import crops
+from folora_q.errors import FoloraError, RunFailed, first_line
+from folora_q.evaluation.divergence import HeldOutText
+from folora_q.evaluation.drift import predicted_drift
+from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.model_pair import ModelPair
+from folora_q.export.card import CARD, write_card
+from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter
+from folora_q.models.hardware import PeakMemory
+from folora_q.models.load import LoadedModel, load_model, stop_at
+from folora_q.models.logits import verify_chunked_logits
+from folora_q.models.target_modules import in_16_bits, listed, without_adapter
+from folora_q.progress import Stage, StageTimer
+from folora_q.recipe.strict_yaml import dump_yaml
+from folora_q.rules import rule_of
+from folora_q.runs.results import AnswerResult, Evaluation, answer_lines, to_json
+from folora_q.storage.files import atomic_write, commit_directory
+from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
+from folora_q.training.checkpoints import discard_after, step_of
+from folora_q.training.packing import check_packing
+from folora_q.training.schedule import warmup_of
+from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
+from folora_q.workflows.prepare_training import PreparedRun
+
+Gates = Mapping[str, SpectralGate]
+Samples = Sequence[ProxySample]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run learned, forgot and cost, and why its numbers may say little."""
+
+    folder: Path
+    evaluation: Evaluation
+    answers: list[AnswerResult]
+    stages: list[Stage]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text sampled from the base model: for the statistics, and held out from them."""
+
+    seen: Samples
+    held_out: Samples
+
+
+class TrainingRun:
+    """A run from its prepared data to its results. Every file that it writes is in its folder.
+
+    Args:
+        prepared: what is known before the model is loaded.
+        timer: times the stages, and passes notes on.
+    """
+
+    def __init__(self, prepared: PreparedRun, timer: StageTimer) -> None:
+        self.prepared, self.timer = prepared, timer
+        self.recipe, self.folder, self.data = prepared.request.recipe, prepared.folder, prepared.data
+        self.hardware, self.manifest, self.resumed = prepared.hardware, prepared.manifest, prepared.resumed
+        timer.meter = PeakMemory(self.hardware.device)
+
+    def run(self) -> TrainingResult:
+        """Do it all."""
+        self.write_inputs()
+        base = self.load_base()
+        text = self.sample(base)
+        measured_on = self.held_out(base, text)
+        model = self.attach_adapter(base)
+        gates = self.calibrate(base, model, text) if self.recipe.gate.enabled else None
+        trainer = self.build_trainer(base, model, gates, self.monitored(base, text, measured_on))
+        self.train(trainer)
+        self.save(base, model)  # before the evaluation, which can fail and must not cost what was trained
+        return self.evaluate(base, trainer, measured_on)
+
+    def write_inputs(self) -> None:
+        """Write the recipe with all its defaults, and the rows that were left out."""
+        if skipped := self.data.skipped():
+            self.folder.write_lines(self.folder.skipped, skipped)
+        atomic_write(self.folder.recipe, dump_yaml(self.recipe.model_dump(mode="json")))
+
+    def load_base(self) -> LoadedModel:
+        """Load the base model in 4 bits, and check that it is the one that a resumed run began with."""
+        recipe, note = self.recipe, self.timer.note
+        note(f"computing in {self.hardware}")
+        if self.hardware.others is not None:
+            note(self.hardware.others)
+        with self.timer.stage("loading the model in 4 bits", None):
+            base = load_model(recipe.model, self.hardware, self.prepared.tokenizer, self.prepared.request.trust)
+        for token in self.data.ends_of_turn:
+            stop_at(base.model, token)
+        first = torch.tensor([self.data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
+        verify_chunked_logits(base.model, first)  # statistics, KL and losses all rest on it
+        note(f"{base.quantized_modules} linear layers in 4 bits ({base.quantization})")
+        note(f"in 16 bits: {listed(in_16_bits(base.model))} of the weights")
+        if self.resumed is not None:
+            self.manifest["files_sha256"] = self.resumed.require_model(base.fingerprint)
+        self.manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
+        return base
+
+    def sample(self, base: LoadedModel) -> CalibrationText:
+        """Take the sampled text from the run that is resumed, from the cache, or from the model."""
+        section, path, samples = self.recipe.proxy, self.folder.proxy, None
+        if self.resumed is not None and self.resumed.keeps(path):
+            samples = read_samples(path, _vocabulary(base))
+        if samples is None:
+            dtype = str(self.hardware.dtype)
+            samples = load_or_sample(base.model, base.tokenizer, base.fingerprint, dtype, section, self.timer)
+            write_samples(path, samples, base.tokenizer)
+        self.folder.remember(self.manifest, path)
+        return CalibrationText(samples[: section.num_samples], samples[section.num_samples :])
+
+    def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
+        """Gather what is measured on after training."""
+        return held_out(
+            self.prepared.tokenizer,
+            self.recipe.evaluation,
+            base.model.device,
+            own=[sample.ids for sample in text.held_out],
+            own_seed=self.recipe.proxy.seed,
+            data=self.data,
+            max_length=self.recipe.training.max_length,
+        )
+
+    def monitored(self, base: LoadedModel, text: CalibrationText, measured_on: HeldOut) -> Monitored:
+        """Choose what is measured during training: some held-out samples, whole and cut, and windows of real text."""
+        section = self.recipe.evaluation
+        ids = [sample.ids for sample in text.held_out[: section.num_proxy_samples]]
+        both = [*ids, *crops(ids, self.recipe.proxy.seed)]
+        own = HeldOutText("own text", "own", list(batches(both, section.batch_size, base.model.device)))
+        general = [each for each in measured_on.texts if each.kind == "general"]
+        windows = math.ceil(section.num_proxy_samples / max(len(general), 1))
+        return Monitored(own, [replace(each, batches=first_rows(each.batches, windows)) for each in general])
+
+    def attach_adapter(self, base: LoadedModel) -> PeftModel:
+        """Put the adapter on the base model."""
+        model = attach_adapter(base, self.recipe.adapter, self.recipe.training.seed)
+        parts = without_adapter(model)
+        left_out = f"; none on {listed(parts)} of the weights" if parts else ""
+        self.timer.note(f"adapters on {len(adapter_pairs(model))} linear layers{left_out}")
+        if self.recipe.training.packing:
+            rows = self.data.train.sequences
+            check_packing(model, rows[0]["input_ids"], rows[len(rows) - 1]["input_ids"])
+        return model
+
+    def calibrate(self, base: LoadedModel, model: PeftModel, text: CalibrationText) -> Gates:
+        """Make the gates, or take those of the run that is resumed; initialize A from them."""
+        pairs, path, section = adapter_pairs(model), self.folder.gates, self.recipe.gate
+        if self.resumed is not None and self.resumed.keeps(path):
+            gates = load_gates(path, base.model.device)
+        else:
+            gates = self._collected_gates(base, model, pairs, text.seen)
+            save_gates(path, gates)
+            if self.resumed is not None:
+                self.resumed.require_gates(path)
+        self.timer.note(f"{len({id(gate) for gate in gates.values()})} gates for {len(gates)} adapted layers")
+        rule = rule_of(section)
+        rule.initialize(pairs, gates, section)  # a checkpoint then brings its own A
+        penalties = self._row_penalties(model, pairs, gates, text)
+        atomic_write(self.folder.gate_results, to_json(gate_results(gates, penalties)))
+        self.folder.remember(self.manifest, path)
+        return rule.before_training(pairs, gates)
+
+    def build_trainer(
+        self, base: LoadedModel, model: PeftModel, gates: Gates | None, monitored: Monitored
+    ) -> GatedTrainer:
+        """Build the trainer, whole."""
+        trainer = build_trainer(
+            TrainerSetup(
+                model=model,
+                tokenizer=base.tokenizer,
+                train=self.data.train.sequences,
+                heldout=self.data.heldout.sequences,
+                recipe=self.recipe,
+                hardware=self.hardware,
+                output_dir=self.folder.path,
+                gates=gates,
+                monitored=monitored,
+                notify=self.timer.note,
+                record=self._record,
+            )
+        )
+        if self.recipe.training.packing:
+            self.timer.note(f"packed into {len(trainer.train_dataset):,} sequences")
+        for advice in self.recipe.advice:
+            self.timer.note(advice)
+        return trainer
+
+    def train(self, trainer: GatedTrainer) -> None:
+        """Train to the end, from a checkpoint where a run is resumed.
+
+        Raises:
+            KeyboardInterrupt: a signal asked to stop.
+            RunFailed: training failed, or nothing was learned.
+        """
+        training, note = self.recipe.training, self.timer.note
+        checkpoint = self.resumed.checkpoint if self.resumed is not None else None
+        steps = training.steps_for(len(trainer.train_dataset))
+        if (warmup := warmup_of(training.warmup_steps, steps)) < int(training.warmup_steps):
+            note(f"training.warmup_steps: {warmup} of {steps} steps, at most a third, not {training.warmup_steps:g}")
+        stopping = Stopping(note)
+        with self.timer.stage("training", steps) as done:
+            if checkpoint is not None:
+                done(step_of(checkpoint))
+            for callback in (Reporting(done, self._record), SavedAtTheEnd(), stopping):
+                trainer.add_callback(callback)
+            with stopping.listening():
+                trainer.train(checkpoint)
+        trainer.conclude(steps, note)
+        trainer.require_learned()
+
+    def save(self, base: LoadedModel, model: PeftModel) -> None:
+        """Save the adapter, with a card that has no numbers yet."""
+        with commit_directory(self.folder.adapter) as staging:
+            save_adapter(model, base, self.recipe.export, staging)
+            base.tokenizer.save_pretrained(staging)
+            base.model.generation_config.save_pretrained(staging)
+            write_card(staging / CARD, self.recipe, base, None)
+
+    def evaluate(self, base: LoadedModel, trainer: GatedTrainer, measured_on: HeldOut) -> TrainingResult:
+        """Measure what was learned and forgotten, and complete the run.
+
+        Raises:
+            RunFailed: the evaluation failed; the adapter is saved.
+        """
+        recipe, folder, model_pair = self.recipe, self.folder, ModelPair(trainer.model)
+        try:
+            texts, score, answers = evaluate(
+                model_pair, measured_on, recipe.evaluation, self.prepared.scorer, self.timer
+            )
+            predicted = None
+            if trainer.gates is not None:
+                predicted = predicted_drift(adapter_pairs(trainer.model), trainer.gates)
+            layers = evaluate_layers(model_pair, measured_on, self.timer, predicted, trainer.energy_kept())
+        except Exception as error:
+            raise self._evaluation_failed(error) from error
+        held = f"4 bits ({base.quantization}), computing in {self.hardware}"
+        evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)
+        atomic_write(folder.evaluation, to_json(evaluation))
+        folder.write_lines(folder.answers, answer_lines(answers))
+        write_card(folder.adapter / CARD, recipe, base, evaluation)
+        self.manifest.update(status="complete", stages=self.timer.to_list())
+        folder.write_manifest(self.manifest)
+        if not trainer.saves:
+            discard_after(folder.path, 0)  # the one at the end of training, or those of a signal
+        stages = list(self.timer.stages.values())
+        return TrainingResult(folder.path, evaluation, answers, stages, self.manifest["warnings"])
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self.folder.append_metrics({"stage": "training", **line})
+
+    def _collected_gates(
+        self, base: LoadedModel, model: PeftModel, pairs: Sequence[AdapterPair], samples: Samples
+    ) -> dict[str, SpectralGate]:
+        """Collect the statistics of the penalty's text and of the task's, and solve for the gates."""
+        recipe, device = self.recipe, base.model.device
+        size, task = recipe.statistics_batch_size, self.data.train.sequences
+        count = min(recipe.gate.num_task_samples, len(task))
+        rows = task[random.Random(recipe.training.seed).sample(range(len(task)), count)]
+        task_text = list(batches(rows["input_ids"], size, device, rows["labels"]))
+        # Another seed than the held-out crops': the same offsets would be no error, but need not be.
+        whole = [sample.ids for sample in samples]
+        penalty = penalty_text(
+            written=list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device)),
+            public=list(batches(public_windows(base.tokenizer), size, device)),
+            share=recipe.proxy.public_share,
+        )
+        memory, recompute = recipe.proxy.statistics_memory, recipe.training.recomputes_on(device.type == "cuda")
+        return build_gates(model, pairs, penalty, task_text, recipe.gate, self.timer, memory, recompute)
+
+    def _row_penalties(
+        self, model: PeftModel, pairs: Sequence[AdapterPair], gates: Gates, text: CalibrationText
+    ) -> dict[str, tuple[float, float]]:
+        """Measure what A's rows cost on text that the gates were made from, and on as much that was held out."""
+        size, device = self.recipe.statistics_batch_size, model.device
+        both = text.seen[: len(text.held_out)], text.held_out
+        seen, unseen = (list(batches([sample.ids for sample in of], size, device)) for of in both)
+        recompute = self.recipe.training.recomputes_on(device.type == "cuda")
+        penalties = row_penalties(model, pairs, gates, (seen, unseen), self.recipe.gate, self.timer, recompute)
+        inside, outside = (sum(both[of] for both in penalties.values()) for of in (0, 1))
+        if outside > 0 and inside > 0:
+            ratio = f"{outside / inside:.2g} times the in-sample penalty"
+            self.timer.note(f"penalty of A's directions on held-out model-generated text: {ratio}")
+        return penalties
+
+    def _evaluation_failed(self, error: Exception) -> RunFailed:
+        """Return what to raise: what is kept, and how to repeat the evaluation without training again."""
+        folder, request = self.folder, self.prepared.request
+        reason = error.message if isinstance(error, FoloraError) else f"{type(error).__name__}: {first_line(error)}"
+        options = [*["--allow-code"] * (self.recipe.evaluation.metric == "function"), *request.trust.flags()]
+        line = shlex.join(["folora-q", "eval", str(folder.path), *options])
+        helps = f"{error.hint}; " if isinstance(error, FoloraError) and error.hint else ""
+        return RunFailed(
+            f"the evaluation failed: {reason}; the adapter that was trained is in {folder.adapter}",
+            f"{helps}`{line}` repeats the evaluation alone; `folora-q train` with --resume repeats it and ends the run",
+        )
+
+
+def _vocabulary(base: LoadedModel) -> int:
+    return base.model.get_input_embeddings().weight.shape[0]
