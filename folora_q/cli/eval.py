@@ -74,7 +74,7 @@ def command(
     """
     recipe = None if path is None else load_recipe(path)
     if output is not None and output.exists():
-        raise UserError(f"{output} is there already", "name another folder with --output")
+        raise UserError(f"{output} already exists", "name another folder with --output")
     require_one_process()
     with starting(settings["debug"]) as progress:
         from folora_q.workflows.evaluate import EvaluationRequest, HarnessRequest, run_evaluation

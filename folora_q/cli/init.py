@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Write a first recipe for your data, with a comment on every line. What no flag says is asked for."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already", "add --overwrite, or name another file")
+        raise UserError(f"{path} already exists", "add --overwrite, or name another file")
     data = data or _ask("Your data (file, folder, glob or hub id)", None, "--data")
     shape, written = _look_at(data, path.parent)
     model = model or _ask("Model", MODEL, "--model")

@@ -29,7 +29,7 @@ def check_target(path: Path) -> None:
         if path.exists():
             with path.open("rb") as file:
                 if OURS not in file.read(BEGINNING):
-                    raise UserError(f"{path} is there already, and no page of folora-q", "name another --output")
+                    raise UserError(f"{path} already exists and is not a folora-q page", "name another --output")
 
 
 def write(path: Path, content: str | bytes) -> None:

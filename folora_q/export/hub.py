@@ -184,10 +184,10 @@ def require_token() -> str:
 
 
 def _refuse_mixture(hub: _Hub, before: _State, files: dict[str, Path], private: bool) -> None:
-    """A repository that is there already may not be public where it should be private, nor keep other weights."""
+    """A repository that already exists may not be public where it should be private, nor keep other weights."""
     if private and not before.private:
         raise UserError(
-            f"{hub.url} is there already, and public; nothing was pushed",
+            f"{hub.url} already exists and is public; nothing was pushed",
             "push to another repository, or make that one private in its settings",
         )
     others = sorted(name for name in before.files - files.keys() if "/" not in name and name.endswith(WEIGHTS))

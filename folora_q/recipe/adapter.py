@@ -1,4 +1,4 @@
-"""The recipe's section `adapter`: which layers get a LoRA adapter, and what is trained whole."""
+"""The recipe's section `adapter`: which layers get a LoRA adapter, and which modules are trained in full."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ class AdapterSection(Section):
     """The LoRA adapter, trained and saved in float32."""
 
     r: PositiveInt = 32
-    """Rank of the adapter. With gate.rule frozen B alone is trained, so 32 has as many weights as 16 elsewhere."""
+    """Rank of the adapter. With gate.rule: frozen only B is trained, so rank 32 trains as many weights as rank 16."""
     lora_alpha: Positive = 32
-    """The adapter's output is scaled by lora_alpha / r. Left out: r, a scale of 1."""
+    """The adapter's output is scaled by lora_alpha / r. Default: r, a scale of 1."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     target_modules: Annotated[Literal["all-linear"] | str | list[str], WrapValidator(_text_or_list)] = ALL_LINEAR
-    """Which linear layers get an adapter: all-linear (all but the output layer); a list of names or of their endings,
-    such as q_proj; or one regular expression for full names, such as model.layers.0.self_attn.q_proj."""
+    """Linear layers that get an adapter: all-linear (all but the output layer); a list of names or suffixes such as
+    q_proj; or one regular expression that matches full names such as model.layers.0.self_attn.q_proj."""
     exclude_modules: Annotated[str | list[str] | None, WrapValidator(_text_or_list)] = None
-    """Which of these get none: a list of names or of their endings, or one regular expression for full names."""
+    """Layers to exclude: a list of names or suffixes, or one regular expression that matches full names."""
     modules_to_save: Annotated[list[str] | None, WrapValidator(_text_or_list)] = None
-    """Embeddings and the output layer, by name, to train whole and without the gate, e.g. [embed_tokens, lm_head].
-    Where the model ties the two, they are trained as one."""
+    """Embeddings and output layer to train in full and without the gate, e.g. [embed_tokens, lm_head]. If the model
+    ties them, they are trained as one."""
 
     @field_validator("target_modules", "exclude_modules", "modules_to_save")
     @classmethod

@@ -1,4 +1,4 @@
-"""The recipe's `data` section: where the rows are, what shape they have, and what happens to those that do not fit."""
+"""The recipe's section `data`: where the rows are, their format, and what happens to rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -30,23 +30,25 @@ class Source(Section):
     """One source of rows."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; texts also as .gz, .zst, .bz2 or .xz), a folder or a glob
-    of them, a folder of `save_to_disk`, an address such as s3://bucket/rows.jsonl, or a dataset's hub id."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .md; text files also compressed as .gz, .zst, .bz2 or .xz), a
+    folder or glob of files, a folder saved by `save_to_disk`, a URL such as s3://bucket/rows.jsonl, or a hub
+    dataset."""
     name: str | None = None
     """The configuration of a hub dataset, e.g. main."""
     split: str | None = None
-    """The split of a hub dataset, where slices such as train[:10%] work, or of a folder: one of `save_to_disk`,
-    or with files such as train.jsonl and test.jsonl. Left out: train, or the only one."""
+    """The split of a hub dataset (slices such as train[:10%] work), of a folder saved by `save_to_disk`, or of a folder
+    with files such as train.jsonl and test.jsonl. Default: train, or the only split."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often a training row counts: 0.5 takes a random half, 2 takes every row twice."""
+    """How often each training row is used: 0.5 uses a random half, 2 uses every row twice."""
     shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """The shape of a row; auto finds it from the columns."""
+    """The row format. auto: detected from the columns."""
     fields: dict[FieldName, str] = {}
-    """Columns with other names, ours: theirs, e.g. {prompt: question, completion: answer}."""
+    """Names of columns that differ from the format's, as {ours: theirs}, e.g. {prompt: question, completion:
+    answer}."""
     roles: dict[str, Role] = {}
-    """Roles with other names, theirs: ours, e.g. {customer: user}. human, gpt, model and bot are known."""
+    """Names of roles, as {theirs: ours}, e.g. {customer: user}. human, gpt, model and bot are known."""
 
 
 def _as_list(value: Any) -> Any:
@@ -62,24 +64,26 @@ Sources = Annotated[
 
 
 class DataSection(Section):
-    """The task. Paths are relative to the recipe."""
+    """The training data. Paths are relative to the recipe."""
 
     train_dataset: Sources
     """Rows to train on: a file, a folder, a glob, a hub id, a mapping with a `path` (below), or a list of these."""
     eval_dataset: Sources | None = None
-    """Rows for evaluation only, given in the same ways; without it, eval_size of the training rows are held out."""
+    """Rows for evaluation only, given in the same way. Default: eval_size of the training rows are held out."""
     eval_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
-    """What to hold out when there is no eval_dataset: below 1 a share of each source, from 1 on a number of rows."""
+    """How much to hold out if there is no eval_dataset: a share of each source if below 1, otherwise a number of
+    rows."""
     max_train_samples: PositiveInt | None = None
-    """Use at most so many training rows."""
+    """Maximum number of training rows to use."""
     max_eval_samples: PositiveInt | None = None
-    """Use at most so many evaluation rows."""
+    """Maximum number of evaluation rows to use."""
     chat_template: str | None = None
-    """How chats are rendered: unset is the model's own; else a .jinja file, or a name such as chatml or llama3."""
+    """The chat template: a .jinja file, or a name such as chatml or llama3. Default: the model's own."""
     without_thought: Literal["given", "learn", "raise"] = "given"
-    """Answers without a thought where the template renders thoughts: what it puts in the thought's place, such as an
-    empty one, is given and not learned; or learned, so that the model stops thinking; or an error."""
+    """For answers without a thought on a model that thinks: the empty thought that the template renders is part of the
+    prompt (given), is trained, so that the model stops thinking (learn), or is an error (raise)."""
     overlong: Literal["drop", "truncate", "split", "raise"] = "drop"
-    """Examples over training.max_length: left out, cut at the end, cut into several (plain text only), or an error."""
+    """For examples over training.max_length: drop, truncate at the end, split into several (plain text only), or
+    raise."""
     on_error: Literal["raise", "skip"] = "raise"
-    """A row that cannot be used: an error that names it, or skipped, counted, and written to skipped.jsonl."""
+    """For a row that cannot be used: raise an error that names it, or skip it and write it to skipped.jsonl."""

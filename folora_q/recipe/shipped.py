@@ -50,7 +50,7 @@ def copy_recipe(name: str, target: Path, overwrite: bool = False) -> list[Path]:
         The files written, the recipe first.
 
     Raises:
-        UserError: there is no such recipe, or a file is there already and not `overwrite`.
+        UserError: there is no such recipe, or a file already exists and not `overwrite`.
     """
     known = {recipe.name: recipe for recipe in shipped_recipes()}
     recipe = known.get(name.removesuffix(".yaml"))
@@ -68,7 +68,7 @@ def copy_recipe(name: str, target: Path, overwrite: bool = False) -> list[Path]:
             copies[target.parent / recipe.name / file.name] = file
     for copy in copies:
         if copy.exists() and not overwrite:
-            raise UserError(f"{copy} is there already", "add --overwrite, or name another file")
+            raise UserError(f"{copy} already exists", "add --overwrite, or name another file")
     schema = target.parent / SCHEMA_FILE
     copies[schema] = recipe.path.parent / SCHEMA_FILE
     try:

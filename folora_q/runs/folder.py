@@ -169,7 +169,7 @@ def open_run_folder(path: Path, overwrite: bool) -> RunFolder:
     """An empty folder for a new run.
 
     Args:
-        overwrite: remove the run that is there already. Files that are no part of a run are never removed.
+        overwrite: remove the run that already exists. Files that are no part of a run are never removed.
 
     Raises:
         UserError: as `check_run_folder`, or the folder cannot be made.

@@ -1,4 +1,4 @@
-"""One merge in reading order: read the adapters, find the base, write, verify. Prints nothing; tells `Progress`."""
+"""Merge adapters into their base, and verify the result. Prints nothing."""
 
 from __future__ import annotations
 
@@ -101,77 +101,104 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
         UserError: an adapter or its base cannot be merged, or the output is taken.
         RunFailed: what was written is not the adapter; the folder is there and marked.
     """
-    clock = StageTimer(progress)
-    converter = find_converter(request.converter) if request.gguf else []
-    if request.push_to_hub:
-        require_token()
-    adapters = [read_adapter(adapter_folder(source), request.trust) for source in request.sources]
-    target = request.output or _beside(request.sources[0])
-    if target.exists() and not request.overwrite:
-        raise UserError(f"{target} is there already", "add --overwrite, or name another place with --output")
-    for leftover in target.parent.glob(f".{target.name}.*"):
-        clock.note(f"{leftover} is left from a merge that was killed; it is not used, and can be deleted")
-    base, adapters = fitted(_base(adapters, request, clock), adapters, request.trust)
-    if isinstance(base, FittedCheckpoint):
-        clock.note(base.note)
-    folders = [base.folder, *(adapter.folder for adapter in adapters)]  # its tokenizer may be the adapter's
-    if request.gguf and not request.trust.remote_code and (naming := next(filter(names_code, folders), None)):
-        raise UserError(
-            f"llama.cpp's converter runs Python that comes with a model, and what {naming} names is not trusted",
-            f"read that code; if you trust it, add {CODE_FLAG}, or leave out --gguf",
-        )
-    dtype, reason = (request.dtype, "as asked") if request.dtype else _dtype_of(base)
-    shared = list(zip(adapters, request.shares, strict=True))
-    trained_on = _trained_on(adapters, request, clock)
-    merge = Merge(base, shared, request.weights, dtype, _quantization(adapters), request.trust, trained_on)
-    size = merge.result_bytes / 1e9
-    clock.note(
-        f"{len(merge.changed)} of {len(base.tensors)} weights change; {size:.2f} GB in {_name(dtype)} ({reason})"
-    )
-    facts = {
-        "folora_q": __version__,
-        "base": adapters[0].base if request.base_model is None else request.base_model,
-        "revision": adapters[0].revision,
-        "base_weights": request.weights,
-        "dtype": _name(dtype),
-        "adapters": [{"name": _adapter_name(a.folder), "weight": share} for a, share in merge.adapters],
-    }
-    verification: list[Verification] = []
-    failures: list[str] = []
-    writing = ExitStack()
+    return MergeRun(request, StageTimer(progress)).run()
 
-    def finish(folder: Path) -> dict[str, Any]:
-        writing.close()
-        report = dict(facts, verified=None)
-        if request.verify:
+
+class MergeRun:
+    """One merge in reading order: read the adapters, find the base, write, verify, convert, push."""
+
+    def __init__(self, request: MergeRequest, timer: StageTimer) -> None:
+        self.request, self.timer = request, timer
+        self.target = request.output or _beside(request.sources[0])
+        self.verification: Verification | None = None
+        self.failures: list[str] = []
+
+    def run(self) -> MergeResult:
+        """Do it all."""
+        request, target = self.request, self.target
+        converter = find_converter(request.converter) if request.gguf else []
+        if request.push_to_hub:
+            require_token()
+        adapters = [read_adapter(adapter_folder(source), request.trust) for source in request.sources]
+        if target.exists() and not request.overwrite:
+            raise UserError(f"{target} already exists", "add --overwrite, or name another place with --output")
+        for leftover in target.parent.glob(f".{target.name}.*"):
+            self.timer.note(f"{leftover} is left from a merge that was killed; it is not used, and can be deleted")
+        merge = self.prepare(adapters)
+        self.write(merge)
+        gguf = url = None
+        if request.gguf:
+            path = target.with_name(f"{target.name}-{request.gguf}.gguf")
+            with self.timer.stage(f"writing and checking {path}", None):
+                gguf = path, write_gguf(target, path, request.gguf, converter)
+        if request.push_to_hub:
+            with self.timer.stage(f"pushing to {request.push_to_hub}", None):
+                url = push_folder(target, request.push_to_hub, request.private)
+        return MergeResult(target, merge, self.verification, gguf, url)
+
+    def prepare(self, adapters: Sequence[AdapterFile]) -> Merge:
+        """Find the base, fit it to the adapters, and choose the dtype."""
+        request = self.request
+        base, adapters = fitted(_base(adapters, request, self.timer), adapters, request.trust)
+        if isinstance(base, FittedCheckpoint):
+            self.timer.note(base.note)
+        folders = [base.folder, *(adapter.folder for adapter in adapters)]  # its tokenizer may be the adapter's
+        if request.gguf and not request.trust.remote_code and (naming := next(filter(names_code, folders), None)):
+            raise UserError(
+                f"llama.cpp's converter runs Python that comes with a model, and what {naming} names is not trusted",
+                f"read that code; if you trust it, add {CODE_FLAG}, or leave out --gguf",
+            )
+        dtype, reason = (request.dtype, "as asked") if request.dtype else _dtype_of(base)
+        shared = list(zip(adapters, request.shares, strict=True))
+        trained_on = _trained_on(adapters, request, self.timer)
+        merge = Merge(base, shared, request.weights, dtype, _quantization(adapters), request.trust, trained_on)
+        size = f"{merge.result_bytes / 1e9:.2f} GB in {_name(dtype)} ({reason})"
+        self.timer.note(f"{len(merge.changed)} of {len(base.tensors)} weights change; {size}")
+        return merge
+
+    def write(self, merge: Merge) -> None:
+        """Write the merged model, and verify it before it gets its name.
+
+        Raises:
+            RunFailed: it is not the adapter on its base; the folder is marked.
+        """
+        with ExitStack() as writing:
+            done = writing.enter_context(self.timer.stage("merging", len(merge.base.tensors)))
+
+            def finish(folder: Path) -> dict[str, Any]:
+                writing.close()
+                return self.report(merge, folder)
+
+            write_merged(merge, self.target, finish, done)
+        if self.failures:
+            raise RunFailed(
+                f"{'; '.join(self.failures)}; {self.target} is marked {UNVERIFIED}",
+                "please report this with the adapter's configuration",
+            )
+
+    def report(self, merge: Merge, folder: Path) -> dict[str, Any]:
+        """Verify what was written, and return the content of merge.json; the card and a mark are written."""
+        adapters, named = [adapter for adapter, _ in merge.adapters], self.request.base_model
+        report: dict[str, Any] = {
+            "folora_q": __version__,
+            "base": adapters[0].base if named is None else named,
+            "revision": adapters[0].revision,
+            "base_weights": merge.weights,
+            "dtype": _name(merge.dtype),
+            "adapters": [{"name": _adapter_name(each.folder), "weight": share} for each, share in merge.adapters],
+            "verified": None,
+        }
+        if self.request.verify:
             try:
-                verification.append(_verify(merge, folder, clock))
-                report |= verification[0].to_dict()
+                self.verification = _verify(merge, folder, self.timer)
+                report |= self.verification.to_dict()
             except RunFailed as failure:
                 report |= {"verified": False, "failures": [failure.message]}
             if not report["verified"]:
                 (folder / UNVERIFIED).write_text("\n".join(report["failures"]) + "\n", encoding="utf-8")
         write_merged_card(folder / "README.md", report)
-        failures.extend(report.get("failures", []))
+        self.failures = report.get("failures", [])
         return report
-
-    with writing:
-        done = writing.enter_context(clock.stage("merging", len(base.tensors)))
-        write_merged(merge, target, finish, done)
-    if failures:
-        raise RunFailed(
-            f"{'; '.join(failures)}; {target} is marked {UNVERIFIED}",
-            "please report this with the adapter's configuration",
-        )
-    gguf = url = None
-    if request.gguf:
-        path = target.with_name(f"{target.name}-{request.gguf}.gguf")
-        with clock.stage(f"writing and checking {path}", None):
-            gguf = path, write_gguf(target, path, request.gguf, converter)
-    if request.push_to_hub:
-        with clock.stage(f"pushing to {request.push_to_hub}", None):
-            url = push_folder(target, request.push_to_hub, request.private)
-    return MergeResult(target, merge, verification[0] if verification else None, gguf, url)
 
 
 def adapter_folder(source: Path) -> Path:

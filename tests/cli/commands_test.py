@@ -133,7 +133,7 @@ def test_a_copied_recipe_works_where_it_lies(tmp_path: Path, capfd) -> None:
 def test_copying_replaces_nothing_unless_told(tmp_path: Path, capfd) -> None:
     (tmp_path / "qlora-baseline.yaml").write_text("mine")
     assert run("recipes", "copy", "qlora-baseline", tmp_path) == 2
-    assert "is there already" in capfd.readouterr().err
+    assert "already exists" in capfd.readouterr().err
     assert (tmp_path / "qlora-baseline.yaml").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qlora-baseline.yaml"]
     assert run("recipes", "copy", "qlora-baseline", tmp_path, "--overwrite") == 0
@@ -167,7 +167,7 @@ def test_init_replaces_nothing_and_asks_nobody_who_is_not_there(data: Path, tmp_
     assert "--data is needed where nobody can be asked" in capfd.readouterr().err
     assert run("init", path, "--data", data) == 0, "the rest has defaults"
     assert run("init", path, "--data", data) == 2
-    assert "is there already" in capfd.readouterr().err
+    assert "already exists" in capfd.readouterr().err
 
 
 def test_init_finds_mistakes_in_the_data_before_it_writes(tmp_path: Path, capfd) -> None:

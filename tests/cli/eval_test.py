@@ -60,7 +60,7 @@ def test_a_run_is_measured_again_as_it_measured_itself(recipe_file: Path, tmp_pa
     text = capfd.readouterr().out
     assert f"{folder}against" in "".join(text.split()) and "own text, cut: KL" in text
     assert run("eval", folder, "--output", tmp_path / "again") == 2
-    assert "is there already" in capfd.readouterr().err
+    assert "already exists" in capfd.readouterr().err
 
 
 def test_an_adapter_from_elsewhere_is_measured_on_text_that_its_base_writes(

@@ -60,7 +60,7 @@ def test_a_run_is_merged_into_what_it_was_trained_on_and_proven(trained: Path, t
         "dtype": "float32",
     }
     assert run("merge", trained) == 2
-    assert f"{merged} is there already" in capfd.readouterr().err
+    assert f"{merged} already exists" in capfd.readouterr().err
     assert run("merge", trained, "--overwrite", "--no-verify", "--base", "original", "--dtype", "float32") == 0
     assert report_of(merged)["verified"] is None and "not verified" in capfd.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)

@@ -99,7 +99,7 @@ def test_a_page_replaces_pages_only(demo: Path, capfd) -> None:
     Path("notes.html").write_text("mine")
     Path("folder").mkdir()
     assert run("report", demo, "--output", "notes.html") == 2
-    assert "notes.html is there already, and no page of folora-q" in capfd.readouterr().err
+    assert "notes.html already exists and is not a folora-q page" in capfd.readouterr().err
     assert run("compare", demo, write_run(Path("two"), PLAIN).path, "--output", "folder") == 2
     assert "folder is a folder" in capfd.readouterr().err
     assert run("report", demo, "--output", "notes.html/page.html") == 2

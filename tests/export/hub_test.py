@@ -341,6 +341,6 @@ def test_other_weights_are_not_mixed_with_these(hub: Hub, merged: Path) -> None:
 def test_a_private_model_does_not_go_into_a_public_repository(hub: Hub, merged: Path) -> None:
     hub.commits[REPO] = [{}]
     hub.public.add(REPO)
-    assert "is there already, and public; nothing was pushed" in failure(hub, merged, UserError).message
+    assert "already exists and is public; nothing was pushed" in failure(hub, merged, UserError).message
     assert len(hub.commits[REPO]) == 1
     assert push(hub, merged, private=False)
