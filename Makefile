@@ -26,7 +26,7 @@ demo: setup
 
 # Two processes, whatever the machine: each holds a torch, and files of tests share their models.
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@$(BIN)/ruff check .

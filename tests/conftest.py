@@ -27,6 +27,20 @@ CHAT_TEMPLATE = (
 )
 
 
+# Files of few and long tests come first, so that the processes end at about the same time (see `make test`).
+LONG = ("zoo/", "faults/", "demo_model_test.py", "training/", "benchmarks/", "cli/", "evaluation/", "export/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(here).as_posix()
+        return next((number for number, start in enumerate(LONG) if name.startswith(start)), len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""

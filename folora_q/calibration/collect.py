@@ -1,4 +1,4 @@
-"""Streams text through the model and comes back with a gate for every input space that adapters read."""
+"""Collect statistics of both texts at every adapted input, and compute the gates."""
 
 from __future__ import annotations
 

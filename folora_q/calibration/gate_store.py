@@ -1,4 +1,4 @@
-"""Gates as one safetensors file (in its metadata, which layers each serves), and their numbers for people."""
+"""Store gates in one safetensors file, and summarize them for gates.json."""
 
 from __future__ import annotations
 

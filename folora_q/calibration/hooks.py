@@ -1,4 +1,4 @@
-"""Which adapted layers read the same tensor: found from what they are given, never from their names."""
+"""Hooks that feed the inputs of adapted layers to sketches; layers that read the same tensor are found by identity."""
 
 from __future__ import annotations
 

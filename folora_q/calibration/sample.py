@@ -1,4 +1,4 @@
-"""Text sampled from the base model: what it already handles, drawn from itself, so that no other data is needed.
+"""Sample text from the base model: what it can do before training, without any other data.
 
 Source: FoLoRA (arXiv 2606.00132) Appendix B.4 for the decoding mixture and the filters; Magpie (arXiv 2406.08464) for
 the user turns of chats.

@@ -1,4 +1,4 @@
-"""Sampled text is slow to make, so it is kept: one readable JSONL file a model, quantization, seed and settings."""
+"""Cache of sampled text: one readable JSONL file per model, quantization, seed and settings."""
 
 from __future__ import annotations
 

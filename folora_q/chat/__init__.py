@@ -1,1 +1,1 @@
-"""Talking to what came out of a run."""
+"""Chat with a run, an adapter or a model."""

@@ -1,4 +1,4 @@
-"""Making what a name stands for talk."""
+"""Load a run, an adapter or a model for a chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that answers, piece by piece as it writes, and one side of a talk with it. Nothing prints.
+"""Stream the answers of a model, and keep one conversation with it. Nothing prints.
 
 Prompts are made as the evaluation makes them, so a greedy answer is the one that stands in answers.jsonl.
 """

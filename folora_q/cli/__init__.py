@@ -1,1 +1,1 @@
-"""The command line: the only room that prints, colours or exits."""
+"""The command line: one file per command. The only package that prints or exits."""

@@ -1,4 +1,4 @@
-"""The command group. Commands are imported when they are asked for; errors become one line, a hint and an exit code."""
+"""The command group: imports a command when it is called, and turns errors into one line, a hint and an exit code."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class LazyGroup(click.RichGroup):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="folora-q")
-@click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own warnings.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the warnings of libraries.")
 @click.pass_context
 def group(ctx: click.Context, debug: bool) -> None:
-    """Fine-tune a language model in 4 bits on one GPU, or a CPU, and see what it learned and what it forgot.
+    """Fine-tune a language model in 4 bits on one GPU or a CPU, and measure what it learned and what it forgot.
 
     Start with `folora-q init` for your own data, or with `folora-q train recipes/demo.yaml`.
     """

@@ -1,4 +1,4 @@
-"""`folora-q chat`: talk to what came out of a run, and to its base beside it."""
+"""`folora-q chat`: chat with the result of a run, and with its base."""
 
 from __future__ import annotations
 
@@ -38,25 +38,37 @@ COMMAND_WORD = re.compile(r"/\w+")
 
 @click.command("chat")
 @click.argument(
-    "name", metavar="RUN_OR_MODEL", help="A folder of a run, an adapter or a model; a .gguf file; a hub id."
+    "name", metavar="RUN_OR_MODEL", help="A run folder, an adapter or model folder, a .gguf file, or a hub id."
 )
-@click.option("--base", "compare", is_flag=True, help="Let the base answer too, as it was before training.")
+@click.option("--base", "compare", is_flag=True, help="Also show the answers of the base model.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option(
-    "--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 100), help="0 always takes the likeliest."
+    "--temperature",
+    default=0.7,
+    show_default=True,
+    type=click.FloatRange(0, 100),
+    help="Sampling temperature; 0 is greedy decoding.",
 )
 @click.option(
-    "--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1), help="An answer's length at most."
+    "--max-new-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Maximum length of an answer in tokens.",
 )
 @click.option(
-    "--bits", default="4", show_default=True, type=click.Choice(["4", "16"]), help="Of the weights; training has 4."
+    "--bits",
+    default="4",
+    show_default=True,
+    type=click.Choice(["4", "16"]),
+    help="Weight precision in bits; training uses 4.",
 )
 @click.option(
     "--think/--no-think",
     default=None,
-    help="Let it think before it answers, or leave the place of its thought empty; unset: as its run was trained.",
+    help="Whether the model thinks before it answers. Default: as it was trained.",
 )
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Ask this and end; may be repeated.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Send this prompt and exit; can be repeated.")
 @trust_options
 @click.pass_obj
 def command(
@@ -71,10 +83,10 @@ def command(
     prompts: tuple[str, ...],
     trust: Trust,
 ) -> None:
-    """Talk to a run's result, or to any model, with its chat template.
+    """Chat with the result of a run, or with any model, through its chat template.
 
-    /reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer. Without a terminal, every line of the
-    input is a question. Questions follow each other in one conversation, those of --prompt too.
+    /reset starts a new conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer. Without a terminal, every line of
+    the input is a prompt. All prompts, those of --prompt too, belong to one conversation.
     """
     if math.isnan(temperature):
         raise UserError("--temperature must be a number")
@@ -124,7 +136,7 @@ def _talk(sides: dict[str, Conversation]) -> None:
                 continue
             return
         except UnicodeDecodeError:
-            print_error("this line is no valid UTF-8")
+            print_error("this line is not valid UTF-8")
             continue
         if question == END:
             return

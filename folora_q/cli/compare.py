@@ -1,4 +1,4 @@
-"""`folora-q compare`: runs beside each other, at their ends and at equal task loss."""
+"""`folora-q compare`: compare runs at the end of training and at equal task loss."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ DEFAULT_OUTPUT = Path("compare.html")
 
 
 @click.command("compare")
-@click.argument("folders", nargs=-1, metavar="RUN RUN ...", type=click.Path(path_type=Path), help="Folders of runs.")
+@click.argument("folders", nargs=-1, metavar="RUN RUN ...", type=click.Path(path_type=Path), help="Run folders.")
 @click.option(
     "--output", default=DEFAULT_OUTPUT, show_default=True, type=click.Path(path_type=Path), help="The HTML file."
 )
 def command(folders: tuple[Path, ...], output: Path) -> None:
-    """Compare runs of one base model: at their ends, and where they had learned equally much.
+    """Compare runs of one base model: at the end of training, and at equal task loss.
 
-    Forgetting grows while a task is learned, so the run that stopped first forgot least. The fair question is what each
-    of them had forgotten when it first had the same task loss: the least that all of them reached.
+    Forgetting grows while a task is learned, so the run that stopped first forgot least. The fair comparison is what
+    each run had forgotten when it first reached the same task loss: the lowest that all of them reached.
     """
     runs = _load(folders)
     check_target(output)
@@ -98,7 +98,7 @@ def _ends_table(rows: Sequence[TableRow], names: Sequence[str]) -> Table:
 def _print_equal(equal: AtEqualLoss | None, names: Sequence[str]) -> None:
     if equal is None or not equal.learned:
         why = "one of the runs has no held-out task loss" if equal is None else "one of the runs learned nothing"
-        out.print(f"\nThere is no equal task loss to compare at: {why}.", soft_wrap=True)
+        out.print(f"\nThe runs have no task loss in common to compare at: {why}.", soft_wrap=True)
         return
     out.print(f"\n[bold]At task loss {number(equal.loss)}[/], the least that all of them reached", soft_wrap=True)
     table = Table()

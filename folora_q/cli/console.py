@@ -1,4 +1,4 @@
-"""The consoles and the progress display. Data goes to stdout, talk to stderr; without a terminal, plain lines."""
+"""Consoles and progress display: data goes to stdout, messages to stderr; without a terminal, plain lines."""
 
 from __future__ import annotations
 

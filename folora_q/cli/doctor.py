@@ -1,4 +1,4 @@
-"""`folora-q doctor`: whether training can work on this machine, and what to do where it cannot."""
+"""`folora-q doctor`: check whether training can work on this machine."""
 
 from __future__ import annotations
 
@@ -23,15 +23,12 @@ WIDTH = max(len(check.name) for check in CHECKS)
 
 
 @click.command("doctor")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the same as JSON, for a bug report, without names and tokens."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a bug report, without user names and tokens.")
 @click.pass_obj
 def command(settings: dict[str, bool], as_json: bool) -> int:
-    """Tell whether training can work on this machine, with what to do about each thing that is wrong.
+    """Check whether training can work on this machine, and say how to fix each problem.
 
-    A 4-bit layer is run forward and backward, and its numbers are checked. Exit code 0: training can work; 1: it
-    cannot.
+    Runs a 4-bit layer forward and backward and checks its numbers. Exit code 0: training can work; 1: it cannot.
     """
     findings = []
     for finding in _examine(settings["debug"]):

@@ -1,4 +1,4 @@
-"""`folora-q estimate`: memory before a run, and what to change where it is too much."""
+"""`folora-q estimate`: estimate a run's memory, and propose changes if it does not fit."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ FROZEN = ("4-bit weights", "their constants", "16-bit weights")
 
 @click.command("estimate")
 @recipe_arguments
-@click.option("--gpu", "card", type=click.FloatRange(min=1), metavar="GB", help="A card's memory: 8, 12, 16, 24, ...")
+@click.option("--gpu", "card", type=click.FloatRange(min=1), metavar="GB", help="Memory of the GPU: 8, 12, 16, 24, ...")
 @click.pass_context
 def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: Recipe, card: float | None) -> None:
-    """MemoryEstimate a RECIPE's peak memory on a GPU, by stage and part, from the model's config.json alone.
+    """Estimate a RECIPE's peak memory by stage and component, from the model's config.json alone.
 
-    Exit code 1 says that it does not fit the card of --gpu, and then it says what to change, least harm first.
+    Exit code 1: it does not fit the GPU of --gpu. Then it proposes changes, the least harmful first.
     """
     shape, stored = _shape(recipe, ctx.obj["debug"])
     model = examined(recipe, path, overrides, ctx.obj["debug"], ask_the_hub=False)  # config.json is here by now

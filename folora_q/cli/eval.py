@@ -1,4 +1,4 @@
-"""`folora-q eval`: what any adapter or merged model learned, and what it forgot."""
+"""`folora-q eval`: measure what any adapter or merged model learned and forgot."""
 
 from __future__ import annotations
 
@@ -28,24 +28,39 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 @click.command("eval")
 @click.argument("name", metavar="WHAT", help="A run, an adapter, or a merged model: a folder or a hub id.")
-@click.option("--against", metavar="BASE", help="The base, if not the one that WHAT says it was made of.")
+@click.option("--against", metavar="BASE", help="Base model to compare with. Default: the one recorded in WHAT.")
 @click.option(
-    "--recipe", "path", type=click.Path(path_type=Path), help="Says the task and its metric; a run has its own."
+    "--recipe",
+    "path",
+    type=click.Path(path_type=Path),
+    help="Recipe with the task and its metric. Default: the run's own.",
 )
-@click.option("--text", multiple=True, type=EXISTING_FILE, help="A text file for forgetting; repeatable.")
-@click.option("--samples", default=64, show_default=True, type=click.IntRange(min=4), help="Texts to sample from BASE.")
+@click.option("--text", multiple=True, type=EXISTING_FILE, help="Text file to measure forgetting on; can be repeated.")
 @click.option(
-    "--bits", type=click.Choice(["4", "16"]), help="Of the weights: 4 for an adapter, 16 for a model, if unset."
+    "--samples",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=4),
+    help="Number of texts to sample from the base model.",
 )
 @click.option(
-    "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", help="To compute in."
+    "--bits",
+    type=click.Choice(["4", "16"]),
+    help="Weight precision in bits. Default: 4 for an adapter, 16 for a merged model.",
 )
-@click.option("--tasks", metavar="NAMES", help="lm-eval tasks, separated by commas; needs folora-q[eval].")
-@click.option("--tasks-folder", type=click.Path(path_type=Path), help="lm-eval tasks of your own; their code is run.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many questions of each lm-eval task.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each lm-eval question.")
-@click.option("--chat", "as_chat", is_flag=True, help="Ask lm-eval's questions through the chat template.")
-@click.option("--output", type=click.Path(path_type=Path), help="A new folder for the numbers and answers.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", help="Compute dtype."
+)
+@click.option("--tasks", metavar="NAMES", help="lm-eval tasks, separated by commas. Requires folora-q[eval].")
+@click.option(
+    "--tasks-folder", type=click.Path(path_type=Path), help="Folder with your own lm-eval tasks; their code is run."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Maximum number of questions of each lm-eval task.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), help="Number of few-shot examples before each lm-eval question."
+)
+@click.option("--chat", "as_chat", is_flag=True, help="Apply the chat template to lm-eval's questions.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder for the results and answers.")
 @click.option("--allow-code", is_flag=True, help="Run the Python file that evaluation.metric_function names.")
 @trust_options
 @click.pass_obj
@@ -67,10 +82,10 @@ def command(
     allow_code: bool,
     trust: Trust,
 ) -> None:
-    """Measure what a tuned model learned and what it forgot: WHAT against its base.
+    """Measure what a tuned model learned and forgot compared with its base.
 
-    WHAT may come from any trainer: a run of folora-q, a PEFT adapter, or a merged model. Without a run's own, the base
-    writes some text itself, and the divergence from it is measured there.
+    WHAT can come from any trainer: a run of folora-q, a PEFT adapter, or a merged model. The KL divergence is measured
+    on text sampled from the base model: the run's own, or new samples.
     """
     recipe = None if path is None else load_recipe(path)
     if output is not None and output.exists():
@@ -118,7 +133,7 @@ def _print_layers(found: Evaluation) -> None:
     moved = sorted(found.layers, key=lambda layer: -layer.drift.get("own", 0.0))[:MOST_MOVED]
     if moved:
         named = ", ".join(f"{escape(visible(layer.name))} ({layer.drift.get('own', 0.0):.2g})" for layer in moved)
-        out.print(f"moved most on the base's own text, E‖ΔWx‖²/E‖Wx‖²: {named}", soft_wrap=True)
+        out.print(f"moved most on model-generated text, E‖ΔWx‖²/E‖Wx‖²: {named}", soft_wrap=True)
 
 
 def _write(outcome: EvaluationResult, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table: the same after a run and for any adapter."""
+"""Print an evaluation as a table: after a run, and for any adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`folora-q init`: a first recipe from a few questions, or from flags."""
+"""`folora-q init`: write a first recipe from a few questions or options."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ FIRST_ROWS = 100
 @click.command("init")
 @click.argument("path", default="recipe.yaml", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--model", help=f"A hub id, a folder or a .gguf file, e.g. {MODEL}.")
-@click.option("--data", help="Your rows: a file, a folder, a glob, an address or a hub id.")
-@click.option("--gpu", type=click.Choice(CARDS), help="Memory of your card in GB, or cpu.")
+@click.option("--data", help="Training data: a file, a folder, a glob, a URL or a hub id.")
+@click.option("--gpu", type=click.Choice(CARDS), help="Memory of the GPU in GB, or cpu.")
 @click.option("--output-dir", help="The run folder.")
-@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def command(
     path: Path, model: str | None, data: str | None, gpu: Card | None, output_dir: str | None, overwrite: bool
 ) -> None:
-    """Write a first recipe for your data, with a comment on every line. What no flag says is asked for."""
+    """Write a first recipe for your data, with a comment on every line. Asks for what no option gives."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists", "add --overwrite, or name another file")
     data = data or _ask("Your data (file, folder, glob or hub id)", None, "--data")
     shape, written = _look_at(data, path.parent)
     model = model or _ask("Model", MODEL, "--model")
-    gpu = gpu or _ask("Memory of your card in GB, or cpu", _card(), "--gpu", click.Choice(CARDS))
+    gpu = gpu or _ask("Memory of your GPU in GB, or cpu", _card(), "--gpu", click.Choice(CARDS))
     output_dir = output_dir or _ask("Run folder", f"runs/{path.stem}", "--output-dir")
     recipe = new_recipe(Answers(model, written, shape, gpu, output_dir))
     try:
@@ -75,7 +75,7 @@ def _look_at(data: str, folder: Path) -> tuple[Shape, str]:
 def _ask(question: str, default: str | None, flag: str, kind: click.ParamType | None = None) -> str:
     if not sys.stdin.isatty():
         if default is None:
-            raise UserError(f"{flag} is needed where nobody can be asked", "give it as a flag")
+            raise UserError(f"{flag} is required without a terminal", "pass it as an option")
         return default
     return click.prompt(question, default=default, type=kind, err=True)
 

@@ -1,4 +1,4 @@
-"""`folora-q inspect`: where the gate bites, in the terminal."""
+"""`folora-q inspect`: show the gates of a run in the terminal."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ MUCH_OVERFITTED = 3.0
 
 
 @click.command("inspect")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), help="The folder of a gated run.")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), help="Folder of a gated run.")
 @click.option(
     "--module",
     metavar="NAME",
-    help="One gate in detail: the end of a module's name, or a pattern, e.g. '*.3.*.q_proj'.",
+    help="Show one gate in detail: a suffix of a module's name, or a pattern such as '*.3.*.q_proj'.",
 )
-@click.option("--all", "everything", is_flag=True, help="With --module: every direction.")
+@click.option("--all", "everything", is_flag=True, help="With --module: show every direction.")
 def command(folder: Path, module: str | None, everything: bool) -> None:
-    """Show where the gate of a run bites: by layer and kind of module, or one gate in detail."""
+    """Show the gates of a run by layer and kind of module, or one gate in detail."""
     run = load_run(folder)
     if not run.gates:
         raise _no_gates(run)

@@ -1,4 +1,4 @@
-"""`folora-q merge`: an adapter and its base as one model, and the proof that it is the adapter."""
+"""`folora-q merge`: merge an adapter into its base, and verify the result."""
 
 from __future__ import annotations
 
@@ -28,21 +28,29 @@ if TYPE_CHECKING:
     default="dequantized",
     show_default=True,
     type=click.Choice(["dequantized", "original"]),
-    help="Add to the weights that the adapter was trained on (4 bits, decoded), or to the original 16-bit ones.",
+    help="Base weights to merge into: those that were trained on (4 bits, dequantized), or the original 16-bit ones.",
 )
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the merged model; the base's by default."
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Dtype of the merged model. Default: the base's.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="The folder to make; RUN/merged by default.")
-@click.option("--base-model", help="Another place or id of the base than the adapter names.")
-@click.option("--weight", "shares", multiple=True, type=float, help="An adapter's weight; once for each. 1 by default.")
-@click.option("--verify/--no-verify", default=True, help="Compare the result with the adapter. On by default.")
+@click.option("--output", type=click.Path(path_type=Path), help="Output folder. Default: RUN/merged.")
+@click.option("--base-model", help="Path or hub id of the base, if not the one that the adapter names.")
+@click.option(
+    "--weight", "shares", multiple=True, type=float, help="Weight of an adapter, once per adapter. Default: 1."
+)
+@click.option("--verify/--no-verify", default=True, help="Compare the merged model with the adapter. Default: on.")
 @click.option(
     "--gguf", type=click.Choice(["f16", "bf16", "q8_0", "f32", "auto"]), help="Also write a GGUF file of this type."
 )
-@click.option("--converter", type=click.Path(path_type=Path), help="llama.cpp's convert_hf_to_gguf.py, if not found.")
+@click.option(
+    "--converter",
+    type=click.Path(path_type=Path),
+    help="Path of llama.cpp's convert_hf_to_gguf.py, if it is not found.",
+)
 @click.option("--push-to-hub", metavar="REPO", help="Push the merged model to this repository, in one commit.")
-@click.option("--public", is_flag=True, help="Make a new repository public; it is private by default.")
+@click.option("--public", is_flag=True, help="Make a new repository public. Default: private.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder.")
 @trust_options
 @click.pass_obj
@@ -62,10 +70,10 @@ def command(
     overwrite: bool,
     trust: Trust,
 ) -> None:
-    """Merge the adapter of a run, or any LoRA adapter, into its base, and check that the result is the adapter.
+    """Merge the adapter of a run, or any LoRA adapter, into its base, and verify the result.
 
-    Several SOURCES of one base are added with their --weight. Needs no GPU, and memory for two shards; the check that
-    follows needs memory for the model.
+    Several SOURCES of one base are added with their --weight. Needs no GPU, and memory for two shards; the verification
+    needs memory for the model.
     """
     if shares and len(shares) != len(sources):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What commands share: a recipe with overrides, and what a model may do besides giving numbers."""
+"""Options that commands share: a recipe with overrides, and what a model is trusted to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
         "path", metavar="RECIPE", type=click.Path(path_type=Path), help="A YAML file, e.g. recipes/demo.yaml."
     )
     @click.argument("overrides", nargs=-1, help="section.key=value, e.g. training.learning_rate=2e-4.")
-    @click.option("--set", "more", multiple=True, metavar="KEY=VALUE", help="The same as an override; may be repeated.")
+    @click.option("--set", "more", multiple=True, metavar="KEY=VALUE", help="Same as an override; can be repeated.")
     @wraps(command)
     def with_recipe(*args: Any, path: Path, overrides: tuple[str, ...], more: tuple[str, ...], **kwargs: Any) -> None:
         given = (*overrides, *more)
@@ -30,7 +30,7 @@ def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
 
 
 CODE_OPTION = click.option(
-    CODE_FLAG, "remote_code", is_flag=True, help="Run the Python that comes with a model. Read it first."
+    CODE_FLAG, "remote_code", is_flag=True, help="Run the Python code that comes with a model. Read it first."
 )
 
 
@@ -49,9 +49,7 @@ def trust_options(command: Callable[..., None]) -> Callable[..., None]:
     """--trust-remote-code and --allow-pickle; the command gets `trust`."""
 
     @CODE_OPTION
-    @click.option(
-        PICKLE_FLAG, "pickle", is_flag=True, help="Load weights that are pickles (.bin); their tensors alone are read."
-    )
+    @click.option(PICKLE_FLAG, "pickle", is_flag=True, help="Load pickled weights (.bin); only their tensors are read.")
     @wraps(command)
     def with_trust(*args: Any, remote_code: bool, pickle: bool, **kwargs: Any) -> None:
         command(*args, trust=Trust(remote_code, pickle), **kwargs)

@@ -1,4 +1,4 @@
-"""What the commands share that write a page: where it may go, and saying where it went."""
+"""Shared by commands that write a page: check where it may go, and print where it went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The look at a base model that `validate`, `estimate` and `train` begin with."""
+"""The check of the base model with which `validate`, `estimate` and `train` begin."""
 
 from __future__ import annotations
 

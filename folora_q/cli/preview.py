@@ -1,4 +1,4 @@
-"""`folora-q preview`: what would be trained, token by token, and what was left out and why."""
+"""`folora-q preview`: show what would be trained, token by token, and what is left out."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ MOST_REASONS = 5
 @click.command("preview")
 @recipe_arguments
 @click.option(
-    "-n", "count", default=3, show_default=True, type=click.IntRange(min=0), help="How many examples to show."
+    "-n", "count", default=3, show_default=True, type=click.IntRange(min=0), help="Number of examples to show."
 )
-@click.option("--heldout", is_flag=True, help="Show the held-out examples in place of the training ones.")
-@click.option("--full", is_flag=True, help="Show long examples whole.")
+@click.option("--heldout", is_flag=True, help="Show held-out examples instead of training examples.")
+@click.option("--full", is_flag=True, help="Do not shorten long examples.")
 @code_option
 @click.pass_obj
 def command(
@@ -49,7 +49,7 @@ def command(
     full: bool,
     trust: Trust,
 ) -> None:
-    """Show examples as the model will see them: learned tokens in green, the others dim. No model is loaded."""
+    """Show examples as the model will see them: trained tokens in green, the others dim. No model is loaded."""
     with starting(settings["debug"], "Transformers") as progress:
         from folora_q.data.advice import size_warnings
         from folora_q.data.task_data import chat_template, read_task, tokenize_task

@@ -15,22 +15,25 @@ from folora_q.recipe.shipped import copy_recipe, shipped_recipes
 @click.group("recipes", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """List the shipped recipes; `folora-q recipes copy NAME` copies one to change."""
+    """List the shipped recipes. `folora-q recipes copy NAME` copies one for you to edit."""
     if ctx.invoked_subcommand is not None:
         return
     recipes = shipped_recipes()
     width = max(len(recipe.name) for recipe in recipes)
     for recipe in recipes:
         out.print(f"[cyan]{recipe.name:{width}}[/]  {escape(recipe.title)}", soft_wrap=True)
-    out.print("\nfolora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one, to change[/]")
+    out.print("\nfolora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one for you to edit[/]")
 
 
 @command.command("copy")
-@click.argument("name", help="A recipe's name, as listed.")
+@click.argument("name", help="Name of a recipe, as listed.")
 @click.argument(
-    "target", default=".", type=click.Path(path_type=Path), help="A .yaml file or a folder; here by default."
+    "target",
+    default=".",
+    type=click.Path(path_type=Path),
+    help="A .yaml file or a folder. Default: the working directory.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 def copy(name: str, target: Path, overwrite: bool) -> None:
     """Copy the recipe NAME to TARGET, with its data if it brings any, and the schema that editors complete from."""
     files = copy_recipe(name, target, overwrite)

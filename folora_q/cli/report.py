@@ -17,21 +17,21 @@ PLAIN_SUFFIX = "-plain"
 
 
 @click.command("report")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), help="The folder of a run, finished or not.")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), help="Run folder, finished or not.")
 @click.option(
     "--baseline",
     type=click.Path(path_type=Path),
-    help="A run to set beside it; RUN-plain by default, if it is there.",
+    help="A run to compare with. Default: RUN-plain, if it exists.",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="The HTML file; RUN/report.html by default. Its figures go beside it.",
+    help="The HTML file, with its figures in a folder next to it. Default: RUN/report.html.",
 )
 def command(folder: Path, baseline: Path | None, output: Path | None) -> None:
-    """Write what a run learned and forgot as one HTML page, which opens anywhere, and its figures as PNG.
+    """Write a self-contained HTML page about what a run learned and forgot, and its figures as PNG.
 
-    An unfinished run gives a page with what is there.
+    The page of an unfinished run shows what exists so far.
     """
     run = load_run(folder)
     beside = _named_baseline(run, baseline) if baseline is not None else _usual_baseline(run)

@@ -9,5 +9,5 @@ from folora_q.recipe.json_schema import json_schema
 
 @click.command("schema")
 def command() -> None:
-    """Print the recipe's JSON schema, from which editors complete and check: `folora-q schema > recipe.schema.json`."""
+    """Print the recipe's JSON schema, for completion and checks in editors: `folora-q schema > recipe.schema.json`."""
     click.echo(json_schema(), nl=False)

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 @click.command("train")
 @recipe_arguments
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in training.output_dir.")
+@click.option("--resume", is_flag=True, help="Resume the run in training.output_dir from its last complete checkpoint.")
 @click.option(
-    "--resume", is_flag=True, help="Go on with the run in training.output_dir, from its last whole checkpoint."
+    "--force", is_flag=True, help="Resume although the recipe, data, model or a library changed. Requires --resume."
 )
-@click.option("--force", is_flag=True, help="With --resume: although the recipe, data, model or a library changed.")
-@click.option("--dry-run", is_flag=True, help="Print the recipe with all defaults and overrides, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print the recipe with all defaults and overrides, and exit.")
 @click.option("--allow-code", is_flag=True, help="Run the Python file that evaluation.metric_function names.")
 @trust_options
 @click.pass_obj
@@ -52,7 +52,7 @@ def command(
     allow_code: bool,
     trust: Trust,
 ) -> None:
-    """Fine-tune a model as a RECIPE says, and report what it learned and forgot.
+    """Fine-tune a model according to a RECIPE, and measure what it learned and forgot.
 
     OVERRIDES change single values of the recipe: gate.enabled=false is plain QLoRA.
     """
@@ -61,9 +61,9 @@ def command(
         click.echo(dump_yaml(recipe.model_dump(mode="json")), nl=False)
         return
     if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite removes it", "give one of them")
+        raise UserError("--resume continues a run and --overwrite removes it", "give one of them")
     if force and not resume:
-        raise UserError("--force is about going on with a run", "give --resume too; --overwrite replaces a run")
+        raise UserError("--force requires --resume", "add --resume, or replace the run with --overwrite")
     require_one_process()
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
     with starting(settings["debug"]) as progress:
@@ -82,7 +82,7 @@ def command(
             raise
         options = [*["--allow-code"] * allow_code, *trust.flags(), "--resume"]
         line = f"{_program()} {shlex.join(['train', str(path), *overrides, *options])}"
-        raise type(stop)(f"{stop}; go on with\n  {line}") from None
+        raise type(stop)(f"{stop}; resume it with\n  {line}") from None
     _print_result(result, recipe)
     _print_next(path, overrides, recipe, trust)
 
@@ -119,10 +119,10 @@ def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, trust: Tru
     quoted = shlex.quote(str(folder))
     allowed = "".join(f" {flag}" for flag in trust.flags())
     steps = [
-        (f"{program} report {quoted}", "one page: curves, where the model moved, answers of base and tuned"),
-        (f"less {quoted}/proxy.jsonl", "the text that the model wrote, which it should go on handling"),
-        (f"{program} chat {quoted} --base{allowed}", "talk to it, beside its base"),
-        (f"{program} merge {quoted}{allowed}", "one model out of it, and the proof that it is the adapter"),
+        (f"{program} report {quoted}", "one page: curves, changes by layer, answers of the base and the tuned model"),
+        (f"less {quoted}/proxy.jsonl", "the sampled text that the gate preserves"),
+        (f"{program} chat {quoted} --base{allowed}", "chat with it and its base"),
+        (f"{program} merge {quoted}{allowed}", "merge it into its base, with verification"),
     ]
     if recipe.gate.enabled:
         plain = ["gate.enabled=false", f"training.learning_rate={written(PLAIN_LEARNING_RATE)}"]

@@ -1,4 +1,4 @@
-"""`folora-q validate`: check a recipe and the beginning of its data, without loading anything heavy."""
+"""`folora-q validate`: check a recipe, the model's configuration and the data without loading anything heavy."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ FIRST_ROWS = 1000
 
 @click.command("validate")
 @recipe_arguments
-@click.option(
-    "--all-rows", is_flag=True, help=f"Check every row of the data, not the first {FIRST_ROWS:,} of each source."
-)
+@click.option("--all-rows", is_flag=True, help=f"Check every row, not only the first {FIRST_ROWS:,} of each source.")
 @click.pass_obj
 def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], recipe: Recipe, all_rows: bool) -> None:
-    """Check a RECIPE, its model's configuration and its data's rows. Nothing is downloaded, and no model is loaded."""
+    """Check a RECIPE, the model's configuration and the data. Nothing is downloaded, and no model is loaded."""
     if recipe.data.chat_template is not None:
         read_template(recipe.data.chat_template)
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=False)

@@ -1,4 +1,4 @@
-"""The mathematics: sketches of activation covariances, their generalized quotient, and the gate on Adam's steps.
+"""The mathematics: covariance sketches, their generalized quotient, and the gate on optimizer steps.
 
 Imports torch and nothing else of the stack, so that it is usable in anyone's training loop.
 """

@@ -1,4 +1,4 @@
-"""Gates of equal shape, applied and solved together: a model has hundreds, and launching each costs more than it.
+"""Apply and solve gates of equal shape together: a model has hundreds, and each launch costs more than its work.
 
 Shapes: n gates, s adapters that share each, r rows of an A, d input features, m directions of a basis.
 """

@@ -1,4 +1,4 @@
-"""The gate: which directions of an update may pass, by task utility per unit of forgetting penalty.
+"""The gate: which directions of an update pass, by task utility per unit of forgetting penalty.
 
     Σt v = γ H v        H = Σp + τI        quotient γ(v) = vᵀΣt v / vᵀH v
     s(γ) = max(γᵖ / (γᵖ + λᵖ), s_min)      gate constant λ, sharpness p, floor s_min

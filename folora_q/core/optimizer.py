@@ -1,4 +1,4 @@
-"""The two update rules: any optimizer's step passed through the gate, and Adam in the gate's own coordinates.
+"""The two update rules: any optimizer's step passed through the gate, and Adam in the gate's coordinates.
 
 Both act on the preconditioned step, never on the gradient: Adam's normalization would undo a gate on the gradient.
 

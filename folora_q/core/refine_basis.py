@@ -1,4 +1,4 @@
-"""A basis that holds the directions of largest quotient, not of largest variance: a step of a block eigensolver.
+"""Refine a basis towards the directions of largest quotient: one step of a block eigensolver.
 
     r = Σt v - γ H v          what a solution (γ, v) inside the basis P lacks of one in the whole space
     P' = orth[P, r]

@@ -1,4 +1,4 @@
-"""What is seen of the activations: a one-pass sketch of their covariance, and its exact image in a small basis.
+"""One-pass sketch of an activation covariance, and its exact projection onto a small basis.
 
 Shapes: n tokens, d input features, l sketch columns (rank + oversampling), m columns of a basis.
 """

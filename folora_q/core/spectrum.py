@@ -1,4 +1,4 @@
-"""Covariances of low rank with an even tail, and the generalized eigenproblem in the space they share.
+"""Low-rank covariances with an isotropic tail, and the generalized eigenproblem in their joint subspace.
 
 Letters (the paper's, arXiv 2606.00132): Σp penalty covariance, Σt utility covariance, H = Σp + τI with ridge τ,
 Σt v = γ H v with quotient γ. Ours: P₀ (d x m) the joint basis, S = P₀ᵀΣP₀ a covariance inside it, tail σ outside it.

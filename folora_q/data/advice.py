@@ -1,4 +1,4 @@
-"""What a recipe's data, once they are tokens, say about the length of the run and of its measurements."""
+"""Warnings about the length of a run and of its measurements, from the tokenized data."""
 
 from __future__ import annotations
 

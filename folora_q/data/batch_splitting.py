@@ -1,4 +1,4 @@
-"""Where memory runs out, half as many sequences at a time: what is computed stays the same."""
+"""Split batches in half when memory runs out; results stay the same."""
 
 from __future__ import annotations
 

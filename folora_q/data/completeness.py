@@ -1,4 +1,4 @@
-"""Whether a chat template renders all that a row says: what it leaves out would be lost without a word.
+"""Check that a chat template renders everything that a row contains.
 
 A part that stands in the rendered text is there. Where it does not, since templates trim and quote, or where it is so
 short that it may stand there by chance, another text is put in its place, which must then show.

@@ -1,4 +1,4 @@
-"""Examples as tokens and labels: rendered by the chat template, marked, and cut to length.
+"""Encode examples as tokens and labels: rendered by the chat template, masked, and cut to length.
 
 Every turn of the assistant's that is learned is what the model's own template, the one that is saved, renders of it as
 the last of its conversation, behind the prompt that the template asks with. Turns whose texts begin each other share

@@ -1,4 +1,4 @@
-"""Rows out of files, one reader for each ending; every error names the file and the line."""
+"""Read rows from files, one reader per file type; every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _csv(file: DataFile, delimiter: str = ",") -> Rows:
             continue
         if header is None:
             if repeated := [name for name, times in Counter(cells).items() if times > 1]:
-                raise UserError(f"{where}: the column {min(repeated)[:40]!r} stands in the header twice")
+                raise UserError(f"{where}: the column {min(repeated)[:40]!r} appears twice in the header")
             _refuse_other_separator(file, where, cells, delimiter)
             header = cells
         elif len(cells) != len(header):
@@ -184,7 +184,7 @@ def _parquet(file: DataFile) -> Rows:
         table = parquet.ParquetFile(file.path)
         names = table.schema_arrow.names
         if repeated := [name for name, times in Counter(names).items() if times > 1]:
-            raise UserError(f"{file.name}: the column {min(repeated)[:40]!r} stands in it twice")
+            raise UserError(f"{file.name}: the column {min(repeated)[:40]!r} appears twice")
         for batch in table.iter_batches(batch_size=1024):
             for index in range(len(batch)):
                 number += 1

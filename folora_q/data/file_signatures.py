@@ -1,4 +1,4 @@
-"""Files that are not what their names say, by their first bytes: a pointer, a web page, something compressed."""
+"""Detect files that are not what their names say, by their first bytes: Git LFS pointers, web pages, archives."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refuse_mistaken(file: DataFile) -> None:
     if file.ending not in PROSE and head.lstrip().lower().startswith(PAGES):
         raise UserError(
             f"{file.name} is a web page, not a {file.ending} file",
-            "download the file itself: on GitHub and Hugging Face its address has raw or resolve in place of blob",
+            "download the file itself: on GitHub and Hugging Face its address has raw or resolve instead of blob",
         )
     if file.path.suffix.lower() != file.ending:  # compressed by its name: unpacking says whether it is
         return

@@ -1,4 +1,4 @@
-"""A data file on this machine, perhaps compressed, under the name by which messages call it."""
+"""A local data file, perhaps compressed, and the name that messages use for it."""
 
 from __future__ import annotations
 

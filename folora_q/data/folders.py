@@ -1,4 +1,4 @@
-"""What in a folder is read: by the names of its files, wherever they lie; nothing is passed over without a reason."""
+"""Choose the files of a folder to read; no file is ignored without a reason."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def choose(name: str, names: Iterable[str], splits: dict[str, list[str]], wanted
         choice.saved = [each for each in choice.saved if each not in passed]
         choice.unread |= passed
     if choice.files or choice.saved:
-        choice.unread |= dict.fromkeys(texts, "a text beside tables")
+        choice.unread |= dict.fromkeys(texts, "a text file among tables")
     else:
         choice.files = texts
     return choice
@@ -113,7 +113,7 @@ def _reason(name: str, described: bool, known: set[str]) -> str | None:
         return "no data file, by its ending" if reason == UNKNOWN_ENDING else reason
     compression = ending_of(name)[1]
     if compression is not None and name[: -len(compression)] in known:
-        return "its unpacked copy lies beside it"
+        return "its unpacked copy is next to it"
     return None
 
 

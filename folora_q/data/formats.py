@@ -1,4 +1,4 @@
-"""What shape rows have, and the three things that we train on: a chat, a prompt with its completion, and plain text."""
+"""Row formats, and the three kinds of examples: a chat, a prompt with its completion, and plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a line or a file is not JSON: the likely cause, which Python's own message does not name."""
+"""The likely cause why a line or a file is not valid JSON."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def cause(error: json.JSONDecodeError, one_a_line: bool) -> str | None:
         return "it holds zero bytes, as a file does that was not written to its end"
     if error.msg.startswith("Unterminated string") or not rest:
         if one_a_line and not error.msg.startswith("Unterminated string") and text.strip() in ("{", "["):
-            return "the object goes on in the next line, and in a .jsonl file each stands on one line"
+            return "the object continues on the next line, and a .jsonl file has one object per line"
         return "the line breaks off in the middle of an object" if one_a_line else "the file breaks off"
     if rest[0] in "}]" and before.endswith(","):
         return f"a comma before `{rest[0]}` must be removed"
     if rest[0] == "'":
-        return "text stands in single quotes, as Python prints it: write lines with json.dumps"
+        return "text is in single quotes, as Python prints it: write lines with json.dumps"
     if rest[0] in TYPOGRAPHIC:
-        return f'text stands in typographic quotes ({rest[0]}), not in "'
+        return f'text is in typographic quotes ({rest[0]}), not in "'
     if (word := WORD.match(rest)) and word.group() in FOREIGN_VALUES:
         return f"{word.group()} is not JSON, which says {FOREIGN_VALUES[word.group()]}"
     if rest.startswith(COMMENTS):

@@ -1,4 +1,4 @@
-"""All of a recipe's rows: read, shaped, split and mixed. Needs neither a model nor torch."""
+"""Load all rows of a recipe: read, parsed, split and mixed. Needs neither a model nor PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rendered texts as tokens, of which those are learned that the assistant is to say."""
+"""Tokenize rendered text in pieces, of which only the assistant's are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data that lie elsewhere: fetched through fsspec, once for a process, and then read like any file."""
+"""Remote data: downloaded through fsspec once per process, then read like any file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations as a chat template renders them: what a model is asked with, and what it should say then.
+"""Render conversations with a chat template: the prompt, and the answer that is trained.
 
 A template may rewrite earlier turns, open a thought in its prompt, or leave a part of a row out. So nothing here is
 assumed of it: each turn is rendered as the last of its conversation, as it is when the model is asked for it, and held

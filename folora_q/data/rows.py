@@ -1,4 +1,4 @@
-"""Rows as files hold them, each with its place; and what a row that cannot be used says."""
+"""Rows as they are stored in files, each with its location, and what to do with rows that cannot be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` made."""
+"""Read folders that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder, a glob, an address that fsspec reaches, or a dataset on a hub."""
+"""Resolve where rows come from: a file, a folder, a glob, a URL for fsspec, or a hub dataset."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
     except Exception as error:  # the hub client raises whatever its transport does
         reason = first_line(error)
         raise UserError(
-            f"cannot load the dataset {source.path} from the hub, and no file or folder of that name lies beside the "
+            f"cannot load the dataset {source.path} from the hub, and no file or folder of that name is next to the "
             f"recipe: {reason}",
             "check the id, and `name` and `split` in the recipe's mapping; HF_HUB_OFFLINE must not be set",
         ) from error

@@ -1,4 +1,4 @@
-"""Splits of a dataset by the names of its files, as `datasets` knows them: train.jsonl, data/test-00000.parquet."""
+"""Splits of a dataset by file names, as `datasets` defines them: train.jsonl, data/test-00000.parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a recipe to tokens, telling what was found on the way: the same for a run and for a preview of it."""
+"""From a recipe to tokenized data: the same for a run and for a preview."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def read_task(recipe: Recipe, clock: StageTimer) -> TaskData:
     if task.skipped:
         clock.note(f"{len(task.skipped):,} rows skipped; the first: {task.skipped[0].message}")
     if task.repeated:
-        clock.note(f"{task.repeated:,} of the held-out examples stand in the training data too")
+        clock.note(f"{task.repeated:,} of the held-out examples are also in the training data")
     if recipe.evaluation.metric != "none" and any(isinstance(example, Text) for example in task.heldout):
         raise UserError(
             f"evaluation.metric: {recipe.evaluation.metric} needs questions, but held-out rows are plain text",

@@ -1,4 +1,4 @@
-"""Chat templates: the model's own, a file's, or one by name. Files only; nothing is rendered here."""
+"""Chat templates: the model's own, a file, or one by name. Reads files only; renders nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_template(name_or_path: str) -> str:
         if name_or_path not in names:
             near = get_close_matches(name_or_path, names, n=1)
             raise UserError(
-                f"`data.chat_template`: there is no template called {name_or_path!r}"
+                f"`data.chat_template`: there is no template named {name_or_path!r}"
                 + (f"; did you mean {near[0]}?" if near else ""),
                 f"name a .jinja file, or one of {', '.join(names)}",
             )

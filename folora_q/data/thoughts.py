@@ -1,4 +1,4 @@
-"""What a model says in two parts, its thought and its answer, by the syntax of its chat template."""
+"""Split answers into thought and answer, by the syntax of the chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole set of examples as tokens: what was left out and why, and the cache that makes the second time quick."""
+"""Tokenize a whole dataset, record what was left out, and cache the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token sequences in padded batches. Padding is by length, never by token id: many models pad with their end token."""
+"""Padded batches of token sequences. Padding is by length, since many models pad with their end token."""
 
 from __future__ import annotations
 

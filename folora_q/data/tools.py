@@ -1,4 +1,4 @@
-"""Tools and their calls, as OpenAI, sharegpt and others write them, in the one form that chat templates take."""
+"""Convert tools and tool calls of OpenAI, ShareGPT and others to the form that chat templates take."""
 
 from __future__ import annotations
 

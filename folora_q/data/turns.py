@@ -1,4 +1,4 @@
-"""The turns of a conversation, as data write them in many ways, in the one form that chat templates take."""
+"""Convert the turns of conversations from many formats to the form that chat templates take."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ class _Reader:
             raise RowError(
                 self.where,
                 f"the content of `{self.place}` has gpt-oss' {CHANNEL_MARK} in it: the chat template writes channels",
-                "give the thought as `reasoning_content` beside a `content` that is the answer alone",
+                "give the thought as `reasoning_content` and the answer alone as `content`",
             )
         return content, []
 
@@ -237,7 +237,7 @@ class _Reader:
             else:
                 raise RowError(
                     self.where,
-                    f"the content of `{self.place}` has parts that are no text, which are not supported"
+                    f"the content of `{self.place}` has parts other than text, which are not supported"
                     + (f" ({kind[:40]})" if isinstance(kind, str) else ""),
                 )
         return "".join(texts), [thought for thought in thoughts if thought.strip()]

@@ -1,4 +1,4 @@
-"""Names the columns, and the keys of turns, that hold something which no example is made of."""
+"""Name the columns, and the keys of turns, that are not used."""
 
 from __future__ import annotations
 

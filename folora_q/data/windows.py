@@ -1,4 +1,4 @@
-"""The ways in which sampled text is shown to the model: from its start, and cut from the middle.
+"""Windows of sampled text: from its start, and cropped from the middle.
 
 At the first position a model keeps a massive activation, which carries most of a covariance's trace and most of a KL
 divergence. Text without the real start shows what the rest needs (docs/method.md, section 7).

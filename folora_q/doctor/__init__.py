@@ -1,4 +1,4 @@
-"""Whether training can work on this machine, and what to do where it cannot. Nothing heavy is imported here."""
+"""Check whether training can work on this machine, and how to fix what is wrong."""
 
 from folora_q.doctor.checks import CHECKS
 from folora_q.doctor.findings import Check, Finding, State, can_train

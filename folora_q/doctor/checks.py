@@ -1,4 +1,4 @@
-"""All checks, in the order in which their findings help: later ones need what earlier ones look at."""
+"""All checks, in the order in which their findings help."""
 
 from __future__ import annotations
 

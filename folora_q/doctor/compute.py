@@ -1,4 +1,4 @@
-"""Where training computes, and in which precision."""
+"""Check which device computes, and in which precision."""
 
 from __future__ import annotations
 

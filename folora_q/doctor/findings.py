@@ -1,4 +1,4 @@
-"""What a check found, and what to do about it."""
+"""What a check found, and how to fix it."""
 
 from __future__ import annotations
 

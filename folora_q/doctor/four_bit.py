@@ -1,4 +1,4 @@
-"""A real 4-bit layer, forward and backward, against the same product with dequantized weights."""
+"""Check a real 4-bit layer, forward and backward, against the same product with dequantized weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU: there, seen by torch, and of a kind that torch was built for."""
+"""Check the GPU: present, visible to PyTorch, and supported by this build of PyTorch."""
 
 from __future__ import annotations
 

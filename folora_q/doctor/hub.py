@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: allowed, reached, and with a token that it accepts."""
+"""Check the Hugging Face Hub: allowed, reachable, and with a token that it accepts."""
 
 from __future__ import annotations
 

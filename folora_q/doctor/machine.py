@@ -1,4 +1,4 @@
-"""Memory and disk."""
+"""Check memory and disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What NVIDIA's own tool says of GPUs and driver, and which build of torch goes with them."""
+"""Read GPUs and driver from nvidia-smi, and which build of PyTorch suits them."""
 
 from __future__ import annotations
 

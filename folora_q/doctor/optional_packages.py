@@ -1,4 +1,4 @@
-"""What some commands can use, and training needs none of. For information: nothing here is wrong."""
+"""Report optional packages that some commands use. Training needs none of them."""
 
 from __future__ import annotations
 

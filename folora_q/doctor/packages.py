@@ -1,4 +1,4 @@
-"""Python and the libraries: there, in the range that folora-q was made for, and loading."""
+"""Check Python and the libraries: installed, in the supported range, and importable."""
 
 from __future__ import annotations
 

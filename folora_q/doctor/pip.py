@@ -1,4 +1,4 @@
-"""Commands that install into the environment that runs now, and no other."""
+"""Commands that install into the running environment, and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report is made to be shown to others: no token, no password, no name of a user in it.
+"""Redact reports that are made to be shared: no token, no password, no user name.
 
 More is hidden here than in what a run says (`folora_q.storage.redaction`): everything that begins with hf_.
 """

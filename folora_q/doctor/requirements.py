@@ -1,4 +1,4 @@
-"""The ranges of versions that the installed folora-q asks for; none where it runs from a checkout uninstalled."""
+"""Version ranges that the installed folora-q requires; none in a checkout that is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs checks in a process of its own: a broken native library ends a process, or hangs it, and raises nothing."""
+"""Run checks in a process of their own: a broken native library can end or hang a process."""
 
 from __future__ import annotations
 

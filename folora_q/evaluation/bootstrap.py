@@ -1,4 +1,4 @@
-"""How far a mean over few texts can be trusted: the bootstrap over texts."""
+"""Confidence intervals of means over few texts: the bootstrap over texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base and tuned model on the same text: the loss of both, and how far their predictions are apart."""
+"""Compare the base and the tuned model on the same text: losses, and the KL divergence of their predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the model moved: how far each layer's output is from the base's, on text, E‖ΔW x‖² / E‖W x‖².
+"""Measure how far each layer's output moved from the base's: E‖ΔW x‖² / E‖W x‖².
 
 Measured on the base's own activations x, so that a layer shows its own change and not that of the layers before it;
 and by the gates' statistics, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), which needs no text: a prediction of it where Σ is of

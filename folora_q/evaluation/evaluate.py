@@ -1,4 +1,4 @@
-"""The whole evaluation of a tuned model against its base: what it is measured on, and the measuring."""
+"""The whole evaluation of a tuned model: what it is measured on, and the measuring."""
 
 from __future__ import annotations
 

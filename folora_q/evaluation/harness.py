@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval on base and tuned model, side by side. lm-eval comes with `folora-q[eval]`."""
+"""Run EleutherAI's lm-eval tasks on the base and the tuned model. lm-eval comes with `folora-q[eval]`."""
 
 from __future__ import annotations
 

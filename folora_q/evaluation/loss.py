@@ -1,4 +1,4 @@
-"""Mean loss per token: of the task's held-out completions, and of text that the model was not tuned on."""
+"""Mean loss per token: on the task's held-out completions, and on general text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tuned model beside its base: one model whose adapter is switched off and on, or two models."""
+"""A tuned model with its base: one model whose adapter is switched on and off, or two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the model do the task: greedy answers of base and tuned model, scored against their references."""
+"""Score greedy answers of the base and the tuned model against references."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def _users_function(place: str, allow_code: bool) -> Scorer:
         except Exception as error:
             raise RunFailed(f"{name} in {path} failed on the answer {said.answer[:80]!r}: {error!r}") from error
         if not 0 <= found <= 1:
-            raise RunFailed(f"{name} in {path} gave {found}, which is no score between 0 and 1")
+            raise RunFailed(f"{name} in {path} gave {found}, which is not a score between 0 and 1")
         return found
 
     return score

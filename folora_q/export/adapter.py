@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saved it, ours or somebody else's, as the changes that it makes to weights."""
+"""Read a LoRA adapter in PEFT's format, from any trainer, as changes of weights."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
             continue
         if tensor.dtype not in DTYPES or tensor.ndim > MOST_DIMENSIONS:
             held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
-            raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is no weight")
+            raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is not a weight")
         if tensor.numel() == 0:
             raise UserError(
                 f"{folder / SAFE_ADAPTER}: {short(name)} is empty, as DeepSpeed's ZeRO-3 leaves what it had spread out",
@@ -96,7 +96,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
         elif name.endswith(".lora_A.weight"):
             b = tensors.get(name.replace(".lora_A.", ".lora_B."))
             if b is None:
-                raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} has no lora_B beside it")
+                raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} has no matching lora_B")
             deltas[f"{module}.weight"] = _delta(config, module, tensor, b)
         elif name.endswith(EMBEDDING_HALVES) and (other := tensors.get(_other_half(name))) is not None:
             if name.endswith("A"):  # an embedding's weight is (tokens, out), the transpose of a linear layer's
@@ -104,7 +104,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
                 deltas[f"{module}.weight"] = replace(pair, transposed=False)
         elif not (name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in tensors):
             raise UserError(
-                f"{folder / SAFE_ADAPTER}: {short(name)} is no half of a pair, lora_A.weight and lora_B.weight"
+                f"{folder / SAFE_ADAPTER}: {short(name)} does not belong to a pair of lora_A.weight and lora_B.weight"
             )
     return AdapterFile(
         folder=folder,

@@ -1,4 +1,4 @@
-"""adapter_config.json of a LoRA adapter, ours or somebody else's: what can be merged, and by which factor."""
+"""Read adapter_config.json: what can be merged, and by which factor."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         if not isinstance(values.get("peft_type"), str):
             raise ValueError("it says no peft_type")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no adapter: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
+        raise UserError(f"{folder} is not an adapter: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
     _refuse_unsupported(folder, values)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(base, str | None) or not isinstance(revision, str | None):

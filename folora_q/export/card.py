@@ -1,4 +1,4 @@
-"""The model card: what the adapter is, what it learned, what it made the model forget.
+"""Write model cards: what an adapter is, what it learned, and what it made the model forget.
 
 Names in it are other people's, and stand there as text: none of them is Markdown, HTML or YAML.
 """

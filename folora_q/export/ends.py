@@ -1,4 +1,4 @@
-"""Fits a base to an adapter that changes its ends: embedding and output layer, resized, trained whole, or parted.
+"""Fit a base to an adapter that changes its embedding or output layer: resized, trained in full, or untied.
 
 What counts is what PEFT computes with the adapter on its base: a tied weight that both ends still share stays tied; one
 that the adapter changes at one end only becomes two.

@@ -1,4 +1,4 @@
-"""A merged model as a GGUF file: llama.cpp's own converter writes it, and it is kept if it is the model."""
+"""Write a merged model as a GGUF file with llama.cpp's converter, and check it."""
 
 from __future__ import annotations
 

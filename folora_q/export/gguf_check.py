@@ -1,4 +1,4 @@
-"""Is a GGUF file the model that it was made from?
+"""Check that a GGUF file holds the model that it was made from.
 
 Compared are the architecture, the names and shapes of all tensors, the vocabulary, the chat template and, for the
 architectures listed here, numbers of every tensor: whole norms, and the first and last row of everything else. Where

@@ -1,4 +1,4 @@
-"""Pushes a folder to the Hugging Face Hub: all of its files in one commit, or none; and says which it was."""
+"""Push a folder to the Hugging Face Hub in one commit."""
 
 from __future__ import annotations
 

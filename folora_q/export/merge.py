@@ -1,4 +1,4 @@
-"""Adds an adapter to its base, shard by shard: W + Σ wᵢ sᵢ Bᵢ Aᵢ, summed in float32 and rounded once.
+"""Merge adapters into their base, shard by shard: W + Σ wᵢ sᵢ Bᵢ Aᵢ, summed in float32 and rounded once.
 
 In memory are one shard that is read and one that is written, never the model. Nothing needs a GPU.
 """
@@ -75,7 +75,7 @@ class Merge:
         """
         if self.base.prequantized and self.weights == "original":
             raise UserError(
-                f"{self.base.folder} was saved in 4 bits: there are no original weights to add to",
+                f"{self.base.folder} was saved in 4 bits: there are no original weights to merge into",
                 "leave out --base original, or name the model that it was made of with --base-model",
             )
         for adapter, _ in self.adapters:

@@ -1,4 +1,4 @@
-"""What a merged model is checked on: the run's own held-out text where there is a run, else general text."""
+"""Text for the verification of a merge: the run's held-out text, or general text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the merged model the adapter? Asked twice: of every number on the disk, and of what the model says.
+"""Verify a merged model: every weight on the disk, and its outputs compared with the adapter's.
 
 1. Every merged weight is read back and compared with W + Σ wᵢ sᵢ Bᵢ Aᵢ in float64: each number must be the nearest one
    that its dtype has. A scale off by a hundredth, a module left out or two matrices swapped are seen here.
@@ -129,7 +129,7 @@ def check_weights(
 def _compared(merge: Merge, name: str, base: Tensor, found: Tensor) -> tuple[str | None, float, float]:
     """What is wrong with a weight, if anything; ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²."""
     if not base.is_floating_point():
-        wrong = None if torch.equal(base, found) else "it is no number that is rounded, and was changed"
+        wrong = None if torch.equal(base, found) else "it is not a rounded number, and it was changed"
         return wrong, 0.0, 0.0
     stored = whole = 0.0
     deltas = [(share * delta.scale, delta) for share, delta in merge.deltas(name)]

@@ -1,1 +1,1 @@
-"""Memory of a run before it: from the recipe and the model's config.json alone. No torch."""
+"""Estimate a run's memory from the recipe and the model's config.json. No PyTorch."""

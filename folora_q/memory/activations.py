@@ -1,4 +1,4 @@
-"""Memory of activations: what a training step keeps for its backward pass, and what passes through beside it.
+"""Memory of activations: what a training step keeps for its backward pass, and its temporaries.
 
 Bytes are derived from the operations of transformers' decoder layers and of PEFT's 4-bit LoRA layer, tensor by tensor,
 and held to what autograd keeps by a test. Letters: n tokens, h hidden size, i intermediate size, c bytes of the compute

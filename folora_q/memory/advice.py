@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit a card: as little as possible, and what harms least first."""
+"""Propose changes to a recipe that does not fit a GPU, the least harmful first."""
 
 from __future__ import annotations
 

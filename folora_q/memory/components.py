@@ -1,4 +1,4 @@
-"""What stays in memory while something runs: weights, adapter, optimizer, gates, sketches. All in bytes."""
+"""Memory of weights, adapter, optimizer, gates and sketches, in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's config.json: of a folder, a hub id, a GGUF file or the demo's model. No weights are fetched."""
+"""Read a model's config.json: of a folder, a hub id, a GGUF file or the demo's model. No weights are fetched."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {file}: {first_line(error)}") from None
     text = config.get("text_config") or config
     if not isinstance(text, dict) or not isinstance(text.get("model_type", config.get("model_type")), str):
-        raise UserError(f"{file} says no model_type, so it is no model's configuration")
+        raise UserError(f"{file} says no model_type, so it is not a model configuration")
     return config
 
 

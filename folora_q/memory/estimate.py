@@ -1,4 +1,4 @@
-"""Peak memory of a run by stage and part, from the recipe and the model's shapes.
+"""Estimate a run's peak memory by stage and component, from the recipe and the model's shapes.
 
 A stage's peak is that of its largest moment. Everything is at its worst: every sequence is as long as it may be, every
 token is trained, batches are padded. docs/memory.md says what is counted and what was measured.

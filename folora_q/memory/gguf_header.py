@@ -1,4 +1,4 @@
-"""The head of a GGUF file as a config.json: its metadata and its tensors' names, without its vocabulary or weights.
+"""Read the header of a GGUF file as a config.json, without vocabulary and weights.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package makes an array of every word of a
 vocabulary, which takes seconds.
@@ -46,7 +46,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
     """What config.json says of the model that a GGUF file becomes.
 
     Raises:
-        UserError: it is no GGUF file, a damaged one, or of an architecture that is not known here.
+        UserError: it is not a GGUF file, a damaged one, or of an architecture that is not known here.
     """
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
@@ -76,7 +76,7 @@ class _Header:
         """Values by key, arrays left out, and dimensions by tensor."""
         magic, version = self._number("4s"), self._number("I")
         if magic != MAGIC or version < OLDEST_VERSION:
-            raise ValueError("it is no GGUF file of version 2 or newer")
+            raise ValueError("it is not a GGUF file of version 2 or newer")
         tensors, keys = self._number("Q"), self._number("Q")
         values: dict[str, Any] = {}
         for _ in range(keys):

@@ -1,4 +1,4 @@
-"""How families of models name their layers, and what they leave out of config.json."""
+"""How model families name their layers, and what they omit from config.json."""
 
 from __future__ import annotations
 

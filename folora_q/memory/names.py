@@ -1,4 +1,4 @@
-"""The full names of a model's modules, from its config.json alone."""
+"""Full names of a model's modules, from its config.json alone."""
 
 from __future__ import annotations
 

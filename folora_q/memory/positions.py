@@ -1,4 +1,4 @@
-"""How long a text a model can read, from its config.json alone."""
+"""Maximum sequence length of a model, from its config.json alone."""
 
 from __future__ import annotations
 

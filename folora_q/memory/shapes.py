@@ -1,4 +1,4 @@
-"""The shapes of a decoder's weights, from its config.json alone.
+"""Shapes of a decoder's weights, from its config.json alone.
 
 `folora_q.memory.model_families` says how each family names its layers. Other models are built on the meta device by the
 caller, and their parameters are read by `folora_q.memory.shapes_from_meta`.

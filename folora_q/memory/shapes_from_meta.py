@@ -1,4 +1,4 @@
-"""The shapes of a decoder's weights, from the parameters of the model that its caller has built without numbers."""
+"""Shapes of a decoder's weights, from a model on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LoRA adapter: attach it, find its (A, B) pairs, save it in PEFT's own format."""
+"""The LoRA adapter: attach it, find its (A, B) pairs, save it in PEFT's format."""
 
 from __future__ import annotations
 

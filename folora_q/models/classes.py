@@ -1,4 +1,4 @@
-"""Which of transformers' classes a configuration is loaded as."""
+"""Which transformers class loads a configuration."""
 
 from __future__ import annotations
 

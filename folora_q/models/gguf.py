@@ -1,4 +1,4 @@
-"""GGUF files as plain Hugging Face folders, which is what the 4-bit loader and PEFT read."""
+"""Convert GGUF files to Hugging Face folders, which the 4-bit loader and PEFT read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine can do. Every answer comes with its reason, which the run prints."""
+"""Choose device and dtype. Every choice comes with its reason, which the run prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's class without its numbers: what its weights are called there and on the disk, and what it does with them.
+"""How a model class names its weights in memory and on disk, found on the meta device.
 
 Names of modules and names in files differ: transformers renames and joins weights when it loads them (experts, the
 language model of a vision-language checkpoint). Its own conversion is used here, never one of ours.

@@ -1,4 +1,4 @@
-"""The base model, in 4 bits or unquantized, from a hub id, a folder or a GGUF file.
+"""Load the base model, in 4 bits or unquantized, from a hub id, a folder or a GGUF file.
 
 The bitsandbytes CPU guard lives here.
 """

@@ -1,4 +1,4 @@
-"""Next-token distributions in chunks: full-vocabulary logits of a whole batch never stand in memory."""
+"""Logits in chunks: full-vocabulary logits of a whole batch are never in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's parameters without its weights: built on the meta device, where tensors have shapes and no numbers."""
+"""Build a model on the meta device: parameters have shapes and no values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The regular expressions of adapter_config.json, which the names of all modules are matched against."""
+"""Check the regular expressions of adapter_config.json, which are matched against module names."""
 
 from __future__ import annotations
 

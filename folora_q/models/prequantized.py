@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already, by something else than bitsandbytes: found in config.json. Needs no torch."""
+"""Detect checkpoints quantized by other libraries than bitsandbytes, from config.json. Needs no PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training in 4 bits makes of a weight: the round trip through bitsandbytes."""
+"""Quantize and dequantize a weight as 4-bit training does, through bitsandbytes."""
 
 from __future__ import annotations
 

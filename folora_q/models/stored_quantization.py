@@ -1,4 +1,4 @@
-"""What config.json says of weights that are in 4 bits on the disk already. Needs neither torch nor transformers."""
+"""Read config.json of a checkpoint saved in 4 bits. Needs neither PyTorch nor transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter, and what is left without one.
+"""Which layers of a model get an adapter, and which parts have none.
 
 Text reaches the language model alone, and PEFT gives adapters to linear layers. Experts that are stacked in one tensor
 are none: PEFT could adapt them (`target_parameters`), but makes the change of every expert anew at each step, which no

@@ -1,4 +1,4 @@
-"""Where a model is, whether it may be loaded, and its tokenizer, which is loaded without it. Needs no bitsandbytes."""
+"""Locate a model, check that it may be loaded, and load its tokenizer. Needs no bitsandbytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model or an adapter from elsewhere may do here. Without a flag on the command line: give numbers, and no more.
+"""What a model or an adapter from elsewhere may do. By default it may only provide numbers.
 
 Its JSON files are looked through before a library follows them: they can name code to run, pickles to load and files
 outside of their folder. Needs neither torch nor transformers.
@@ -77,7 +77,7 @@ def check_model(folder: Path, trust: Trust) -> None:
     if weights is not None:
         if not (is_inside(str(weights)) and str(weights).endswith((ENDING, INDEX_ENDING))):
             raise UserError(
-                f"{folder / CONFIG} names weights that are no safetensors beside it: {str(weights)[:200]!r}"
+                f"{folder / CONFIG} names weights that are not safetensors in the same folder: {str(weights)[:200]!r}"
             )
         if str(weights).endswith(INDEX_ENDING) and (folder / str(weights)).is_file():
             shards_of(folder / str(weights))
@@ -114,7 +114,7 @@ def check_adapter(folder: Path, trust: Trust) -> None:
         if config.get(key):
             raise UserError(
                 f"{folder / ADAPTER_CONFIG} sets {key}, which names code or files besides the adapter's own",
-                "folora-q loads what lies in an adapter's folder and nothing else",
+                "folora-q loads only what is in an adapter's folder",
             )
     pickled = folder / PICKLED_ADAPTER
     if not trust.pickle and pickled.is_file() and not (folder / SAFE_ADAPTER).is_file():
@@ -133,7 +133,7 @@ def shards_of(index: Path, ending: str = ENDING) -> dict[str, str]:
     for shard in dict.fromkeys(map(str, found.values())):
         if not is_inside(shard) or not shard.endswith(ending):
             raise UserError(
-                f"{index} names {shard[:200]!r} as a shard, which is no {ending} file in its folder",
+                f"{index} names {shard[:200]!r} as a shard, which is not a {ending} file in its folder",
                 "download the model again from somebody you trust",
             )
     return {str(weight): str(shard) for weight, shard in found.items()}

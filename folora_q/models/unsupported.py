@@ -1,4 +1,4 @@
-"""Architectures that cannot be fine-tuned here, found in config.json. Needs neither torch nor transformers."""
+"""Architectures that cannot be fine-tuned here, found in config.json. Needs neither PyTorch nor transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights as they lie on the disk: safetensors shards, read tensor by tensor, never as a whole.
+"""Read a model's safetensors shards tensor by tensor.
 
 Where it is allowed, pickled shards too, which torch maps into memory and takes tensors from, and nothing else. What
 bitsandbytes saved in 4 bits is decoded when it is read.
@@ -161,7 +161,7 @@ def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
     try:
         config = read_object(folder / "config.json")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no model's folder: config.json cannot be read ({first_line(error)})") from None
+        raise UserError(f"{folder} is not a model folder: config.json cannot be read ({first_line(error)})") from None
     check_weights(folder, trust)
     index, expected = INDEX, {}
     if (folder / INDEX).exists():

@@ -1,1 +1,1 @@
-"""What config.json, the tokenizer's files and the recipe can tell of a run before anything heavy is imported."""
+"""Checks of a run before anything heavy is imported: from config.json, tokenizer files and the recipe."""

@@ -1,4 +1,4 @@
-"""Tokens in a run's rows that the model's embedding has no row for: found before the model is loaded."""
+"""Find token ids in a run's rows that exceed the embedding, before the model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One look at a run's base model before it starts: can it be quantized, is it long enough, has it these layers?"""
+"""Check a run's base model from its config.json: quantizable, long enough, with the named layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of a tokenizer that the model's embedding has no row for, found in its files. Needs no transformers."""
+"""Find tokens of a tokenizer that exceed the embedding, from its files. Needs no transformers."""
 
 from __future__ import annotations
 

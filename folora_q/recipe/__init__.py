@@ -1,4 +1,4 @@
-"""The recipe: what a run is to do, checked before anything is loaded. Needs pydantic and yaml only."""
+"""The recipe: schema, loading and checks. Needs pydantic and PyYAML only."""
 
 from folora_q.recipe.load import load_recipe, places_in
 from folora_q.recipe.schema import Recipe

@@ -79,7 +79,7 @@ def _pattern(name: str, value: str, is_target: bool) -> str:
     names = value.strip()
     if NAMES_ALONE.fullmatch(names) and ("." not in names or re.search("[, ]", names)):
         several = ", ".join(re.split(r"[,\s]+", names))
-        raise ValueError(f"{name}: text is a regular expression, and names stand in a list: [{several}]")
+        raise ValueError(f"{name}: text is a regular expression; names go in a list: [{several}]")
     if reason := pattern_fault(value):
         raise ValueError(f"{name}: {value:.100} is {reason}")
     return value

@@ -1,4 +1,4 @@
-"""Words of other tools, and ours for them. A table: no logic.
+"""Other tools' names for settings, and ours. A table without logic.
 
 Sources: the option schemas of axolotl 0.18, LLaMA-Factory 0.9, TRL 1.16, transformers 5.23, unsloth 2026.8,
 ms-swift 4.6, torchtune 0.7, litgpt 0.5 and qlora.
@@ -213,7 +213,7 @@ FOREIGN_WORDS: dict[str, str] = {
     "early_stopping_steps": "training.early_stopping_patience",
     "loss_watchdog_threshold": "training.max_loss_factor, times the largest loss of the last steps",
     "loss_watchdog_patience": "training.max_skipped_steps",
-    "save_only_model": "leave it out: training.save_steps keeps whole checkpoints",
+    "save_only_model": "leave it out: training.save_steps keeps complete checkpoints",
     "dataloader_num_workers": "leave it out: rows are tokenized before training",
     "resume_from_checkpoint": RESUME,
     "auto_resume_from_checkpoints": RESUME,

@@ -1,4 +1,4 @@
-"""The recipe's JSON schema, from which editors complete, explain and check."""
+"""The recipe's JSON schema, for completion, help and checks in editors."""
 
 from __future__ import annotations
 

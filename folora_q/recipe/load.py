@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked recipe. Every finding is reported at once, with its line."""
+"""Load a recipe from YAML and overrides. All errors are reported at once, with their lines."""
 
 from __future__ import annotations
 
@@ -141,7 +141,9 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
         elif isinstance(below, str) and part in DataSection.model_fields:
             below = {"path": below}  # a source is short for a mapping with its path
         elif not isinstance(below, dict):
-            raise UserError(f"`{part}` in the recipe is no mapping, so the override {_short(override)} cannot be set")
+            raise UserError(
+                f"`{part}` in the recipe is not a mapping, so the override {_short(override)} cannot be set"
+            )
         section[part] = below
         section = below
     section[path[-1]] = value

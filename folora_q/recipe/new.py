@@ -1,4 +1,4 @@
-"""A first recipe for somebody's own data, commented, from a few answers."""
+"""Generate a first recipe with comments from a few answers."""
 
 from __future__ import annotations
 

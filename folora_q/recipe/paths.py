@@ -1,4 +1,4 @@
-"""Inputs are looked for beside the recipe, so that it runs from any folder; what is missing is found before a run."""
+"""Resolve paths relative to the recipe, and find missing files before a run."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _absolute(folder: Path, value: str) -> Path:
             f"{value!r} cannot be named in this locale, whose encoding is {error.encoding}: set LC_ALL=C.UTF-8"
         ) from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise LookupError(f"{value!r} is no path ({error})") from None
+        raise LookupError(f"{value!r} is not a path ({error})") from None
 
 
 def _file(folder: Path, value: str) -> str:
@@ -164,7 +164,7 @@ def _file(folder: Path, value: str) -> str:
 
 def _template(folder: Path, value: str) -> str:
     if not value.endswith(TEMPLATE_ENDINGS):
-        raise LookupError(f"{short(value)} is no template: its name ends in none of {', '.join(TEMPLATE_ENDINGS)}")
+        raise LookupError(f"{short(value)} is not a template: its name ends in none of {', '.join(TEMPLATE_ENDINGS)}")
     return _file(folder, value)
 
 
@@ -211,7 +211,7 @@ def _model(folder: Path, value: str) -> str:
     path = _absolute(folder, value)
     if exists(path) and path.is_dir():
         if not (path / "config.json").is_file():
-            raise LookupError(f"{path} has no config.json, so it is no model's folder")
+            raise LookupError(f"{path} has no config.json, so it is not a model folder")
         return str(path)
     if exists(path):
         if path.suffix != ".gguf":
@@ -220,7 +220,7 @@ def _model(folder: Path, value: str) -> str:
     if path.suffix == ".gguf" or value.startswith(("/", "./", "../", "~")) or not value:
         raise LookupError(f"no model at {short(path)}{_near(path)}")
     if not HUB_MODEL.fullmatch(value):
-        raise LookupError(f"{short(value)} is no file or folder here, and no hub id")
+        raise LookupError(f"{short(value)} is neither a file or folder here nor a hub id")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Regular expressions from files, which names of modules are matched against."""
+"""Check regular expressions from files, which are matched against module names."""
 
 from __future__ import annotations
 

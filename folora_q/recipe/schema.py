@@ -1,4 +1,4 @@
-"""The recipe's sections. The string under a field is its help text; names are Hugging Face's where it has one."""
+"""The recipe's sections. The string under a field is its help text; names follow Hugging Face where possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all sections of a recipe share."""
+"""Shared by all sections of a recipe."""
 
 from __future__ import annotations
 

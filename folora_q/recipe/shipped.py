@@ -1,4 +1,4 @@
-"""The recipes that come with the package: list them, and copy one to start from."""
+"""List the shipped recipes, and copy one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def copy_recipe(name: str, target: Path, overwrite: bool = False) -> list[Path]:
     if recipe is None:
         near = get_close_matches(name, known, n=1)
         raise UserError(
-            f"there is no recipe called {name}" + (f"; did you mean {near[0]}?" if near else ""),
+            f"there is no recipe named {name}" + (f"; did you mean {near[0]}?" if near else ""),
             "`folora-q recipes` lists them",
         )
     if target.suffix not in (".yaml", ".yml"):

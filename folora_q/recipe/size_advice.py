@@ -1,4 +1,4 @@
-"""Warnings about runs that are too short, or measured on too little, each with the change that mends it."""
+"""Warnings about runs that are too short or measured on too little, each with a fix."""
 
 from __future__ import annotations
 

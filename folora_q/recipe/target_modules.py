@@ -1,4 +1,4 @@
-"""Checks the names of layers in `adapter` against the names that a model has. Needs no torch."""
+"""Check the layer names in `adapter` against the names that a model has. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _target(ending: str, modules: Modules) -> str | None:
     if any(_is(name, ending) for name in (*modules.linears, modules.head)):
         return None
     if any(_is(name, ending) for name in modules.embeddings):
-        return f"{ending} is an embedding and no linear layer; `adapter.modules_to_save: [{ending}]` trains it whole"
+        return f"{ending} is an embedding, not a linear layer; `adapter.modules_to_save: [{ending}]` trains it in full"
     inside = [name for name in modules.linears if f".{ending}." in f".{name}"]
     if inside:
         names = dict.fromkeys(name.rpartition(".")[2] for name in inside)
@@ -94,7 +94,7 @@ def _target(ending: str, modules: Modules) -> str | None:
     if ending == ALL_LINEAR:
         return f"{ALL_LINEAR} stands alone: `target_modules: {ALL_LINEAR}`"
     if any(_is(name, ending) for name in modules.others):
-        return f"{ending} is no linear layer; {_linear_layers(modules)}"
+        return f"{ending} is not a linear layer; {_linear_layers(modules)}"
     if any(map(matcher_or_none(ending), modules.linears)):
         return f"{ending} is a regular expression, which is not looked for in a list: `target_modules: '{ending}'`"
     return f"the model has no linear layer {ending}{_nearest(ending, modules)}; {_linear_layers(modules)}"
@@ -124,8 +124,8 @@ def _pattern_findings(pattern: str, modules: Modules) -> Iterator[str]:
     wrong = [name for name in (*modules.embeddings, *modules.others) if hits(name)]
     if wrong:
         yield (
-            f"`adapter.target_modules`: the regular expression {pattern} also matches {wrong[0]}, which is no linear "
-            f"layer; {_linear_layers(modules)}"
+            f"`adapter.target_modules`: the regular expression {pattern} also matches {wrong[0]}, which is not a "
+            f"linear layer; {_linear_layers(modules)}"
         )
     elif not any(map(hits, (*modules.linears, modules.head))):
         example = modules.linears[0] if modules.linears else modules.head
@@ -147,7 +147,7 @@ def _excluded(section: AdapterSection, modules: Modules) -> Iterator[Finding]:
         if any(_is(name, ending) for name in candidates):
             continue
         known = any(_is(name, ending) for name in (*modules.linears, modules.head))
-        reason = "has no adapter anyway" if known else f"is no linear layer of the model{_nearest(ending, modules)}"
+        reason = "has no adapter anyway" if known else f"is not a linear layer of the model{_nearest(ending, modules)}"
         yield (*place, index), f"`adapter.exclude_modules`: {ending} {reason}"
 
 

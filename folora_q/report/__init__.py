@@ -1,4 +1,4 @@
-"""What a run learned and forgot, to be seen: figures, pages and the numbers behind them. No torch."""
+"""Reports: figures, HTML pages and comparisons of runs. No PyTorch."""
 
 import logging
 

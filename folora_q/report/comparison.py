@@ -1,4 +1,4 @@
-"""Runs beside each other: at their ends, and where each of them stood when it had learned as much as the others."""
+"""Compare runs: at the end of training, and at equal task loss."""
 
 from __future__ import annotations
 

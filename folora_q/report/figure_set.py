@@ -1,4 +1,4 @@
-"""Which figures a run has, with what is said of each: the report's, and those of runs beside each other."""
+"""Choose the figures of a report, with their captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates in words: which layers share them, how much they let pass, and which one a person means."""
+"""Describe gates in words: which layers share them, and how much they let pass."""
 
 from __future__ import annotations
 

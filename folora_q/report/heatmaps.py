@@ -1,4 +1,4 @@
-"""Figures by layer: heat maps of kind of module against layer, and the spectra of some gates."""
+"""Heat maps by layer and kind of module, and spectra of gates."""
 
 from __future__ import annotations
 

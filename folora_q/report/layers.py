@@ -1,4 +1,4 @@
-"""Numbers of layers and gates as grids: kinds of module down, layers across. Names are taken as they come."""
+"""Arrange numbers of layers and gates as grids: kinds of modules by layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run, and the page of several: one HTML file each, that needs nothing but a browser."""
+"""Write the HTML report of a run, and of a comparison: one self-contained file each."""
 
 from __future__ import annotations
 

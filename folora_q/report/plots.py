@@ -1,4 +1,4 @@
-"""Figures of a run's course: loss and forgetting over steps, the trade-off, time and memory; drift as predicted."""
+"""Plot loss and forgetting over steps, their trade-off, time, memory and drift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures as SVG that belongs to a page, and as PNG that stands alone. The same figure gives the same bytes."""
+"""Render figures as SVG for a page and as PNG. The same figure gives the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as it lies in its folder, whole or not: read once, checked, and asked by pages and tables.
+"""Read a run from its folder, complete or not.
 
 The files are other people's text as much as ours: every key of run.json may be missing or of another type.
 """

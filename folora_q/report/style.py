@@ -1,4 +1,4 @@
-"""One look for figures and pages, in light and in dark.
+"""One style for figures and pages, light and dark.
 
 Figures are drawn in the light colours, each of which stands for one thing only; in SVG they become CSS variables of the
 page, so that both follow the reader's setting. PNG keeps the light ones.

@@ -1,4 +1,4 @@
-"""Numbers and other people's text as they are shown to people."""
+"""Format numbers and untrusted text for display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task loss and forgetting along training, and where a run stood when it reached a given loss."""
+"""Task loss and forgetting along training, and the state of a run at a given loss."""
 
 from __future__ import annotations
 

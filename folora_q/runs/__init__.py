@@ -1,1 +1,1 @@
-"""What a run leaves on the disk."""
+"""Run folders: files, lock, manifest and results."""

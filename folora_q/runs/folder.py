@@ -1,4 +1,4 @@
-"""The run folder: the names of its files, who may write there, and how they are written."""
+"""The run folder: names of its files, and how they are written."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def check_run_folder(path: Path, overwrite: bool) -> None:
             if not overwrite:
                 raise UserError(f"{path} holds a run already", "add --overwrite, or name another training.output_dir")
         elif path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
-            raise UserError(f"{path} holds files that are no run", "name another training.output_dir")
+            raise UserError(f"{path} holds files that are not a run", "name another training.output_dir")
     except OSError as error:
         raise UserError(f"cannot use {path} as the run folder: {error.strerror}", "see training.output_dir") from error
 

@@ -1,4 +1,4 @@
-"""One writer in a run folder: a lock that names its process, and is seen through when that process is gone."""
+"""A lock on the run folder that names its process; it is released when that process is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it takes to know, later, where a run's numbers came from."""
+"""The record of where a run's numbers came from: versions, seeds, checksums."""
 
 from __future__ import annotations
 

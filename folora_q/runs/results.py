@@ -1,4 +1,4 @@
-"""What a run, or an evaluation of any adapter, found: the content of evaluation.json, gates.json and answers.jsonl.
+"""Results of a run or an evaluation: evaluation.json, gates.json and answers.jsonl.
 
 Written where it is measured, read by reports; plain numbers, no torch. Losses and divergences are in nats per token.
 """

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent. Standard library only; the only code here that renames."""
+"""Atomic writes of files and folders, and the cache folder. Standard library only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "folora-q"
     except RuntimeError:  # no HOME, and a number that is in no list of users
-        raise NoCache(errno.ENOENT, "no home folder is known, so there is no place for the cache") from None
+        raise NoCache(errno.ENOENT, "no home folder is known, so there is nowhere to put the cache") from None
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tokens and passwords, so that none is shown or written: what the environment holds, and what looks like one.
+"""Redact tokens and passwords from everything that is shown or written.
 
 Standard library only.
 """

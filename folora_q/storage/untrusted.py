@@ -1,4 +1,4 @@
-"""Files that may be anybody's, read with a limit on their size, and with one kind of error for all that can be wrong.
+"""Read untrusted files with a size limit and one kind of error.
 
 Standard library only. A file that is damaged, or made to do harm, costs a sentence: Python's own readers raise a
 RecursionError for deep nesting, and take the memory of the machine for a large file.

@@ -1,4 +1,4 @@
-"""Adapters that were trained after the embedding had been resized: the base is resized before one is put on it."""
+"""Adapters trained after the embedding was resized: resize the base before they are loaded."""
 
 from __future__ import annotations
 

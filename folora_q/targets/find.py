@@ -1,4 +1,4 @@
-"""What a name stands for: a run, an adapter or a model. Reads a few JSON files, loads nothing."""
+"""Find what a name stands for: a run, an adapter or a model. Reads a few JSON files, loads nothing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def find_target(name: str) -> Target:
             kind = f"merged model, its base {base.model_name_or_path}" if base else "model"
             return Target(name, kind, ModelSection(model_name_or_path=name), base=base, run=_run_around(path))
         raise UserError(
-            f"{path} is no run, adapter or model: it holds no run.json, {ADAPTER_CONFIG} or config.json",
+            f"{path} is not a run, adapter or model: it holds no run.json, {ADAPTER_CONFIG} or config.json",
             _hint_inside(path),
         )
     if there and path.suffix != ".gguf":

@@ -1,4 +1,4 @@
-"""Loading what a name stands for: its tokenizer, the model with its adapter, and the base to compare it with."""
+"""Load a target: its tokenizer, the model with its adapter, and the base to compare it with."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def fetched(target: Target) -> Target:
 def nothing_to_compare(name: str) -> UserError:
     """What to raise where there is neither an adapter to switch off nor a base."""
     return UserError(
-        f"{name} is no adapter, so there is nothing to compare it with",
+        f"{name} is not an adapter, so there is nothing to compare it with",
         "`folora-q chat`: leave out --base; `folora-q eval`: name what it was made of with --against",
     )
 
@@ -239,4 +239,4 @@ def _explained(target: Target, error: UserError) -> UserError:
     if os.path.exists(name):
         return error
     reason = error.message.removeprefix(f"cannot load the model {name}: ")
-    return UserError(f"{name} is no run or adapter here, and no model that can be loaded: {reason}", WHAT_TO_NAME)
+    return UserError(f"{name} is neither a run or adapter here nor a model that can be loaded: {reason}", WHAT_TO_NAME)

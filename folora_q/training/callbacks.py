@@ -1,4 +1,4 @@
-"""What the Trainer says while it runs, handed on; and signals, which it heeds at the end of a step."""
+"""Trainer callbacks: report progress and metrics, and stop at the end of a step on a signal."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Stopping(TrainerCallback):
         if again or not self.stepping:
             self._stop_if_asked()
         with suppress(RuntimeError):  # it came in the middle of another line
-            self.tell("stopping after this step and a checkpoint; a second signal stops at once")
+            self.tell("stopping after this step and a checkpoint; a second signal stops immediately")
 
     def _stop_if_asked(self) -> None:
         if self.received is not None:

@@ -1,4 +1,4 @@
-"""What a checkpoint says besides its tensors, checked before a Trainer follows it, wherever that leads."""
+"""Validate the JSON files of a checkpoint before the Trainer reads them."""
 
 from __future__ import annotations
 

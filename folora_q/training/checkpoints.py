@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: a manifest with every file's SHA-256, written last; and which of them are kept.
+"""Checkpoints with a manifest of SHA-256 checksums, written last; which are complete, and which are kept.
 
 A checkpoint is gathered in a hidden folder beside its place and takes its name when it is whole and on the disk
 (`folora_q.storage.files.commit_directory`). Their order comes from the steps in their names, never from the clock.
@@ -82,7 +82,7 @@ def damage(checkpoint: Path) -> str | None:
     if missing := sorted(REQUIRED - files.keys()):
         return f"its {MANIFEST} does not name {missing[0]}"
     if outside := [name for name in files if not is_inside(name) or "/" in name]:
-        return f"its {MANIFEST} names {outside[0]!r}, which is no file of its folder"
+        return f"its {MANIFEST} names {outside[0]!r}, which is not a file in its folder"
     present = {path.name for path in checkpoint.iterdir() if path.is_dir() or not path.name.startswith(".")}
     if odd := sorted(present - files.keys() - {MANIFEST}) or sorted(files.keys() & PLACELESS):
         return f"it holds {odd[0]}, which has no place in it"
@@ -136,7 +136,7 @@ def damage_of_best(checkpoint: Path) -> str | None:
     if type(best) is not int or not 0 < best <= step_of(checkpoint):
         return f"its {TRAINER_STATE} names no step as the best one"
     problem = damage(checkpoint_path(checkpoint.parent, best))
-    return problem and f"the best step before it, checkpoint-{best}, is not whole: {problem}"
+    return problem and f"the best step before it, checkpoint-{best}, is incomplete: {problem}"
 
 
 def rotate(run: Path, kept: int, needed: Iterable[Path]) -> None:

@@ -113,14 +113,14 @@ class FaultTolerantTrainer(SFTTrainer):
         except UnpicklingError as error:  # torch builds nothing but tensors and numbers
             raise RunFailed(
                 f"{resume_from_checkpoint} holds more than tensors and numbers, which can be code; it was not loaded",
-                "training saves nothing of the kind; without this checkpoint, --resume goes on from the one before",
+                "training saves no such thing; delete this checkpoint, and --resume falls back to the previous one",
             ) from error
         except UNFIT as error:
             if self.state.global_step > step_of(checkpoint):  # then it is not what was saved
                 raise
             raise RunFailed(
-                f"cannot go on from {checkpoint}: {first_line(error)}",
-                "is it of another version? Without this checkpoint, --resume goes on from the one before",
+                f"cannot resume from {checkpoint}: {first_line(error)}",
+                "it may come from another version; delete it, and --resume falls back to the previous checkpoint",
             ) from error
 
     @property
@@ -249,9 +249,9 @@ class FaultTolerantTrainer(SFTTrainer):
         except Exception as error:  # a full disk is an OSError, a RuntimeError or safetensors' own, by who meets it
             what = f"cannot save {target}: {first_line(error)}"
             if self.needs_saves or (self.args.load_best_model_at_end and best == step):
-                raise RunFailed(what, "is the disk full? `--resume` goes on from the one before") from error
+                raise RunFailed(what, "is the disk full? `--resume` continues from the previous checkpoint") from error
             self.state.best_model_checkpoint = best_before
-            self.skipped.tell(f"{what}; training goes on without it, as training.on_save_error says")
+            self.skipped.tell(f"{what}; training continues without it (training.on_save_error)")
             return
         if self.skipped.in_a_row == 0:
             self.last_good = target
@@ -264,8 +264,8 @@ class FaultTolerantTrainer(SFTTrainer):
         best = Path(self.state.best_model_checkpoint)
         if problem := damage(best):
             raise RunFailed(
-                f"the best checkpoint, {best.name}, is not whole: {problem}",
-                "`--resume` goes back to a checkpoint before it, or to the start of training",
+                f"the best checkpoint, {best.name}, is incomplete: {problem}",
+                "`--resume` falls back to an earlier checkpoint, or to the start of training",
             )
         super()._load_best_model()
 

@@ -1,4 +1,4 @@
-"""Does packing keep samples apart in this model? Measured, since it depends on every layer of it."""
+"""Measure whether packed samples stay separate in this model."""
 
 from __future__ import annotations
 

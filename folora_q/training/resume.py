@@ -1,4 +1,4 @@
-"""Going on with a run: what changed since, which checkpoint is whole, and what else of it can be used again."""
+"""Resume a run: what has changed, which checkpoint is complete, and what can be reused."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class Resumption:
         expected = self._right_parts().get(path.name)
         if self.checkpoint is not None and not self.force and expected not in (None, sha256(path)):
             raise RunFailed(
-                f"{path} was damaged, and the gates came out otherwise when they were made again",
-                "go on with these all the same with --force, or begin again with --overwrite",
+                f"{path} was damaged, and recomputing the gates gave different ones",
+                "use the new gates with --force, or start again with --overwrite",
             )
 
     def keeps(self, path: Path) -> bool:
@@ -115,12 +115,12 @@ def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder.manifest} cannot be read: {first_line(error)}", "begin again with --overwrite"
+            f"{folder.manifest} cannot be read: {first_line(error)}", "start again with --overwrite"
         ) from None
     if earlier["status"] == "complete":
         raise UserError(
-            f"the run in {folder.path} is complete: there is nothing to go on with",
-            "`folora-q report` shows it; --overwrite in place of --resume begins it anew",
+            f"the run in {folder.path} is complete: there is nothing to resume",
+            "`folora-q report` shows it; --overwrite instead of --resume starts it again",
         )
     return earlier
 
@@ -136,9 +136,9 @@ def _check(earlier: dict[str, Any]) -> None:
     for key in OBJECTS:
         found = earlier.get(key, {})
         if not isinstance(found, dict) or not all(isinstance(value, SCALARS) for value in found.values()):
-            raise ValueError(f"its {key} is no object of texts and numbers")
+            raise ValueError(f"its {key} is not an object of texts and numbers")
     if not isinstance(earlier.get("resumed", []), list):
-        raise ValueError("its resumed is no list")
+        raise ValueError("its resumed is not a list")
 
 
 def prepare_resume(
@@ -163,17 +163,17 @@ def prepare_resume(
     resumption = Resumption(earlier, None, changes, force)
     _refuse(resumption)
     for change in changes:
-        tell(f"changed, and forced: {change}")
+        tell(f"changed, accepted with --force: {change}")
     for change in _hardware_changes(earlier, new, ADDED_BY):
-        tell(f"{change}; sums may be rounded otherwise than without the stop")
+        tell(f"{change}; sums may be rounded differently from an uninterrupted run")
     resumption.checkpoint = newest_whole(folder.path, recipe.keeps_best, tell)
     unfit = [change for change in changes if change.startswith(_making_shapes(recipe))]
     if resumption.checkpoint is None:
-        tell("there is no whole checkpoint: training begins again")
+        tell("there is no complete checkpoint: training starts again")
     elif unfit:
-        raise UserError(f"no checkpoint of {folder.path} fits {unfit[0]}", "begin again with --overwrite")
+        raise UserError(f"no checkpoint of {folder.path} fits {unfit[0]}", "start again with --overwrite")
     else:
-        tell(f"going on from {resumption.checkpoint.name}")
+        tell(f"resuming from {resumption.checkpoint.name}")
     discard_after(folder.path, resumption.step)
     folder.discard_unfinished()
     folder.cut_metrics(resumption.step)
@@ -189,8 +189,8 @@ def _making_shapes(recipe: Recipe) -> tuple[str, ...]:
 def _refuse(resumption: Resumption) -> None:
     if resumption.changes and not resumption.force:
         raise UserError(
-            f"this is not what was begun:\n       {listed(resumption.changes)}",
-            "put it back, or go on all the same with --force, which run.json then says",
+            f"cannot resume: the configuration has changed since the run started:\n       {listed(resumption.changes)}",
+            "revert the changes, or pass --force (recorded in run.json)",
         )
 
 

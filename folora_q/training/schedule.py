@@ -1,4 +1,4 @@
-"""Warm-up that costs a run no step: the first one has a rate, and two thirds of them have had their warm-up."""
+"""Learning rate warm-up that wastes no step: the first step has a rate above zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeps a run from dying in hour three: halved micro-batches, skipped steps, and a rehearsal."""
+"""Guards around a step: batch splitting, skipped steps, and the pre-flight check."""
 
 from __future__ import annotations
 

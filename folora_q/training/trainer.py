@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, with the gate around its optimizer and float32 adapters. No loop, collator or mask of our own."""
+"""TRL's SFTTrainer with a gate rule's optimizer and float32 adapters."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class GatedTrainer(FaultTolerantTrainer):
             return
         steps = self.state.global_step
         if self.skipped.total >= steps:
-            hint = "every step was skipped, as metrics.jsonl says: lower training.learning_rate"
+            hint = "every step was skipped (see metrics.jsonl): lower training.learning_rate"
         elif self.args.fp16:
             hint = "its gradients may have overflowed in float16 each time: set model.dtype to float32"
         else:

@@ -1,4 +1,4 @@
-"""One evaluation in reading order: find, load, gather text, measure. Prints nothing; tells `Progress`."""
+"""Evaluate a target: find it, load it, gather text, measure. Prints nothing."""
 
 from __future__ import annotations
 

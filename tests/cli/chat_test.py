@@ -144,7 +144,7 @@ def test_a_model_answers_in_4_or_16_bits(bits: int, tiny_folder: Path) -> None:
     assert ("Linear4bit" in kinds) == (bits == 4)
     assert said(chatter, [user("hello")]) == generated(chatter.model, chatter.tokenizer, [user("hello")])
     assert chatter.system is None
-    with pytest.raises(UserError, match="is no adapter, so there is nothing to compare it with"):
+    with pytest.raises(UserError, match="is not an adapter, so there is nothing to compare it with"):
         chatter.reply([user("hi")], True, GREEDY)
 
 
@@ -180,10 +180,10 @@ def test_without_a_chat_template_text_is_continued_and_each_question_stands_alon
     ("name", "message"),
     [
         ("{run}/adaptr", "there is no run, adapter or model at '{run}/adaptr'; did you mean {run}/adapter?"),
-        ("{run}/..", "is no run, adapter or model: it holds no run.json, adapter_config.json or config.json"),
+        ("{run}/..", "is not a run, adapter or model: it holds no run.json, adapter_config.json or config.json"),
         ("{run}/run.json", "{run}/run.json is a file, but no .gguf file"),
         ("{tmp}/gone.gguf", "there is no run, adapter or model at '{tmp}/gone.gguf'"),
-        ("no/such-model", "no/such-model is no run or adapter here, and no model that can be loaded: "),
+        ("no/such-model", "no/such-model is neither a run or adapter here nor a model that can be loaded: "),
         ("", "there is no run, adapter or model at ''"),
         ("x" * 5000, "there is no run, adapter or model at 'xxx"),
     ],
@@ -428,7 +428,7 @@ def test_without_a_terminal_every_line_is_a_question(tuned: Chatter, run_folder:
         (["--temperature", "-1"], "Invalid value for '--temperature'"),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["--bits", "8"], "Invalid value for '--bits'"),
-        (["--base", "--prompt", "x"], "is no adapter, so there is nothing to compare it with"),
+        (["--base", "--prompt", "x"], "is not an adapter, so there is nothing to compare it with"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, tiny_folder: Path, capfd) -> None:

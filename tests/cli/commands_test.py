@@ -79,7 +79,7 @@ def test_only_the_first_rows_are_read_unless_all_are_asked_for(recipe_file: Path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.chat_template=chatmll", "no template called 'chatmll'; did you mean chatml?"),
+        ("data.chat_template=chatmll", "no template named 'chatmll'; did you mean chatml?"),
         ("data.train_dataset=trian.jsonl", "trian.jsonl; did you mean train.jsonl?"),
         ("data.train_dataset=*.csv", "no file matches"),
         ("model.attn_implementation=flash_attention_3", "flash_attention_3 needs the package flash_attn_interface"),
@@ -142,7 +142,7 @@ def test_copying_replaces_nothing_unless_told(tmp_path: Path, capfd) -> None:
 
 def test_a_misspelt_recipe_is_answered_with_the_nearest(tmp_path: Path, capfd) -> None:
     assert run("recipes", "copy", "dem", tmp_path) == 2
-    assert "there is no recipe called dem; did you mean demo?" in capfd.readouterr().err
+    assert "there is no recipe named dem; did you mean demo?" in capfd.readouterr().err
 
 
 # init
@@ -164,7 +164,7 @@ def test_init_replaces_nothing_and_asks_nobody_who_is_not_there(data: Path, tmp_
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     path = tmp_path / "recipe.yaml"
     assert run("init", path) == 2
-    assert "--data is needed where nobody can be asked" in capfd.readouterr().err
+    assert "--data is required without a terminal" in capfd.readouterr().err
     assert run("init", path, "--data", data) == 0, "the rest has defaults"
     assert run("init", path, "--data", data) == 2
     assert "already exists" in capfd.readouterr().err
@@ -188,7 +188,7 @@ def test_init_asks_in_a_terminal(data: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 0
     talk = os.read(parent, 100_000).decode()
     os.close(parent)
-    assert "Your data" in talk and "Memory of your card" in talk
+    assert "Your data" in talk and "Memory of your GPU" in talk
     recipe = load_recipe(tmp_path / "asked.yaml")
     assert recipe.training.output_dir == "runs/asked"
     assert recipe.training.per_device_train_batch_size == SIZES["24"][0]

@@ -102,4 +102,4 @@ def test_what_a_folder_holds_and_is_not_read_is_named(recipe_file: Path, tmp_pat
     assert caught.value.code == 0
     told = "".join(capfd.readouterr())
     assert f"{folder}: 8 rows of `messages`" in told
-    assert "not read: c.zip (it is an archive: unpack it); README.md (a text beside tables)" in told
+    assert "not read: c.zip (it is an archive: unpack it); README.md (a text file among tables)" in told

@@ -158,7 +158,7 @@ def test_what_cannot_be_compared_is_refused_and_what_is_not_known_is_said(demo: 
     (tmp_path / "old" / "metrics.jsonl").unlink()
     assert run("compare", demo, "old") == 0
     text, talk = capfd.readouterr()
-    assert "old has no evaluation" in talk and "There is no equal task loss" in text
+    assert "old has no evaluation" in talk and "The runs have no task loss in common" in text
 
 
 # inspect

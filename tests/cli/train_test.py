@@ -236,7 +236,7 @@ def test_a_finished_run_is_not_overwritten_unasked_and_foreign_files_never(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     assert run("train", *quick, f"training.output_dir={tmp_path / 'mine'}", "--overwrite") == 2
-    assert "holds files that are no run" in capfd.readouterr().err
+    assert "holds files that are not a run" in capfd.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
 
@@ -465,6 +465,6 @@ def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path, sent: sig
         assert process.exitcode == code
     said = output.read_text("utf-8")
     assert "error: interrupted\n" in said and "Traceback" not in said
-    assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted; go on with\n" in said
+    assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted; resume it with\n" in said
     assert said.rstrip().endswith("--resume")
     assert manifest(tmp_path / "run")["status"] == "interrupted"

@@ -233,8 +233,8 @@ def test_the_row_after_a_broken_header_is_no_header(tmp_path: Path) -> None:
         ("r.json", '[{"a": 1}]'.encode("utf-16"), "{path} is UTF-16 text"),
         ("r.csv", b"\xfe\xff" + "a\nb\n".encode("utf-16-be"), "{path} is UTF-16 text"),
         ("r.md", "a".encode("utf-16"), "{path} is UTF-16 text"),
-        ("r.csv", b"a,b,a\n1,2,3\n", "{path} line 1: the column 'a' stands in the header twice"),
-        ("r.csv", b"\na,b,a\n", "{path} line 2: the column 'a' stands in the header twice"),
+        ("r.csv", b"a,b,a\n1,2,3\n", "{path} line 1: the column 'a' appears twice in the header"),
+        ("r.csv", b"\na,b,a\n", "{path} line 2: the column 'a' appears twice in the header"),
         (
             "r.csv",
             b"prompt;completion\na, b;c\n",

@@ -261,7 +261,11 @@ def second(turn: Any) -> dict[str, Any]:
             {},
             "the content of `messages[1]` has image in it; only text can be trained",
         ),
-        (second({"role": "assistant", "content": ["yo"]}), {}, "the content of `messages[1]` has parts that are no"),
+        (
+            second({"role": "assistant", "content": ["yo"]}),
+            {},
+            "the content of `messages[1]` has parts other than text",
+        ),
         (
             second({**assistant("yo"), "tool_calls": [{"function": {"arguments": "{}"}}]}),
             {},

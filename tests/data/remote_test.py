@@ -155,7 +155,7 @@ def test_a_folder_and_a_pattern_are_read_file_by_file(memory: fsspec.AbstractFil
     for address in ("memory://b", "memory://b/"):
         assert [where for where, _ in rows(address)] == expected
         unread = find(Source(path=address)).unread
-        assert unread == {"README.md": "a text beside tables", ".x/4.jsonl": "hidden"}
+        assert unread == {"README.md": "a text file among tables", ".x/4.jsonl": "hidden"}
     assert [where for where, _ in rows("memory://b/*.jsonl")] == expected[:2]
     with pytest.raises(UserError, match="nothing is at memory://c"):
         rows("memory://c")

@@ -85,7 +85,7 @@ def test_saved_datasets_among_other_files_are_each_read_whole(tmp_path: Path, sp
     (tmp_path / "README.md").write_text("about")
     found = find(Source(path=str(tmp_path)))
     assert [part.name for part in found.parts] == [str(tmp_path / name) for name in ("b", "saved/train", "z.jsonl")]
-    assert found.unread == {"saved/test/": "another split than train", "README.md": "a text beside tables"}
+    assert found.unread == {"saved/test/": "another split than train", "README.md": "a text file among tables"}
     assert len(read(tmp_path)) == 7
 
 

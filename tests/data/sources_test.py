@@ -114,8 +114,8 @@ def test_every_file_of_a_folder_is_read_or_named_with_the_reason(tmp_path: Path)
     ending = "no data file, by its ending"
     assert named(tmp_path) == ["a/t.csv.zst", "a/z.JSON.GZ", "b.jsonl", "p.parquet"]
     assert unread(tmp_path) == {
-        "README.md": "a text beside tables",
-        "notes.txt.xz": "a text beside tables",
+        "README.md": "a text file among tables",
+        "notes.txt.xz": "a text file among tables",
         "a/model.safetensors": ending,
         "run": ending,
         "c.jsonl.lz4": ending,
@@ -124,7 +124,7 @@ def test_every_file_of_a_folder_is_read_or_named_with_the_reason(tmp_path: Path)
         ".hidden.jsonl": "hidden",
         ".git/": "hidden",
         "a/.cache/": "hidden",
-        "b.jsonl.gz": "its unpacked copy lies beside it",
+        "b.jsonl.gz": "its unpacked copy is next to it",
         "p.parquet.gz": ".parquet is compressed inside already: unpack it",
         "linked/": "a link to a folder",
         "gone.jsonl": "not a file, or a link to nothing",
@@ -145,7 +145,7 @@ def test_what_is_not_read_is_told_by_reason_and_a_thousand_names_are_some(tmp_pa
     [facts] = read_task_data(DataSection(train_dataset=[str(tmp_path)], eval_size=1), seed=0).facts
     (told,) = facts.remarks
     assert told is not None and "0000.png, 0001.png, " in told and " and 990 more (no data file, by its ending)" in told
-    assert "README.md (a text beside tables)" in told and len(facts.unread) == 1001
+    assert "README.md (a text file among tables)" in told and len(facts.unread) == 1001
 
 
 def test_a_folder_that_a_pattern_matches_is_named(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_beside_training_data_a_test_set_is_not_trained_on(tmp_path: Path, names
     """As a clone of a hub's dataset has them: both were trained on, without a word."""
     files(tmp_path, *names, "README.md")
     assert named(tmp_path) == [names[0]]
-    assert unread(tmp_path) == {names[1]: "another split than train", "README.md": "a text beside tables"}
+    assert unread(tmp_path) == {names[1]: "another split than train", "README.md": "a text file among tables"}
 
 
 def test_a_split_by_its_name_can_be_chosen(tmp_path: Path) -> None:

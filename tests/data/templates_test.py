@@ -28,7 +28,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_wrong_name_and_a_broken_file_are_the_users(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no template called 'chatmll'; did you mean chatml?"):
+    with pytest.raises(UserError, match="no template named 'chatmll'; did you mean chatml?"):
         read_template("chatmll")
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match="cannot read .*latin.jinja"):

@@ -296,7 +296,7 @@ def test_a_users_function_scores_only_where_code_is_allowed(tmp_path: Path) -> N
     with pytest.raises(UserError, match="runs the Python in .*metric.py"):
         make_scorer(function("half"), allow_code=False)
     assert make_scorer(function("half"), allow_code=True)(Said("a"), Said("b")) == 0.5
-    with pytest.raises(RunFailed, match="gave 2.0, which is no score between 0 and 1"):
+    with pytest.raises(RunFailed, match="gave 2.0, which is not a score between 0 and 1"):
         make_scorer(function("much"), allow_code=True)(Said("a"), Said("b"))
     with pytest.raises(RunFailed, match="bad in .*metric.py failed on the answer 'a'"):
         make_scorer(function("bad"), allow_code=True)(Said("a"), Said("b"))

@@ -69,15 +69,15 @@ def test_what_is_not_s_b_a_is_refused(adapter: Path, settings: dict, message: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{STEM}.lora_B.weight"), f"{STEM}.lora_A.weight has no lora_B beside it"),
-        (lambda t: t.pop(f"{STEM}.lora_A.weight"), f"{STEM}.lora_B.weight is no half of a pair"),
+        (lambda t: t.pop(f"{STEM}.lora_B.weight"), f"{STEM}.lora_A.weight has no matching lora_B"),
+        (lambda t: t.pop(f"{STEM}.lora_A.weight"), f"{STEM}.lora_B.weight does not belong to a pair"),
         (
             lambda t: t[f"{STEM}.lora_A.weight"].fill_(torch.nan),
             f"{STEM}.lora_A.weight holds numbers that are not finite",
         ),
         (lambda t: t[f"{STEM}.lora_B.weight"].view(-1)[5].fill_(torch.inf), "lora_B.weight holds numbers that are not"),
-        (lambda t: t.update({f"{STEM}.lora_magnitude_vector": torch.ones(3)}), "is no half of a pair"),
-        (lambda t: t.update({f"{STEM}.lora_embedding_A": torch.ones(4, 3)}), "is no half of a pair"),
+        (lambda t: t.update({f"{STEM}.lora_magnitude_vector": torch.ones(3)}), "does not belong to a pair"),
+        (lambda t: t.update({f"{STEM}.lora_embedding_A": torch.ones(4, 3)}), "does not belong to a pair"),
     ],
     ids=["no B", "no A", "nan", "inf", "dora", "embedding"],
 )
@@ -98,7 +98,7 @@ def test_damaged_files_are_named(adapter: Path, tmp_path: Path) -> None:
         read_adapter(adapter)
     for content in ("{", "[]", '{"r": 1}', ""):
         (adapter / CONFIG).write_text(content)
-        with pytest.raises(UserError, match="is no adapter"):
+        with pytest.raises(UserError, match="is not an adapter"):
             read_adapter(adapter)
 
 

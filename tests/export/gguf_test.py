@@ -270,7 +270,7 @@ def test_other_mistakes_of_the_user(tiny_folder: Path, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="no GGUF type q4_k_m") as caught:
         write_gguf(tiny_folder, target, "q4_k_m", ["no-such-converter"])
     assert "q8_0" in caught.value.hint
-    with pytest.raises(UserError, match="is no model's folder"):
+    with pytest.raises(UserError, match="is not a model folder"):
         write_gguf(tmp_path, target, "f16", ["no-such-converter"])
     with pytest.raises(UserError, match="cannot run the converter no-such-converter: No such file"):
         write_gguf(tiny_folder, target, "f16", ["no-such-converter"])

@@ -94,7 +94,9 @@ def test_the_newest_whole_one_needs_its_best_where_that_is_kept(tmp_path: Path) 
     (tmp_path / "checkpoint-4" / PROGRESS).write_text("0")
     assert newest_whole(tmp_path, False, told.append).name == "checkpoint-6" and not told
     assert newest_whole(tmp_path, True, told.append).name == "checkpoint-2"
-    assert told[0].startswith("checkpoint-6 is not used: the best step before it, checkpoint-4, is not whole: progress")
+    assert told[0].startswith(
+        "checkpoint-6 is not used: the best step before it, checkpoint-4, is incomplete: progress"
+    )
     assert told[1].startswith("checkpoint-4 is not used: progress.json has 1 bytes")
 
 

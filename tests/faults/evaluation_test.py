@@ -55,7 +55,7 @@ def test_a_metric_that_fails_keeps_the_adapter_and_can_be_mended_and_repeated(
 
     capfd.readouterr()
     assert run(*picky, "--resume", "--force") == 0  # the metric's file has changed
-    assert "going on from checkpoint-5" in capfd.readouterr().err
+    assert "resuming from checkpoint-5" in capfd.readouterr().err
     assert manifest(folder)["status"] == "complete"
     after = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], after[name]) for name in kept)

@@ -73,7 +73,7 @@ def test_a_killed_run_is_continued_by_a_fresh_process(saving: list[object], fini
     said = output.read_text("utf-8")
     assert resumed.exitcode == 0, said
     assert f"took {folder} over from process {process}: it is gone" in said
-    assert f"going on from checkpoint-{manifest(folder)['resumed'][0]['step']}" in said
+    assert f"resuming from checkpoint-{manifest(folder)['resumed'][0]['step']}" in said
     assert_the_same_run(finished, folder)
 
 
@@ -166,7 +166,7 @@ def test_where_the_recipe_says_so_training_goes_on_without_the_checkpoint(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     talk = " ".join(capfd.readouterr().err.split())
-    assert "checkpoint-4: " in talk and "training goes on without it, as training.on_save_error says" in talk
+    assert "checkpoint-4: " in talk and "training continues without it (training.on_save_error)" in talk
     assert steps_saved(folder) == [2, 6] and damage(folder / "checkpoint-6") is None
     assert not list(folder.glob(".checkpoint-*"))
     assert_the_same_run(finished, folder)

@@ -31,7 +31,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert max(steps_saved(folder)) == step
     assert f"training.output_dir={folder} --resume\n" in capfd.readouterr().err
     assert run(*demanding, "--resume") == 0
-    assert f"going on from checkpoint-{step}\n" in capfd.readouterr().err
+    assert f"resuming from checkpoint-{step}\n" in capfd.readouterr().err
     assert [entry["step"] for entry in manifest(folder)["resumed"]] == [step]
     assert_the_same_run(straight, folder)
 
@@ -84,7 +84,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     capfd.readouterr()
     assert run(*saving, "--resume") == 0
     talk = capfd.readouterr().err
-    assert f"checkpoint-5 is not used: {named}" in talk and "going on from checkpoint-4\n" in talk
+    assert f"checkpoint-5 is not used: {named}" in talk and "resuming from checkpoint-4\n" in talk
     assert_the_same_run(finished, folder)
 
 
@@ -101,7 +101,7 @@ def test_without_a_whole_checkpoint_training_begins_again_and_the_gates_are_take
         patch.setattr(training_run, "build_gates", lambda *a: pytest.fail("the gates are there"))
         assert run(*demanding, "--resume") == 0
     talk = capfd.readouterr().err
-    assert "there is no whole checkpoint: training begins again" in talk and "sampling text" not in talk
+    assert "there is no complete checkpoint: training starts again" in talk and "sampling text" not in talk
     assert_the_same_run(straight, folder)
 
 
@@ -135,7 +135,7 @@ def test_gates_that_come_out_otherwise_than_the_checkpoints_are_refused(
         for _ in range(2):  # the refusal itself must not make them the run's gates
             assert run(*demanding, "--resume") == 1
             talk = capfd.readouterr().err
-            assert "gates.safetensors was damaged, and the gates came out otherwise when they were made again" in talk
+            assert "gates.safetensors was damaged, and recomputing the gates gave different ones" in talk
             assert "--force" in talk
     assert max(steps_saved(folder)) == 3, "no step was taken with them"
     assert run(*demanding, "--resume") == 0
@@ -159,7 +159,7 @@ def test_a_damaged_best_checkpoint_is_not_what_a_run_ends_with(
         patch.setattr(FaultTolerantTrainer, "_load_best_model", spoiled)
         assert run(*demanding) == 1
     talk = capfd.readouterr().err
-    assert f"the best checkpoint, {damaged[0]}, is not whole: adapter_model.safetensors has the SHA-256 " in talk
+    assert f"the best checkpoint, {damaged[0]}, is incomplete: adapter_model.safetensors has the SHA-256 " in talk
     assert manifest(folder)["status"] == "failed" and not (folder / "adapter").exists()
     assert run(*demanding, "--resume") == 0
     assert f"{damaged[0]} is not used: " in capfd.readouterr().err
@@ -171,7 +171,7 @@ def test_a_finished_run_has_nothing_to_go_on_with(saving: list[object], tmp_path
     assert "there is no run in " in capfd.readouterr().err, "--resume begins where there is nothing"
     before = (tmp_path / "stopped" / "run" / "run.json").read_bytes()
     assert run(*saving, "training.max_steps=1", "--resume") == 2
-    assert "is complete: there is nothing to go on with" in capfd.readouterr().err
+    assert "is complete: there is nothing to resume" in capfd.readouterr().err
     assert (tmp_path / "stopped" / "run" / "run.json").read_bytes() == before
     assert run(*saving, "--resume", "--overwrite") == 2
     assert run(*saving, "--force") == 2
@@ -243,7 +243,7 @@ def test_another_dtype_or_device_is_a_change_and_more_threads_are_a_note(
     found["computing"]["device"], here = "cpu", torch.get_num_threads()
     RunFolder(folder).write_manifest(found)
     assert run(*saving, "--resume", "--force") == 0
-    assert f"hardware threads: 64 → {here}; sums may be rounded otherwise" in capfd.readouterr().err
+    assert f"hardware threads: 64 → {here}; sums may be rounded differently" in capfd.readouterr().err
     [entry] = manifest(folder)["resumed"]
     assert entry["forced"] == ["hardware dtype: bfloat16 → float32"]
     assert manifest(folder)["computing"] == {"device": "cpu", "dtype": "float32", "name": "CPU", "threads": here}
@@ -268,7 +268,7 @@ def test_the_last_step_is_not_taken_twice(
         patch.setattr(FaultTolerantTrainer, "training_step", lambda *a: pytest.fail("there is no step left"))
         patch.setattr(FaultTolerantTrainer, "rehearse", lambda self: None)
         assert run(*saving, "--resume") == 0
-    assert "going on from checkpoint-6" in capfd.readouterr().err
+    assert "resuming from checkpoint-6" in capfd.readouterr().err
     assert_the_same_run(finished, folder)
     kept = [2, 4, 6] if save_steps == 2 else []
     assert steps_saved(folder) == kept, "a checkpoint that was not asked for is gone once the run is complete"

@@ -28,7 +28,7 @@ def test_the_first_signal_saves_even_where_nothing_else_does(
     assert manifest(folder)["status"] == "interrupted"
     assert not (folder / ".lock").exists()
     talk = capfd.readouterr().err
-    assert "stopping after this step and a checkpoint; a second signal stops at once" in talk
+    assert "stopping after this step and a checkpoint; a second signal stops immediately" in talk
     assert "saved checkpoint-3" in talk
     assert talk.rstrip().endswith("training.save_steps=null --resume")
     assert run(*unsaved, "--resume") == 0

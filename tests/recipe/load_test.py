@@ -234,7 +234,7 @@ def test_an_override_reaches_into_a_source(write, tmp_path: Path) -> None:
     recipe = load_recipe(write(MINIMAL), ["data.train_dataset.weight=2", "data.train_dataset.fields.prompt=question"])
     (source,) = recipe.data.train_dataset
     assert (source.path, source.weight, source.fields) == (str(tmp_path / "train.jsonl"), 2, {"prompt": "question"})
-    assert "is no mapping" in refusal(write(MINIMAL), "model.model_name_or_path.x=1").message
+    assert "is not a mapping" in refusal(write(MINIMAL), "model.model_name_or_path.x=1").message
 
 
 def test_paths_in_overrides_are_looked_for_here_and_then_beside_the_recipe(write, tmp_path: Path, monkeypatch) -> None:

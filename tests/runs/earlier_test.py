@@ -61,6 +61,6 @@ def test_its_checkpoint_is_gone_on_from_once_the_other_version_is_forced(
     assert code(*again) == 2
     assert f"version of folora-q: {version}.before → " in capfd.readouterr().err
     assert code(*again, "--force") == 0
-    assert "going on from checkpoint-6" in capfd.readouterr().err
+    assert "resuming from checkpoint-6" in capfd.readouterr().err
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, 9))

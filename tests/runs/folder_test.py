@@ -44,7 +44,7 @@ def test_other_files_are_refused_and_hidden_ones_are_no_obstacle(tmp_path: Path,
     (tmp_path / ".gitkeep").touch()
     open_run_folder(tmp_path, overwrite)
     (tmp_path / "adapter").mkdir()
-    with pytest.raises(UserError, match="holds files that are no run"):
+    with pytest.raises(UserError, match="holds files that are not a run"):
         open_run_folder(tmp_path, overwrite)
     assert (tmp_path / "adapter").exists()
 

@@ -83,7 +83,7 @@ def test_weights_that_have_no_place_in_it_are_not_looked_at(
         seal_again(newest)
     assert damage(newest) in (
         f"it holds {name.partition('/')[0]}, which has no place in it",
-        f"its manifest.json names {name!r}, which is no file of its folder",
+        f"its manifest.json names {name!r}, which is not a file in its folder",
     )
     if sealed and "/" in name:
         assert resume(stopped, newest) == 0, "the one before is used"
@@ -95,4 +95,4 @@ def test_a_manifest_names_files_of_its_own_folder(newest: Path) -> None:
     for name in ("../../elsewhere", "/dev/zero", "a/b"):
         files = {**sealed, name: {"sha256": "0" * 64, "size": 0}}
         edit_json(newest / "manifest.json", files=files)
-        assert damage(newest) == f"its manifest.json names {name!r}, which is no file of its folder"
+        assert damage(newest) == f"its manifest.json names {name!r}, which is not a file in its folder"

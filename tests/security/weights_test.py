@@ -165,7 +165,7 @@ def test_an_index_names_safetensors_of_its_own_folder(
     model = indexed(tiny_folder, tmp_path / "model", shard.format(root=tmp_path))
     for command in commands(model, tiny_adapter):
         assert run(*command) == 2, command
-        assert "as a shard, which is no .safetensors file in its folder" in capfd.readouterr().err, command
+        assert "as a shard, which is not a .safetensors file in its folder" in capfd.readouterr().err, command
 
 
 def test_an_index_that_sends_safetensors_to_a_pickle_is_refused_although_pickles_are_allowed(
@@ -185,7 +185,7 @@ def test_a_configuration_names_safetensors_of_its_own_folder(named: object, tiny
     model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     torch.save(load_file(model / SAFE), model / "adapter_model.bin")
     edit_json(model / CONFIG, transformers_weights=named)
-    with pytest.raises(UserError, match="names weights that are no safetensors beside it"):
+    with pytest.raises(UserError, match="names weights that are not safetensors in the same folder"):
         load_model(ModelSection(model_name_or_path=str(model)), choose_hardware("float32"))
 
 

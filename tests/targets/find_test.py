@@ -86,7 +86,9 @@ def test_an_adapter_is_put_on_a_base_that_is_held_as_in_training(adapter: Path, 
 
 def test_a_wrong_name_says_what_is_there(run: RunFolder, tmp_path: Path) -> None:
     refuses(run.path / "adaptr", f"there is no run, adapter or model at '.*'; did you mean {run.adapter}\\?")
-    inside = refuses(tmp_path, "is no run, adapter or model: it holds no run.json, adapter_config.json or config.json")
+    inside = refuses(
+        tmp_path, "is not a run, adapter or model: it holds no run.json, adapter_config.json or config.json"
+    )
     assert inside.hint == f"did you mean {run.path}?"
     refuses(run.manifest, "is a file, but no .gguf file")
     for name in ("gone.gguf", "", "/" + "x" * 5000, "a\0b", "a b"):

@@ -128,7 +128,7 @@ def test_the_fingerprint_is_the_bases_as_it_was_loaded(
 
 
 def test_what_has_no_base_cannot_be_compared(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no adapter, so there is nothing to compare it with"):
+    with pytest.raises(UserError, match="is not an adapter, so there is nothing to compare it with"):
         load(tiny_folder, compare=True)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     prompt = tmp_path / "prompt"
@@ -164,5 +164,7 @@ def test_an_adapter_needs_weights_and_a_model_must_be_somewhere(adapter: Path, t
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"there is no .*adapter_model.safetensors"):
         load(folder)
-    with pytest.raises(UserError, match="no/such-model is no run or adapter here, and no model that can be loaded: "):
+    with pytest.raises(
+        UserError, match="no/such-model is neither a run or adapter here nor a model that can be loaded: "
+    ):
         load(Path("no/such-model"))

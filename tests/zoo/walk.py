@@ -223,7 +223,7 @@ def _check_resumed(run: Path) -> None:
     (run / "checkpoint-2").rmdir()
     progress = Silent()
     run_training(TrainingRequest(recipe=folder.read_recipe(), resume=True), progress)
-    assert "going on from checkpoint-1" in progress.notes
+    assert "resuming from checkpoint-1" in progress.notes
     after = load_file(folder.adapter / ADAPTER)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
