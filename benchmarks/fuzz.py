@@ -52,7 +52,7 @@ with _instrumented():
     from tests.fuzz.contract import Bench, Verdict
 
 # What a process may map: a file that makes it ask for more has its MemoryError here, and not the machine.
-MOST_MAPPED = 16 * 2**30
+MAX_MAPPED_BYTES = 16 * 2**30
 FINDINGS = Path("fuzz-findings")
 
 
@@ -125,7 +125,7 @@ def _explored(name: str, *, examples: int, seconds: float | None, seed: int, hos
 def _explore(name: str, place: Path, examples: int, seconds: float | None, seed: int, hostile: bool) -> Tally:
     from tests.fuzz.targets import TARGETS
 
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MAPPED, MOST_MAPPED))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MAPPED_BYTES, MAX_MAPPED_BYTES))
     os.environ["FOLORA_Q_CACHE"] = str(place / "cache")
     tempfile.tempdir = str(place)
     bench, tally = Bench(TARGETS[name], place), Tally(name)

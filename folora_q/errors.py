@@ -34,10 +34,10 @@ class Terminated(KeyboardInterrupt):
 
 
 # Other libraries quote what they were given, however much that is.
-LONGEST_QUOTE = 400
+MAX_QUOTE_LENGTH = 400
 
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, fit for one sentence; its type where it says nothing."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"
+    return line if len(line) <= MAX_QUOTE_LENGTH else f"{line[:MAX_QUOTE_LENGTH]}…"

@@ -29,9 +29,9 @@ PAPER_MIXTURE = (
 )
 PLAIN = ((1.0, PAPER_MIXTURE[0][1]),)
 # Fewer tokens than this say little about the model, and crops of them nothing.
-SHORTEST_SAMPLE = 16
+MIN_SAMPLE_TOKENS = 16
 # With filters on, a model that mostly writes degenerate text must not sample for ever.
-MOST_ROUNDS = 20
+MAX_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ def sample_proxy(
         for index, source in enumerate(sources):
             share = wanted // len(sources) + (index < wanted % len(sources))
             target = len(samples) + share
-            for _ in range(MOST_ROUNDS):
+            for _ in range(MAX_ROUNDS):
                 missing = target - len(samples)
                 if missing <= 0:
                     break
                 drawn = _draw(model, tokenizer, section, source, missing, splitter)
-                passed = [ids for ids in drawn if len(ids) >= SHORTEST_SAMPLE and _passes(ids, section, seen)]
+                passed = [ids for ids in drawn if len(ids) >= MIN_SAMPLE_TOKENS and _passes(ids, section, seen)]
                 samples += [ProxySample(ids, source) for ids in passed[:missing]]
                 on_progress(min(len(passed), missing))
             if len(samples) < target:
                 raise RunFailed(
-                    f"after {MOST_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
+                    f"after {MAX_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
                     "turn proxy.filters off, or use another proxy.source",
                 )
     return _interleaved(samples)

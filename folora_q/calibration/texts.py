@@ -12,7 +12,7 @@ from folora_q.data.tokens import Batch
 # Openings of public-domain works by a dozen authors in four languages, and passages of other kinds (news, a recipe, a
 # letter, tables, SQL, code in three languages) written for this file. None of it is measured on.
 PUBLIC_TEXT = Path(__file__).with_name("public.txt")
-WINDOW, SHORTEST_WINDOW = 128, 16  # tokens
+WINDOW, MIN_WINDOW_TOKENS = 128, 16  # tokens
 
 
 def penalty_text(written: Sequence[Batch], public: Sequence[Batch], share: float) -> list[Batch]:
@@ -35,4 +35,4 @@ def public_windows(tokenizer: Tokenizer) -> list[list[int]]:
     """The packaged public text in windows of tokens; a last one that is short is left out."""
     ids = tokenizer(PUBLIC_TEXT.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-    return [window for window in windows if len(window) >= SHORTEST_WINDOW]
+    return [window for window in windows if len(window) >= MIN_WINDOW_TOKENS]

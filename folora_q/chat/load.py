@@ -14,7 +14,7 @@ from folora_q.errors import UserError
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.paths import is_hub_dataset, is_remote
-from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
+from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_answers
 from folora_q.storage.untrusted import MIB, parse_json, read_text
@@ -79,7 +79,7 @@ def _asked(run: RunFolder) -> list[list[Message]]:
 
 def _trained(run: RunFolder) -> list[list[Message]]:
     try:
-        recipe = parse_yaml(read_text(run.recipe, 4 * LONGEST))[0]
+        recipe = parse_yaml(read_text(run.recipe, 4 * MAX_RECIPE_LENGTH))[0]
         source = DataSection.model_validate(recipe["data"]).train_dataset[0]
         if is_hub_dataset(source) or is_remote(source.path):
             return []

@@ -26,7 +26,7 @@ from folora_q.models.adapters import adapter_off
 from folora_q.targets.load import nothing_to_compare
 
 # Below this, sampling is greedy: the most likely token has all of the probability, if the division can be made at all.
-LEAST_TEMPERATURE = 1e-3
+MIN_TEMPERATURE = 1e-3
 # What bytes that are no whole character yet are decoded to.
 INCOMPLETE = "\ufffd"
 
@@ -107,7 +107,7 @@ class Chatter:
                 f"the conversation has {len(ids):,} tokens, and the context of {self.name} is {context:,}",
                 "begin a new one: /reset forgets what was said",
             )
-        sampled = settings.temperature >= LEAST_TEMPERATURE
+        sampled = settings.temperature >= MIN_TEMPERATURE
         how: dict[str, Any] = {"do_sample": sampled, "max_new_tokens": room}
         # Greedy with settings of sampling left over from the model's configuration would only be warned of.
         how |= {"temperature": settings.temperature} if sampled else dict.fromkeys(("temperature", "top_p", "top_k"))

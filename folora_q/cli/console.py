@@ -24,7 +24,7 @@ from folora_q.storage.redaction import conceal
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-WIDEST = 1000
+MAX_WIDTH = 1000
 # Without a terminal a stage says how far it is at least this often.
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -61,7 +61,7 @@ def concealing(stay: bool) -> Iterator[None]:
 
 def print_table(table: Table) -> None:
     """A table, in a narrow terminal wider than that: numbers and names that are cut off would be others."""
-    least = out.measure(table, options=out.options.update(width=WIDEST)).minimum
+    least = out.measure(table, options=out.options.update(width=MAX_WIDTH)).minimum
     options = out.options.update(width=max(out.width, least))
     out.print(Segments(out.render(table, options)), crop=False, end="")
 

@@ -22,7 +22,7 @@ from folora_q.runs.results import Evaluation, answer_lines, to_json
 if TYPE_CHECKING:
     from folora_q.workflows.evaluate import EvaluationResult
 
-MOST_MOVED = 3
+MAX_MOVED_LAYERS = 3
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -130,7 +130,7 @@ def _print_outcome(outcome: EvaluationResult) -> None:
 
 
 def _print_layers(found: Evaluation) -> None:
-    moved = sorted(found.layers, key=lambda layer: -layer.drift.get("own", 0.0))[:MOST_MOVED]
+    moved = sorted(found.layers, key=lambda layer: -layer.drift.get("own", 0.0))[:MAX_MOVED_LAYERS]
     if moved:
         named = ", ".join(f"{escape(visible(layer.name))} ({layer.drift.get('own', 0.0):.2g})" for layer in moved)
         out.print(f"moved most on model-generated text, E‖ΔWx‖²/E‖Wx‖²: {named}", soft_wrap=True)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 BINS = 10
 BAR = 40
 # An example's text is cut to so many characters, half at its beginning and half at its end.
-LONGEST = 3000
-MOST_REASONS = 5
+MAX_SHOWN_CHARACTERS = 3000
+MAX_REASONS = 5
 
 
 @click.command("preview")
@@ -84,9 +84,9 @@ def _runs(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> Iterator[tupl
 
 
 def _shortened(runs: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    half = LONGEST // 2
+    half = MAX_SHOWN_CHARACTERS // 2
     for text, learned in runs:
-        if len(text) > LONGEST:
+        if len(text) > MAX_SHOWN_CHARACTERS:
             text = f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
         yield text, learned
 
@@ -137,7 +137,7 @@ def _print_left_out(recipe: Recipe, data: TaskTokens, half: Tokenized) -> None:
     skipped = [f"{row['where']}: {row['error']}" for row in data.skipped()]
     if skipped:
         out.print(f"[yellow]{len(skipped):,} rows were skipped[/] (data.on_error)", soft_wrap=True)
-        for message in skipped[:MOST_REASONS]:
+        for message in skipped[:MAX_REASONS]:
             out.print(f"  {escape(visible(message))}", soft_wrap=True)
-        if len(skipped) > MOST_REASONS:
-            out.print(f"  ... and {len(skipped) - MOST_REASONS:,} more")
+        if len(skipped) > MAX_REASONS:
+            out.print(f"  ... and {len(skipped) - MAX_REASONS:,} more")

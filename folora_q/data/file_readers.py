@@ -19,7 +19,7 @@ from folora_q.recipe.paths import COMPRESSED_ENDINGS
 Rows = Iterator[Row | RowError]
 
 # A field of a CSV file may be a whole document; Python's own limit is 128 KiB.
-LONGEST_FIELD = 2**31 - 1
+MAX_FIELD_LENGTH = 2**31 - 1
 SEPARATORS = (",", ";", "\t", "|")
 
 
@@ -132,7 +132,7 @@ def _json(file: DataFile) -> Rows:
 
 
 def _csv(file: DataFile, delimiter: str = ",") -> Rows:
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(MAX_FIELD_LENGTH)
     reader = csv.reader(io.StringIO(_text_of(file), newline=""), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     while True:

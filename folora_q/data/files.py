@@ -16,7 +16,7 @@ from folora_q.errors import UserError, first_line
 from folora_q.recipe.paths import COMPRESSED_ENDINGS
 
 # Text is packed five to twenty times. So much more, and so much in all, is a file that is made to fill a memory.
-MOST_TIMES, MOST_UNPACKED = 100, 256 * 2**20
+MAX_UNPACKED_RATIO, MAX_UNPACKED_BYTES = 100, 256 * 2**20
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
@@ -68,7 +68,7 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, unpacker: IO[bytes], file: BinaryIO, packed: int, name: str) -> None:
         self.unpacker, self.file, self.name = unpacker, file, name
-        self.most = max(MOST_UNPACKED, MOST_TIMES * packed)
+        self.most = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * packed)
         self.taken = 0
 
     def readable(self) -> bool:
@@ -86,7 +86,7 @@ class _Unpacked(io.RawIOBase):
         self.taken += len(content)
         if self.taken > self.most:
             raise UserError(
-                f"{self.name} unpacks to over {self.most / 2**20:,.0f} MiB, {MOST_TIMES} times its own size",
+                f"{self.name} unpacks to over {self.most / 2**20:,.0f} MiB, {MAX_UNPACKED_RATIO} times its own size",
                 "no text packs so well; if it is right all the same, unpack it yourself",
             )
         buffer[: len(content)] = content

@@ -16,7 +16,7 @@ from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Shape, Source
 
 # The most files or columns that a line names; run.json has all files.
-MOST_NAMED = 10
+MAX_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def first_examples(source: Source, rows: int | None, on_error: str) -> list[Exam
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _read(

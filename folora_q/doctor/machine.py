@@ -13,7 +13,7 @@ from folora_q.storage.files import cache_folder, free_bytes
 # The demo's training takes 2.5 GB, its last measurements up to 4.
 ENOUGH_MEMORY = 4e9
 # A 7B model is 15 GB to download; with less than 1 GB not even the demo ends.
-ROOMY, LEAST = 20e9, 1e9
+ROOMY, MIN_FREE_BYTES = 20e9, 1e9
 # Where Linux tells a container how much memory it may have: cgroup v2, and v1.
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -46,7 +46,7 @@ def check_disk() -> list[Finding]:
         _, place, cure = places[0]
         free = free_bytes(place)
         fact = f"{free / 1e9:.1f} GB free for {', '.join(name for name, _, _ in places)}"
-        state = State.FAILURE if free < LEAST else State.WARNING if free < ROOMY else State.GOOD
+        state = State.FAILURE if free < MIN_FREE_BYTES else State.WARNING if free < ROOMY else State.GOOD
         fix = None if state is State.GOOD else f"make room (a 7B model is 15 GB to download), or {cure}"
         findings.append(Finding("disk", state, fact, fix))
     return findings

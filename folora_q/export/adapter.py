@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 ORIGINAL = ".original_module."
 EMBEDDING_HALVES = (".lora_embedding_A", ".lora_embedding_B")
 # A merge adds in float32.
-MOST_DIMENSIONS = 8
+MAX_DIMENSIONS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -79,7 +79,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     for name, tensor in tensors.items():
         if ORIGINAL in name:  # the base's, which PEFT saves beside the one that was trained
             continue
-        if tensor.dtype not in DTYPES or tensor.ndim > MOST_DIMENSIONS:
+        if tensor.dtype not in DTYPES or tensor.ndim > MAX_DIMENSIONS:
             held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is not a weight")
         if tensor.numel() == 0:

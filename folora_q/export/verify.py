@@ -30,7 +30,7 @@ from folora_q.models.weight_files import DTYPES, open_checkpoint
 # Rows of a weight that are compared at a time.
 ROWS = 1024
 # Logits kept of one model, in numbers: 0.8 GB.
-MOST_LOGITS = 2 * 10**8
+MAX_LOGITS = 2 * 10**8
 # The mean logit difference may be so many times that of another rounding.
 ROUNDING_FACTOR = 2.0
 # Where there is memory for 16 bits alone, computing rounds too, the adapter's branch apart from the merged weight.
@@ -249,7 +249,7 @@ def _loaded(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel
 
 def logits_of(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
     """Logits of every prediction in the texts, one text after another, (n, vocabulary)."""
-    most = max(1, MOST_LOGITS // vocabulary)
+    most = max(1, MAX_LOGITS // vocabulary)
     rows: list[Tensor] = []
     with torch.no_grad():
         for ids in texts:

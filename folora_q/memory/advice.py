@@ -13,7 +13,7 @@ from folora_q.recipe import Recipe
 # Kept free of a card: what fragmentation takes, and the estimate's own error.
 MARGIN = 0.05
 # A change that saves less than this share of the card is not worth its place.
-WORTH = 0.005
+MIN_SAVING = 0.005
 # Kinds of changes, least harm first.
 HARM = (
     "attention", "proxy", "gate", "evaluation", "checkpointing", "rows", "rounds", "optimizer", "constants", "dtype",
@@ -89,7 +89,7 @@ def _first_that_helps(
         changed = _with(recipe, overrides)
         after = estimate(changed, shape)
         saves = found.peak - after.peak
-        if saves > WORTH * card * GIB or (saves > 0 and after.largest.name != found.largest.name):
+        if saves > MIN_SAVING * card * GIB or (saves > 0 and after.largest.name != found.largest.name):
             return name, Change(overrides, cost, saves), changed, after
     return None
 

@@ -18,7 +18,7 @@ MAGIC, OLDEST_VERSION = b"GGUF", 2  # version 1 had other lengths
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # Arrays in arrays that anybody writes, and dimensions: ggml itself takes four.
-DEEPEST, MOST_DIMENSIONS = 4, 8
+MAX_DEPTH, MAX_DIMENSIONS = 4, 8
 ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -111,7 +111,7 @@ class _Header:
             return self._number(NUMBERS[kind])
         if kind != ARRAY:
             raise ValueError(f"a value of it is of no known type ({kind})")
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise ValueError("its arrays are nested too deeply")
         inner, length = self._number("I"), self._number("Q")
         if inner in NUMBERS:
@@ -126,7 +126,7 @@ class _Header:
 
     def _tensor(self) -> tuple[str, tuple[int, ...]]:
         name, count = self._string(), self._number("I")
-        if count > MOST_DIMENSIONS:
+        if count > MAX_DIMENSIONS:
             raise ValueError(f"a tensor of it has {count:,} dimensions")
         dimensions = tuple(self._number("Q") for _ in range(count))
         self._number("I"), self._number("Q")

@@ -17,7 +17,7 @@ from folora_q.recipe.paths import short
 
 Config = Mapping[str, Any]
 # No model is near to these; a file may say anything.
-MOST_LAYERS, LARGEST = 2_000, 10**9
+MAX_LAYERS, MAX_SIZE = 2_000, 10**9
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def sizes(given: Config) -> dict[str, int]:
     if missing:
         raise UserError(f"config.json has no {', '.join(missing)}, so the model's size cannot be told from it")
     found = {key: size(value, NAMES[key][0]) for key, value in found.items() if key in NEEDED or value not in (None, 0)}
-    if found["layers"] > MOST_LAYERS:
+    if found["layers"] > MAX_LAYERS:
         raise UserError(f"config.json says that the model has {found['layers']:,} layers, which none has")
     found.setdefault("kv_heads", found["heads"])
     found["head_dim"] = size(given.get("head_dim") or found["hidden"] // found["heads"], "head_dim")
@@ -293,8 +293,8 @@ def size(value: Any, name: str) -> int:
     Raises:
         UserError: it is none.
     """
-    if type(value) is not int or not 0 < value <= LARGEST:
-        raise UserError(f"config.json: {name} must be a whole number from 1 to {LARGEST:,}, not {short(value)}")
+    if type(value) is not int or not 0 < value <= MAX_SIZE:
+        raise UserError(f"config.json: {name} must be a whole number from 1 to {MAX_SIZE:,}, not {short(value)}")
     return value
 
 

@@ -26,7 +26,7 @@ UNBUILDABLE = (
 )
 # Classes of layers that transformers lets bitsandbytes put into 4 bits; it passes over classes made of them.
 QUANTIZED = (torch.nn.Linear, Conv1D)
-COUNTING, MOST = re.compile("layer|block|depth|expert|stage"), 2_000
+COUNTING, MAX_LAYERS = re.compile("layer|block|depth|expert|stage"), 2_000
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], bool]]]:
@@ -103,7 +103,7 @@ def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig
     """
     kind = config.get("model_type", "")
     for name, number in _counts(config):
-        if number > MOST:
+        if number > MAX_LAYERS:
             raise UserError(f"config.json: {short(name)} is {number:,}, which no model has")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"config.json: transformers knows no model of the type {short(repr(kind))}")

@@ -25,7 +25,7 @@ from folora_q.errors import UserError
 
 LINEAR = (nn.Linear, Conv1D)
 # What is not in 4 bits is named from this share of the weights on: norms and biases are not.
-LEAST_SHARE = 0.005
+MIN_SHARE = 0.005
 
 
 def choose_targets(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -123,7 +123,7 @@ def without_adapter(model: PeftModel) -> list[Part]:
 def in_16_bits(model: PreTrainedModel) -> list[Part]:
     """Parts of a model without an adapter that are not in 4 bits, without the smallest."""
     found = _parts(model, lambda owner, parameter: not isinstance(parameter, bnb.nn.Params4bit))
-    return [part for part in found if part.share >= LEAST_SHARE]
+    return [part for part in found if part.share >= MIN_SHARE]
 
 
 def _parts(model: PreTrainedModel, counts: Callable[[str, nn.Parameter], bool]) -> list[Part]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.models.patterns import check_patterns
-from folora_q.storage.untrusted import MIB, MOST_JSON, read_object
+from folora_q.storage.untrusted import MAX_JSON_BYTES, MIB, read_object
 
 CODE_FLAG, PICKLE_FLAG = "--trust-remote-code", "--allow-pickle"
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +31,7 @@ KERNELS = ("attn_implementation", "experts_implementation")
 # Settings of PEFT's that name a module to import, or a model, adapter or file to load besides the adapter.
 ELSEWHERE = ("megatron_config", "shadow_model", "adapters", "prompt_tuning_init_state_dict_path")
 # Of an index: that of a model with a hundred thousand weights takes ten.
-MOST_INDEX = 32 * MIB
+MAX_INDEX_BYTES = 32 * MIB
 CONVERT = f"convert them to safetensors, or, if you trust who made them, add {PICKLE_FLAG}"
 
 
@@ -127,7 +127,7 @@ def shards_of(index: Path, ending: str = ENDING) -> dict[str, str]:
     Raises:
         UserError: it cannot be read, or names anything else.
     """
-    found = _read(index, MOST_INDEX).get("weight_map")
+    found = _read(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(found, dict):
         raise UserError(f"{index} cannot be read: it holds no weight_map")
     for shard in dict.fromkeys(map(str, found.values())):
@@ -182,7 +182,7 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(inner)
 
 
-def _read(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+def _read(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     try:
         return read_object(path, most)
     except (OSError, ValueError) as error:

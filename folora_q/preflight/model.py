@@ -26,7 +26,7 @@ Config = Mapping[str, Any]
 KeyPath = Callable[[tuple[str | int, ...]], str]
 MODEL, LENGTH = ("model", "model_name_or_path"), ("training", "max_length")
 # A message names no more tokens.
-MOST_TOKENS = 4
+MAX_NAMED_TOKENS = 4
 DEFAULT_NAMES = AdapterSection()
 
 
@@ -151,8 +151,8 @@ def no_row(tokens: Mapping[int, str], rows: int) -> str:
 
 
 def _named(tokens: Mapping[int, str]) -> str:
-    first = [f"{short(token)} ({number})" for number, token in list(tokens.items())[:MOST_TOKENS]]
-    more = f" and {len(tokens) - MOST_TOKENS:,} more" if len(tokens) > MOST_TOKENS else ""
+    first = [f"{short(token)} ({number})" for number, token in list(tokens.items())[:MAX_NAMED_TOKENS]]
+    more = f" and {len(tokens) - MAX_NAMED_TOKENS:,} more" if len(tokens) > MAX_NAMED_TOKENS else ""
     return f"the token{'s' * (len(tokens) > 1)} {', '.join(first)}{more}"
 
 

@@ -11,7 +11,7 @@ from folora_q.data.formats import Example, content_of
 from folora_q.storage.untrusted import MIB, read_json, read_text
 
 # A tokenizer of 260,000 tokens with their merges has 33 MiB.
-MOST_TOKENIZER = 128 * MIB
+MAX_TOKENIZER_BYTES = 128 * MIB
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token")
 
 
@@ -83,7 +83,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str:
 def _object(path: Path) -> Mapping[str, Any]:
     """The object in a JSON file; nothing where there is none, which whoever loads the tokenizer will say."""
     try:
-        value = read_json(path, MOST_TOKENIZER)
+        value = read_json(path, MAX_TOKENIZER_BYTES)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, Mapping) else {}

@@ -16,7 +16,7 @@ from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.hints import FOREIGN_WORDS
 from folora_q.recipe.paths import exists, listed, short, with_absolute_paths
 from folora_q.recipe.schema import Recipe
-from folora_q.recipe.strict_yaml import LONGEST, KeyPath, parse_yaml
+from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, KeyPath, parse_yaml
 from folora_q.storage.redaction import conceal, holds_secret
 
 # An error quotes no more of a value than this.
@@ -70,7 +70,7 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Ke
     """The values of a recipe with its overrides, and where each of them stands."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            text = file.read(LONGEST + 1)  # it may be no recipe, and have no end
+            text = file.read(MAX_RECIPE_LENGTH + 1)  # it may be no recipe, and have no end
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}", "`folora-q recipes` lists the shipped ones") from None
     except UnicodeDecodeError as error:

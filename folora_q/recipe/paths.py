@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from folora_q.errors import UserError
+from folora_q.errors import MAX_QUOTE_LENGTH, UserError
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.schema import Recipe
 
@@ -25,8 +25,7 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 WEB = ("http", "https")
 REMOTE = (*WEB, *"s3 s3a gs gcs az abfs abfss adl hf oss oci ftp sftp ssh smb hdfs webhdfs github memory".split())
 TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
-LONGEST_QUOTE = 400
-MOST_FINDINGS = 30
+MAX_FINDINGS = 30
 HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What must be importable for a setting that names it.
@@ -227,15 +226,17 @@ def _model(folder: Path, value: str) -> str:
 def listed(findings: Iterable[str]) -> str:
     """One finding a line, as many as somebody will read at a time."""
     lines = list(findings)
-    more = [f"and {len(lines) - MOST_FINDINGS:,} more"] if len(lines) > MOST_FINDINGS else []
-    return "\n       ".join([*lines[:MOST_FINDINGS], *more])
+    more = [f"and {len(lines) - MAX_FINDINGS:,} more"] if len(lines) > MAX_FINDINGS else []
+    return "\n       ".join([*lines[:MAX_FINDINGS], *more])
 
 
 def short(text: object) -> str:
     """A path or a word as far as a message should quote it."""
     quoted = str(text)
     return (
-        quoted if len(quoted) <= LONGEST_QUOTE else f"{quoted[: LONGEST_QUOTE // 2]}...{quoted[-LONGEST_QUOTE // 2 :]}"
+        quoted
+        if len(quoted) <= MAX_QUOTE_LENGTH
+        else f"{quoted[: MAX_QUOTE_LENGTH // 2]}...{quoted[-MAX_QUOTE_LENGTH // 2 :]}"
     )
 
 

@@ -10,7 +10,7 @@ from folora_q.recipe.schema import TrainingSection
 # Fewer steps teach little, and a loss on fewer rows says little.
 FEW_STEPS, FEW_ROWS = 50, 20
 # The least that a step should see, where it is made smaller for more steps, and the most epochs that are proposed.
-LEAST_BATCH, MOST_EPOCHS = 4, 10
+MIN_BATCH_SIZE, MAX_EPOCHS = 4, 10
 
 
 def step_advice(training: TrainingSection, sequences: int) -> str | None:
@@ -22,14 +22,14 @@ def step_advice(training: TrainingSection, sequences: int) -> str | None:
         return f"training.max_steps: {_steps(steps)} little: raise it to {FEW_STEPS} or more"
     found = f"{_count(sequences, 'training sequence', 'give')} {_steps(steps)} little: "
     rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    least = ceil(min(LEAST_BATCH, rows * passes) / rows)
+    least = ceil(min(MIN_BATCH_SIZE, rows * passes) / rows)
     for fewer in range(passes - 1, least - 1, -1):
         if (more := _with(training, fewer, training.num_train_epochs).steps_for(sequences)) >= FEW_STEPS:
             return f"{found}set training.gradient_accumulation_steps to {fewer}, for {more} steps"
     an_epoch = _with(training, least, 1).steps_for(sequences)
     epochs = ceil(FEW_STEPS / an_epoch)
-    if epochs > MOST_EPOCHS:
-        return f"{found}add rows; with these, even {MOST_EPOCHS} epochs are {MOST_EPOCHS * an_epoch} steps"
+    if epochs > MAX_EPOCHS:
+        return f"{found}add rows; with these, even {MAX_EPOCHS} epochs are {MAX_EPOCHS * an_epoch} steps"
     changes = [f"training.gradient_accumulation_steps to {least}"] if least < passes else []
     changes.append(f"training.num_train_epochs to {epochs}")
     return f"{found}set {' and '.join(changes)}, for {epochs * an_epoch} steps"

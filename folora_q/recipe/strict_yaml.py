@@ -12,10 +12,10 @@ import yaml
 
 KeyPath = tuple[str | int, ...]
 # Deep enough for any recipe, far from Python's recursion limit.
-DEEPEST = 20
-LONGEST_NUMBER = 400
+MAX_DEPTH = 20
+MAX_NUMBER_LENGTH = 400
 # Characters: ten times a long recipe, and less than two seconds in the slowest form that they can have.
-LONGEST = 65_536
+MAX_RECIPE_LENGTH = 65_536
 CORE = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
                 None, None, "aliases have no place in a recipe; quote a value with a *", mark
             )
         self.depth = getattr(self, "depth", 0) + 1
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value
-        if len(text) > LONGEST_NUMBER:
+        if len(text) > MAX_NUMBER_LENGTH:
             raise ValueError(f"a number of {len(text)} digits")
         if node.tag.endswith("float"):
             return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
@@ -87,8 +87,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         ValueError: it is not valid YAML, or more than a recipe may hold; the message is one line and names the place.
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"it has {len(text):,} characters, and {LONGEST:,} are the most that are read")
+    if len(text) > MAX_RECIPE_LENGTH:
+        raise ValueError(f"it has {len(text):,} characters, and {MAX_RECIPE_LENGTH:,} are the most that are read")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

@@ -12,7 +12,7 @@ from folora_q.recipe.adapter import ALL_LINEAR, AdapterSection
 # The place of a name in a recipe, and what is wrong with it.
 Finding = tuple[tuple[str | int, ...], str]
 # A message lists no more names than somebody will read.
-MOST_NAMES = 16
+MAX_NAMES = 16
 
 
 @dataclass(frozen=True)
@@ -185,4 +185,4 @@ def _linear_layers(modules: Modules) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     every = list(names)
-    return ", ".join(every[:MOST_NAMES]) + (f" and {len(every) - MOST_NAMES} more" if len(every) > MOST_NAMES else "")
+    return ", ".join(every[:MAX_NAMES]) + (f" and {len(every) - MAX_NAMES} more" if len(every) > MAX_NAMES else "")

@@ -12,7 +12,7 @@ from folora_q.report.layers import joint_name, place_of, short_names
 from folora_q.runs.results import GateResult
 
 # More are too many to look at one by one.
-MOST = 4
+MAX_NAMED_LAYERS = 4
 
 
 def find_gates(gates: Sequence[GateResult], asked: str) -> list[GateResult]:
@@ -29,7 +29,7 @@ def find_gates(gates: Sequence[GateResult], asked: str) -> list[GateResult]:
         near = get_close_matches(asked, ends, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "leave out --module to see all of them"
         raise UserError(f"no gated module is called {asked}", hint)
-    if len(found) > MOST:
+    if len(found) > MAX_NAMED_LAYERS:
         middle = found[len(found) // 2].modules
         one = next(name for name in middle if _matches(name, asked))
         raise UserError(f"{asked} stands for {len(found)} gates", f"name one, e.g. --module {one}")

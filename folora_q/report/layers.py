@@ -10,7 +10,7 @@ from os.path import commonprefix
 from folora_q.runs.results import GateResult, LayerResult
 
 # Longer numbers in names are no layers.
-LONGEST_INDEX = 6
+MAX_INDEX_DIGITS = 6
 # Of a logarithmic scale: what lies further below the largest is as good as nothing, and would take the contrast away.
 DECADES = 5
 
@@ -211,4 +211,4 @@ def _known(found: Iterable[Quantity]) -> list[Quantity]:
 
 
 def _is_index(part: str) -> bool:
-    return part.isascii() and part.isdecimal() and len(part) <= LONGEST_INDEX
+    return part.isascii() and part.isdecimal() and len(part) <= MAX_INDEX_DIGITS

@@ -29,8 +29,8 @@ from folora_q.storage.redaction import conceal
 # Answers on a page: right, wrong and unscored ones, and answers to prompts that have nothing to do with the task.
 RIGHT, WRONG, UNSCORED, GENERAL = 3, 3, 4, 6
 # A page stays a page: the files have all of it.
-LONGEST_TABLE = 2000
-LONGEST_ANSWER = 8000
+MAX_TABLE_ROWS = 2000
+MAX_ANSWER_LENGTH = 8000
 FIRST_GLANCE = 320
 
 
@@ -79,7 +79,7 @@ def report_page(run: Run, baseline: Run | None = None) -> Page:
             peak=comparison.peak_stage(run),
             figures=_figures(sections),
             samples=samples(run.answers),
-            longest_table=LONGEST_TABLE,
+            longest_table=MAX_TABLE_ROWS,
         )
     )
     return Page(html, [picture for pictures in sections.values() for picture in pictures])
@@ -150,7 +150,7 @@ def _environment() -> Environment:
         "estimate": comparison.written,
         "where": comparison.where,
         "beginning": lambda said: _clipped(said, FIRST_GLANCE),
-        "clipped": lambda said: _clipped(said, LONGEST_ANSWER),
+        "clipped": lambda said: _clipped(said, MAX_ANSWER_LENGTH),
     }
     environment.globals |= {
         "light": Markup(css_variables(False)),

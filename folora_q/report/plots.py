@@ -18,14 +18,14 @@ from folora_q.runs.results import LayerResult
 WIDTH = 4.9  # inches: half of a page, all of a telephone
 # Losses that fall by more than this factor are drawn on a logarithmic scale, which shows their end.
 LOG_FROM = 8.0
-LONGEST_LABEL = 44
+MAX_LABEL_LENGTH = 44
 NATS = "nats per token"
 
 
 def label_of(text: str) -> str:
     """A name from a file, fit for a figure."""
     text = visible(text)
-    return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+    return text if len(text) <= MAX_LABEL_LENGTH else text[: MAX_LABEL_LENGTH - 1] + "…"
 
 
 @in_our_style
@@ -159,7 +159,7 @@ def _line(number: int, points: int) -> dict[str, Any]:
 def _legend_above(axes: Axes) -> None:
     """The legend over the panel, where it hides nothing; long names one below the other."""
     labels = axes.get_legend_handles_labels()[1]
-    columns = 1 if any(len(label) > LONGEST_LABEL // 2 for label in labels) else 3
+    columns = 1 if any(len(label) > MAX_LABEL_LENGTH // 2 for label in labels) else 3
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.gate_rules import GATE_RULES
-from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
+from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
 from folora_q.report.trajectory import Point, train_losses, trajectory
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import (
@@ -249,7 +249,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
     """The text for people; what it says only as far as it can be read."""
     try:
-        text = read_text(path, 4 * LONGEST, errors="replace")
+        text = read_text(path, 4 * MAX_RECIPE_LENGTH, errors="replace")
     except FileNotFoundError:
         return "", {}
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from folora_q.errors import UserError
 from folora_q.recipe.schema import Recipe
-from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
+from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
 from folora_q.runs.results import read_metrics
 from folora_q.storage.files import atomic_write, sha256
 from folora_q.storage.untrusted import finite, read_text
@@ -95,7 +95,7 @@ class RunFolder:
             OSError: it cannot be read.
             ValueError: it is no YAML, or no recipe.
         """
-        return Recipe.model_validate(parse_yaml(read_text(self.recipe, 4 * LONGEST))[0])
+        return Recipe.model_validate(parse_yaml(read_text(self.recipe, 4 * MAX_RECIPE_LENGTH))[0])
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Replace run.json."""

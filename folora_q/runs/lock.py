@@ -23,7 +23,7 @@ except ImportError:  # not on Windows; there, two runs that start in the same in
 
 NAME = ".lock"
 # With less than this, not even the first files of a run can be written.
-LEAST_SPACE = 1_000_000
+MIN_FREE_BYTES = 1_000_000
 # The system tells the start of a process in ticks since its boot, and when it booted to about a second.
 SAME_START_SECONDS = 2.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -94,7 +94,7 @@ def locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _require_space(folder: Path) -> None:
-    if (free := free_bytes(folder)) < LEAST_SPACE:
+    if (free := free_bytes(folder)) < MIN_FREE_BYTES:
         raise UserError(
             f"no space is left for the run folder {folder}: {free / 1e6:.1f} MB",
             "free some, or name another training.output_dir",

@@ -18,7 +18,7 @@ from folora_q.errors import UserError, first_line
 from folora_q.storage.untrusted import MIB, parse_json, read_lines, read_text
 
 # Of evaluation.json and gates.json. A hundred layers with hundreds of directions each take one.
-MOST_RESULTS = 16 * MIB
+MAX_RESULTS_BYTES = 16 * MIB
 AGAIN = "run it again, or `folora-q eval`"
 Item = TypeVar("Item")
 # A list whose first wrong item ends its reading: a file of nothing else has millions, each with an error of its own.
@@ -258,7 +258,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _read(path: Path, kind: Any, several: bool = False) -> Any:
     try:
-        text = read_text(path, MOST_RESULTS)
+        text = read_text(path, MAX_RESULTS_BYTES)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

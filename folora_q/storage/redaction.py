@@ -12,7 +12,7 @@ HIDDEN = "<hidden>"
 # Variables that hold one, by their names' ends: HF_TOKEN, WANDB_API_KEY, CLEARML_API_SECRET_KEY, COMET_API_KEY.
 HOLDS_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|(API|ACCESS|SECRET)_?KEY)$", re.IGNORECASE)
 # A shorter value says yes or no, and would be found inside of other words.
-SHORTEST = 8
+MIN_SECRET_LENGTH = 8
 LOOKS_SECRET = re.compile(
     r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{16,}"  # the hub's tokens
     r"|(?<=Bearer )[^\s'\"]+"
@@ -38,5 +38,7 @@ def holds_secret(text: str) -> bool:
 
 def _of_the_environment() -> list[str]:
     """The longest first: one may be the beginning of another."""
-    found = {value for name, value in os.environ.items() if len(value) >= SHORTEST and HOLDS_SECRET.search(name)}
+    found = {
+        value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and HOLDS_SECRET.search(name)
+    }
     return sorted(found, key=len, reverse=True)

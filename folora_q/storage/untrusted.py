@@ -14,9 +14,9 @@ from typing import Any
 
 MIB = 2**20
 # A value takes up to twenty times the bytes of its text.
-MOST_JSON = 2 * MIB
+MAX_JSON_BYTES = 2 * MIB
 # Python itself follows about a thousand, which is more than a function of its own can.
-DEEPEST = 100
+MAX_DEPTH = 100
 
 
 def read_text(path: Path, most: int, errors: str = "strict") -> str:
@@ -40,7 +40,7 @@ def read_text(path: Path, most: int, errors: str = "strict") -> str:
         raise ValueError(f"it is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}") from None
 
 
-def read_lines(path: Path, longest: int = MOST_JSON) -> Iterator[str]:
+def read_lines(path: Path, longest: int = MAX_JSON_BYTES) -> Iterator[str]:
     """The lines of a text file that hold more than white space, one at a time.
 
     Args:
@@ -81,7 +81,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
     except ValueError:  # the only other one: Python reads no whole number of more than 4,300 digits
         raise ValueError("it holds a number of thousands of digits") from None
-    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
         raise ValueError("it is nested too deeply")
     return value
 
@@ -89,7 +89,7 @@ def parse_json(text: str) -> Any:
 def _is_deep(value: Any) -> bool:
     """Whether more is nested in it than whoever walks through it can be asked to follow."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for outer in level
@@ -100,7 +100,7 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def read_json(path: Path, most: int = MOST_JSON) -> Any:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON file.
 
     Raises:
@@ -109,7 +109,7 @@ def read_json(path: Path, most: int = MOST_JSON) -> Any:
     return parse_json(read_text(path, most))
 
 
-def read_object(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+def read_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:

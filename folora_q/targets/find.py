@@ -17,7 +17,7 @@ from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.trust import ADAPTER_CONFIG
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
-from folora_q.recipe.strict_yaml import LONGEST, parse_yaml
+from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
 from folora_q.runs.folder import RunFolder
 from folora_q.storage.untrusted import read_object, read_text
 from folora_q.training.checkpoints import checkpoints
@@ -93,7 +93,7 @@ def _find_run(name: str, run: RunFolder) -> Target:
     if not run.recipe.is_file():
         return replace(_find_adapter(name, run.adapter), run=run)
     try:
-        recipe = parse_yaml(read_text(run.recipe, 4 * LONGEST))[0]
+        recipe = parse_yaml(read_text(run.recipe, 4 * MAX_RECIPE_LENGTH))[0]
         section = ModelSection.model_validate(recipe.get("model") if isinstance(recipe, dict) else None)
     except ValidationError as error:
         first = error.errors()[0]

@@ -13,7 +13,7 @@ from folora_q.storage.untrusted import MIB, read_text
 PROGRESS = "progress.json"
 TRAINER_STATE = "trainer_state.json"
 # A line of metrics takes 200 bytes, and the state has all of them.
-MOST_STATE = 64 * MIB
+MAX_STATE_BYTES = 64 * MIB
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -76,7 +76,7 @@ def read_saved(path: Path, kind: type[Kind]) -> Kind:
         ValueError: it holds something else than what is saved there; the message begins with its name.
     """
     try:
-        return kind.model_validate_json(read_text(path, MOST_STATE))
+        return kind.model_validate_json(read_text(path, MAX_STATE_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(": ".join([path.name, ".".join(map(str, first["loc"])), first["msg"]])) from None

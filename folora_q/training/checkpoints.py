@@ -17,7 +17,7 @@ from folora_q.errors import first_line
 from folora_q.models.trust import is_inside
 from folora_q.storage.files import atomic_write, remove_directory, sha256
 from folora_q.storage.untrusted import read_object
-from folora_q.training.checkpoint_schema import MOST_STATE, PROGRESS, TRAINER_STATE
+from folora_q.training.checkpoint_schema import MAX_STATE_BYTES, PROGRESS, TRAINER_STATE
 
 MANIFEST = "manifest.json"
 # Without one of these, training would begin anew in part, and silently.
@@ -128,7 +128,7 @@ def newest_whole(run: Path, needs_best: bool, tell: Callable[[str], None]) -> Pa
 def damage_of_best(checkpoint: Path) -> str | None:
     """What is wrong with the step that had the least held-out loss until a checkpoint was saved; None if nothing is."""
     try:
-        best = read_object(checkpoint / TRAINER_STATE, MOST_STATE).get("best_global_step") or None
+        best = read_object(checkpoint / TRAINER_STATE, MAX_STATE_BYTES).get("best_global_step") or None
     except (OSError, ValueError) as error:
         return f"{TRAINER_STATE} cannot be read: {first_line(error)}"
     if best is None:  # nothing had been measured

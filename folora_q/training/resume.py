@@ -28,7 +28,7 @@ MAKE_SHAPES = (
     *("gate.rule:", "gate.enabled:", "training.optim:"),
 )
 # Of the hardware: what makes other numbers, and what only rounds sums in another order.
-COMPUTED_BY, ADDED_BY = ("device", "dtype"), ("name", "threads")
+RESULT_CHANGING_HARDWARE, ROUNDING_ONLY_HARDWARE = ("device", "dtype"), ("name", "threads")
 # What is read of run.json: objects, of which each value is one of these.
 OBJECTS, SCALARS = ("model", "data_sha256", "versions", "computing", "files_sha256"), (str, int, float, type(None))
 SHORT = Repr()
@@ -164,7 +164,7 @@ def prepare_resume(
     _refuse(resumption)
     for change in changes:
         tell(f"changed, accepted with --force: {change}")
-    for change in _hardware_changes(earlier, new, ADDED_BY):
+    for change in _hardware_changes(earlier, new, ROUNDING_ONLY_HARDWARE):
         tell(f"{change}; sums may be rounded differently from an uninterrupted run")
     resumption.checkpoint = newest_whole(folder.path, recipe.keeps_best, tell)
     unfit = [change for change in changes if change.startswith(_making_shapes(recipe))]
@@ -219,7 +219,7 @@ def _other_changes(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
     for name in COMPARED_VERSIONS:
         if name in before and before[name] != now.get(name):
             yield f"version of {name}: {short(before[name])} → {now.get(name)}"
-    yield from _hardware_changes(earlier, new, COMPUTED_BY)
+    yield from _hardware_changes(earlier, new, RESULT_CHANGING_HARDWARE)
 
 
 def _hardware_changes(earlier: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:

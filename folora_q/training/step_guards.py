@@ -20,7 +20,7 @@ Inputs = dict[str, Any]
 # A checkpoint holds the adapter and, with Adam, two moments of its size.
 CHECKPOINT_COPIES = 3
 # The measure of a blow-up: so many losses, the first and the last ones; there are none before the least of them.
-MEASURE, LEAST_MEASURE = 32, 10
+MEASURE, MIN_MEASURED_LOSSES = 32, 10
 
 
 class MicroBatches:
@@ -107,7 +107,7 @@ class SkippedSteps:
         """Why to leave a step out, as the end of a sentence that begins with its loss; None to take it."""
         if not math.isfinite(loss + norm):
             return "not finite"
-        if self.factor is None or len(self.first) < LEAST_MEASURE:
+        if self.factor is None or len(self.first) < MIN_MEASURED_LOSSES:
             return None
         bound = max(self.factor * min(max(self.first), max(self.last)), self.least)
         return f"over {bound:.4g}, training.max_loss_factor" if loss > bound else None

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from folora_q.calibration.collect import Reading
 from folora_q.calibration.gate_store import load_gates
-from folora_q.calibration.texts import PUBLIC_TEXT, SHORTEST_WINDOW, WINDOW, penalty_text, public_windows
+from folora_q.calibration.texts import MIN_WINDOW_TOKENS, PUBLIC_TEXT, WINDOW, penalty_text, public_windows
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import batches
 from folora_q.evaluation.loss import GENERAL_TEXTS
@@ -73,7 +73,7 @@ def test_statistics_count_a_token_as_often_as_its_weight_says(model, weighted: b
 
 def test_public_text_is_there_in_every_kind_and_is_not_what_is_measured(tiny_folder: Path) -> None:
     windows = public_windows(AutoTokenizer.from_pretrained(tiny_folder))
-    assert len(windows) > 10 and all(SHORTEST_WINDOW <= len(window) <= WINDOW for window in windows)
+    assert len(windows) > 10 and all(MIN_WINDOW_TOKENS <= len(window) <= WINDOW for window in windows)
     text = PUBLIC_TEXT.read_text("utf-8")
     for kind in ("Ishmael", "hidalgo", "couché", "Ungeziefer", "SELECT", "def ", "#include", '{"id"', "| year |"):
         assert kind in text

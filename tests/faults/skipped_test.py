@@ -58,7 +58,7 @@ def equal(one: list[Any], other: list[Any]) -> bool:
 
 @pytest.mark.parametrize("fault", [{"factor": math.nan}, {"factor": math.inf}, {"added": math.inf}, {"factor": 3.0}])
 def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(recipe_file: Path, fault: dict, monkeypatch) -> None:
-    monkeypatch.setattr(guards, "LEAST_MEASURE", 1)
+    monkeypatch.setattr(guards, "MIN_MEASURED_LOSSES", 1)
     spoil(monkeypatch, {2}, **fault)
     changes = ["training.gradient_accumulation_steps=2", "logging.logging_steps=1", "gate.refresh_every=1"]
     trainer = trainer_of(load_recipe(recipe_file, changes), gate_lambda=4.0)
@@ -115,7 +115,7 @@ def test_too_many_in_a_row_end_the_run_and_the_last_good_checkpoint_stays(
 
 
 def test_a_run_goes_on_with_its_count_of_skipped_steps(saving: list[object], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(guards, "LEAST_MEASURE", 2)
+    monkeypatch.setattr(guards, "MIN_MEASURED_LOSSES", 2)
     spoil(monkeypatch, {2, 3}, factor=math.nan)
     spoil(monkeypatch, {6}, factor=3.0)
     straight = tmp_path / "straight" / "run"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from folora_q.storage.untrusted import (
-    DEEPEST,
-    MOST_JSON,
+    MAX_DEPTH,
+    MAX_JSON_BYTES,
     finite,
     parse_json,
     read_json,
@@ -35,8 +35,8 @@ def written(folder: Path, content: bytes) -> Path:
         ("{}".encode("utf-16"), "it is not UTF-8 text: byte 0 is 0xff"),
         (b"9" * 5000, "it holds a number of thousands of digits"),
         (b"[" * 100_000 + b"]" * 100_000, "it is nested too deeply"),
-        (b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1), "it is nested too deeply"),
-        (b" " * (MOST_JSON + 1), "it has more than 2 MiB"),
+        (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "it is nested too deeply"),
+        (b" " * (MAX_JSON_BYTES + 1), "it has more than 2 MiB"),
         (b"[]", "it holds no JSON object but a list"),
         (b"null", "it holds no JSON object but null"),
         (b"1e5", "it holds no JSON object but a number"),
@@ -54,8 +54,8 @@ def test_an_object_is_read_with_a_byte_order_mark_too(content: bytes, tmp_path: 
 
 
 def test_what_is_as_deep_or_as_large_as_may_be_is_read(tmp_path: Path) -> None:
-    assert parse_json("[" * DEEPEST + "]" * DEEPEST)
-    assert read_json(written(tmp_path, b"[1]" + b" " * (MOST_JSON - 3))) == [1]
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+    assert read_json(written(tmp_path, b"[1]" + b" " * (MAX_JSON_BYTES - 3))) == [1]
     assert parse_json('{"a": "' + "[" * 1000 + '"}') == {"a": "[" * 1000}, "in a text brackets nest nothing"
 
 
