@@ -31,6 +31,13 @@ from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, Trainer
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
 
+# Private members of transformers' and TRL's trainers that this subclass overrides or relies on (5.17 to 5.23). A test
+# looks for each in the installed versions, so that an upgrade which renames one fails there and not in a run.
+OVERRIDDEN = ("_get_grad_norm", "_run_epoch", "_save_checkpoint", "_load_best_model")
+RELIED_ON = (
+    *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens", "_metrics"),
+    *("_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"),
+)
 # What torch, safetensors and transformers raise for something else than what was saved, until the first step is taken.
 UNFIT = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, EOFError),
