@@ -36,7 +36,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from folora_q.data.batch_splitting import ran_out
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.recipe import Recipe
@@ -138,8 +138,8 @@ def once(way: str, shape: str, length: int, cap: float) -> None:
             trainer = _plain(model, data, scratch) if way == "plain" else _gated(way, model, data, length, scratch)
             trainer.add_callback(clock)
             trainer.train()
-    except (RuntimeError, RunFailed) as error:
-        if not isinstance(error, RunFailed) and not ran_out(error):
+    except (RuntimeError, RunError) as error:
+        if not isinstance(error, RunError) and not ran_out(error):
             raise
         click.echo(json.dumps(DOES_NOT_FIT))
         return

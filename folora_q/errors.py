@@ -25,7 +25,7 @@ class UserError(FoloraError):
     exit_code = 2
 
 
-class RunFailed(FoloraError):
+class RunError(FoloraError):
     """The run itself failed: a non-finite number, a missing tool, a broken download. Exit code 1."""
 
 

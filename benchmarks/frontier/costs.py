@@ -29,7 +29,7 @@ from benchmarks.frontier.series import methods
 from benchmarks.frontier.training import Cost, release, train
 from benchmarks.live_tensors import GIVE_BACK
 from folora_q.cli.console import ConsoleProgress
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.storage.files import atomic_write
@@ -56,7 +56,7 @@ def measure_all(
     """Measure series, by name, and keep what was found beside the runs; what is there is not measured again.
 
     Raises:
-        RunFailed: a process failed.
+        RunError: a process failed.
     """
     on = Setting.of(recipe, load_recipe(recipe, list(overrides)))
     found = read_costs(output, on)
@@ -79,7 +79,7 @@ def _child(command: list[str], settings: dict[str, str]) -> Beside:
     """What `measure` finds in a process with these settings; those that give memory back make it slower."""
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | settings, check=False)
     if child.returncode:
-        raise RunFailed(f"it could not be measured: {' '.join(command)}")
+        raise RunError(f"it could not be measured: {' '.join(command)}")
     return Beside(**json.loads(child.stdout))
 
 

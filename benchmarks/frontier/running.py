@@ -20,7 +20,7 @@ from benchmarks.frontier.results import Key, Result, Setting, write
 from benchmarks.frontier.series import Series
 from benchmarks.frontier.training import release, train
 from folora_q.data.batch_splitting import ran_out
-from folora_q.errors import RunFailed, first_line
+from folora_q.errors import RunError, first_line
 from folora_q.progress import Progress, StageTimer
 from folora_q.recipe import load_recipe
 
@@ -61,13 +61,13 @@ class BestPoint:
         """Measure, if it is time.
 
         Raises:
-            RunFailed: the held-out task loss is not finite.
+            RunError: the held-out task loss is not finite.
         """
         if step not in self.at:
             return
         self.path[step] = measured = self.yardstick.losses(model)
         if not math.isfinite(measured.loss["task"]):
-            raise RunFailed(f"the held-out loss is not finite after {step} steps")
+            raise RunError(f"the held-out loss is not finite after {step} steps")
         if measured.loss["task"] < self.loss:
             self.step, self.loss = step, measured.loss["task"]
             self._weights = {name: p.detach().clone() for name, p in _trained(model)}
@@ -106,7 +106,7 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
         # A copy: a method keeps what it computes for one run.
         try:
             model, cost = train(ground, dataclasses.replace(point), key.seed, steps, best)
-        except (RunFailed, RuntimeError) as error:
+        except (RunError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not ran_out(error):
                 raise
             tell(f"{name}: {first_line(error)}")

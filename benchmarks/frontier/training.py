@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.methods.base import Method, Step
 from folora_q.data.tokens import IGNORED, Batch, batches
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.logits import head_logits, hidden_states
@@ -47,7 +47,7 @@ def train(
     """A tuned model. Where it fails, the base is as it was.
 
     Raises:
-        RunFailed: the loss is not finite.
+        RunError: the loss is not finite.
     """
     model = method.tuned(ground, seed)
     try:
@@ -86,7 +86,7 @@ def _trained(ground: Ground, method: Method, model: PeftModel, seed: int, steps:
         if penalty is not None:
             loss = loss + penalty
         if not torch.isfinite(loss):
-            raise RunFailed(f"the loss of {method} is not finite at step {number}")
+            raise RunError(f"the loss of {method} is not finite at step {number}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()

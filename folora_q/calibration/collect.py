@@ -27,7 +27,7 @@ from folora_q.core import (
 )
 from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
 from folora_q.data.tokens import Batch
-from folora_q.errors import RunFailed, first_line
+from folora_q.errors import RunError, first_line
 from folora_q.models.adapters import AdapterPair, adapter_off
 from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.progress import StageTimer
@@ -63,7 +63,7 @@ def build_gates(
         recompute: keep no activations for the backward pass but the layers' inputs.
 
     Raises:
-        RunFailed: an activation or a gradient is not finite; the layer is named.
+        RunError: an activation or a gradient is not finite; the layer is named.
     """
     modules = {pair.name: pair.module for pair in pairs}
     model.eval()
@@ -166,7 +166,7 @@ class Reading:
                 if not ran_out(error):
                     raise
             if not sinks:
-                raise RunFailed(
+                raise RunError(
                     f"memory ran out for the sketches of {count} layers' inputs",
                     "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
                 )
@@ -341,7 +341,7 @@ def _solved(
             one_unit=section.covariance == "fisher",
         )
     except (torch.linalg.LinAlgError, ValueError) as error:
-        raise RunFailed(
+        raise RunError(
             f"the gate of {name} could not be solved for: {first_line(error)}", "raise gate.ridge, e.g. tenfold"
         ) from error
 

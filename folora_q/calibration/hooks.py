@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 
 
 class TokenSink(Protocol):
@@ -61,7 +61,7 @@ def collect_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSi
         What counts, to be set before each forward pass.
 
     Raises:
-        RunFailed: an input is not finite; the module is named.
+        RunError: an input is not finite; the module is named.
     """
     current = Counted()
 
@@ -70,7 +70,7 @@ def collect_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSi
             x = x if current.weight == 1 else x.float() * current.weight**0.5
             sinks[name].update(x, _fitting(current.mask, x))
         except ValueError as error:
-            raise RunFailed(f"{error}, at the input of {name}") from error
+            raise RunError(f"{error}, at the input of {name}") from error
 
     with _inputs_of({name: modules[name] for name in sinks}, feed):
         yield current
@@ -93,13 +93,13 @@ def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str
         try:
             sinks[name].update(x.float() * weights * current.weight**0.5, _fitting(current.mask, x))
         except ValueError as error:
-            raise RunFailed(f"the gradient behind {name} holds a NaN or an infinity") from error
+            raise RunError(f"the gradient behind {name} holds a NaN or an infinity") from error
 
     def watch(name: str, args: tuple, output: Tensor) -> Tensor:
         x = args[0].detach()
         # Found here, since it spoils every gradient: the backward pass would name the last layer.
         if not bool(torch.isfinite(torch.linalg.vector_norm(x, float("inf")))):
-            raise RunFailed(f"the activations hold a NaN or an infinity, at the input of {name}")
+            raise RunError(f"the activations hold a NaN or an infinity, at the input of {name}")
         return _Watched.apply(output, x, lambda x, g: feed(name, x, g)) if output.requires_grad else output
 
     handles = [

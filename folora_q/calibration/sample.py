@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.rendering import Renderer
 from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs
-from folora_q.errors import RunFailed, UserError, first_line
+from folora_q.errors import RunError, UserError, first_line
 from folora_q.recipe.schema import ProxySection
 
 # The paper's mixture: share of the samples, and their decoding settings.
@@ -59,7 +59,7 @@ def sample_proxy(
 
     Raises:
         UserError: chats are asked for and there is no chat template.
-        RunFailed: the model gives too little text that passes.
+        RunError: the model gives too little text that passes.
     """
     splitter = splitter or BatchSplitter("sampling", enabled=False)
     wanted = section.num_samples + section.num_heldout_samples
@@ -81,7 +81,7 @@ def sample_proxy(
                 samples += [ProxySample(ids, source) for ids in passed[:missing]]
                 on_progress(min(len(passed), missing))
             if len(samples) < target:
-                raise RunFailed(
+                raise RunError(
                     f"after {MAX_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
                     "turn proxy.filters off, or use another proxy.source",
                 )

@@ -27,7 +27,7 @@ def load_or_sample(
     """The text that a model wrote before under these settings, or that it writes now.
 
     Raises:
-        UserError, RunFailed: as `sample_proxy`.
+        UserError, RunError: as `sample_proxy`.
     """
     template = tokenizer.chat_template if section.source != "bos" else None
     path = cache_path(fingerprint, dtype, template, section)

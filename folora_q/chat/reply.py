@@ -17,11 +17,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.rendering import Renderer, Unrenderable
+from folora_q.data.rendering import Renderer, RenderError
 from folora_q.data.thoughts import ThoughtSyntax
 from folora_q.data.tokens import TEMPLATE_ERRORS, text_ids
 from folora_q.data.turns import THOUGHT, Message
-from folora_q.errors import RunFailed, UserError, first_line
+from folora_q.errors import RunError, UserError, first_line
 from folora_q.models.adapters import adapter_off
 from folora_q.targets.load import nothing_to_compare
 
@@ -95,7 +95,7 @@ class Chatter:
         Raises:
             UserError: there is no base, the chat template does not take the conversation, or it is longer than the
                 model's context.
-            RunFailed: the device's memory does not hold it.
+            RunError: the device's memory does not hold it.
         """
         if base and not self.can_compare:
             raise nothing_to_compare(self.name)
@@ -128,7 +128,7 @@ class Chatter:
         else:
             try:
                 ids = self.renderer.ids(self.renderer.prompt(messages, think=think))
-            except Unrenderable as error:
+            except RenderError as error:
                 raise UserError(f"the chat template of {self.name} {error.reason}", "ask with --think") from error
             except TEMPLATE_ERRORS as error:
                 roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
@@ -175,7 +175,7 @@ class Chatter:
             thread.join()
         if failures:
             if isinstance(failures[0], torch.OutOfMemoryError):
-                raise RunFailed(
+                raise RunError(
                     f"out of memory on {model.device} at a conversation of {len(ids):,} tokens",
                     "begin a new one, or let it write less: --max-new-tokens",
                 ) from failures[0]

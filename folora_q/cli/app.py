@@ -13,8 +13,8 @@ import rich_click as click
 
 from folora_q import __version__
 from folora_q.cli.console import concealing, print_error
-from folora_q.errors import FoloraError, RunFailed, Terminated
-from folora_q.storage.files import NoCache, cache_folder
+from folora_q.errors import FoloraError, RunError, Terminated
+from folora_q.storage.files import NoCacheError, cache_folder
 
 # Name of the command: its module in this folder. The command is the module's attribute `command`.
 COMMANDS = {
@@ -98,14 +98,14 @@ def _run(arguments: list[str]) -> None:
         if debug:
             raise
         print_error(*_in_words(error))
-        sys.exit(RunFailed.exit_code)
+        sys.exit(RunError.exit_code)
 
 
 def _in_words(error: Exception) -> tuple[str, str]:
     """What is wrong, and what to do about it, of an error that nothing else has put into words."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        cache = isinstance(error, NoCache) or _is_of_the_cache(error.filename)
+        cache = isinstance(error, NoCacheError) or _is_of_the_cache(error.filename)
         hint = "set FOLORA_Q_CACHE to a folder that can be written" if cache else UNEXPECTED
         return f"{where}{error.strerror}", hint
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":

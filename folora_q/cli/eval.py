@@ -92,7 +92,8 @@ def command(
         raise UserError(f"{output} already exists", "name another folder with --output")
     require_one_process()
     with starting(settings["debug"]) as progress:
-        from folora_q.workflows.evaluate import EvaluationRequest, HarnessRequest, run_evaluation
+        from folora_q.evaluation.harness import HarnessRequest
+        from folora_q.workflows.evaluate import EvaluationRequest, run_evaluation
     harness = None
     if tasks:
         names = [task.strip() for task in tasks.split(",") if task.strip()]

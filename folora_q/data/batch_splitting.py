@@ -9,7 +9,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from folora_q.data.tokens import Batch
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 
 Result = TypeVar("Result")
 
@@ -42,7 +42,7 @@ class BatchSplitter:
             most: sequences at a time; None takes all.
 
         Raises:
-            RunFailed: memory runs out with one sequence.
+            RunError: memory runs out with one sequence.
         """
         start = 0
         while start < count:
@@ -69,11 +69,11 @@ class BatchSplitter:
         """Memory ran out with so many sequences of so many tokens.
 
         Raises:
-            RunFailed: it was one sequence, or halving is not wanted.
+            RunError: it was one sequence, or halving is not wanted.
         """
         clear_device_cache(garbage_collection=True)
         if rows == 1 or not self.enabled:
-            raise RunFailed(
+            raise RunError(
                 f"memory ran out while {self.what}, with {rows} sequences of {length} tokens",
                 "free memory that other programs use, lower training.max_length or the batch size, or set "
                 "training.auto_batch_size: true",

@@ -19,7 +19,7 @@ from trl.chat_template_utils import has_generation_markers
 from folora_q.data.completeness import lost_part
 from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
-from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, Unrenderable, common_length
+from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, RenderError, common_length
 from folora_q.data.rows import RowError
 from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start
 from folora_q.data.tools import Tool
@@ -107,7 +107,7 @@ class Encoder:
             raise UserError(f"{self.template_name} is not valid Jinja: {error.message}, line {error.lineno}") from None
         except TEMPLATE_ERRORS as error:
             raise UserError(f"{self.template_name} fails on a question and an answer: {_sentence(error)}") from None
-        except Unrenderable as error:
+        except RenderError as error:
             raise UserError(f"{self.template_name} {error.reason}", error.hint) from None
 
     def ends_of_turn(self, examples: Iterable[Example]) -> list[int]:
@@ -118,7 +118,7 @@ class Encoder:
             if calling:
                 try:
                     said = self.renderer.turn(chat.messages, calling[0], chat.tools).said
-                except (Unrenderable, *TEMPLATE_ERRORS):
+                except (RenderError, *TEMPLATE_ERRORS):
                     continue  # the row is refused where it is encoded
                 ends.append(self.renderer.ids(said.rstrip())[-1])
                 break
@@ -142,7 +142,7 @@ class Encoder:
                     return [self._document(self._ended(example.text), 0)]
         except TEMPLATE_ERRORS as error:
             raise RowError(example.where, f"it cannot be rendered: {_sentence(error)}") from None
-        except Unrenderable as error:
+        except RenderError as error:
             raise RowError(example.where, f"{self.template_name} {error.reason}", error.hint) from None
 
     def _chat(self, chat: Chat) -> list[Encoded]:
@@ -202,7 +202,7 @@ class Encoder:
                 continue
             try:
                 turn = self.renderer.turn(chat.messages, index, chat.tools)
-            except Unrenderable:
+            except RenderError:
                 if index in chat.unlearned or self.renderer.without_thought == "raise":
                     raise
                 continue
@@ -210,13 +210,13 @@ class Encoder:
                 if not text.startswith(turn.text):
                     if index in chat.learned:
                         continue
-                    raise Unrenderable(f"rewrites turn {index + 1}, so it cannot be left out of the loss", WHOLE_HINT)
+                    raise RenderError(f"rewrites turn {index + 1}, so it cannot be left out of the loss", WHOLE_HINT)
                 end = len(turn.asked) + turn.opening if index in chat.learned else len(turn.text)
                 left_out.append((len(turn.asked), end))
                 given += index in chat.learned
         for index in chat.learned:
             if lost := lost_part(self.renderer, chat.messages, index, chat.tools, RenderedTurn(text, text)):
-                raise Unrenderable(
+                raise RenderError(
                     f"does not render {lost[0]} in one text, which would be lost", f"{WHOLE_HINT}; or {lost[1]}"
                 )
         output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -246,13 +246,13 @@ class Encoder:
         for probe in PROBES:
             try:
                 encoded = self._chat(Chat("a question and an answer", probe))[-1]
-            except (Unrenderable, *TEMPLATE_ERRORS) as error:
+            except (RenderError, *TEMPLATE_ERRORS) as error:
                 failures.append(error)
                 continue
             learned = [label for label in encoded.labels if label != IGNORED and self.tokenizer.decode([label]).strip()]
             if learned and learned[-1] in self.renderer.added:
                 return learned[-1]
-            raise Unrenderable(
+            raise RenderError(
                 "ends the assistant's turn with no token of its own, so it would not be learned", END_HINT
             )
         raise failures[0]

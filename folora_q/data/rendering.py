@@ -29,7 +29,7 @@ INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 QUOTED = 40  # characters of a rendered text in a message
 
 
-class Unrenderable(Exception):
+class RenderError(Exception):
     """A conversation that the template does not render in a way that can be trained.
 
     Args:
@@ -99,7 +99,7 @@ class Renderer:
             think: otherwise with what the template puts in the place of a thought, if it renders thoughts.
 
         Raises:
-            Unrenderable: it is to say nothing in a thought's place, and no prompt begins what the template renders.
+            RenderError: it is to say nothing in a thought's place, and no prompt begins what the template renders.
         """
         if think or not self.thinks:
             return self.render(messages, tools, prompt=True)
@@ -113,7 +113,7 @@ class Renderer:
         """The assistant's turn at `index`.
 
         Raises:
-            Unrenderable: no prompt of the template begins what it renders, it leaves a part of the conversation out,
+            RenderError: no prompt of the template begins what it renders, it leaves a part of the conversation out,
                 it ends the turn with no token of its own, or the turn has no thought and `without_thought` is raise.
         """
         before, message = messages[:index], messages[index]
@@ -121,10 +121,10 @@ class Renderer:
         self._check_end(found.said, index)
         if lost := lost_part(self, messages[: index + 1], index, tools, found):
             what, hint = lost
-            raise Unrenderable(f"does not render {what}, which would be lost", hint)
+            raise RenderError(f"does not render {what}, which would be lost", hint)
         if self.thinks and not self.thought_of(message):
             if self.without_thought == "raise":
-                raise Unrenderable(
+                raise RenderError(
                     f"renders thoughts, and turn {index + 1} has none, which data.without_thought: raise refuses",
                     "give a `reasoning_content`, or set data.without_thought to given or learn",
                 )
@@ -202,7 +202,7 @@ class Renderer:
         """A turn behind the prompt that begins it: the template's default one, or one that is told whether to think.
 
         Raises:
-            Unrenderable: no prompt does.
+            RenderError: no prompt does.
         """
         whole = self.render([*before, message], tools)
         variables = [name for name in SWITCHES if name in self.template(tools)]
@@ -218,7 +218,7 @@ class Renderer:
             return RenderedTurn(default, said)
         same = common_length(default, whole)
         begun, there = (text[max(0, same - QUOTED // 2) :][:QUOTED] for text in (default, whole))
-        raise Unrenderable(
+        raise RenderError(
             "cannot mark what the assistant says: its generation prompt is not the beginning of the turn; the prompt "
             f"has {begun!r} where the turn has {there!r}",
             f"set data.chat_template to {'deepseek_r1' if default.rstrip().endswith('<think>') else 'one that can'} "
@@ -261,7 +261,7 @@ class Renderer:
 
     def _check_end(self, said: str, index: int) -> None:
         if not said.rstrip().endswith(self._ends):
-            raise Unrenderable(
+            raise RenderError(
                 f"ends the assistant's turn with no token of its own, so it would not be learned (turn {index + 1}: "
                 f"{said[-QUOTED:]!r})",
                 END_HINT,

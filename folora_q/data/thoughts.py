@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from folora_q.data.rendering import SAID, THOUGHT_MARK, Renderer, Unrenderable
+from folora_q.data.rendering import SAID, THOUGHT_MARK, Renderer, RenderError
 from folora_q.data.tokens import TEMPLATE_ERRORS
 from folora_q.data.turns import THOUGHT, Message
 
@@ -82,5 +82,5 @@ class ThoughtSyntax:
 def _said(renderer: Renderer, question: list[Message], answer: Message) -> str:
     try:
         return renderer.unchecked(question, answer).said
-    except (Unrenderable, *TEMPLATE_ERRORS):
+    except (RenderError, *TEMPLATE_ERRORS):
         return ""

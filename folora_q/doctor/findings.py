@@ -46,6 +46,7 @@ class Check:
 
 
 def can_train(findings: Iterable[Finding]) -> bool:
+    """Return whether no check failed."""
     return all(finding.state is not State.FAILURE for finding in findings)
 
 

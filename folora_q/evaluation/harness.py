@@ -53,17 +53,30 @@ class Metric:
     each: dict[int, float] | None
 
 
+@dataclass(frozen=True)
+class HarnessRequest:
+    """What lm-eval is to run.
+
+    Attributes:
+        tasks: lm-eval's names of tasks, groups or tags.
+        include_path: a folder of your own task files; they take precedence over lm-eval's.
+        limit: maximum number of documents of each task.
+        num_fewshot: examples in the prompt; a task that fixes them at 0 keeps that.
+    """
+
+    tasks: Sequence[str]
+    include_path: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    batch_size: int = 8
+    seed: int = 0
+
+
 def run_harness(
     sides: Sides,
     tokenizer: Tokenizer,
-    tasks: Sequence[str],
-    *,
-    include_path: Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    apply_chat_template: bool = False,
-    seed: int = 0,
+    request: HarnessRequest,
     on_progress: Callable[[int], None] = lambda runs: None,
 ) -> list[HarnessResult]:
     """Run each task on both sides; models, tokenizer and random states are afterwards as they were.
@@ -73,10 +86,6 @@ def run_harness(
     Code of a task in `include_path` is run; code from a hub never is.
 
     Args:
-        tasks: lm-eval's names of tasks, groups or tags.
-        include_path: a folder of task files of one's own; they go before lm-eval's.
-        limit: only so many documents of each task.
-        num_fewshot: examples in the prompt; a task that fixes them at 0 keeps that.
         on_progress: called with 1 after each task on each side, twice as often as there are tasks.
 
     Returns:
@@ -85,20 +94,20 @@ def run_harness(
     Raises:
         UserError: lm-eval is not installed, a task is unknown or cannot be run.
     """
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"there is no folder {include_path} with lm-eval tasks")
-    names = list(dict.fromkeys(tasks))
+    if request.include_path is not None and not request.include_path.is_dir():
+        raise UserError(f"there is no folder {request.include_path} with lm-eval tasks")
+    names = list(dict.fromkeys(request.tasks))
     with _quiet():
-        manager = _task_manager(names, include_path)
+        manager = _task_manager(names, request.include_path)
     settings = {
         "task_manager": manager,
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "apply_chat_template": apply_chat_template,
+        "limit": request.limit,
+        "num_fewshot": request.num_fewshot,
+        "apply_chat_template": request.apply_chat_template,
         "bootstrap_iters": BOOTSTRAP,
         "log_samples": True,
         "confirm_run_unsafe_code": False,
-        **{f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")},
+        **{f"{kind}_seed": request.seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")},
     }
     found: list[dict[tuple[str, str], Metric]] = []
     for side in (sides.base, sides.tuned):
@@ -106,7 +115,7 @@ def run_harness(
         with side() as model, _unchanged(model):
             for name in names:
                 with _quiet():
-                    metrics |= _metrics(_evaluate(name, model, tokenizer, batch_size, settings))
+                    metrics |= _metrics(_evaluate(name, model, tokenizer, request.batch_size, settings))
                 on_progress(1)
         found.append(metrics)
     base, tuned = found

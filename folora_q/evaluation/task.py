@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Chat, Completion
-from folora_q.data.rendering import Renderer, Unrenderable
+from folora_q.data.rendering import Renderer, RenderError
 from folora_q.data.thoughts import Said, ThoughtSyntax
 from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, text_ids
 from folora_q.data.turns import Message
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.evaluation.bootstrap import Tally, change
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.memory.positions import positions_of
@@ -101,7 +101,7 @@ class Questions:
             return Question("task", example.prompt, Said(example.completion), ids)
         try:
             turn = self.renderer.turn(example.messages, example.answer, example.tools)
-        except (Unrenderable, *TEMPLATE_ERRORS):
+        except (RenderError, *TEMPLATE_ERRORS):
             return None
         # What is not learned in a thought's place is given here too, as it was in training.
         asked = turn.asked + turn.said[: turn.opening]
@@ -248,9 +248,9 @@ def _users_function(place: str, allow_code: bool) -> Scorer:
             asked_for = {key: thought for key, thought in thoughts.items() if key in wanted}
             found = float(function(said.answer, reference.answer, **asked_for))
         except Exception as error:
-            raise RunFailed(f"{name} in {path} failed on the answer {said.answer[:80]!r}: {error!r}") from error
+            raise RunError(f"{name} in {path} failed on the answer {said.answer[:80]!r}: {error!r}") from error
         if not 0 <= found <= 1:
-            raise RunFailed(f"{name} in {path} gave {found}, which is not a score between 0 and 1")
+            raise RunError(f"{name} in {path} gave {found}, which is not a score between 0 and 1")
         return found
 
     return score

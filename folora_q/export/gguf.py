@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType as Type
 
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.export.gguf_check import GgufFacts, check_gguf
 from folora_q.models.weight_files import open_checkpoint
 from folora_q.storage.files import commit_file, free_bytes
@@ -80,7 +80,7 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
 
     Raises:
         UserError: the type, the target or the folder is no such thing, there is no room, or there is no converter.
-        RunFailed: the converter failed, or what it wrote is not the model; nothing is at `target` that was not before.
+        RunError: the converter failed, or what it wrote is not the model; nothing is at `target` that was not before.
     """
     if outtype not in OUTTYPES:
         raise UserError(f"there is no GGUF type {outtype} to convert to", f"one of {', '.join(OUTTYPES)}")
@@ -103,13 +103,13 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
         _run(command(staging), name, by_hand, folder)
         try:
             if not staging.is_file() or not staging.stat().st_size:
-                raise RunFailed(f"the converter {name} ended without an error and wrote nothing")
+                raise RunError(f"the converter {name} ended without an error and wrote nothing")
             facts = check_gguf(staging, folder, target)
             if wanted is not None and wanted.name not in facts.types:
                 held = ", ".join(facts.types)
-                raise RunFailed(f"{target} holds no tensor of the type {outtype} that was asked for, only {held}")
-        except RunFailed as error:
-            raise RunFailed(
+                raise RunError(f"{target} holds no tensor of the type {outtype} that was asked for, only {held}")
+        except RunError as error:
+            raise RunError(
                 error.message, f"the file was not kept; to convert without the check that found it, run {by_hand}"
             ) from None
     return facts
@@ -120,7 +120,7 @@ def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
 
     Raises:
         UserError: it cannot be started.
-        RunFailed: it ended with an error; its last words are given.
+        RunError: it ended with an error; its last words are given.
     """
     try:
         done = subprocess.run(
@@ -149,7 +149,7 @@ def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
         )
     elif "pre-tokenizer was not recognized" in reason:
         hint = "llama.cpp does not know this tokenizer; a newer llama.cpp may"
-    raise RunFailed(f"the converter {name} failed on {folder}: {reason}", hint)
+    raise RunError(f"the converter {name} failed on {folder}: {reason}", hint)
 
 
 def _last_words(output: str) -> str:

@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.models.weight_files import Checkpoint, StoredTensor, open_checkpoint
 
 # The architectures that llama.cpp is known to give to types of models, in which tensors keep their shapes and, but for
@@ -87,7 +87,7 @@ def check_gguf(path: Path, folder: Path, shown: Path | None = None) -> GgufFacts
 
     Raises:
         UserError: the folder is no model's.
-        RunFailed: the file cannot be read, or is not that model; what differs is named.
+        RunError: the file cannot be read, or is not that model; what differs is named.
     """
     shown = shown or path
     checkpoint = open_checkpoint(folder)
@@ -99,7 +99,7 @@ def check_gguf(path: Path, folder: Path, shown: Path | None = None) -> GgufFacts
         template = bool(_string(reader, gguf.Keys.Tokenizer.CHAT_TEMPLATE))
         template |= gguf.Keys.Tokenizer.CHAT_TEMPLATES in reader.fields  # named ones, with or without a default
     except (ValueError, LookupError, OSError, OverflowError) as error:
-        raise RunFailed(f"{shown} cannot be read as a GGUF file: {error}") from None
+        raise RunError(f"{shown} cannot be read as a GGUF file: {error}") from None
     try:
         known = _check_architecture(architecture, config)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -108,30 +108,32 @@ def check_gguf(path: Path, folder: Path, shown: Path | None = None) -> GgufFacts
             _check_shape(tensors[name], stored, checkpoint, exact=known)
         vocabulary = 0 if tokens is None else len(tokens.data)
         if vocabulary != config.get("vocab_size"):
-            raise _Mismatch(f"has a vocabulary of {vocabulary} tokens, and config.json says {config.get('vocab_size')}")
+            raise _MismatchError(
+                f"has a vocabulary of {vocabulary} tokens, and config.json says {config.get('vocab_size')}"
+            )
         if template != _has_template(folder):
             has, lacks = ("the file", "the model") if template else ("the model", "the file")
-            raise _Mismatch(f"differs in the chat template: {has} has one, {lacks} has none")
+            raise _MismatchError(f"differs in the chat template: {has} has one, {lacks} has none")
         compared = 0
         for name, stored in sources.items() if known else ():
             if len(stored) == 1:  # experts are stored together, and not compared
                 plus_one = architecture in NORMS_PLUS_ONE and name.endswith("norm.weight")
                 _check_numbers(tensors[name], stored[0], checkpoint, 1.0 if plus_one else 0.0)
                 compared += 1
-    except _Mismatch as error:
-        verb = "cannot be compared with" if isinstance(error, _Unknown) else "is not"
-        raise RunFailed(f"{shown} {verb} the model in {folder}: it {error}") from None
+    except _MismatchError as error:
+        verb = "cannot be compared with" if isinstance(error, _UnknownError) else "is not"
+        raise RunError(f"{shown} {verb} the model in {folder}: it {error}") from None
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     return GgufFacts(
         architecture, len(tensors), dict(types.most_common()), vocabulary, template, compared, path.stat().st_size
     )
 
 
-class _Mismatch(Exception):
+class _MismatchError(Exception):
     """How a file is not the model; a sentence without its subject."""
 
 
-class _Unknown(_Mismatch):
+class _UnknownError(_MismatchError):
     """What in a file keeps it from being compared."""
 
 
@@ -144,9 +146,9 @@ def _check_architecture(architecture: str, config: dict[str, Any]) -> bool:
     """Is the architecture one of which this module knows how llama.cpp stores it?"""
     expected = ARCHITECTURES.get(config.get("model_type", ""))
     if architecture not in gguf.MODEL_ARCH_NAMES.values():
-        raise _Unknown(f"has the architecture {architecture!r}, which the gguf package does not know")
+        raise _UnknownError(f"has the architecture {architecture!r}, which the gguf package does not know")
     if expected not in (None, architecture):
-        raise _Mismatch(f"has the architecture {architecture!r}, which should be {expected!r}")
+        raise _MismatchError(f"has the architecture {architecture!r}, which should be {expected!r}")
     return expected is not None
 
 
@@ -156,8 +158,8 @@ def _sources(
     """The checkpoint's tensors behind each of the file's that is not generated: one, or all experts of a layer.
 
     Raises:
-        _Mismatch: the file lacks one, or has one too many.
-        _Unknown: the gguf package has no name for one.
+        _MismatchError: the file lacks one, or has one too many.
+        _UnknownError: the gguf package has no name for one.
     """
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.get("num_hidden_layers") or config.get("n_layer") or 0)
@@ -169,7 +171,9 @@ def _sources(
         merged = together.replace("model.layers.", "layers.").replace("block_sparse_moe", "feed_forward")
         new = names.get_name(together, SUFFIXES) or names.get_name(merged, SUFFIXES)
         if new is None:
-            raise _Unknown(f"has the architecture {architecture!r}, and what llama.cpp calls {name} in it is not known")
+            raise _UnknownError(
+                f"has the architecture {architecture!r}, and what llama.cpp calls {name} in it is not known"
+            )
         expected.setdefault(new, []).append(name)
     found = set(found) - set(GENERATED)
     if OUTPUT in found:
@@ -179,9 +183,9 @@ def _sources(
     extra = sorted(found - expected.keys())
     counts = f"holds {len(found)} tensors where {len(expected)} were expected"
     if missing := [new for new in expected if new not in found]:
-        raise _Mismatch(f"{counts}: {missing[0]} ({expected[missing[0]][0]}) is missing")
+        raise _MismatchError(f"{counts}: {missing[0]} ({expected[missing[0]][0]}) is missing")
     if extra:
-        raise _Mismatch(f"{counts}: {extra[0]} is none of the model's")
+        raise _MismatchError(f"{counts}: {extra[0]} is none of the model's")
     return expected
 
 
@@ -192,7 +196,7 @@ def _check_shape(tensor: gguf.ReaderTensor, sources: list[str], checkpoint: Chec
     right = shape == stored[0].shape if exact and len(stored) == 1 else prod(shape) == _numel(stored)
     if not right:
         held = stored[0].shape if len(stored) == 1 else f"of {len(stored)} tensors of {stored[0].shape}"
-        raise _Mismatch(f"holds {tensor.name} of shape {shape}, and in the model {sources[0]} is {held}")
+        raise _MismatchError(f"holds {tensor.name} of shape {shape}, and in the model {sources[0]} is {held}")
 
 
 def _numel(stored: Iterable[StoredTensor]) -> int:
@@ -208,10 +212,12 @@ def _check_numbers(tensor: gguf.ReaderTensor, source: str, checkpoint: Checkpoin
         found = gguf.quants.dequantize(data, tensor.tensor_type)
         allowed = _rounding(expected, tensor.tensor_type)
     except NotImplementedError:
-        raise _Unknown(f"holds {tensor.name} as {tensor.tensor_type.name}, whose rounding is not known here") from None
+        raise _UnknownError(
+            f"holds {tensor.name} as {tensor.tensor_type.name}, whose rounding is not known here"
+        ) from None
     error = np.abs(found - expected)
     if not bool((error <= allowed).all()):
-        raise _Mismatch(
+        raise _MismatchError(
             f"holds other numbers: {tensor.name} is up to {float(error.max()):.3g} from {source}, more than "
             f"{tensor.tensor_type.name} rounds"
         )

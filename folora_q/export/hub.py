@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from folora_q import __version__
-from folora_q.errors import FoloraError, RunFailed, UserError
+from folora_q.errors import FoloraError, RunError, UserError
 from folora_q.export.merge import REPORT
 from folora_q.models.trust import ADAPTER_CONFIG
 
@@ -60,7 +60,7 @@ class _Hub:
             return UserError(message, f"the hub does not accept the token; {LOG_IN}")
         if status == 403:
             return UserError(message, f"the token may not write to {self.repo_id}; {LOG_IN}")
-        return RunFailed(message, "push again; files that the hub has already are not sent twice")
+        return RunError(message, "push again; files that the hub has already are not sent twice")
 
 
 def push_folder(folder: Path, repo_id: str, private: bool, api: HfApi | None = None) -> str:
@@ -78,7 +78,7 @@ def push_folder(folder: Path, repo_id: str, private: bool, api: HfApi | None = N
     Raises:
         UserError: no token, no network wanted, a folder that is neither, or a repository that will not or must not have
             it; nothing was committed.
-        RunFailed: the push failed, and the message says what is on the hub: nothing of it, or what could be found out.
+        RunError: the push failed, and the message says what is on the hub: nothing of it, or what could be found out.
     """
     files = _files(folder)
     kind = _kind(folder)
@@ -114,7 +114,7 @@ def push_folder(folder: Path, repo_id: str, private: bool, api: HfApi | None = N
     except Exception as error:
         raise hub.failure(f"the model was committed to {hub.url}, which could not be checked", error) from None
     if missing := sorted(files.keys() - (after.files if after else frozenset())):
-        raise RunFailed(
+        raise RunError(
             f"the model was committed to {hub.url} without {missing[0]}, and cannot be loaded from there as it is",
             "the repository's .gitignore may name it; push to another repository, or mend that one",
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import AutoConfig, PreTrainedModel
 
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.export.ends import FittedCheckpoint
 from folora_q.export.merge import Merge
 from folora_q.models.classes import auto_class
@@ -104,23 +104,23 @@ def check_weights(
     """Compare every weight on the disk with what it should be, in float64.
 
     Raises:
-        RunFailed: one is not the nearest that its dtype has, or a changed one is the base's; the weight is named.
+        RunError: one is not the nearest that its dtype has, or a changed one is the base's; the weight is named.
     """
     merged = open_checkpoint(folder, merge.trust)
     stored = whole = 0.0  # ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²
     if merged.tensors.keys() != merge.base.tensors.keys():
         odd = sorted(merged.tensors.keys() ^ merge.base.tensors.keys())[0]
-        raise RunFailed(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
+        raise RunError(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
     for name in merge.base.tensors:
         found = merged.read(name)
         base = merge.base_weight(name)
         if found.shape != base.shape:
-            raise RunFailed(
+            raise RunError(
                 f"{name} has the shape {tuple(found.shape)} in the merged model, {tuple(base.shape)} in the base"
             )
         wrong, *sums = _compared(merge, name, base, found)
         if wrong:
-            raise RunFailed(f"the merged {name} is not the base's plus the adapter's change: {wrong}")
+            raise RunError(f"the merged {name} is not the base's plus the adapter's change: {wrong}")
         stored, whole = stored + sums[0], whole + sums[1]
         on_progress(1)
     return CheckedWeights(len(merge.changed), stored / whole if whole else 1.0)

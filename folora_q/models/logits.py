@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 
 # Positions whose logits stand in memory at once: 128 x 128k words in float32 are 64 MiB.
 CHUNK = 128
@@ -53,16 +53,14 @@ def verify_chunked_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Make sure that chunked logits are the model's own; some architectures do more after the head than we know.
 
     Raises:
-        RunFailed: they are not.
+        RunError: they are not.
     """
     ids = input_ids[:1]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1:].float()
         found = head_logits(model, hidden_states(model, ids, torch.ones_like(ids))[0, -1:])
     if not bool((expected - found).abs().max() <= HEAD_TOLERANCE * expected.abs().max()):
-        raise RunFailed(
-            f"the logits of {type(model).__name__} cannot be computed in chunks: something follows its head"
-        )
+        raise RunError(f"the logits of {type(model).__name__} cannot be computed in chunks: something follows its head")
 
 
 def chunks(rows: int) -> Iterator[slice]:

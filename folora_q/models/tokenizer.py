@@ -33,7 +33,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None, trus
 
     Raises:
         UserError: there is no such model, it has no tokenizer, or one that is code which is not trusted.
-        RunFailed: the demo's model could not be fetched.
+        RunError: the demo's model could not be fetched.
     """
     with loading(section):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -93,7 +93,7 @@ def safe_source(section: ModelSection, trust: Trust) -> tuple[str, str | None]:
 
     Raises:
         UserError: there is no such model, or `trust` does not allow what loading it would do.
-        RunFailed: the demo's model could not be fetched.
+        RunError: the demo's model could not be fetched.
     """
     with loading(section):
         source = local_or_hub(section.model_name_or_path)

@@ -148,6 +148,7 @@ def update_norm(found: Evaluation) -> Interval | None:
 
 
 def total_seconds(run: Run) -> float | None:
+    """Return the wall time of all stages; None where it was not recorded."""
     return sum(stage.seconds for stage in run.stages) if run.stages else None
 
 
@@ -159,6 +160,7 @@ def peak_stage(run: Run) -> StageTime | None:
 
 
 def peak_bytes(run: Run) -> float | None:
+    """Return the peak memory of the run; None where it was not recorded."""
     stage = peak_stage(run)
     return stage.peak_bytes if stage else None
 

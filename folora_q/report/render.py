@@ -65,6 +65,7 @@ def in_our_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def titled(figure: Figure, title: str) -> None:
+    """Give a figure the title that its PNG shows."""
     figure.suptitle(title, x=0.012, ha="left", fontsize=9.5, fontweight="bold", gid=TITLE)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-class NoCache(OSError):
+class NoCacheError(OSError):
     """This user has no folder of their own, as in a container that knows no such user."""
 
 
@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     """Where converted models and sampled text are kept: $FOLORA_Q_CACHE, else folora-q in the user's cache folder.
 
     Raises:
-        NoCache: there is no such place.
+        NoCacheError: there is no such place.
     """
     if named := os.environ.get("FOLORA_Q_CACHE"):
         return Path(named).expanduser()
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "folora-q"
     except RuntimeError:  # no HOME, and a number that is in no list of users
-        raise NoCache(errno.ENOENT, "no home folder is known, so there is nowhere to put the cache") from None
+        raise NoCacheError(errno.ENOENT, "no home folder is known, so there is nowhere to put the cache") from None
 
 
 def sha256(path: Path) -> str:

@@ -84,7 +84,7 @@ def load_target(
 
     Raises:
         UserError: it cannot be loaded, `trust` does not allow what it needs, or there is nothing to compare it with.
-        RunFailed: nothing of it could be put into 4 bits, or the demo's model could not be fetched.
+        RunError: nothing of it could be put into 4 bits, or the demo's model could not be fetched.
     """
     target = fetched(target)
     adapter, section, base_section = target.adapter, target.section, against or target.base

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch
-from folora_q.errors import FoloraError, RunFailed, first_line
+from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
@@ -118,14 +118,14 @@ class FaultTolerantTrainer(SFTTrainer):
                 read_saved(checkpoint / name, kind)
             return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
         except UnpicklingError as error:  # torch builds nothing but tensors and numbers
-            raise RunFailed(
+            raise RunError(
                 f"{resume_from_checkpoint} holds more than tensors and numbers, which can be code; it was not loaded",
                 "training saves no such thing; delete this checkpoint, and --resume falls back to the previous one",
             ) from error
         except UNFIT as error:
             if self.state.global_step > step_of(checkpoint):  # then it is not what was saved
                 raise
-            raise RunFailed(
+            raise RunError(
                 f"cannot resume from {checkpoint}: {first_line(error)}",
                 "it may come from another version; delete it, and --resume falls back to the previous checkpoint",
             ) from error
@@ -147,7 +147,7 @@ class FaultTolerantTrainer(SFTTrainer):
         Memory, a disk or a folder that will not do is found now. Nothing is changed by it: no weight, no random state.
 
         Raises:
-            RunFailed: a single sequence does not fit, or nothing can be saved.
+            RunError: a single sequence does not fit, or nothing can be saved.
         """
         device = self.args.device
         tokens = self._total_train_tokens
@@ -192,7 +192,7 @@ class FaultTolerantTrainer(SFTTrainer):
         """The Trainer asks once per optimizer step, right before it: here a step that would do harm is skipped.
 
         Raises:
-            RunFailed: it was one too many in a row.
+            RunError: it was one too many in a row.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None
@@ -231,7 +231,7 @@ class FaultTolerantTrainer(SFTTrainer):
         """As the Trainer does it, but whole or not at all, and older ones are removed only afterwards.
 
         Raises:
-            RunFailed: it cannot be written, and the run needs it; those before it are still there.
+            RunError: it cannot be written, and the run needs it; those before it are still there.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
         target = checkpoint_path(run, step)
@@ -256,7 +256,7 @@ class FaultTolerantTrainer(SFTTrainer):
         except Exception as error:  # a full disk is an OSError, a RuntimeError or safetensors' own, by who meets it
             what = f"cannot save {target}: {first_line(error)}"
             if self.needs_saves or (self.args.load_best_model_at_end and best == step):
-                raise RunFailed(what, "is the disk full? `--resume` continues from the previous checkpoint") from error
+                raise RunError(what, "is the disk full? `--resume` continues from the previous checkpoint") from error
             self.state.best_model_checkpoint = best_before
             self.skipped.tell(f"{what}; training continues without it (training.on_save_error)")
             return
@@ -270,7 +270,7 @@ class FaultTolerantTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         if problem := damage(best):
-            raise RunFailed(
+            raise RunError(
                 f"the best checkpoint, {best.name}, is incomplete: {problem}",
                 "`--resume` falls back to an earlier checkpoint, or to the start of training",
             )

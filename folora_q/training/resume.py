@@ -9,7 +9,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from folora_q.errors import RunFailed, UserError, first_line
+from folora_q.errors import RunError, UserError, first_line
 from folora_q.recipe.paths import listed, short
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder
@@ -74,11 +74,11 @@ class Resumption:
         """See that gates which had to be made again are those that the checkpoint was trained with.
 
         Raises:
-            RunFailed: they came out otherwise, and nothing is forced.
+            RunError: they came out otherwise, and nothing is forced.
         """
         expected = self._right_parts().get(path.name)
         if self.checkpoint is not None and not self.force and expected not in (None, sha256(path)):
-            raise RunFailed(
+            raise RunError(
                 f"{path} was damaged, and recomputing the gates gave different ones",
                 "use the new gates with --force, or start again with --overwrite",
             )

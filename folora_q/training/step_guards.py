@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of_inputs
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.storage.files import free_bytes
 
 Inputs = dict[str, Any]
@@ -47,7 +47,7 @@ class MicroBatches:
             clear: puts the step's gradients back to nothing.
 
         Raises:
-            RunFailed: memory runs out with one sequence.
+            RunError: memory runs out with one sequence.
         """
         if first:
             self.gathered.clear()
@@ -126,7 +126,7 @@ class SkippedSteps:
             last_good: the checkpoint to go back to, for the error.
 
         Raises:
-            RunFailed: it is the last one in a row that is allowed.
+            RunError: it is the last one in a row that is allowed.
         """
         self.in_a_row += 1
         self.total += 1
@@ -135,7 +135,7 @@ class SkippedSteps:
         self.tell(f"step {step} skipped: {what} ({self.in_a_row} in a row, the run ends at {self.most})")
         if self.in_a_row >= self.most:
             kept = f"; {last_good.name} is the last good checkpoint" if last_good is not None else ""
-            raise RunFailed(
+            raise RunError(
                 f"{self.most} steps in a row could not be taken, the last of them step {step} ({what}){kept}",
                 "lower training.learning_rate",
             )
@@ -157,19 +157,19 @@ def rehearse_saving(save: Callable[[str], None], folder: Path, parameters: Seque
         kept: how many checkpoints will be kept; 0 for one that is removed in the end.
 
     Raises:
-        RunFailed: the folder cannot be written, or the disk has no room for the checkpoints.
+        RunError: the folder cannot be written, or the disk has no room for the checkpoints.
     """
     target = folder / ".rehearsal"
     try:
         save(str(target))
     except Exception as error:  # safetensors raises its own for a full disk
-        raise RunFailed(f"cannot save a checkpoint in {folder}: {error}", "is the disk full or read-only?") from error
+        raise RunError(f"cannot save a checkpoint in {folder}: {error}", "is the disk full or read-only?") from error
     finally:
         shutil.rmtree(target, ignore_errors=True)
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     needed, free = size * (1 + CHECKPOINT_COPIES * (kept + 1)), free_bytes(folder)
     if free < needed:
-        raise RunFailed(
+        raise RunError(
             f"the checkpoints of this run need {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free",
             "lower training.save_total_limit, or name another training.output_dir",
         )

@@ -24,7 +24,7 @@ from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch, batches
-from folora_q.errors import RunFailed, UserError, first_line
+from folora_q.errors import RunError, UserError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
@@ -152,14 +152,14 @@ class GatedTrainer(FaultTolerantTrainer):
             steps: as many as there were to be.
 
         Raises:
-            RunFailed: the KL went over its limit before any step within it was saved.
+            RunError: the KL went over its limit before any step within it was saved.
         """
         state = self.state
         if self.exceeded is not None:
             step, kl = self.exceeded
             tell(f"stopped at step {step}: KL {kl:.4f} is over evaluation.max_kl ({self.max_kl})")
             if state.best_model_checkpoint is None:
-                raise RunFailed(
+                raise RunError(
                     f"KL from the base was {kl:.4f} at step {step}, over evaluation.max_kl ({self.max_kl}), before any "
                     "step within it was saved",
                     "lower training.learning_rate, or measure more often (evaluation.steps)",
@@ -175,7 +175,7 @@ class GatedTrainer(FaultTolerantTrainer):
         """See that the adapter is no longer what it was: B begins at zero.
 
         Raises:
-            RunFailed: nothing was learned.
+            RunError: nothing was learned.
         """
         if any(bool(pair.b.detach().any()) for pair in adapter_pairs(self.model)):
             return
@@ -186,7 +186,7 @@ class GatedTrainer(FaultTolerantTrainer):
             hint = "its gradients may have overflowed in float16 each time: set model.dtype to float32"
         else:
             hint = "raise training.learning_rate, or take more steps (training.num_train_epochs, training.max_steps)"
-        raise RunFailed(f"nothing was learned in {steps} steps: B is zero in every layer", hint)
+        raise RunError(f"nothing was learned in {steps} steps: B is zero in every layer", hint)
 
     def _rank_gates_failed(self, failures: int, error: Exception) -> None:
         self.skipped.tell(
@@ -194,7 +194,7 @@ class GatedTrainer(FaultTolerantTrainer):
             f"({failures} in a row, the run ends at {TOLERATED_FAILURES + 1}): {first_line(error)}"
         )
         if failures > TOLERATED_FAILURES:
-            raise RunFailed(
+            raise RunError(
                 f"the gates of B could not be solved for {failures} times in a row: {first_line(error)}",
                 "raise gate.ridge, e.g. tenfold, or lower training.learning_rate",
             ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokeni
 from folora_q.errors import UserError, first_line
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
-from folora_q.evaluation.harness import run_harness
+from folora_q.evaluation.harness import HarnessRequest, run_harness
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import make_scorer
 from folora_q.models.adapters import adapter_pairs
@@ -28,17 +28,6 @@ from folora_q.targets.load import LoadedTarget, fetched, load_target
 
 # Of text that is sampled for an evaluation alone.
 SAMPLE_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class HarnessRequest:
-    """What lm-eval is to run; the fields are those of `run_harness`."""
-
-    tasks: Sequence[str]
-    include_path: Path | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
 
     Raises:
         UserError: there is no such thing, no base to compare it with, or a text cannot be read.
-        RunFailed: the model could not be loaded or sampled from.
+        RunError: the model could not be loaded or sampled from.
     """
     clock = StageTimer(progress)
     target = find_target(request.name)
@@ -195,14 +184,5 @@ def _harness(
     if wanted is None:
         return []
     with clock.stage("lm-eval-harness, base and tuned", 2 * len(set(wanted.tasks))) as done:
-        return run_harness(
-            model_pair,
-            loaded.tokenizer,
-            wanted.tasks,
-            include_path=wanted.include_path,
-            limit=wanted.limit,
-            num_fewshot=wanted.num_fewshot,
-            batch_size=section.batch_size,
-            apply_chat_template=wanted.apply_chat_template,
-            on_progress=done,
-        )
+        wanted = replace(wanted, batch_size=section.batch_size)
+        return run_harness(model_pair, loaded.tokenizer, wanted, done)

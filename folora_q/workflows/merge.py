@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from folora_q import __version__
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.export.adapter import AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
 from folora_q.export.ends import FittedCheckpoint, fitted
@@ -99,7 +99,7 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
 
     Raises:
         UserError: an adapter or its base cannot be merged, or the output is taken.
-        RunFailed: what was written is not the adapter; the folder is there and marked.
+        RunError: what was written is not the adapter; the folder is there and marked.
     """
     return MergeRun(request, StageTimer(progress)).run()
 
@@ -160,7 +160,7 @@ class MergeRun:
         """Write the merged model, and verify it before it gets its name.
 
         Raises:
-            RunFailed: it is not the adapter on its base; the folder is marked.
+            RunError: it is not the adapter on its base; the folder is marked.
         """
         with ExitStack() as writing:
             done = writing.enter_context(self.timer.stage("merging", len(merge.base.tensors)))
@@ -171,7 +171,7 @@ class MergeRun:
 
             write_merged(merge, self.target, finish, done)
         if self.failures:
-            raise RunFailed(
+            raise RunError(
                 f"{'; '.join(self.failures)}; {self.target} is marked {UNVERIFIED}",
                 "please report this with the adapter's configuration",
             )
@@ -192,7 +192,7 @@ class MergeRun:
             try:
                 self.verification = _verify(merge, folder, self.timer)
                 report |= self.verification.to_dict()
-            except RunFailed as failure:
+            except RunError as failure:
                 report |= {"verified": False, "failures": [failure.message]}
             if not report["verified"]:
                 (folder / UNVERIFIED).write_text("\n".join(report["failures"]) + "\n", encoding="utf-8")

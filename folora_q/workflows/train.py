@@ -22,7 +22,7 @@ def run_training(request: TrainingRequest, progress: Progress) -> TrainingResult
     Raises:
         UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
             Or this is one of several processes; found before anything is written.
-        RunFailed: the run could not go on. Where its evaluation failed, the adapter that was trained is kept.
+        RunError: the run could not go on. Where its evaluation failed, the adapter that was trained is kept.
     """
     require_one_process()
     timer = StageTimer(progress)

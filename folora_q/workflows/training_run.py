@@ -22,7 +22,7 @@ from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
-from folora_q.errors import FoloraError, RunFailed, first_line
+from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
@@ -213,7 +213,7 @@ class TrainingRun:
 
         Raises:
             KeyboardInterrupt: a signal asked to stop.
-            RunFailed: training failed, or nothing was learned.
+            RunError: training failed, or nothing was learned.
         """
         training, note = self.recipe.training, self.timer.note
         checkpoint = self.resumed.checkpoint if self.resumed is not None else None
@@ -243,7 +243,7 @@ class TrainingRun:
         """Measure what was learned and forgotten, and complete the run.
 
         Raises:
-            RunFailed: the evaluation failed; the adapter is saved.
+            RunError: the evaluation failed; the adapter is saved.
         """
         recipe, folder, model_pair = self.recipe, self.folder, ModelPair(trainer.model)
         try:
@@ -305,14 +305,14 @@ class TrainingRun:
             self.timer.note(f"penalty of A's directions on held-out model-generated text: {ratio}")
         return penalties
 
-    def _evaluation_failed(self, error: Exception) -> RunFailed:
+    def _evaluation_failed(self, error: Exception) -> RunError:
         """Return what to raise: what is kept, and how to repeat the evaluation without training again."""
         folder, request = self.folder, self.prepared.request
         reason = error.message if isinstance(error, FoloraError) else f"{type(error).__name__}: {first_line(error)}"
         options = [*["--allow-code"] * (self.recipe.evaluation.metric == "function"), *request.trust.flags()]
         line = shlex.join(["folora-q", "eval", str(folder.path), *options])
         helps = f"{error.hint}; " if isinstance(error, FoloraError) and error.hint else ""
-        return RunFailed(
+        return RunError(
             f"the evaluation failed: {reason}; the adapter that was trained is in {folder.adapter}",
             f"{helps}`{line}` repeats the evaluation alone; `folora-q train` with --resume repeats it and ends the run",
         )

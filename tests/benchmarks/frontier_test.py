@@ -36,7 +36,7 @@ from benchmarks.frontier.training import release, train
 from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import read_samples, write_samples
 from folora_q.core import SpectralGate
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import AdapterPair, adapter_pairs
@@ -473,7 +473,7 @@ def test_the_adapter_of_the_lowest_held_out_loss_is_restored(ground: Ground) -> 
     best.restore(model)
     assert yardstick.losses(model) == real[1]
     told = iter((math.nan,))
-    with pytest.raises(RunFailed, match="not finite after 3 steps"):
+    with pytest.raises(RunError, match="not finite after 3 steps"):
         best(3, model)
     model.unload()
 

@@ -16,7 +16,7 @@ from folora_q.calibration.gate_store import load_gates, save_gates
 from folora_q.calibration.hooks import collect_inputs, shared_inputs
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.tokens import IGNORED, batches
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
@@ -314,7 +314,7 @@ def test_a_nan_activation_is_refused_with_the_layers_name(model) -> None:
     norm.weight.data[0] = float("nan")
     text = list(batches(sequences(1, 2), 4, CPU))
     try:
-        with pytest.raises(RunFailed, match=r"hold a NaN or an infinity, at the input of model.layers.1.self_attn.q_"):
+        with pytest.raises(RunError, match=r"hold a NaN or an infinity, at the input of model.layers.1.self_attn.q_"):
             build_gates(model, pairs, text, text, GateSection(rank=4, oversampling=0), StageTimer(Silent()))
     finally:
         norm.weight.data = kept
@@ -412,5 +412,5 @@ def test_sketches_that_do_not_fit_at_all_are_a_sentence(model, monkeypatch) -> N
 
     monkeypatch.setattr("folora_q.calibration.collect.CovarianceSketch", full)
     text = list(batches(sequences(1, 2), 4, CPU))
-    with pytest.raises(RunFailed, match="memory ran out for the sketches of 8 layers' inputs"):
+    with pytest.raises(RunError, match="memory ran out for the sketches of 8 layers' inputs"):
         build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4), StageTimer(Silent()))

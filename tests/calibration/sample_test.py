@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from folora_q.calibration.sample import ProxySample, _passes, chat_openings, sample_proxy, start_token
 from folora_q.calibration.sample_cache import cache_path, read_samples, write_samples
 from folora_q.data.windows import crops
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.recipe.schema import ProxySection
 from tests.conftest import save_tiny_model
 from tests.data.chats import TEMPLATES, tokenizer_for
@@ -98,7 +98,7 @@ def test_filters_drop_duplicates() -> None:
 def test_a_model_that_writes_too_little_ends_in_a_sentence_not_in_a_loop(tiny) -> None:
     model, tokenizer = tiny
     section = ProxySection(**{**SMALL, "max_new_tokens": 16}, filters=True)  # never 32 tokens long
-    with pytest.raises(RunFailed, match="only 0 of 9 sampled texts"):
+    with pytest.raises(RunError, match="only 0 of 9 sampled texts"):
         sample_proxy(model, tokenizer, section)
 
 

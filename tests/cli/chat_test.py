@@ -29,7 +29,7 @@ from folora_q.cli import app
 from folora_q.cli import chat as chat_cli
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe.schema import ModelSection
@@ -289,7 +289,7 @@ def test_an_error_while_writing_reaches_the_reader(tuned: Chatter, monkeypatch) 
     assert next(pieces)
     with pytest.raises(RuntimeError, match="it broke"):
         next(pieces)
-    with pytest.raises(RunFailed, match=r"out of memory on cpu at a conversation of \d+ tokens"):
+    with pytest.raises(RunError, match=r"out of memory on cpu at a conversation of \d+ tokens"):
         list(fails(torch.OutOfMemoryError()))
     monkeypatch.undo()
     assert said(tuned, [user("hi")]) == generated(tuned.model, tuned.tokenizer, [user("hi")]), "adapter back on"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from folora_q.data.batch_splitting import BatchSplitter, first_rows, ran_out, rows_of
 from folora_q.data.tokens import IGNORED, batches
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 
 
 @settings(deadline=None, max_examples=15)  # a halving collects garbage, which takes a while in a large process
@@ -38,9 +38,9 @@ def test_one_row_that_does_not_fit_is_a_sentence_and_other_errors_pass() -> None
     def never(start: int, stop: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    with pytest.raises(RunFailed, match="memory ran out while testing, with 1 sequences of 7 tokens"):
+    with pytest.raises(RunError, match="memory ran out while testing, with 1 sequences of 7 tokens"):
         list(BatchSplitter("testing").over(4, 7, never))
-    with pytest.raises(RunFailed, match="with 4 sequences"):
+    with pytest.raises(RunError, match="with 4 sequences"):
         list(BatchSplitter("testing", enabled=False).over(4, 7, never))
 
     def wrong(start: int, stop: int) -> None:

@@ -16,7 +16,7 @@ from folora_q.data.formats import Completion
 from folora_q.data.rendering import Renderer
 from folora_q.data.thoughts import Said
 from folora_q.data.tokens import IGNORED, batches
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import measured_drift
 from folora_q.evaluation.evaluate import general_texts
@@ -175,7 +175,7 @@ def test_a_head_that_does_more_than_we_know_is_refused(monkeypatch) -> None:
     model = gemma2()
     head_logits = logits.head_logits
     monkeypatch.setattr(logits, "head_logits", lambda *args: head_logits(*args) * 1.1)
-    with pytest.raises(RunFailed, match="Gemma2ForCausalLM cannot be computed in chunks"):
+    with pytest.raises(RunError, match="Gemma2ForCausalLM cannot be computed in chunks"):
         mean_loss(model, batches([[1, 2, 3]], 1, CPU))
 
 
@@ -296,9 +296,9 @@ def test_a_users_function_scores_only_where_code_is_allowed(tmp_path: Path) -> N
     with pytest.raises(UserError, match="runs the Python in .*metric.py"):
         make_scorer(function("half"), allow_code=False)
     assert make_scorer(function("half"), allow_code=True)(Said("a"), Said("b")) == 0.5
-    with pytest.raises(RunFailed, match="gave 2.0, which is not a score between 0 and 1"):
+    with pytest.raises(RunError, match="gave 2.0, which is not a score between 0 and 1"):
         make_scorer(function("much"), allow_code=True)(Said("a"), Said("b"))
-    with pytest.raises(RunFailed, match="bad in .*metric.py failed on the answer 'a'"):
+    with pytest.raises(RunError, match="bad in .*metric.py failed on the answer 'a'"):
         make_scorer(function("bad"), allow_code=True)(Said("a"), Said("b"))
     with pytest.raises(UserError, match="cannot load gone from"):
         make_scorer(function("gone"), allow_code=True)
@@ -337,7 +337,7 @@ def test_where_memory_runs_out_the_same_is_measured_in_halves(tuned, base: Loade
         assert mean_loss(tuned.get_base_model(), text.batches, splitter=splitter) == pytest.approx(loss, rel=1e-6)
         again = greedy_answers(tuned.get_base_model(), base.tokenizer, prompts, 4, 3, splitter=splitter)
         assert again == answers and len(told) == 2
-        with pytest.raises(RunFailed, match="memory ran out while comparing, with 4 sequences"):
+        with pytest.raises(RunError, match="memory ran out while comparing, with 4 sequences"):
             compare(model_pair, text)
     finally:
         handle.remove()

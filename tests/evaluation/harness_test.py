@@ -19,7 +19,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folora_q.errors import UserError
-from folora_q.evaluation.harness import run_harness
+from folora_q.evaluation.harness import HarnessRequest, run_harness
 from folora_q.runs.results import HarnessResult
 from tests.conftest import save_tiny_model
 
@@ -112,7 +112,7 @@ def folder(tmp_path_factory, pair: Pair, tokenizer) -> Path:
     exact = [{"metric": "exact_match", **mean}]
     write("choosing", **choosing, metric_list=accuracies)
     write("choosing_again", **choosing, metric_list=accuracies)
-    write("loss_positions", output_type="loglikelihood", doc_to_target=" {{choices[0]}}")
+    write("predicting", output_type="loglikelihood", doc_to_target=" {{choices[0]}}")
     write(
         "answering",
         output_type="generate_until",
@@ -171,10 +171,8 @@ def test_the_values_are_those_of_the_models_and_their_changes_are_paired(
     results = run_harness(
         pair,
         tokenizer,
-        ["choosing", "loss_positions", "answering"],
-        include_path=folder,
-        batch_size=5,
-        on_progress=progress.append,
+        HarnessRequest(["choosing", "predicting", "answering"], include_path=folder, batch_size=5),
+        progress.append,
     )
     assert os.environ == environment
     assert random.getstate() == before[0]
@@ -187,8 +185,8 @@ def test_the_values_are_those_of_the_models_and_their_changes_are_paired(
     assert set(found) == {
         ("choosing", "acc"),
         ("choosing", "acc_norm"),
-        ("loss_positions", "acc"),
-        ("loss_positions", "perplexity"),
+        ("predicting", "acc"),
+        ("predicting", "perplexity"),
         ("answering", "exact_match"),
         ("answering", "exact_match (shout)"),
     }
@@ -211,7 +209,7 @@ def test_the_values_are_those_of_the_models_and_their_changes_are_paired(
         check(found["answering", metric], *right)
     assert 0 < found["answering", "exact_match"].base < found["answering", "exact_match"].tuned < 1
 
-    perplexity = found["loss_positions", "perplexity"]
+    perplexity = found["predicting", "perplexity"]
     for model, value in ((pair.first, perplexity.base), (pair.second, perplexity.tuned)):
         mean = np.mean(
             [log_likelihood(model, tokenizer, row["question"], f" {row['choices'][0]}") for row in QUESTIONS]
@@ -245,7 +243,7 @@ def test_an_adapter_is_compared_with_itself_switched_off_and_left_as_it_was(
     grads = [parameter.requires_grad for parameter in model.parameters()]
     settings = inner.config.to_dict(), inner.generation_config.to_dict(), sorted(vars(inner))
     ours = repr(tokenizer)
-    (result, _) = run_harness(Pair(model), tokenizer, ["choosing"], include_path=folder)
+    (result, _) = run_harness(Pair(model), tokenizer, HarnessRequest(["choosing"], include_path=folder))
 
     check(result, base, tuned)
     assert repr(tokenizer) == ours and tokenizer.pad_token is None
@@ -259,7 +257,7 @@ def test_an_adapter_is_compared_with_itself_switched_off_and_left_as_it_was(
 
 def test_a_model_does_not_differ_from_itself(pair: Pair, tokenizer, folder: Path) -> None:
     same = Pair(pair.first, pair.first)
-    for result in run_harness(same, tokenizer, ["choosing", "answering"], include_path=folder, limit=7):
+    for result in run_harness(same, tokenizer, HarnessRequest(["choosing", "answering"], include_path=folder, limit=7)):
         assert result.samples == 7
         assert result.base == result.tuned
         assert result.change_stderr == 0
@@ -267,7 +265,7 @@ def test_a_model_does_not_differ_from_itself(pair: Pair, tokenizer, folder: Path
 
 def test_prompts_can_go_through_the_chat_template_with_examples(pair: Pair, tokenizer, folder: Path) -> None:
     plain, chat, shots = (
-        run_harness(pair, tokenizer, ["loss_positions"], include_path=folder, limit=6, **settings)
+        run_harness(pair, tokenizer, HarnessRequest(["predicting"], include_path=folder, limit=6, **settings))
         for settings in ({}, {"apply_chat_template": True}, {"num_fewshot": 2})
     )
     perplexities = {next(r.base for r in results if r.metric == "perplexity") for results in (plain, chat, shots)}
@@ -276,7 +274,8 @@ def test_prompts_can_go_through_the_chat_template_with_examples(pair: Pair, toke
 
 def test_a_group_has_no_pairs_of_its_own(pair: Pair, tokenizer, folder: Path, own_tasks_alone) -> None:
     found = {
-        (result.task, result.metric): result for result in run_harness(pair, tokenizer, ["both"], include_path=folder)
+        (result.task, result.metric): result
+        for result in run_harness(pair, tokenizer, HarnessRequest(["both"], include_path=folder))
     }
     group = found["both", "acc"]
     assert group.samples == 2 * len(QUESTIONS)
@@ -287,10 +286,10 @@ def test_a_group_has_no_pairs_of_its_own(pair: Pair, tokenizer, folder: Path, ow
 
 def test_an_unknown_task_is_named_with_what_is_like_it(pair: Pair, tokenizer, folder: Path, own_tasks_alone) -> None:
     with pytest.raises(UserError, match="no task 'chosing'") as caught:
-        run_harness(pair, tokenizer, ["choosing", "chosing"], include_path=folder)
+        run_harness(pair, tokenizer, HarnessRequest(["choosing", "chosing"], include_path=folder))
     assert caught.value.hint.startswith("did you mean choosing")
     with pytest.raises(UserError, match="no folder"):
-        run_harness(pair, tokenizer, ["choosing"], include_path=folder / "none")
+        run_harness(pair, tokenizer, HarnessRequest(["choosing"], include_path=folder / "none"))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +304,7 @@ def test_what_lm_eval_cannot_run_is_the_users_to_mend(
     pair: Pair, tokenizer, folder: Path, task: str, reason: str, capfd
 ) -> None:
     with pytest.raises(UserError, match=f"task {task} cannot be run: .*{reason}") as caught:
-        run_harness(pair, tokenizer, [task], include_path=folder)
+        run_harness(pair, tokenizer, HarnessRequest([task], include_path=folder))
     assert "\n" not in caught.value.message
     assert (caught.value.hint is not None) == (task == "absent")
     assert tuple(capfd.readouterr()) == ("", "")
@@ -314,5 +313,5 @@ def test_what_lm_eval_cannot_run_is_the_users_to_mend(
 def test_without_lm_eval_it_says_how_to_get_it(pair: Pair, tokenizer, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="lm-eval is not installed") as caught:
-        run_harness(pair, tokenizer, ["choosing"])
+        run_harness(pair, tokenizer, HarnessRequest(["choosing"]))
     assert caught.value.hint == "pip install 'folora-q[eval]'"

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat
 from folora_q.data.thoughts import Said
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.evaluation.task import Question, Questions, greedy_tokens, make_scorer
 from folora_q.recipe.schema import EvaluationSection
 from tests.data.chats import CALL, RESULT, ROWS, TEMPLATES, TOOLS, encoder_for, thinking
@@ -151,5 +151,5 @@ def test_a_users_function_may_ask_for_the_thoughts(tmp_path: Path) -> None:
     assert score("plain", said, reference) == 1
     assert score("long", said, reference) == 0.5
     assert score("both", said, reference) == 0
-    with pytest.raises(RunFailed, match="gave 2.0"):
+    with pytest.raises(RunError, match="gave 2.0"):
         score("long", Said("a", "x" * 20), reference)

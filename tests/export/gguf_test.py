@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.export import gguf as export
 from folora_q.export.gguf import INSTALL, find_converter, write_gguf
 from folora_q.export.gguf_check import check_gguf
@@ -187,7 +187,7 @@ def test_what_is_not_the_model_is_named_and_not_put_in_place(
     target.parent.mkdir()
     target.write_bytes(b"what was there before")
     monkeypatch.setenv("SABOTAGE", sabotage)
-    with pytest.raises(RunFailed, match=message) as caught:
+    with pytest.raises(RunError, match=message) as caught:
         write_gguf(tiny_folder, target, "f16", converter)
     assert caught.value.hint
     assert f".{target.name}." not in caught.value.message + caught.value.hint, "the temporary file is nobody's business"
@@ -207,7 +207,7 @@ def test_hints_say_what_to_do_about_the_usual_failures(
         "norm": by_hand,
     }.items():
         monkeypatch.setenv("SABOTAGE", sabotage)
-        with pytest.raises(RunFailed) as caught:
+        with pytest.raises(RunError) as caught:
             write_gguf(tiny_folder, tmp_path / "tiny.gguf", "f16", converter)
         assert hint in caught.value.hint
 
@@ -216,7 +216,7 @@ def test_a_file_of_another_type_than_asked_for_is_refused(
     tiny_folder: Path, tmp_path: Path, converter: list[str], monkeypatch
 ) -> None:
     monkeypatch.setenv("SABOTAGE", "type")
-    with pytest.raises(RunFailed, match="no tensor of the type q8_0 that was asked for, only F16, F32"):
+    with pytest.raises(RunError, match="no tensor of the type q8_0 that was asked for, only F16, F32"):
         write_gguf(tiny_folder, tmp_path / "tiny.gguf", "q8_0", converter)
 
 
@@ -224,7 +224,7 @@ def test_a_chat_template_that_the_model_lacks_is_refused(tmp_path: Path, convert
     folder = save_tiny_model(tmp_path / "model", chat=False)
     assert not write_gguf(folder, tmp_path / "tiny.gguf", "f16", converter).chat_template
     monkeypatch.setenv("SABOTAGE", "a template")
-    with pytest.raises(RunFailed, match="the chat template: the file has one, the model has none"):
+    with pytest.raises(RunError, match="the chat template: the file has one, the model has none"):
         write_gguf(folder, tmp_path / "tiny.gguf", "f16", converter)
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}', encoding="utf-8")
     assert write_gguf(folder, tmp_path / "tiny.gguf", "f16", converter).chat_template
@@ -240,7 +240,7 @@ def test_the_file_of_another_model_is_not_this_one(tiny_folder: Path, tmp_path: 
     for name in ("q_proj", "k_proj", "o_proj"):
         changed = f"model.layers.0.self_attn.{name}.weight"
         save_file(tensors | {changed: tensors[changed] * 1.05}, other / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(RunFailed, match=f"{target.name} is not the model in {other}: .* {changed}"):
+        with pytest.raises(RunError, match=f"{target.name} is not the model in {other}: .* {changed}"):
             check_gguf(target, other)
 
 
@@ -350,7 +350,7 @@ def test_the_real_converter_where_there_is_one(tmp_path: Path, outtype: str) -> 
     folder, target = save_llama_with_byte_fallback(tmp_path / "model"), tmp_path / "tiny.gguf"
     try:
         facts = write_gguf(folder, target, outtype, command)
-    except RunFailed as error:
+    except RunError as error:
         if "No module named" in error.message:
             pytest.skip(f"{error.message}; {error.hint}")
         raise

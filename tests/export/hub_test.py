@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
 
-from folora_q.errors import FoloraError, RunFailed, UserError
+from folora_q.errors import FoloraError, RunError, UserError
 from folora_q.export.hub import push_folder
 
 TOKEN = "hf_" + "SecretSecretSecret" * 2
@@ -269,7 +269,7 @@ def test_a_push_that_fails_half_way_leaves_nothing_and_says_so(
 ) -> None:
     hub.commits.update({REPO: [{"README.md": b"old"}]} if exists else {})
     hub.faults[endpoint] = (400, f"no, {TOKEN}")
-    error = failure(hub, merged, RunFailed)
+    error = failure(hub, merged, RunError)
     left = " is as it was" if exists else ", which was created for it, is empty"
     assert f"nothing of the model was committed, and the repository {hub.url}/{REPO}{left}" in error.message
     assert (endpoint == "yaml" and "Invalid metadata" in error.message) or "no, [token]" in error.message
@@ -290,7 +290,7 @@ def test_a_token_that_may_not_write_is_the_users_mistake(hub: Hub, merged: Path,
 
 def test_an_answer_that_was_lost_is_not_called_a_failure_to_commit(hub: Hub, merged: Path) -> None:
     hub.faults["commit"] = "lost"
-    error = failure(hub, merged, RunFailed)
+    error = failure(hub, merged, RunError)
     assert f"but {hub.url}/{REPO} has got the new commit {1:040x}" in error.message
     assert "nothing" not in error.message
 
@@ -303,7 +303,7 @@ def test_what_cannot_be_found_out_is_not_claimed(hub: Hub, merged: Path) -> None
 
     for interrupted in (False, True):
         hub.faults.clear()
-        with pytest.raises(KeyboardInterrupt if interrupted else RunFailed) as caught:
+        with pytest.raises(KeyboardInterrupt if interrupted else RunError) as caught:
             push_folder(merged, REPO, True, Cut(endpoint=hub.url))
         assert f"whether the model was committed could not be asked; look at {hub.url}/{REPO}" in str(caught.value)
         assert TOKEN not in str(caught.value)
@@ -320,13 +320,13 @@ def test_an_interrupted_push_says_what_is_there(hub: Hub, merged: Path) -> None:
 
 def test_a_commit_that_lacks_a_file_is_not_called_a_success(hub: Hub, merged: Path) -> None:
     hub.ignored.add("model-00002-of-00002.safetensors")
-    error = failure(hub, merged, RunFailed)
+    error = failure(hub, merged, RunError)
     assert "was committed" in error.message and "without model-00002-of-00002.safetensors" in error.message
     assert ".gitignore" in error.hint
 
 
 def test_a_hub_that_cannot_be_reached(hub: Hub, merged: Path) -> None:
-    with pytest.raises(RunFailed, match="cannot ask http://127.0.0.1:9/.* nothing of the model was committed"):
+    with pytest.raises(RunError, match="cannot ask http://127.0.0.1:9/.* nothing of the model was committed"):
         push_folder(merged, REPO, True, HfApi(endpoint="http://127.0.0.1:9"))
 
 

@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model, load_unquantized
 from folora_q.models.quantization import Quantization
@@ -118,7 +118,7 @@ def test_merging_into_the_16_bit_model_is_proved_against_the_trained_one(tmp_pat
     assert found.verification.failures == []
     # As another 4-bit format makes of the same weights, which is another model than the trained one.
     other = trained(base, tmp_path / "other", Quantization("nf4", True, "bfloat16", None, True))
-    with pytest.raises(RunFailed, match="the merged model is not the adapter"):
+    with pytest.raises(RunError, match="the merged model is not the adapter"):
         merge(other, base_model=str(base / "16-bit"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.export.merge import Merge, write_merged
 from folora_q.export.verify import CheckedWeights, check_outputs, check_weights
 from folora_q.models.weight_files import INDEX, open_checkpoint
@@ -102,7 +102,7 @@ def test_tied_embeddings_and_several_adapters_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_scale_off_by_a_hundredth_is_found(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     folder = merged(merge_of(base, (adapter, 1.01), dtype=dtype), tmp_path / "merged")
-    with pytest.raises(RunFailed, match=r"the merged model\.layers\.\S+ is not the base's plus the adapter's change"):
+    with pytest.raises(RunError, match=r"the merged model\.layers\.\S+ is not the base's plus the adapter's change"):
         check_weights(merge_of(base, (adapter, 1.0), dtype=dtype), folder)
 
 
@@ -111,7 +111,7 @@ def test_a_module_left_out_is_found(base: Path, adapter: Path, tmp_path: Path, d
     merge = merge_of(base, (adapter, 1.0), dtype=dtype)
     folder = merged(merge, tmp_path / "merged")
     sabotage(folder, SQUARE, lambda _: merge.base.read(SQUARE))
-    with pytest.raises(RunFailed, match=f"the merged {SQUARE} "):
+    with pytest.raises(RunError, match=f"the merged {SQUARE} "):
         check_weights(merge, folder)
     if dtype != torch.bfloat16:  # whose rounding says as much as one small module of fourteen: the numbers tell
         found = check_outputs(merge, folder, TEXTS, CheckedWeights(13))
@@ -125,7 +125,7 @@ def test_halves_that_were_swapped_are_found(base: Path, adapter: Path, tmp_path:
     [(_, delta)] = merge.deltas(SQUARE)
     swapped = merge.base.read(SQUARE).float() + delta.dense().T
     sabotage(folder, SQUARE, lambda _: swapped)
-    with pytest.raises(RunFailed, match=f"the merged {SQUARE} "):
+    with pytest.raises(RunError, match=f"the merged {SQUARE} "):
         check_weights(merge, folder)
     found = check_outputs(merge, folder, TEXTS, CheckedWeights(14))
     assert any("is not the adapter" in failure for failure in found.failures)
@@ -134,7 +134,7 @@ def test_halves_that_were_swapped_are_found(base: Path, adapter: Path, tmp_path:
 def test_the_base_under_another_name_is_found(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge = merge_of(base, (adapter, 1.0))
     folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "merged")
-    with pytest.raises(RunFailed, match="is not the base's plus the adapter's change"):
+    with pytest.raises(RunError, match="is not the base's plus the adapter's change"):
         check_weights(merge, folder)
     found = check_outputs(merge, folder, TEXTS, CheckedWeights(0))
     assert any("could be the base" in failure for failure in found.failures)
@@ -144,7 +144,7 @@ def test_an_adapter_that_changes_nothing_is_told(base: Path, tmp_path: Path) -> 
     idle = save_adapter(base, tmp_path / "idle", size=0.0)
     merge = merge_of(base, (idle, 1.0))
     folder = merged(merge, tmp_path / "merged")
-    with pytest.raises(RunFailed, match="it is the base's"):
+    with pytest.raises(RunError, match="it is the base's"):
         check_weights(merge, folder)
     assert any(
         "could be the base" in failure for failure in check_outputs(merge, folder, TEXTS, CheckedWeights(0)).failures
@@ -164,7 +164,7 @@ def test_a_weight_that_should_be_the_base_s_and_is_not_is_found(
         return weight
 
     sabotage(folder, name, touch)
-    with pytest.raises(RunFailed, match=f"the merged {name} is not"):
+    with pytest.raises(RunError, match=f"the merged {name} is not"):
         check_weights(merge, folder)
 
 
@@ -178,5 +178,5 @@ def test_a_weight_too_many_or_too_few_is_found(base: Path, adapter: Path, tmp_pa
     save_file(tensors, shard, metadata={"format": "pt"})
     (folder / INDEX).write_text(json.dumps(index))
     assert "model.norm.weight" not in open_checkpoint(folder).tensors
-    with pytest.raises(RunFailed, match=r"model\.norm\.weight is in one of them alone"):
+    with pytest.raises(RunError, match=r"model\.norm\.weight is in one of them alone"):
         check_weights(merge, folder)

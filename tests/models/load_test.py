@@ -11,7 +11,7 @@ from bitsandbytes.functional import has_avx512bf16
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from folora_q.errors import RunFailed, UserError
+from folora_q.errors import RunError, UserError
 from folora_q.models import demo
 from folora_q.models.adapters import (
     adapter_pairs,
@@ -242,7 +242,7 @@ def test_a_wrong_demo_file_is_not_used(monkeypatch, tmp_path: Path) -> None:
         return type("Done", (), {"returncode": 0, "stderr": ""})()
 
     monkeypatch.setattr(demo.subprocess, "run", download)
-    with pytest.raises(RunFailed, match="has SHA-256 .* expected .*; it was not used"):
+    with pytest.raises(RunError, match="has SHA-256 .* expected .*; it was not used"):
         demo.demo_model_folder()
     assert not list((tmp_path / "cache").rglob("*.json"))
 

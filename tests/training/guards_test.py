@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from folora_q.cli.app import main
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
 from folora_q.training import step_guards as guards
@@ -93,12 +93,12 @@ def test_one_sequence_that_does_not_fit_ends_the_run_before_its_first_step(
 ) -> None:
     trainer = trainer_of(load_recipe(recipe_file))
     Fault(trainer.model, 0, backward=False)
-    with pytest.raises(RunFailed, match="memory ran out while training on, with 1 sequences of 3[0-9] tokens"):
+    with pytest.raises(RunError, match="memory ran out while training on, with 1 sequences of 3[0-9] tokens"):
         trainer.train()
     assert trainer.state.global_step == 0
     trainer = trainer_of(load_recipe(recipe_file, ["training.auto_batch_size=false"]))
     Fault(trainer.model, 2, backward=False)
-    with pytest.raises(RunFailed, match="with 4 sequences"):
+    with pytest.raises(RunError, match="with 4 sequences"):
         trainer.train()
 
 

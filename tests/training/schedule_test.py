@@ -10,7 +10,7 @@ import torch
 from transformers import get_scheduler
 
 from folora_q.cli.app import main
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
@@ -84,7 +84,7 @@ def test_a_run_that_learned_nothing_is_an_error(recipe_file: Path, tmp_path: Pat
 def test_the_hint_says_where_every_step_was_skipped(recipe_file: Path) -> None:
     trainer = trainer_of(load_recipe(recipe_file))
     trainer.state.global_step = trainer.skipped.total = 2
-    with pytest.raises(RunFailed, match="nothing was learned in 2 steps") as caught:
+    with pytest.raises(RunError, match="nothing was learned in 2 steps") as caught:
         trainer.require_learned()
     assert caught.value.hint is not None and "every step was skipped" in caught.value.hint
     adapter_pairs(trainer.model)[-1].b.data[0, 0] = 1e-30

@@ -16,7 +16,7 @@ from folora_q.data.formats import Example
 from folora_q.data.loading import read_task_data
 from folora_q.data.tokenized import tokenize
 from folora_q.data.tokens import IGNORED, batches
-from folora_q.errors import RunFailed
+from folora_q.errors import RunError
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.loss import mean_loss
 from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter
@@ -256,7 +256,7 @@ def test_losses_that_are_not_finite_stop_the_run(recipe_file: Path) -> None:
     trainer = trainer_of(load_recipe(recipe_file), [Reporting(lambda n: None, lambda line: None)])
     adapter_pairs(trainer.model)[0].a.data[0, 0] = float("nan")
     with pytest.raises(
-        RunFailed, match="^3 steps in a row could not be taken, the last of them step 3 .loss nan, .*: not finite"
+        RunError, match="^3 steps in a row could not be taken, the last of them step 3 .loss nan, .*: not finite"
     ) as caught:
         trainer.train()
     assert "learning_rate" in caught.value.hint
