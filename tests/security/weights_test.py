@@ -175,7 +175,7 @@ def test_an_index_that_sends_safetensors_to_a_pickle_is_refused_although_pickles
     model = indexed(tiny_folder, tmp_path / "model", "shard.bin")
     torch.save(Touch(mark), model / "shard.bin")
     for trust in (NOTHING, Trust(pickle=True)):
-        with pytest.raises(UserError, match=r"no \.safetensors file"):
+        with pytest.raises(UserError, match=r"not a \.safetensors file"):
             load_model(ModelSection(model_name_or_path=str(model)), choose_hardware("float32"), trust=trust)
     assert not mark.exists()
 
