@@ -33,8 +33,9 @@ from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import load_model
+from folora_q.recipe.gate import GateSection
 from folora_q.recipe.gate_rules import GATE_RULES
-from folora_q.recipe.schema import GateSection, ModelSection
+from folora_q.recipe.schema import ModelSection
 from folora_q.rules import RULES, AdamSettings, OptimizerContext
 
 # By `gate.rule`, and without a gate.

@@ -21,8 +21,10 @@ from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import LoadedModel, load_model
 from folora_q.progress import StageTimer
+from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.dataset import DataSection
-from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection, ProxySection
+from folora_q.recipe.gate import GateSection
+from folora_q.recipe.schema import ModelSection, ProxySection
 from tests.conftest import Silent
 
 CPU = torch.device("cpu")

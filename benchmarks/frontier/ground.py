@@ -33,7 +33,7 @@ from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
-from folora_q.recipe.schema import GateSection
+from folora_q.recipe.gate import GateSection
 
 DATA = Path(__file__).parent / "data"
 RANK, ALPHA = 16, 16

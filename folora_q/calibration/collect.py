@@ -31,7 +31,7 @@ from folora_q.errors import RunError, first_line
 from folora_q.models.adapters import AdapterPair, adapter_off
 from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.progress import StageTimer
-from folora_q.recipe.schema import GateSection
+from folora_q.recipe.gate import GateSection
 
 Text = Sequence[Batch]
 Sink = CovarianceSketch | ProjectedCovariance

@@ -28,7 +28,7 @@ from folora_q.evaluation.task import (
     mean_score,
 )
 from folora_q.progress import StageTimer
-from folora_q.recipe.schema import EvaluationSection
+from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.runs.results import AnswerResult, LayerResult, ScoreResult, TextResult
 
 # General text is read in windows of so many tokens, or fewer if training is shorter.

@@ -26,7 +26,7 @@ from folora_q.errors import RunError, UserError
 from folora_q.evaluation.bootstrap import Tally, change
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.memory.positions import positions_of
-from folora_q.recipe.schema import EvaluationSection
+from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.runs.results import AnswerResult, ScoreResult
 
 # Takes an answer and its reference, and says how right it is, between 0 and 1.

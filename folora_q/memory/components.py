@@ -10,7 +10,7 @@ from folora_q.memory.model_families import FAMILIES
 from folora_q.memory.shapes import Linear, ModelShape
 from folora_q.recipe import Recipe
 from folora_q.recipe.adapter import ALL_LINEAR
-from folora_q.recipe.schema import GateSection
+from folora_q.recipe.gate import GateSection
 from folora_q.recipe.target_modules import Modules, targeted
 
 FLOAT64 = 8

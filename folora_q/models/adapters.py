@@ -19,8 +19,9 @@ from folora_q.errors import UserError
 from folora_q.models.load import LoadedModel
 from folora_q.models.meta import modules_of
 from folora_q.models.target_modules import choose_targets
+from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.paths import listed
-from folora_q.recipe.schema import AdapterSection, ExportSection
+from folora_q.recipe.schema import ExportSection
 from folora_q.recipe.target_modules import Modules, adapter_findings, matcher
 from folora_q.storage.files import atomic_write
 

@@ -18,8 +18,8 @@ from folora_q.models.prequantized import foreign_quantization, quantized_already
 from folora_q.models.unsupported import refuse_unsupported
 from folora_q.preflight.tokens import needed_tokens, tokens_beyond, tokens_in
 from folora_q.recipe import Recipe
+from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.paths import is_hub_dataset, listed, short
-from folora_q.recipe.schema import AdapterSection
 from folora_q.recipe.target_modules import Modules, adapter_findings
 
 Config = Mapping[str, Any]

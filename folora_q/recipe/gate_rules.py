@@ -6,9 +6,9 @@ describe it in docs/method.md. A place that was forgotten fails at import or in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 RuleName = Literal["frozen", "step", "spectral"]
 Place = Literal["a_start", "a_step", "b_step"]
@@ -136,6 +136,14 @@ _RULES = (
 GATE_RULES: dict[str, GateRule] = {rule.name: rule for rule in _RULES}
 if tuple(GATE_RULES) != get_args(RuleName):
     raise TypeError(f"RuleName has {get_args(RuleName)}, GATE_RULES has {tuple(GATE_RULES)}")
+
+
+def default_learning_rate(gate: Mapping[str, Any]) -> float | None:
+    """Peak learning rate that goes with a section `gate` as it is written; None where its rule is unknown."""
+    if not gate.get("enabled", True):
+        return PLAIN_LEARNING_RATE
+    name = gate.get("rule", DEFAULT_RULE)
+    return GATE_RULES[name].learning_rate if isinstance(name, str) and name in GATE_RULES else None
 
 
 def rule_summaries() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,3 +17,8 @@ class Section(BaseModel):
     """Strict and frozen; the string under a field is its help text here, in the docs and in editors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def as_list(value: Any) -> Any:
+    """Return one text as a list of one; other values as they are."""
+    return [value] if isinstance(value, str) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 
 from folora_q.recipe.dataset import DataSection
-from folora_q.recipe.schema import TrainingSection
+from folora_q.recipe.training import TrainingSection
 
 # Fewer steps teach little, and a loss on fewer rows says little.
 FEW_STEPS, FEW_ROWS = 50, 20

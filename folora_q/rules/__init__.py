@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from folora_q.recipe.gate import GateSection
 from folora_q.recipe.gate_rules import GATE_RULES
-from folora_q.recipe.schema import GateSection
 from folora_q.rules.base import AdamSettings, OptimizerContext, Rule
 from folora_q.rules.frozen import FrozenRule
 from folora_q.rules.spectral import SpectralRule

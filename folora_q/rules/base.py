@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from folora_q.core import SpectralGate
 from folora_q.core.optimizer import raise_when_too_many
 from folora_q.models.adapters import AdapterPair
+from folora_q.recipe.gate import GateSection
 from folora_q.recipe.gate_rules import GATE_RULES, GateRule, RuleName
-from folora_q.recipe.schema import GateSection
 from folora_q.rules.initialize import initialize_from_gates
 
 

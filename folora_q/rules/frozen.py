@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from folora_q.core import SpectralGate
 from folora_q.models.adapters import AdapterPair, freeze_lora_a
-from folora_q.recipe.schema import GateSection
+from folora_q.recipe.gate import GateSection
 from folora_q.rules.base import OptimizerContext, Rule
 from folora_q.rules.initialize import initialize_in_shares
 

@@ -21,7 +21,8 @@ from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import stop_at
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.progress import Progress, Stage, StageTimer
-from folora_q.recipe.schema import EvaluationSection, ModelSection, ProxySection, Recipe
+from folora_q.recipe.evaluation import EvaluationSection
+from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, fetched, load_target

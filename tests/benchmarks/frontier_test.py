@@ -44,7 +44,7 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
-from folora_q.recipe.schema import GateSection
+from folora_q.recipe.gate import GateSection
 from tests.conftest import Silent, write_recipe
 
 EVERY = [

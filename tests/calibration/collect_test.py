@@ -21,7 +21,9 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.progress import StageTimer
-from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.gate import GateSection
+from folora_q.recipe.schema import ModelSection
 from tests.conftest import Silent, random_gate
 
 CPU = torch.device("cpu")

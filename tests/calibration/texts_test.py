@@ -18,7 +18,8 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
-from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
 from folora_q.workflows.train import TrainingRequest, run_training
 from tests.conftest import Silent, write_recipe

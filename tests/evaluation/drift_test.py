@@ -16,7 +16,8 @@ from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, load_model
-from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.schema import ModelSection
 
 CPU = torch.device("cpu")
 TEXT = [[3, 40, 50, 60, 70], [9, 8, 7], [100, 101, 102, 103], [5, 6]]

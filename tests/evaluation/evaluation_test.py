@@ -34,7 +34,9 @@ from folora_q.models import logits
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, load_model
-from folora_q.recipe.schema import AdapterSection, EvaluationSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.evaluation import EvaluationSection
+from folora_q.recipe.schema import ModelSection
 from tests.conftest import save_tiny_model
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from folora_q.data.formats import Chat
 from folora_q.data.thoughts import Said
 from folora_q.errors import RunError
 from folora_q.evaluation.task import Question, Questions, greedy_tokens, make_scorer
-from folora_q.recipe.schema import EvaluationSection
+from folora_q.recipe.evaluation import EvaluationSection
 from tests.data.chats import CALL, RESULT, ROWS, TEMPLATES, TOOLS, encoder_for, thinking
 from tests.data.rows import assistant, user
 from tests.data.trl_templates_test import READINGS, expected

@@ -18,7 +18,7 @@ from folora_q.memory.components import (
 )
 from folora_q.memory.estimate import GIB, PARTS, MemoryEstimate, estimate
 from folora_q.memory.shapes import shape_of
-from folora_q.recipe.schema import TrainingSection
+from folora_q.recipe.training import TrainingSection
 from tests.memory.recipes import LLAMA_8B, MISTRAL_7B, QWEN_7B, SMALL_LLAMA, a_recipe
 
 SMALL, MISTRAL = shape_of(SMALL_LLAMA), shape_of(MISTRAL_7B)

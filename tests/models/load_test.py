@@ -22,7 +22,8 @@ from folora_q.models.adapters import (
 from folora_q.models.gguf import convert_gguf
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import LoadedModel, load_model, load_unquantized
-from folora_q.recipe.schema import AdapterSection, ExportSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.schema import ExportSection, ModelSection
 from tests.conftest import save_tiny_model
 
 repacks = pytest.mark.skipif(not has_avx512bf16(), reason="only CPUs with AVX512-BF16 repack weights")

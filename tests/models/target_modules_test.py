@@ -14,7 +14,8 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.models.target_modules import in_16_bits, without_adapter
-from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.schema import ModelSection
 from tests.zoo.members import MEMBERS
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")

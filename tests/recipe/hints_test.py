@@ -12,7 +12,8 @@ from transformers.training_args import OptimizerNames
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.hints import FOREIGN_WORDS
-from folora_q.recipe.schema import Optimizer, Scheduler, Tracker
+from folora_q.recipe.schema import Tracker
+from folora_q.recipe.training import Optimizer, Scheduler
 
 SECTIONS = {name: set(section.annotation.model_fields) for name, section in Recipe.model_fields.items()}
 

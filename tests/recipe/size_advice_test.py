@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folora_q.recipe.dataset import DataSection
-from folora_q.recipe.schema import TrainingSection
 from folora_q.recipe.size_advice import FEW_ROWS, FEW_STEPS, heldout_advice, step_advice
+from folora_q.recipe.training import TrainingSection
 
 
 def training(**keys: object) -> TrainingSection:

@@ -10,7 +10,8 @@ import torch
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, load_model
-from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.schema import ModelSection
 from folora_q.rules.initialize import initialize_from_gates, initialize_in_shares
 from tests.conftest import random_gate
 

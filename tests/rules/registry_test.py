@@ -16,8 +16,10 @@ from folora_q.memory.shapes import shape_of
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
-from folora_q.recipe.gate_rules import GATE_RULES, RuleName, defaults_by_rule
-from folora_q.recipe.schema import AdapterSection, GateSection, ModelSection, default_learning_rate
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.gate import GateSection
+from folora_q.recipe.gate_rules import GATE_RULES, RuleName, default_learning_rate, defaults_by_rule
+from folora_q.recipe.schema import ModelSection
 from folora_q.rules import RULES, AdamSettings, OptimizerContext, rule_of
 from tests.conftest import random_gate
 from tests.memory.recipes import MISTRAL_7B, a_recipe

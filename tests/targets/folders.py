@@ -12,7 +12,8 @@ import yaml
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
-from folora_q.recipe.schema import AdapterSection, ExportSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.schema import ExportSection, ModelSection
 
 
 def write_adapter(base_folder: Path, folder: Path, std: float = 0.0) -> Path:

@@ -16,7 +16,8 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model, require_packable
 from folora_q.recipe import load_recipe
-from folora_q.recipe.schema import AdapterSection, ModelSection
+from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.schema import ModelSection
 from folora_q.training.packing import check_packing
 from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
 

@@ -15,8 +15,8 @@ from benchmarks.frontier.ground import ALPHA, RANK, pairs_with
 from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
 from benchmarks.frontier.methods.starts import FoLoRAStart
 from folora_q.core import SpectralAdamW, SpectralGate
+from folora_q.recipe.gate import GateSection, sketch_rank
 from folora_q.recipe.gate_rules import DEFAULT_RULE
-from folora_q.recipe.schema import GateSection, sketch_rank
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 
 # Of the mean variance; the paper gives none.

@@ -1,0 +1,126 @@
+"""The recipe's section `training`."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from folora_q.recipe.gate_rules import DEFAULT_RULE, GATE_RULES, PLAIN_LEARNING_RATE, defaults_by_rule, written
+from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
+
+# Names of transformers (a test holds that they are): those that need nothing besides what we install.
+Optimizer = Literal[
+    "auto",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "ademamix_8bit",
+    "paged_ademamix_8bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "adafactor",
+    "rmsprop",
+    "sgd",
+]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
+class TrainingSection(Section):
+    """The training loop: TRL's SFTTrainer."""
+
+    output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    """The run folder, relative to the working directory."""
+    learning_rate: Annotated[
+        Positive,
+        Field(
+            description="Peak learning rate. With rule frozen a step of rate η costs η²/2 nats of KL, to second order, "
+            f"on any model. Default by gate.rule: {defaults_by_rule(lambda rule: rule.learning_rate)}; "
+            f"{written(PLAIN_LEARNING_RATE)} with gate.enabled: false."
+        ),
+    ] = GATE_RULES[DEFAULT_RULE].learning_rate
+    embedding_learning_rate: Positive = 2e-5
+    """Peak learning rate of adapter.modules_to_save, which are trained in full and without the gate."""
+    num_train_epochs: Positive = 1.0
+    """Number of passes over the training rows, unless max_steps is set."""
+    max_steps: PositiveInt | None = None
+    """Number of optimizer steps. Overrides num_train_epochs."""
+    per_device_train_batch_size: PositiveInt = 4
+    """Number of sequences in one forward pass."""
+    gradient_accumulation_steps: PositiveInt = 4
+    """Number of forward passes per optimizer step."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Maximum sequence length in tokens; data.overlong says what happens to longer examples."""
+    router_aux_loss_coef: NonNegative = 0.0
+    """Weight of the router's load-balancing loss for a mixture of experts. 0 leaves it out, since routers and experts
+    are frozen."""
+    packing: bool = False
+    """Pack several examples into one sequence of max_length. They cannot attend to each other."""
+    assistant_only_loss: bool = True
+    """Chats: compute the loss on the assistant's tokens only. false: on all tokens."""
+    completion_only_loss: bool = True
+    """Prompt and completion: compute the loss on the completion only. false: on both."""
+    lr_scheduler_type: Scheduler = "cosine"
+    """The learning rate schedule."""
+    warmup_steps: NonNegative = 0.03
+    """Number of warm-up steps; a value below 1 is a share of all steps. At most a third of the steps is used."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this norm. 0 disables clipping."""
+    optim: Optimizer = "auto"
+    """The optimizer, by its name in transformers. auto: paged_adamw_8bit on a GPU, adamw_torch on a CPU."""
+    adam_beta1: Fraction = 0.9
+    """Decay rate of Adam's first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay rate of Adam's second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the square root of Adam's second moment."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: about a third slower, far less memory. auto: on a GPU only."""
+    auto_batch_size: bool = True
+    """If memory runs out, split batches in half. Optimizer steps, data order and results stay the same."""
+    max_skipped_steps: PositiveInt = 3
+    """A step is skipped if its loss or gradient is not finite or its loss spikes; after this many in a row the run
+    stops."""
+    max_loss_factor: Annotated[float, Field(gt=1)] | None = 2.0
+    """A loss spikes if it exceeds this multiple of the maximum over the last 32 steps, and ln(vocabulary) / 2. null
+    disables the check."""
+    save_steps: PositiveInt | None = None
+    """Number of steps between checkpoints, for --resume. Default: one at the end of training, kept until the
+    evaluation."""
+    save_total_limit: PositiveInt = 2
+    """Number of checkpoints to keep."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """If a checkpoint cannot be written, e.g. to a full disk: stop the run, or continue without it."""
+    load_best_model_at_end: bool = False
+    """Keep the checkpoint with the lowest held-out loss instead of the last one. Requires evaluation.steps."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after this many evaluations without a lower held-out loss, and keep the best. Requires evaluation.steps."""
+    early_stopping_threshold: NonNegative = 0.0
+    """Minimum decrease of the held-out loss that counts as lower."""
+    seed: Seed = 0
+    """Random seed of the adapter's initialization, the data order, the split and dropout."""
+
+    def steps_for(self, sequences: int) -> int:
+        """Number of optimizer steps of a run on a number of sequences, as transformers counts them."""
+        if self.max_steps is not None:
+            return self.max_steps
+        passes = ceil(sequences / self.per_device_train_batch_size)
+        return ceil(self.num_train_epochs * max(1, ceil(passes / self.gradient_accumulation_steps)))
+
+    def optimizer_on(self, gpu: bool) -> str:
+        """What `optim` stands for on a GPU, or on a CPU."""
+        if self.optim != "auto":
+            return self.optim
+        return "paged_adamw_8bit" if gpu else "adamw_torch"
+
+    def recomputes_on(self, gpu: bool) -> bool:
+        """What `activation_checkpointing` stands for there."""
+        return gpu if self.activation_checkpointing == "auto" else self.activation_checkpointing
