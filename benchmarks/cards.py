@@ -41,7 +41,7 @@ from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.recipe import Recipe
 from folora_q.rules import rule_of
-from folora_q.training.config import CHECKPOINTING
+from folora_q.training.config import CHECKPOINTING, trainer_config
 from folora_q.training.trainer import TrainerSetup, build_trainer
 
 LENGTHS = "512,1024,2048,4096,8192"
@@ -178,8 +178,7 @@ def _gated(rule: str, model: torch.nn.Module, data: Dataset, length: int, folder
             train=data,
             heldout=data.select(range(1)),
             recipe=recipe,
-            hardware=hardware,
-            output_dir=Path(folder),
+            config=trainer_config(model, recipe, hardware, Path(folder)),
             gates=rule_of(recipe.gate).before_training(pairs, gates),
         )
     )

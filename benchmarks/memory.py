@@ -52,6 +52,7 @@ from folora_q.models.quantization import Quantization
 from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
 from folora_q.rules import rule_of
+from folora_q.training.config import trainer_config
 from folora_q.training.trainer import TrainerSetup, build_trainer
 
 STAGES = ("loading", "sampling", "statistics", "training", "evaluation")
@@ -267,8 +268,7 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path):
             train=data,
             heldout=data.select(range(1)),
             recipe=recipe,
-            hardware=hardware,
-            output_dir=folder,
+            config=trainer_config(model, recipe, hardware, folder),
             gates=rule_of(recipe.gate).before_training(pairs, gates),
         )
     )

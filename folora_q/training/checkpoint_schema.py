@@ -23,7 +23,7 @@ class Saved(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class TrainerProgress(Saved):
+class SavedProgress(Saved):
     """progress.json."""
 
     loss_sum: float
@@ -45,7 +45,7 @@ class Callback(Saved):
     attributes: dict[Literal["early_stopping_patience_counter"], Count]
 
 
-class TrainerState(Saved):
+class SavedState(Saved):
     """trainer_state.json, as far as the Trainer computes with it; versions of transformers differ in the rest."""
 
     epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from trl import SFTConfig
 
 from folora_q.errors import UserError
@@ -18,13 +19,18 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIEL
 BEST = "loss_within_limit"
 
 
-def trainer_config(recipe: Recipe, hardware: Hardware, output_dir: Path) -> SFTConfig:
+def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_dir: Path) -> SFTConfig:
     """Return the configuration of a run's trainer, on one device.
 
     Raises:
-        UserError: a combination of settings is not one that transformers takes.
+        UserError: a combination of settings is not one that transformers takes, or one that this model has no use for.
     """
     training, every = recipe.training, recipe.evaluation.steps
+    if training.router_aux_loss_coef and not hasattr(model.config.get_text_config(), "output_router_logits"):
+        raise UserError(
+            "`training.router_aux_loss_coef` is for mixtures of experts, and this model has no router to balance",
+            "leave it out",
+        )
     save_steps = training.save_steps or (every if recipe.keeps_best else None)
     on_gpu = hardware.device.type == "cuda"
     try:

@@ -27,7 +27,7 @@ from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.storage.files import atomic_write, commit_directory
-from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, TrainerProgress, TrainerState, read_saved
+from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
 
@@ -114,7 +114,7 @@ class FaultTolerantTrainer(SFTTrainer):
         self.continued = checkpoint = Path(resume_from_checkpoint)
         self.args.eval_on_start = False  # it was measured at the real start
         try:
-            for name, kind in ((TRAINER_STATE, TrainerState), (PROGRESS, TrainerProgress)):
+            for name, kind in ((TRAINER_STATE, SavedState), (PROGRESS, SavedProgress)):
                 read_saved(checkpoint / name, kind)
             return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
         except UnpicklingError as error:  # torch builds nothing but tensors and numbers
@@ -292,7 +292,7 @@ class FaultTolerantTrainer(SFTTrainer):
         }
 
     def _bring_back(self, checkpoint: Path) -> None:
-        saved = read_saved(checkpoint / PROGRESS, TrainerProgress)
+        saved = read_saved(checkpoint / PROGRESS, SavedProgress)
         self._tr_loss.fill_(saved.loss_sum)
         self._total_loss_scalar, self._globalstep_last_logged = saved.loss_total, saved.last_logged
         self.ended, self.exceeded = saved.ended, saved.exceeded

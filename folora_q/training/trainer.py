@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -24,16 +23,15 @@ from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch, batches
-from folora_q.errors import RunError, UserError, first_line
+from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
-from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
-from folora_q.training.config import BEST, trainer_config
+from folora_q.training.config import BEST
 from folora_q.training.fault_tolerant_trainer import FaultTolerance, FaultTolerantTrainer, Monitored
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps
@@ -237,6 +235,7 @@ class TrainerSetup:
 
     Attributes:
         train, heldout: columns `input_ids` and `labels`; `training.packing` packs the first.
+        config: by `trainer_config`.
         gates: by adapted layer, after `Rule.before_training`; None is plain QLoRA.
         notify: takes a line each time that memory runs out, or a step is skipped.
         record: takes a line of metrics for each skipped step.
@@ -247,8 +246,7 @@ class TrainerSetup:
     train: Dataset
     heldout: Dataset
     recipe: Recipe
-    hardware: Hardware
-    output_dir: Path
+    config: SFTConfig
     gates: Mapping[str, SpectralGate] | None = None
     monitored: Monitored = Monitored()
     callbacks: Sequence[TrainerCallback] = ()
@@ -257,18 +255,8 @@ class TrainerSetup:
 
 
 def build_trainer(setup: TrainerSetup) -> GatedTrainer:
-    """Build a trainer on tokenized data.
-
-    Raises:
-        UserError: a combination of settings is not one that transformers takes, or one that this model has no use for.
-    """
+    """Build a trainer on tokenized data."""
     recipe, model, training = setup.recipe, setup.model, setup.recipe.training
-    config = trainer_config(recipe, setup.hardware, setup.output_dir)
-    if training.router_aux_loss_coef and not hasattr(model.config.get_text_config(), "output_router_logits"):
-        raise UserError(
-            "`training.router_aux_loss_coef` is for mixtures of experts, and this model has no router to balance",
-            "leave it out",
-        )
     train = setup.train
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
@@ -279,14 +267,14 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
     with patch.object(sft_trainer, "BaseTunerLayer", ()):  # it refuses an adapter on the head, which it is not asked to
         trainer = GatedTrainer(
             model=model,
-            args=config,
+            args=setup.config,
             processing_class=setup.tokenizer,
             train_dataset=train,
             eval_dataset=setup.heldout,
             callbacks=callbacks,
             recipe=recipe,
             gates=setup.gates,
-            tolerance=_fault_tolerance(setup, config),
+            tolerance=_fault_tolerance(setup),
             heldout=_heldout_batches(setup),
             monitored=setup.monitored,
         )
@@ -296,9 +284,9 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
     return trainer
 
 
-def _fault_tolerance(setup: TrainerSetup, config: SFTConfig) -> FaultTolerance:
+def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
     training = setup.recipe.training
-    factor = None if config.fp16 else training.max_loss_factor  # where the loss scaler says which steps are taken
+    factor = None if setup.config.fp16 else training.max_loss_factor  # where the loss scaler says which steps are taken
     vocabulary = setup.model.get_input_embeddings().weight.shape[0]
     return FaultTolerance(
         micro_batches=MicroBatches(BatchSplitter("training on", setup.notify, training.auto_batch_size)),

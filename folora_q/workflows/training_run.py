@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from trl import SFTConfig
 
 from folora_q.calibration.collect import build_gates, row_penalties
 from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
@@ -40,6 +41,7 @@ from folora_q.runs.results import AnswerResult, Evaluation, answer_lines, to_jso
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
+from folora_q.training.config import trainer_config
 from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
@@ -89,8 +91,22 @@ class TrainingRun:
         text = self.sample(base)
         measured_on = self.held_out(base, text)
         model = self.attach_adapter(base)
+        config = self.configure(model)  # before the statistics, which take long
         gates = self.calibrate(base, model, text) if self.recipe.gate.enabled else None
-        trainer = self.build_trainer(base, model, gates, self.monitored(base, text, measured_on))
+        trainer = build_trainer(
+            TrainerSetup(
+                model=model,
+                tokenizer=base.tokenizer,
+                train=self.data.train.sequences,
+                heldout=self.data.heldout.sequences,
+                recipe=self.recipe,
+                config=config,
+                gates=gates,
+                monitored=self.monitored(base, text, measured_on),
+                notify=self.timer.note,
+                record=self._record,
+            )
+        )
         self.train(trainer)
         self.save(base, model)  # before the evaluation, which can fail and must not cost what was trained
         return self.evaluate(base, trainer, measured_on)
@@ -165,6 +181,17 @@ class TrainingRun:
             check_packing(model, rows[0]["input_ids"], rows[len(rows) - 1]["input_ids"])
         return model
 
+    def configure(self, model: PeftModel) -> SFTConfig:
+        """Configure the trainer, and advise on settings that are allowed and seldom meant.
+
+        Raises:
+            UserError: a combination of settings is not one that transformers takes, or of no use for this model.
+        """
+        config = trainer_config(model, self.recipe, self.hardware, self.folder.path)
+        for advice in self.recipe.advice:
+            self.timer.note(advice)
+        return config
+
     def calibrate(self, base: LoadedModel, model: PeftModel, text: CalibrationText) -> Gates:
         """Make the gates, or take those of the run that is resumed; initialize A from them."""
         pairs, path, section = adapter_pairs(model), self.folder.gates, self.recipe.gate
@@ -183,31 +210,6 @@ class TrainingRun:
         self.folder.remember(self.manifest, path)
         return rule.before_training(pairs, gates)
 
-    def build_trainer(
-        self, base: LoadedModel, model: PeftModel, gates: Gates | None, monitored: Monitored
-    ) -> GatedTrainer:
-        """Build the trainer, whole."""
-        trainer = build_trainer(
-            TrainerSetup(
-                model=model,
-                tokenizer=base.tokenizer,
-                train=self.data.train.sequences,
-                heldout=self.data.heldout.sequences,
-                recipe=self.recipe,
-                hardware=self.hardware,
-                output_dir=self.folder.path,
-                gates=gates,
-                monitored=monitored,
-                notify=self.timer.note,
-                record=self._record,
-            )
-        )
-        if self.recipe.training.packing:
-            self.timer.note(f"packed into {len(trainer.train_dataset):,} sequences")
-        for advice in self.recipe.advice:
-            self.timer.note(advice)
-        return trainer
-
     def train(self, trainer: GatedTrainer) -> None:
         """Train to the end, from a checkpoint where a run is resumed.
 
@@ -216,6 +218,8 @@ class TrainingRun:
             RunError: training failed, or nothing was learned.
         """
         training, note = self.recipe.training, self.timer.note
+        if training.packing:
+            note(f"packed into {len(trainer.train_dataset):,} sequences")
         checkpoint = self.resumed.checkpoint if self.resumed is not None else None
         steps = training.steps_for(len(trainer.train_dataset))
         if (warmup := warmup_of(training.warmup_steps, steps)) < int(training.warmup_steps):

@@ -468,3 +468,9 @@ def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path, sent: sig
     assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted; resume it with\n" in said
     assert said.rstrip().endswith("--resume")
     assert manifest(tmp_path / "run")["status"] == "interrupted"
+
+
+def test_settings_that_do_not_suit_the_model_are_found_before_the_statistics(recipe_file: Path, capfd) -> None:
+    assert run("train", recipe_file, "training.router_aux_loss_coef=0.5") == 2
+    talk = capfd.readouterr().err
+    assert "this model has no router to balance" in talk and "statistics of both texts" not in talk

@@ -18,6 +18,7 @@ from folora_q.models.load import load_model, require_packable
 from folora_q.recipe import load_recipe
 from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.schema import ModelSection
+from folora_q.training.config import trainer_config
 from folora_q.training.packing import check_packing
 from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
 
@@ -82,8 +83,7 @@ def trainer_of(recipe_file: Path, packing: bool) -> GatedTrainer:
             train=rows,
             heldout=rows,
             recipe=recipe,
-            hardware=CPU,
-            output_dir=recipe_file.parent,
+            config=trainer_config(model, recipe, CPU, recipe_file.parent),
         )
     )
 

@@ -26,6 +26,7 @@ from folora_q.recipe import Recipe, load_recipe
 from folora_q.rules import rule_of
 from folora_q.training.callbacks import Reporting
 from folora_q.training.checkpoints import checkpoint_path
+from folora_q.training.config import trainer_config
 from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
 from tests.conftest import random_gate
 
@@ -58,8 +59,7 @@ def trainer_of(
             train=rows,
             heldout=rows.select(range(2)),
             recipe=recipe,
-            hardware=CPU,
-            output_dir=Path(recipe.training.output_dir),
+            config=trainer_config(model, recipe, CPU, Path(recipe.training.output_dir)),
             gates=gates,
             callbacks=callbacks,
             **setup,
