@@ -40,7 +40,7 @@ from folora_q.calibration.sample import sample_proxy
 from folora_q.data.tokens import batches
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.model_pair import ModelPair
-from folora_q.memory.activations import Arithmetic, Batch, at_backward
+from folora_q.memory.activations import Arithmetic, BatchShape, at_backward
 from folora_q.memory.components import adapter_parameters
 from folora_q.memory.estimate import CUDA_CONTEXT, estimate
 from folora_q.memory.shapes import ModelShape, shape_of
@@ -112,7 +112,7 @@ def _print_tensors() -> None:
                 for place in ("gpu", "cpu"):
                     how = Arithmetic(compute=2, autocast=place == "gpu", rank=RANK)
                     _, counted = counted_step(SHAPES[name], rows, length, RANK, checkpointing, how.autocast)
-                    found = sum(at_backward(shape, Batch(rows, length), how, checkpointing))
+                    found = sum(at_backward(shape, BatchShape(rows, length), how, checkpointing))
                     found += _of_the_adapter(adapter_parameters(shape, how), how, checkpointing, shape.depth)
                     table.add_row(
                         name,
