@@ -113,6 +113,7 @@ def test_no_other_code_compares_rules_by_name() -> None:
 
 
 def test_defaults_are_written_by_rule() -> None:
-    assert defaults_by_rule(lambda rule: rule.ridge) == "0.1 (frozen), 0.01 (step, spectral)"
-    assert defaults_by_rule(lambda rule: rule.places).startswith("[a_start, b_step] (frozen), ")
-    assert "2e-3 (frozen)" in defaults_by_rule(lambda rule: rule.learning_rate)
+    written = defaults_by_rule(lambda rule: rule.ridge).split("), ")
+    assert written[0].startswith("0.1 (frozen") and written[1].startswith("0.01 (step, spectral")
+    assert defaults_by_rule(lambda rule: rule.places).startswith("[a_start, b_step] (frozen")
+    assert "2e-3 (frozen" in defaults_by_rule(lambda rule: rule.learning_rate)
