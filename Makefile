@@ -35,7 +35,7 @@ lint: setup
 	@$(MAKE) --no-print-directory docs
 
 docs: setup
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: setup
 	@$(BIN)/ruff check --fix .
