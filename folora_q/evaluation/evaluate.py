@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.block_sizes import GENERAL_WINDOW
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Example, Text
 from folora_q.data.rendering import Renderer
@@ -31,8 +32,6 @@ from folora_q.progress import StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.runs.results import AnswerResult, LayerResult, ScoreResult, TextResult
 
-# General text is read in windows of so many tokens, or fewer if training is shorter.
-GENERAL_WINDOW = 256
 # Without a metric, so many held-out prompts are answered, to be read.
 SAMPLE_ANSWERS = 4
 # Drift is a ratio of sums over thousands of tokens, so few texts do.

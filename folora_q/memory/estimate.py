@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from folora_q.block_sizes import GENERAL_WINDOW, HEAD_ROWS, LOGIT_ROWS
 from folora_q.memory import components as parts
 from folora_q.memory.activations import (
     FLOAT32,
@@ -52,16 +53,13 @@ OPENING = 64
 # Numbers of the vocabulary that sampling holds of a sequence, in bytes: logits as computed and in float32, and
 # probabilities; the paper's mixture also sorts them, with places in int64, and adds them up.
 SAMPLING, SAMPLING_MIXTURE = 4 + 4, 4 + 4 + 4 + 8 + 4 + 4
-# Rows that a sketch converts at a time (folora_q.core.sketch), and their bytes: float32, and float64 for their energy.
+# Rows that a sketch converts at a time, and their bytes: float32, and float64 for the energy. `core` imports no other
+# package and this one no PyTorch, so tests/memory/estimate_test.py checks that it is `ROWS` in folora_q.core.sketch.
 READ_ROWS, READ_BYTES = 512, 4 + 8
 # Tensors (n, h) of a layer in a pass without gradients: the embeddings, the residual, and what a norm makes of it.
 STREAMS = 3
-# Positions whose logits are compared at once, and the float32 tensors of that size (folora_q.evaluation); in statistics
-# labels are drawn from as many. Rows of the head in float32 at a time (folora_q.models.logits).
-COMPARED, COMPARED_TENSORS, WEIGHED_TENSORS = 128, 6, 4
-HEAD_ROWS = 4_096
-# General text is read in windows of so many tokens (folora_q.evaluation.evaluate).
-GENERAL_WINDOW = 256
+# Float32 tensors of LOGIT_ROWS logits: when models are compared (folora_q.evaluation), and in weighted statistics.
+COMPARED_TENSORS, WEIGHTED_TENSORS = 6, 4
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class _Run:
         inputs = sum(space.count * space.width for space in spaces) // depth * how.compute * batch.tokens
         stored, passing = at_backward(shape, batch, how, self.checkpointing)
         forward = (kept_with_checkpointing if self.checkpointing else kept)(shape, batch, how)
-        logits = COMPARED * shape.vocabulary * (how.compute + WEIGHED_TENSORS * FLOAT32)
+        logits = LOGIT_ROWS * shape.vocabulary * (how.compute + WEIGHTED_TENSORS * FLOAT32)
         head = logits + 2 * batch.tokens * shape.hidden * how.compute
         # A layer's input in float32, weighted and not, beside what a sketch takes of it.
         fed = 2 * FLOAT32 * batch.tokens * widest + READ_ROWS * widest * READ_BYTES
@@ -254,7 +252,7 @@ class _Run:
             batch.tokens * (middle * (2 * c + 2 * FLOAT32) + shape.hidden * (STREAMS * c + c + FLOAT32)) + self.decoded
         )
         hidden = 2 * batch.tokens * shape.hidden * c
-        compared = FLOAT32 * (COMPARED * shape.vocabulary * COMPARED_TENSORS + HEAD_ROWS * shape.hidden)
+        compared = FLOAT32 * (LOGIT_ROWS * shape.vocabulary * COMPARED_TENSORS + HEAD_ROWS * shape.hidden)
         drift = batch.tokens * (middle * (3 * c + FLOAT32) + shape.hidden * (STREAMS * c + FLOAT32))
         answering = self._generating(section.batch_size, length + section.max_new_tokens)
         moments = [

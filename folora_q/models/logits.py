@@ -8,12 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from folora_q.block_sizes import HEAD_ROWS, LOGIT_ROWS
 from folora_q.errors import RunError
 
-# Positions whose logits stand in memory at once: 128 x 128k words in float32 are 64 MiB.
-CHUNK = 128
-# Rows of the head's weight that are converted to float32 at a time: 4k x 4,096 are 64 MiB.
-HEAD_ROWS = 4_096
 # Logits of one model computed in two ways, in bfloat16: relative to their largest.
 HEAD_TOLERANCE = 0.02
 
@@ -31,6 +28,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor, exact: bool = False) -> 
             nats between a model and itself computed otherwise, and 10 % of a KL of .01. Without gradients.
     """
     head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has a head"
     logits = _float32_linear(head, hidden) if exact and type(head) is nn.Linear else head(hidden).float()
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):
@@ -64,6 +62,6 @@ def verify_chunked_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
 
 
 def chunks(rows: int) -> Iterator[slice]:
-    """Slices of at most CHUNK rows."""
-    for start in range(0, rows, CHUNK):
-        yield slice(start, min(start + CHUNK, rows))
+    """Yield slices of at most LOGIT_ROWS rows."""
+    for start in range(0, rows, LOGIT_ROWS):
+        yield slice(start, min(start + LOGIT_ROWS, rows))

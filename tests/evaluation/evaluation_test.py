@@ -65,7 +65,7 @@ def tuned(base: LoadedModel):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
     """So that even these few tokens fill several chunks, the last one in part."""
-    monkeypatch.setattr(logits, "CHUNK", 3)
+    monkeypatch.setattr(logits, "LOGIT_ROWS", 3)
 
 
 def full_logits(model, ids: list[int]) -> torch.Tensor:
