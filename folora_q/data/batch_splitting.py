@@ -47,18 +47,16 @@ class BatchSplitter:
         start = 0
         while start < count:
             stop = min(count, start + self.fitting(most or count))
-            failed = False
             try:
                 result = compute(start, stop)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-                failed = True
-            if failed:  # outside the except block, whose traceback holds on to what did not fit
-                self.halve(stop - start, length)
+            else:
+                start = stop
+                yield result
                 continue
-            start = stop
-            yield result
+            self.halve(stop - start, length)  # outside the except block, whose traceback keeps what did not fit
 
     def over_batch(self, batch: Batch, compute: Callable[[Batch], Result]) -> Iterator[Result]:
         """What `compute` gives for parts of a batch, in order; otherwise as `over`."""

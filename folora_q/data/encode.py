@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import date
+from typing import Any, cast
 
 from jinja2 import TemplateSyntaxError
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import has_generation_markers
 
@@ -21,7 +23,7 @@ from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
 from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, RenderError, common_length
 from folora_q.data.rows import RowError
-from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start
+from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start, decoded
 from folora_q.data.tools import Tool
 from folora_q.data.turns import THOUGHT, Message
 from folora_q.errors import UserError
@@ -77,7 +79,7 @@ class Encoder:
         tells_the_date = self.marking is not None and "strftime_now" in json.dumps(tokenizer.chat_template)
         return json.dumps(
             [
-                tokenizer.backend_tokenizer.to_str(),
+                cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer.to_str(),
                 tokenizer.chat_template,
                 date.today().isoformat() if tells_the_date else None,
                 sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
@@ -113,8 +115,8 @@ class Encoder:
     def ends_of_turn(self, examples: Iterable[Example]) -> list[int]:
         """The tokens that generation must stop at: that which ends a turn, and that which ends a call, if any calls."""
         ends = [] if self.end_of_turn is None else [self.end_of_turn]
-        for chat in examples:
-            calling = [i for i in chat.learned if chat.messages[i].get("tool_calls")] if isinstance(chat, Chat) else []
+        for chat in (example for example in examples if isinstance(example, Chat)):
+            calling = [index for index in chat.learned if chat.messages[index].get("tool_calls")]
             if calling:
                 try:
                     said = self.renderer.turn(chat.messages, calling[0], chat.tools).said
@@ -174,13 +176,14 @@ class Encoder:
         """Where in a rendered conversation the template's own {% generation %} marks are; None if it has none."""
         if not has_generation_markers(self.renderer.template(tools)):
             return None
-        output = self.tokenizer.apply_chat_template(
+        rendered = self.tokenizer.apply_chat_template(
             [self.renderer.adapted(message) for message in messages],
-            tools=tools,
+            tools=cast("list[Any] | None", tools),
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
         )
+        output = cast(BatchEncoding, rendered)  # as `return_dict` asks
         spans: list[Span] = []
         for (start, end), marked in zip(output["offset_mapping"], output["assistant_masks"], strict=True):
             if marked and spans and spans[-1][1] == start:
@@ -236,7 +239,7 @@ class Encoder:
     def _ended(self, text: str) -> str:
         """Plain text with the token that ends it, once."""
         end = self.tokenizer.eos_token
-        if end is None:
+        if not isinstance(end, str):
             raise UserError("this tokenizer has no end token, so a model could not learn where a text ends")
         return text if text.endswith(end) else text + end
 
@@ -249,7 +252,9 @@ class Encoder:
             except (RenderError, *TEMPLATE_ERRORS) as error:
                 failures.append(error)
                 continue
-            learned = [label for label in encoded.labels if label != IGNORED and self.tokenizer.decode([label]).strip()]
+            learned = [
+                label for label in encoded.labels if label != IGNORED and decoded(self.tokenizer, [label]).strip()
+            ]
             if learned and learned[-1] in self.renderer.added:
                 return learned[-1]
             raise RenderError(

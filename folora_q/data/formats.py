@@ -96,7 +96,7 @@ def shape_of(row: Row, source: Source) -> Shape:
     if source.shape != "auto":
         return source.shape
     columns = {*row.values, *source.fields}
-    fitting = [shape for shape, needed in COLUMNS.items() if needed <= columns]
+    fitting: list[Shape] = [shape for shape, needed in COLUMNS.items() if needed <= columns]
     if fitting:  # one that the recipe maps a column for comes before all others
         return max(fitting, key=lambda shape: len(FIELDS[shape] & source.fields.keys()))
     if {"chosen", "rejected"} <= columns:
@@ -148,7 +148,7 @@ class Fields:
         fields = self.source.fields
         given_away = set(fields.values())
         for name in names:
-            column = fields.get(name, name)
+            column = self.source.column(name)
             if column in self.row.values and (name in fields or column not in given_away):
                 return column
         return None
@@ -158,7 +158,7 @@ class Fields:
         column = self.column(*names)
         if column is not None:
             return self.row.values[column]
-        wanted = self.source.fields.get(names[0], names[0])
+        wanted = self.source.column(names[0])
         raise RowError(self.where, f"the column `{wanted[:40]}` is missing; there are {_listed(self.row.values)}")
 
     def text(self, name: str, *others: str, required: bool = True) -> str:
@@ -168,7 +168,7 @@ class Fields:
             others: names that the column may have too.
         """
         column = self.column(name, *others)
-        theirs = column or self.source.fields.get(name, name)
+        theirs = column or self.source.column(name)
         value = None if column is None else self.row.values[column]
         if value is None and not required:
             return ""

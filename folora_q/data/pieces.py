@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.tokens import IGNORED
+from folora_q.data.tokens import IGNORED, added_vocabulary, decoded
 
 Span = tuple[int, int]
 
@@ -58,7 +58,7 @@ class PieceTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._added = frozenset(tokenizer.get_added_vocab().values())
+        self._added = frozenset(added_vocabulary(tokenizer).values())
 
     def __call__(self, pieces: list[Piece]) -> list[Encoded]:
         """Sequences for pieces of which each begins the one before it, so that the first has the whole text.
@@ -96,7 +96,7 @@ class PieceTokenizer:
         ids, places = self._tokens(piece.text)
         (prompt, before), (answer, behind) = map(self._tokens, (piece.text[: piece.start], piece.text[piece.start :]))
         # sentencepiece marks the beginning of every text, so that an answer alone is another text.
-        if self.tokenizer.decode(prompt + answer) == self.tokenizer.decode(ids):
+        if decoded(self.tokenizer, prompt + answer) == decoded(self.tokenizer, ids):
             ids = prompt + answer
             places = [*before, *((start + piece.start, end + piece.start) for start, end in behind)]
         return Encoded(ids, labels_of(ids, _learned([piece], places)), int(piece.given))

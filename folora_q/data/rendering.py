@@ -12,12 +12,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.completeness import lost_part
-from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.data.tokens import TEMPLATE_ERRORS, added_vocabulary
 from folora_q.data.tools import Tool
 from folora_q.data.turns import THOUGHT, Message
 
@@ -74,7 +74,7 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer, without_thought: str = "given") -> None:
         self.tokenizer = tokenizer
         self.without_thought = without_thought
-        added = tokenizer.get_added_vocab()
+        added = added_vocabulary(tokenizer)
         self.added, self._ends = frozenset(added.values()), tuple(added)
 
     @property
@@ -82,7 +82,7 @@ class Renderer:
         """Whether there is one."""
         return self.tokenizer.chat_template is not None
 
-    def template(self, tools: Sequence[Tool] | None = None) -> str:
+    def template(self, tools: list[Tool] | None = None) -> str:
         """The template's text; a tokenizer may have another for conversations with tools."""
         return self.tokenizer.get_chat_template(None, tools)
 
@@ -187,9 +187,11 @@ class Renderer:
         return message
 
     def _apply(self, messages: list[Message], tools: list[Tool] | None, prompt: bool, **variables: Any) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables
+        tools_of_any_kind = cast("list[Any] | None", tools)
+        text = self.tokenizer.apply_chat_template(
+            messages, tools=tools_of_any_kind, tokenize=False, add_generation_prompt=prompt, **variables
         )
+        return cast(str, text)
 
     def _tried(self, messages: list[Message], tools: list[Tool] | None = None) -> str:
         """What is rendered of turns as they are, or "" if the template fails on them."""

@@ -40,7 +40,8 @@ class SavedDataset:
                 raise ValueError(f"{STATE} names a file outside of it: {outside[0][:100]}")
             if not named:
                 return  # datasets saves what has no rows, and fails to load it
-            dataset = datasets.load_from_disk(str(self.path)).with_format(None)  # it may have been saved as tensors
+            dataset = datasets.Dataset.load_from_disk(str(self.path))
+            dataset = dataset.with_format(None)  # it may have been saved as tensors
             dataset.data.table.validate(full=True)  # arrow follows offsets as they stand, out of the memory too
             for number, values in enumerate(dataset, 1):
                 yield Row(f"{self.name} row {number}", dict(values))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from folora_q.data.file_readers import READERS, Rows, read_file
 from folora_q.data.files import DataFile
@@ -27,7 +28,7 @@ class Found:
         unread: what lies there too and is not read, with the reason.
     """
 
-    parts: list[DataFile | SavedDataset] = field(default_factory=list)
+    parts: Sequence[DataFile | SavedDataset] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
 
     def files(self) -> dict[str, Path]:
@@ -114,7 +115,7 @@ def _find_remote(source: Source) -> Found:
     choice = choose(source.path, there, splits, source.split)
     _require_data(source.path, choice)
     others = {*choice.files, *choice.unread}
-    saved: list[DataFile | SavedDataset] = []
+    saved: list[SavedDataset] = []
     for folder in choice.saved:
         parts = [name for name in there if str(PurePosixPath(name).parent) == folder and name not in others]
         copies = [remote.fetch(there[name], name) for name in parts]
@@ -152,7 +153,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
     try:
         dataset = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
         for number, values in enumerate(dataset, 1):
-            yield Row(f"{source.path} ({split}) row {number}", values)
+            yield Row(f"{source.path} ({split}) row {number}", cast("dict[str, Any]", values))
     except Exception as error:  # the hub client raises whatever its transport does
         reason = first_line(error)
         raise UserError(

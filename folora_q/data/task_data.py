@@ -97,7 +97,7 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
         encoder.prepare_chats()
         if encoder.assistant_only_loss:
             clock.note(f"the assistant's turns are found by {encoder.marking}")
-    halves = []
+    halves: list[Tokenized] = []
     for name, examples in (("training", task.train), ("held-out", task.heldout)):
         with clock.stage(f"tokenizing {name} rows", len(examples)) as done:
             half = tokenize(
@@ -111,9 +111,9 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
             )
         clock.note(_described(half, training.max_length))
         halves.append(half)
-    return TaskTokens(
-        task, *halves, encoder.marking, encoder.ends_of_turn((*task.train, *task.heldout)), encoder.renderer
-    )
+    train, heldout = halves
+    ends_of_turn = encoder.ends_of_turn((*task.train, *task.heldout))
+    return TaskTokens(task, train, heldout, encoder.marking, ends_of_turn, encoder.renderer)
 
 
 def _described(data: Tokenized, max_length: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from folora_q.data.rendering import SAID, THOUGHT_MARK, Renderer, RenderError
-from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.data.tokens import TEMPLATE_ERRORS, decoded
 from folora_q.data.turns import THOUGHT, Message
 
 # How models whose template has no place for thoughts write them all the same.
@@ -57,8 +57,8 @@ class ThoughtSyntax:
         Args:
             asked: the prompt's text; it may end in the beginning of a thought.
         """
-        plain = self.tokenizer.decode(ids, skip_special_tokens=True)
-        whole = self.tokenizer.decode(ids, skip_special_tokens=False)
+        plain = decoded(self.tokenizer, ids, skip_special_tokens=True)
+        whole = decoded(self.tokenizer, ids)
         thought, closed, answer = whole.partition(self.closing)
         if closed:
             return Said(self._bare(answer), self._bare(thought.lstrip().removeprefix(self.opening)).strip())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from folora_q.data.encode import Encoder
@@ -98,7 +98,7 @@ def tokenize(
     if folder.exists():
         on_progress(len(examples))
         counts = Counts(**json.loads((folder / COUNTS).read_text(encoding="utf-8")))
-        return Tokenized(load_from_disk(folder), counts, folder, from_cache=True)
+        return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=True)
 
     counts = Counts(examples=len(examples))
     ids: list[np.ndarray] = []
@@ -127,7 +127,7 @@ def tokenize(
         made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
         made.save_to_disk(staging)
         (staging / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
-    return Tokenized(load_from_disk(folder), counts, folder, from_cache=False)
+    return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=False)
 
 
 def _fitted(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # the label of a token that is not trained
 # What a chat template may raise, on a conversation that it does not take or by what it does; transformers runs it in
@@ -84,6 +85,16 @@ def batches(
             mask[row, :length] = 1
             targets[row, :length] = torch.tensor(labels[index])
         yield Batch(ids.to(device), mask.to(device), targets.to(device))
+
+
+def decoded(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """Decode one sequence; `decode` also takes batches, so its type says nothing of the result."""
+    return cast(str, tokenizer.decode(cast("list[int]", ids), skip_special_tokens=skip_special_tokens))
+
+
+def added_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens that were added to the vocabulary, with their ids."""
+    return cast(PreTrainedTokenizerFast, tokenizer).get_added_vocab()
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -55,7 +55,8 @@ def texts_of(value: Any) -> Iterator[str]:
 def _tool(tool: Any, where: str, place: str) -> Tool:
     if not isinstance(tool, dict):
         raise RowError(where, f"`{place}` must be a tool with a name, not {kind_of(tool)}")
-    function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+    wrapped = tool.get("function")
+    function = wrapped if isinstance(wrapped, dict) else tool
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(where, f"`{place}` is a tool without a `name`")
     return {"type": "function", "function": without_nulls(function)}

@@ -32,6 +32,6 @@ def unused_columns(columns: Iterable[str], shape: Shape, source: Source) -> list
     columns = set(columns)
     names = (COLUMNS[shape] | FIELDS[shape] | ALSO.get(shape, set())) - {"role", "content"}
     if shape in ("messages", "sharegpt"):  # the first of the two that is there
-        names |= {"messages"} if source.fields.get("messages", "messages") in columns else {"conversations"}
+        names |= {"messages"} if source.column("messages") in columns else {"conversations"}
         names -= {"conversations"} if "messages" in names & columns else set()
-    return sorted(columns - {source.fields.get(name, name) for name in names})
+    return sorted(columns - set(map(source.column, names)))
