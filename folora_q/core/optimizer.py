@@ -9,6 +9,7 @@ Both act on the preconditioned step, never on the gradient: Adam's normalization
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -99,11 +100,11 @@ class GatedOptimizer(Optimizer):
         self.inner.param_groups = value
 
     @property
-    def state(self) -> dict[Tensor, Any]:
+    def state(self) -> defaultdict[Tensor, Any]:
         return self.inner.state
 
     @state.setter
-    def state(self, value: dict[Tensor, Any]) -> None:
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.inner.state = value
 
     @property
@@ -118,7 +119,7 @@ class GatedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        first, second = ([adapter[factor] for adapter in self.adapters] for factor in (0, 1))
+        first, second = [a for a, _, _ in self.adapters], [b for _, b, _ in self.adapters]
         if self.gate_b and self.steps_taken % self.refresh_every == 0:
             self._solve_rank_gates(first)
         loss = None
@@ -262,12 +263,12 @@ class SpectralAdamW(Optimizer):
                 if index is None:
                     p.add_(_adam_direction(self.state[p], p.grad, group), alpha=-group["lr"])
                 else:
-                    p.add_(self._spectral_direction(p, index, group), alpha=-group["lr"])
+                    p.add_(self._spectral_direction(p, p.grad.float(), index, group), alpha=-group["lr"])
         return loss
 
-    def _spectral_direction(self, a: Tensor, index: int, group: dict[str, Any]) -> Tensor:
+    def _spectral_direction(self, a: Tensor, gradient: Tensor, index: int, group: dict[str, Any]) -> Tensor:
         gate, rotation = self.adapters[index][2], self.rotations[index]
-        basis, gradient = gate.basis.float(), a.grad.float()
+        basis = gate.basis.float()
         direction = _adam_direction(self.state[a], gradient @ basis @ rotation, group)  # of Ḡ = G V, (r, m)
         update = (direction * gate.values.to(direction)) @ rotation.T @ basis.T  # ΔA = ΔĀ Vᵀ
         if self.complement == "gated" and gate.complement_size > 0:
