@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from folora_q.calibration.hooks import collect_inputs, collect_weighted_inputs, shared_inputs
+from folora_q.calibration.hooks import TokenSink, collect_inputs, collect_weighted_inputs, shared_inputs
 from folora_q.core import (
     CovarianceSketch,
     LowRankCovariance,
@@ -34,7 +35,7 @@ from folora_q.progress import StageTimer
 from folora_q.recipe.gate import GateSection
 
 Text = Sequence[Batch]
-Sink = CovarianceSketch | ProjectedCovariance
+Sink = TypeVar("Sink", CovarianceSketch, ProjectedCovariance)
 GIB = 2**30
 BYTES = 4  # of a number in a sketch or a basis
 
@@ -113,7 +114,7 @@ def row_penalties(
     rows = {pair.name: pair.a.detach().T for pair in first_reader.values()}
     modules = {pair.name: pair.module for pair in pairs}
 
-    def new_sinks() -> dict[str, Sink]:
+    def new_sinks() -> dict[str, ProjectedCovariance]:
         return {name: ProjectedCovariance(a, device=model.device) for name, a in rows.items()}
 
     model.eval()
@@ -121,11 +122,11 @@ def row_penalties(
         splitter = BatchSplitter("taking statistics of", clock.note)
         reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
         draw = 0 if reading.weighted else None
-        both = [reading.stream(text, len(rows), new_sinks, draw) for text in texts]
+        fitted, heldout = (reading.stream(text, len(rows), new_sinks, draw) for text in texts)
     return {
-        name: tuple(float(sinks[group[0]].mean().trace()) for sinks in both)
+        name: (float(fitted[group[0]].mean().trace()), float(heldout[group[0]].mean().trace()))
         for group in groups
-        if all(sinks[group[0]].count for sinks in both)
+        if fitted[group[0]].count and heldout[group[0]].count
         for name in group
     }
 
@@ -174,7 +175,7 @@ class Reading:
             rows = max(self.splitter.fitting(len(batch.input_ids)) for batch in text)
             self.splitter.halve(rows, text[0].input_ids.shape[1])
 
-    def feed(self, text: Text, sinks: Mapping[str, Sink], draw: int | None = None) -> None:
+    def feed(self, text: Text, sinks: Mapping[str, TokenSink], draw: int | None = None) -> None:
         """Show the sinks a text.
 
         Args:
@@ -199,7 +200,7 @@ class Reading:
                     counted.mask = part.attention_mask if self.weighted else part.loss_positions
                     counted.weight = part.weight
                     if self.weighted:
-                        _backward(self.model.get_base_model(), part, unit, labels)
+                        _backward(cast(PreTrainedModel, self.model.get_base_model()), part, unit, labels)
                     else:
                         ids, seen_by = part.input_ids, part.attention_mask
                         self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
@@ -233,7 +234,7 @@ def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
     The mode stays evaluation in every module: a layer that transformers is to recompute must be in training mode, and
     some (OPT) then apply dropout. So the layers' forward passes are checkpointed here.
     """
-    inner = model.get_base_model()
+    inner = cast(PreTrainedModel, model.get_base_model())
     embedding = inner.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)] if recompute else []
@@ -261,7 +262,7 @@ def _gates_of(
     device = reading.model.device
     dtype = getattr(torch, section.basis_dtype_on(device.type == "cuda"))
 
-    def new_sketches() -> dict[str, Sink]:
+    def new_sketches() -> dict[str, CovarianceSketch]:
         return {
             name: CovarianceSketch(width, section.rank, section.oversampling, device=device)
             for name, width in widths.items()
@@ -271,16 +272,16 @@ def _gates_of(
     def draws(number: int) -> tuple[int | None, None]:
         return number if reading.weighted else None, None
 
-    covariances = [
+    penalties, utilities = (
         {
             name: sketch.covariance()
             for name, sketch in reading.stream(text, len(widths), new_sketches, draw).items()
             if sketch.count > 0
         }
         for text, draw in zip(texts, draws(0), strict=True)
-    ]
-    widths = {name: width for name, width in widths.items() if all(name in found for found in covariances)}
-    both = {name: tuple(found[name] for found in covariances) for name in widths}
+    )
+    widths = {name: width for name, width in widths.items() if name in penalties and name in utilities}
+    both = {name: (penalties[name], utilities[name]) for name in widths}
     bases = {name: joint_basis(*both[name]) for name in widths}
     gates: dict[str, SpectralGate] = {}
     for number, (_, with_image) in enumerate(section.readings, 1):
@@ -290,16 +291,25 @@ def _gates_of(
             for text, draw in zip(texts, draws(number), strict=True)
         ]
         for name in widths:
-            grams, images, traces = zip(*(found.pop(name) for found in projected), strict=True)
-            both[name] = tuple(replace(seen, trace=trace) for seen, trace in zip(both[name], traces, strict=True))
-            gates[name] = _solved(name, section, both[name], bases[name], grams)
-            if with_image:
-                of = normalizers(*both[name], section.covariance == "fisher")
-                images = tuple(image / unit for image, unit in zip(images, of, strict=True))
+            penalty, utility = (found.pop(name) for found in projected)
+            of_penalty, of_utility = both[name]
+            both[name] = replace(of_penalty, trace=penalty.trace), replace(of_utility, trace=utility.trace)
+            gates[name] = _solved(name, section, both[name], bases[name], (penalty.gram, utility.gram))
+            if penalty.image is not None and utility.image is not None:
+                units = normalizers(*both[name], section.covariance == "fisher")
+                images = penalty.image / units[0], utility.image / units[1]
                 bases[name] = refined_basis(gates[name], images, section.rank)
     if not section.readings:
         gates = {name: _solved(name, section, both[name], bases[name], None) for name in widths}
     return {name: gate.truncated(section.rank).to(device, dtype) for name, gate in gates.items()}
+
+
+class Projection(NamedTuple):
+    """What a text shows in a basis P: PᵀΣP, ΣP if it is wanted, and tr Σ."""
+
+    gram: torch.Tensor
+    image: torch.Tensor | None
+    trace: float
 
 
 def _projected(
@@ -309,14 +319,14 @@ def _projected(
     device: torch.device,
     with_image: bool,
     draw: int | None,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | None, float]]:
-    """PᵀΣP, ΣP if wanted, and tr Σ, of a text in each basis."""
+) -> dict[str, Projection]:
+    """Project the covariance of a text onto each basis."""
 
-    def new_projections() -> dict[str, Sink]:
+    def new_projections() -> dict[str, ProjectedCovariance]:
         return {name: ProjectedCovariance(basis, with_image, device=device) for name, basis in bases.items()}
 
     return {
-        name: (sink.mean(), sink.mean_image() if with_image else None, sink.energy / sink.count)
+        name: Projection(sink.mean(), sink.mean_image() if with_image else None, sink.energy / sink.count)
         for name, sink in reading.stream(text, len(bases), new_projections, draw).items()
     }
 

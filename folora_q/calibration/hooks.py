@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -95,17 +96,14 @@ def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str
         except ValueError as error:
             raise RunError(f"the gradient behind {name} holds a NaN or an infinity") from error
 
-    def watch(name: str, args: tuple, output: Tensor) -> Tensor:
+    def watch(name: str, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0].detach()
         # Found here, since it spoils every gradient: the backward pass would name the last layer.
         if not bool(torch.isfinite(torch.linalg.vector_norm(x, float("inf")))):
             raise RunError(f"the activations hold a NaN or an infinity, at the input of {name}")
         return _Watched.apply(output, x, lambda x, g: feed(name, x, g)) if output.requires_grad else output
 
-    handles = [
-        modules[name].register_forward_hook(lambda _, args, output, name=name: watch(name, args, output))
-        for name in sinks
-    ]
+    handles = [modules[name].register_forward_hook(partial(watch, name)) for name in sinks]
     try:
         yield current
     finally:

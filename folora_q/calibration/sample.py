@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.rendering import Renderer
-from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs
+from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs
 from folora_q.errors import RunError, UserError, first_line
 from folora_q.recipe.schema import ProxySection
 
@@ -94,12 +95,12 @@ def start_token(tokenizer: Tokenizer) -> int:
     Raises:
         UserError: the tokenizer has none of them.
     """
-    if tokenizer.bos_token_id is not None:
+    if isinstance(tokenizer.bos_token_id, int):
         return tokenizer.bos_token_id
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    if separator is not None and separator != tokenizer.unk_token_id:
+    if isinstance(separator, int) and separator != tokenizer.unk_token_id:
         return separator
-    if tokenizer.eos_token_id is not None:
+    if isinstance(tokenizer.eos_token_id, int):
         return tokenizer.eos_token_id
     raise UserError("this tokenizer has no BOS, <|endoftext|> or EOS token, so there is nothing to sample from")
 
@@ -150,7 +151,7 @@ def _draw_chats(
     """The model writes the user's turn after the template's opening, and then answers it."""
     opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
     turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
-    users = [tokenizer.decode(turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
+    users = [decoded(tokenizer, turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
     renderer = Renderer(tokenizer)
     prompts = [renderer.ids(_render(renderer, user, prompt=True)) for user in users if user]
     return _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding) if prompts else []
@@ -175,7 +176,7 @@ def _continue(
 ) -> list[list[int]]:
     """The prompts with what the model writes after them, up to and with its end token."""
     inputs = generation_inputs(prompts, tokenizer, next(model.parameters()).device)
-    output = model.generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
+    output = cast(Any, model).generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
     ends, width = _end_tokens(model), inputs["input_ids"].shape[1]
     return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -31,7 +32,7 @@ def load_or_sample(
     """
     template = tokenizer.chat_template if section.source != "bos" else None
     path = cache_path(fingerprint, dtype, template, section)
-    samples = read_samples(path, model.get_input_embeddings().weight.shape[0])
+    samples = read_samples(path, cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
     if samples is not None:
         clock.note(f"sampled text taken from {path}")
         return samples
@@ -45,7 +46,7 @@ def load_or_sample(
     return samples
 
 
-def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section: ProxySection) -> Path:
+def cache_path(fingerprint: str, dtype: str, chat_template: str | dict[str, str] | None, section: ProxySection) -> Path:
     """The file for a model (its fingerprint covers the quantization), compute dtype, chat template and settings."""
     key = json.dumps([FORMAT, fingerprint, dtype, chat_template, settings_of_text(section)], sort_keys=True)
     return cache_folder() / "proxy" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
@@ -75,8 +76,8 @@ def read_samples(path: Path, vocabulary: int) -> list[ProxySample] | None:
         rows = [parse_json(line) for line in read_lines(path)]
     except (OSError, ValueError):
         return None
-    samples = [_sample(row, vocabulary) for row in rows]
-    return None if None in samples else samples or None
+    samples = [sample for row in rows if (sample := _sample(row, vocabulary)) is not None]
+    return samples if samples and len(samples) == len(rows) else None
 
 
 def _sample(row: object, vocabulary: int) -> ProxySample | None:

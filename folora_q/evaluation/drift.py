@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -23,7 +25,7 @@ from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch
 from folora_q.evaluation.model_pair import ModelPair
-from folora_q.models.adapters import AdapterPair
+from folora_q.models.adapters import AdapterPair, factors
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def layer_changes(model_pair: ModelPair) -> dict[str, LayerChange]:
             name: LayerChange(module.get_base_layer(), _adapter_delta(module))
             for name, module in adapted_layers(model_pair.adapted).items()
         }
+    assert model_pair.other is not None, "a pair without an adapter is of two models"
     theirs = dict(model_pair.other.named_modules())
     head = model_pair.model.get_output_embeddings()
     return {
@@ -102,14 +105,14 @@ def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGa
     return found
 
 
-def update_norm(module: nn.Module) -> float | None:
+def update_norm(module: nn.Module | BaseTunerLayer) -> float | None:
     """‖ΔW‖ of a LoRA layer, from r x r products; None for other kinds."""
     if not isinstance(module, LoraLayer) or not _is_plain(module):
         return None
     total = 0.0
-    factors = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
-    for b1, a1 in factors:  # ‖Σ BᵢAᵢ‖² = Σᵢⱼ tr(BᵢᵀBⱼ AⱼAᵢᵀ)
-        for b2, a2 in factors:
+    products = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
+    for b1, a1 in products:  # ‖Σ BᵢAᵢ‖² = Σᵢⱼ tr(BᵢᵀBⱼ AⱼAᵢᵀ)
+        for b2, a2 in products:
             total += float(((b1.T @ b2) * (a1 @ a2.T)).sum())
     return max(total, 0.0) ** 0.5
 
@@ -125,7 +128,7 @@ def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
 
 def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """s B (o, r) and A (r, d) in float64."""
-    b, a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+    a, b = factors(module, adapter)
     return b.detach().double() * module.scaling[adapter], a.detach().double()
 
 
@@ -136,9 +139,9 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
             total: Tensor | None = None
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:
-                    a, b = module.lora_A[adapter], module.lora_B[adapter]
-                    rows = nn.functional.linear(x.float(), a.weight.float()) * module.scaling[adapter]
-                    moved = nn.functional.linear(rows, b.weight.float())
+                    a, b = factors(module, adapter)
+                    rows = nn.functional.linear(x.float(), a.float()) * module.scaling[adapter]
+                    moved = nn.functional.linear(rows, b.float())
                     total = moved if total is None else total + moved
             return torch.zeros_like(x[..., :1]) if total is None else total
 
@@ -148,7 +151,7 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
         """Of any other kind, as precise as the compute dtype: the layer with its adapter on, minus without."""
         module.enable_adapters(True)
         try:
-            return module.forward(x).float() - out.float()
+            return cast(nn.Module, module).forward(x).float() - out.float()
         finally:
             module.enable_adapters(False)
 
@@ -180,9 +183,10 @@ def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> 
     mask: list[Tensor] = [torch.empty(0)]
     busy: list[str] = []
 
-    def look(name: str, change: LayerChange, x: Tensor, out: Tensor) -> None:
+    def look(name: str, change: LayerChange, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         if busy:  # the change itself calls the layer
             return
+        x = args[0]
         busy.append(name)
         try:
             moved = change.delta(x, out)
@@ -195,10 +199,7 @@ def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> 
         sums = energies.flatten(1).sum(1, dtype=torch.float64)
         totals[name] = totals[name] + sums if name in totals else sums
 
-    handles = [
-        change.layer.register_forward_hook(lambda _, args, out, n=name, c=change: look(n, c, args[0], out))
-        for name, change in changes.items()
-    ]
+    handles = [change.layer.register_forward_hook(partial(look, name, change)) for name, change in changes.items()]
     try:
         yield mask
     finally:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -156,8 +156,9 @@ def _evaluate(
     from lm_eval.models.huggingface import HFLM
 
     try:
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        return simple_evaluate(model=lm, tasks=[name], **settings)
+        make = cast(Any, HFLM)  # its decorator hides its parameters
+        lm = make(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        return cast("dict[str, Any]", simple_evaluate(model=lm, tasks=[name], **settings))
     except RemoteCode as refused:
         raise UserError(f"lm-eval's task {name} cannot be run: {refused}") from None
     except (FoloraError, torch.OutOfMemoryError):

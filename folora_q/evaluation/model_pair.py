@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 from transformers import PreTrainedModel
 
 from folora_q.errors import UserError
@@ -28,7 +30,7 @@ class ModelPair:
 
     def __init__(self, model: PeftModel | PreTrainedModel, base: PreTrainedModel | None = None) -> None:
         self.adapted = model if isinstance(model, PeftModel) else None
-        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
         self.other = base
         head = self.model.get_output_embeddings()
         self.switches_head = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)
@@ -52,9 +54,9 @@ class ModelPair:
         Args:
             head_only: nothing but its head is asked. Most adapters leave that alone, and switching takes milliseconds.
         """
-        if self.adapted is None:
+        if self.other is not None:
             yield self.other
-        elif head_only and not self.switches_head:
+        elif self.adapted is None or (head_only and not self.switches_head):
             yield self.model
         else:
             with adapter_off(self.adapted):
@@ -74,4 +76,4 @@ class ModelPair:
 
 def vocabulary(model: PreTrainedModel) -> int:
     """How many logits the model gives for a position."""
-    return model.get_output_embeddings().weight.shape[0]
+    return cast(nn.Linear, model.get_output_embeddings()).weight.shape[0]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Chat, Completion
 from folora_q.data.rendering import Renderer, RenderError
 from folora_q.data.thoughts import Said, ThoughtSyntax
-from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, text_ids
+from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs, text_ids
 from folora_q.data.turns import Message
 from folora_q.errors import RunError, UserError
 from folora_q.evaluation.bootstrap import Tally, change
@@ -92,7 +92,7 @@ class Questions:
     def read(self, question: Question, ids: Sequence[int]) -> Said:
         """What was answered, given as tokens."""
         if question.asked is None:
-            return Said(self.tokenizer.decode(ids, skip_special_tokens=True))
+            return Said(decoded(self.tokenizer, ids, skip_special_tokens=True))
         return self.syntax.split(ids, question.asked)
 
     def _of_example(self, example: Chat | Completion) -> Question | None:
@@ -178,7 +178,7 @@ def greedy_tokens(
         inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
             room = min(max_new_tokens, context - inputs["input_ids"].shape[1])
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
+            output = cast(Any, model).generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
         answers.update(zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
         on_progress(len(chosen))
 
@@ -209,7 +209,7 @@ def make_scorer(section: EvaluationSection, allow_code: bool) -> Scorer | None:
     if section.metric == "regex":
         pattern = re.compile(section.metric_pattern)
         return lambda said, reference: _same_match(pattern, said.answer, reference.answer)
-    if section.metric == "function":
+    if section.metric == "function" and section.metric_function is not None:
         return _users_function(section.metric_function, allow_code)
     return None
 
@@ -233,6 +233,7 @@ def _users_function(place: str, allow_code: bool) -> Scorer:
             "look at it, then add --allow-code; a recipe alone cannot run code",
         )
     spec = importlib.util.spec_from_file_location("folora_q_metric", path)
+    assert spec is not None and spec.loader is not None, "the recipe's check requires a .py file"
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

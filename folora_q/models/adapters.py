@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +26,14 @@ from folora_q.recipe.schema import ExportSection
 from folora_q.recipe.target_modules import Modules, adapter_findings, matcher
 from folora_q.storage.files import atomic_write
 
+if TYPE_CHECKING:
+
+    class LoraModule(torch.nn.Module, LoraLayer):
+        """What PEFT makes of a linear layer: `LoraLayer` alone does not say that it is a module."""
+
+        in_features: int
+
+
 ADAPTER = "default"
 
 
@@ -33,21 +42,27 @@ class AdapterPair:
     """One adapted linear layer: y = W x + s B A x."""
 
     name: str
-    module: LoraLayer
+    module: LoraModule
 
     @property
     def a(self) -> torch.nn.Parameter:
         """A, (r, d)."""
-        return self.module.lora_A[ADAPTER].weight
+        return factors(self.module, ADAPTER)[0]
 
     @property
     def b(self) -> torch.nn.Parameter:
         """B, (o, r)."""
-        return self.module.lora_B[ADAPTER].weight
+        return factors(self.module, ADAPTER)[1]
 
     @property
     def scale(self) -> float:
         return self.module.scaling[ADAPTER]
+
+
+def factors(module: LoraLayer, adapter: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """A (r, d) and B (o, r) of one of a layer's adapters."""
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return cast(torch.nn.Parameter, a), cast(torch.nn.Parameter, b)
 
 
 def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> PeftModel:
@@ -63,7 +78,7 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
     set_seed(seed)
     config = LoraConfig(
         r=section.r,
-        lora_alpha=section.lora_alpha,
+        lora_alpha=cast(int, section.lora_alpha),  # PEFT takes any number
         lora_dropout=section.lora_dropout,
         use_rslora=section.use_rslora,
         target_modules=section.target_modules,
@@ -126,7 +141,7 @@ def keep_in_float32(model: PeftModel, start: dict[str, torch.Tensor] | None = No
 def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
     """Every adapted linear layer, in the model's order; experts that another program adapted are none."""
     return [
-        AdapterPair(name.removeprefix("base_model.model."), module)
+        AdapterPair(name.removeprefix("base_model.model."), cast("LoraModule", module))
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and ADAPTER in module.lora_A
     ]
@@ -166,7 +181,7 @@ def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, fo
         if weight.requires_grad or ".lora_" in name  # a frozen A is the adapter's too
     }
     # PEFT would also copy the base's output layer beside an adapter on it.
-    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = section.base_model_name_or_path or base.name

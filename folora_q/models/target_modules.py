@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import bitsandbytes as bnb
 from peft import LoraConfig, PeftModel
@@ -109,7 +110,7 @@ class Part:
 
 def without_adapter(model: PeftModel) -> list[Part]:
     """Parts of a model with an adapter that have none: all but embeddings, head, norms and biases."""
-    inner = model.get_base_model()
+    inner = cast(PreTrainedModel, model.get_base_model())
     adapted = {name for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     ends = {id(module) for module in (inner.get_input_embeddings(), inner.get_output_embeddings())}
     ignored = {name for name, module in inner.named_modules() if id(module) in ends or isinstance(module, nn.Embedding)}

@@ -100,7 +100,9 @@ def safe_source(section: ModelSection, trust: Trust) -> tuple[str, str | None]:
         if Path(source).is_dir():
             check_model(Path(source), trust)
             return source, section.revision
-        found = Path(cached_file(source, CONFIG, revision=section.revision))
+        config = cached_file(source, CONFIG, revision=section.revision)
+        assert config is not None, "cached_file raises where a file is missing"
+        found = Path(config)
         # What is looked through and what is loaded must be the same commit; the cache names its folders so.
         commit = found.parent.name if found.parent.parent.name == "snapshots" else section.revision
         for name in HEADS:

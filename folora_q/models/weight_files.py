@@ -115,7 +115,7 @@ class Checkpoint:
         """Where each weight in 4 bits is, as it is read."""
         for name in self.constants:
             state = self._state(name)
-            dtype = DTYPES.get(state.dtype)
+            dtype = None if state.dtype is None else DTYPES.get(state.dtype)
             held = self.tensors[name].numel * STORAGE.get(self.tensors[name].dtype, 0) * 2  # numbers of 4 bits
             if state.shape is None or dtype is None or not prod(state.shape) <= held <= prod(state.shape) + 1:
                 raise UserError(f"{self.folder}: the constants of {name} are those of another weight")
