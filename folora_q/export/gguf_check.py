@@ -236,7 +236,7 @@ def _read(checkpoint: Checkpoint, name: str, whole: bool) -> NDArray[np.float32]
         raise UserError(f"cannot read {name} in {path}: {error}") from None
 
 
-def _rounding(values: NDArray[np.float32], kind: Type) -> NDArray[np.float32]:
+def _rounding(values: NDArray[np.float32], kind: Type) -> NDArray[np.floating]:
     """By how much a type may change numbers, in their shape.
 
     Raises:

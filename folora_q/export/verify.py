@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from transformers import AutoConfig, PreTrainedModel
 
@@ -218,7 +218,7 @@ def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: tor
         parameter, transposed = base.get_parameter(where), where in merge.layout.transposed
         held = merge.quantization.round_trip(parameter.data.T if transposed else parameter.data).to(compute)
         parameter.data = held.T.contiguous() if transposed else held
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    vocabulary = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
     bare = logits_of(base, texts, vocabulary)
     names = [str(number) for number in range(len(merge.adapters))]
     model = PeftModel.from_pretrained(base, merge.adapters[0][0].folder, adapter_name=names[0])

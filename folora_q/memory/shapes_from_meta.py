@@ -76,7 +76,12 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
         counts[layer] = counts.get(layer, 0) + 1
     return ModelShape(
         model_type=model_type,
-        **{key: numbers[key] for key in ("vocabulary", "hidden", "heads", "kv_heads", "head_dim", "intermediate")},
+        vocabulary=numbers["vocabulary"],
+        hidden=numbers["hidden"],
+        heads=numbers["heads"],
+        kv_heads=numbers["kv_heads"],
+        head_dim=numbers["head_dim"],
+        intermediate=numbers["intermediate"],
         layers=tuple(counts.items()),
         others=others,
         tied=len(embeddings) < 2,

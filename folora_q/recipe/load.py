@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,6 +24,7 @@ SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 160
 # How the place of a value that the command line gives begins.
 OVERRIDE = "override "
+SECTIONS = {name: cast(type[BaseModel], field.annotation) for name, field in Recipe.model_fields.items()}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -133,7 +134,7 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
         value = raw if raw.startswith("*") else parse_yaml(raw)[0]  # a glob, which YAML would take for an alias
     except ValueError as error:
         raise UserError(f"the value of the override {_short(override)} is not valid YAML: {error}") from None
-    section = values
+    section: dict[str, Any] = values
     for part in path[:-1]:
         below = section.get(part)
         if below is None:
@@ -158,7 +159,7 @@ def _section_of(key: str) -> str:
     if sections:
         choices = " or ".join(f"{section}.{key}" for section in sections)
         raise UserError(f"the override `{key}` could be {choices}", "write the section too")
-    everywhere = [name for section in Recipe.model_fields.values() for name in section.annotation.model_fields]
+    everywhere = [name for section in SECTIONS.values() for name in section.model_fields]
     raise UserError(
         f"unknown key `{short(key)}` in an override{_suggestion((key,), everywhere)}",
         "docs/recipe.md explains every key, and so does `folora-q schema`",
@@ -166,7 +167,7 @@ def _section_of(key: str) -> str:
 
 
 def _sections_with(key: str) -> list[str]:
-    return [name for name, section in Recipe.model_fields.items() if key in section.annotation.model_fields]
+    return [name for name, section in SECTIONS.items() if key in section.model_fields]
 
 
 def _finding(detail: Any, where: str) -> str:

@@ -118,7 +118,7 @@ def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], 
         changed["general_text"] = [found(("evaluation", "general_text", i), text, _file) for i, text in texts]
     if evaluation.general_prompts is not None:
         changed["general_prompts"] = found(("evaluation", "general_prompts"), evaluation.general_prompts, _file)
-    if evaluation.metric == "function":
+    if evaluation.metric == "function" and evaluation.metric_function is not None:
         changed["metric_function"] = found(("evaluation", "metric_function"), evaluation.metric_function, _function)
     evaluation = evaluation.model_copy(update=changed)
     name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, _model)

@@ -9,6 +9,8 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 KeyPath = tuple[str | int, ...]
 # Deep enough for any recipe, far from Python's recursion limit.
@@ -31,12 +33,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(
-                None, None, "aliases have no place in a recipe; quote a value with a *", mark
-            )
+            raise ComposerError(None, None, "aliases have no place in a recipe; quote a value with a *", mark)
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+            raise ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -45,10 +45,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+                raise ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 message = f"the key {key.value!r} stands here twice"
-                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                raise ConstructorError(None, None, message, key.start_mark)
             seen.add(key.value)
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 

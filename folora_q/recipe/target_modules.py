@@ -41,7 +41,7 @@ class Modules:
 
 def adapter_findings(section: AdapterSection, modules: Modules) -> list[Finding]:
     """Everything that `adapter` names and the model has not, or has as something else."""
-    found = [*_targets(section, modules), *_excluded(section, modules), *_saved(section, modules)]
+    found: list[Finding] = [*_targets(section, modules), *_excluded(section, modules), *_saved(section, modules)]
     if not found and not targeted(section, modules):
         found = [(("adapter", "exclude_modules"), "`adapter.exclude_modules` leaves no layer to put an adapter on")]
     return found
