@@ -172,10 +172,10 @@ def test_the_first_line_may_be_the_one_that_is_not_utf_8(tmp_path: Path) -> None
     ("content", "found"),
     [
         # A quote that never closes takes the rest of the file with it: the line where it opens is named.
-        ('a,b\n1,2\n"open,3\n4,5\n6,7\n', [("line 2", 2), ("line 3", "a quote does not close here")]),
-        ('a,b\n1,2\n3,"open\n4,5', [("line 2", 2), ("line 3", "a quote does not close here")]),
-        ('a,b\n"two" words,3\n4,5\n', [("line 2", "a quote does not close here"), ("line 3", 2)]),
-        ('a,b\n1,"x"y"\n4,5\n', [("line 2", "a quote does not close here"), ("line 3", 2)]),
+        ('a,b\n1,2\n"open,3\n4,5\n6,7\n', [("line 2", 2), ("line 3", "a quote is not closed here")]),
+        ('a,b\n1,2\n3,"open\n4,5', [("line 2", 2), ("line 3", "a quote is not closed here")]),
+        ('a,b\n"two" words,3\n4,5\n', [("line 2", "a quote is not closed here"), ("line 3", 2)]),
+        ('a,b\n1,"x"y"\n4,5\n', [("line 2", "a quote is not closed here"), ("line 3", 2)]),
         ("a,b\n1\n2,3\n", [("line 2", "it has 1 fields, but the header has 2"), ("line 3", 2)]),
         ("a,b\n1,2,3\n2,3\n", [("line 2", "it has 3 fields, but the header has 2"), ("line 3", 2)]),
         ('a,b\n"1","2\n3","4"\n5,6\n7,8\n', [("line 2", "it has 3 fields"), ("line 4", 2), ("line 5", 2)]),

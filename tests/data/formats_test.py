@@ -346,7 +346,7 @@ def test_what_cannot_be_used_is_refused_by_place_and_field(
 def test_columns_of_no_known_shape_are_told_with_what_to_do(values: dict[str, Any], there: str) -> None:
     with pytest.raises(RowError) as caught:
         parse(values)
-    assert caught.value.reason == f"its columns ({there}) are those of no known shape"
+    assert caught.value.reason == f"its columns ({there}) match no known shape"
     assert caught.value.hint is not None and "fields: {prompt: question, completion: answer}" in caught.value.hint
 
 
