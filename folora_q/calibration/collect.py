@@ -50,18 +50,18 @@ def build_gates(
     memory: float | None = None,
     recompute: bool = False,
 ) -> dict[str, SpectralGate]:
-    """The gate of every adapted layer, by the layer's name; layers that read the same tensor share one object.
+    """Compute the gate of every adapted layer, by layer name; layers that read the same tensor share one object.
 
     A layer that no token reaches has no gate.
 
-    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out. Tokens
-    count by the gradient that they have in the loss of what counts (`gate.covariance: fisher`), or all alike where a
-    token that counts is predicted from them. Where memory runs out, the text is read again in smaller batches.
+    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and without padding. Tokens
+    are weighted by their gradient in the loss of the labelled tokens (`gate.covariance: fisher`), or equally where they
+    predict a labelled token. If memory runs out, the text is read again in smaller batches.
 
     Args:
-        proxy, task: batches that no evaluation uses; their labels say what counts.
-        memory: GiB for the sketches of layers at a time; None takes all at once.
-        recompute: keep no activations for the backward pass but the layers' inputs.
+        proxy, task: batches that no evaluation uses; their labels say which tokens count.
+        memory: GiB for the sketches of the layers that are processed together; None: all layers.
+        recompute: keep only the layers' inputs for the backward pass.
 
     Raises:
         RunError: an activation or a gradient is not finite; the layer is named.
@@ -80,7 +80,7 @@ def build_gates(
             reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
             for share in shares:
                 found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
-    torch.cuda.empty_cache()  # blocks as large as a batch of text would split badly in training; nothing without CUDA
+    torch.cuda.empty_cache()  # blocks of a text batch's size would fragment memory in training; no effect without CUDA
     if len(shares) > 1:
         clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
     by_layer = {name: found[group[0]] for group in groups if group[0] in found for name in group}
@@ -101,10 +101,10 @@ def row_penalties(
     clock: StageTimer,
     recompute: bool = False,
 ) -> dict[str, tuple[float, float]]:
-    """tr(A Σ Aᵀ) of the rows that A has now, for each of two texts, by layer: one that the gates were made of, one not.
+    """Return tr(A Σ Aᵀ) for the present A by layer, on the text that the gates were computed from and on held-out text.
 
     In units of the loss with `gate.covariance: fisher`, as a mean over the layers that share a gate. Directions were
-    chosen where the first text has least, so the second number is the honest one.
+    chosen where the first text has the least variance, so only the second number is unbiased.
     """
     first_reader = {}  # of each gate
     for pair in pairs:
@@ -133,11 +133,11 @@ def row_penalties(
 
 @dataclass(frozen=True)
 class Reading:
-    """How text is read: what is fed to the sinks of layers' inputs, each known by its first reader.
+    """Reads text and feeds layers' inputs to sinks, which have the name of the first layer of their group.
 
     Attributes:
-        modules: adapted layers by name; `groups` of them read the same tensor.
-        weighted: tokens count by their gradient; the unit is then that of the loss, a token that counts.
+        modules: adapted layers by name; those of a group in `groups` read the same tensor.
+        weighted: weight tokens by their gradient; the unit is then that of the loss per labelled token.
     """
 
     model: PeftModel
@@ -151,10 +151,10 @@ class Reading:
     def stream(
         self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
     ) -> dict[str, Sink]:
-        """Sinks that have seen a text; where memory runs out, new ones see it again in smaller batches.
+        """Return sinks that have seen a text; if memory runs out, start again with smaller batches.
 
         Args:
-            count: how many sinks there are, for the error.
+            count: the number of sinks, for the error.
             draw: as in `feed`.
         """
         while True:
@@ -176,11 +176,11 @@ class Reading:
             self.splitter.halve(rows, text[0].input_ids.shape[1])
 
     def feed(self, text: Text, sinks: Mapping[str, TokenSink], draw: int | None = None) -> None:
-        """Show the sinks a text.
+        """Feed a text to the sinks.
 
         Args:
             draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
-                weighted statistics the Fisher information; None takes the text's labels (the empirical Fisher).
+                weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
         """
         labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
@@ -188,7 +188,7 @@ class Reading:
             sum(int(x.sum()) for x in marks)
             for marks in zip(*((b.attention_mask, b.loss_positions) for b in text), strict=True)
         )
-        unit = (seen / max(learned, 1)) ** 0.5  # sinks take the mean over all tokens
+        unit = (seen / max(learned, 1)) ** 0.5  # sinks average over all tokens
         watching = (
             collect_weighted_inputs(self.modules, by_module) if self.weighted else collect_inputs(self.modules, sinks)
         )
@@ -211,7 +211,7 @@ def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Ge
     """Compute the gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time.
 
     Args:
-        labels: draws each token's label from the model's own distribution, in place of the text's.
+        labels: draws each token's label from the model's own distribution, instead of the text's.
     """
     hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.loss_positions]
     wanted = part.targets
@@ -229,16 +229,16 @@ def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Ge
 
 @contextmanager
 def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
-    """Let gradients reach every layer's output, though no weight is trained.
+    """Let gradients reach every layer's output, although no weight is trained.
 
-    The mode stays evaluation in every module: a layer that transformers is to recompute must be in training mode, and
-    some (OPT) then apply dropout. So the layers' forward passes are checkpointed here.
+    All modules stay in evaluation mode: transformers recomputes only layers in training mode, in which some (OPT) apply
+    dropout. So the layers' forward passes are checkpointed here.
     """
     inner = cast(PreTrainedModel, model.get_base_model())
     embedding = inner.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)] if recompute else []
-    own = {layer: layer.__dict__.get("forward") for layer in layers}  # hooks of accelerate set one
+    own = {layer: layer.__dict__.get("forward") for layer in layers}  # accelerate's hooks set one
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -255,9 +255,9 @@ def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
 def _gates_of(
     widths: Mapping[str, int], reading: Reading, texts: tuple[Text, Text], section: GateSection
 ) -> dict[str, SpectralGate]:
-    """The gates of some layers' inputs: a reading for sketches, one for exact quotients, one for each refinement.
+    """Compute the gates of some layers' inputs: one reading for sketches, one for exact quotients, one per refinement.
 
-    A layer that no token of one of the texts reaches, such as an idle expert, has none.
+    A layer that no token of one of the texts reaches, such as an idle expert, has no gate.
     """
     device = reading.model.device
     dtype = getattr(torch, section.basis_dtype_on(device.type == "cuda"))
@@ -268,7 +268,7 @@ def _gates_of(
             for name, width in widths.items()
         }
 
-    # Each reading draws other labels of the proxy text: those that chose a basis are not those that its Grams count.
+    # Each reading draws new labels of the proxy text: those that chose a basis are not used for its Grams.
     def draws(number: int) -> tuple[int | None, None]:
         return number if reading.weighted else None, None
 
@@ -285,7 +285,7 @@ def _gates_of(
     bases = {name: joint_basis(*both[name]) for name in widths}
     gates: dict[str, SpectralGate] = {}
     for number, (_, with_image) in enumerate(section.readings, 1):
-        # One text's projections are gone before the other's are made.
+        # The projections of one text are freed before those of the other are made.
         projected = [
             _projected(text, reading, bases, device, with_image, draw)
             for text, draw in zip(texts, draws(number), strict=True)
@@ -357,7 +357,7 @@ def _solved(
 
 
 def partition_by_memory(needed: Mapping[str, float], memory: float | None) -> list[list[str]]:
-    """Layers whose statistics stand in memory together, in order, by what each needs; None has room for all."""
+    """Group layers, in order, so that the statistics of each group fit into memory; None has room for all."""
     if memory is None:
         return [list(needed)]
     shares: list[list[str]] = []
@@ -372,5 +372,5 @@ def partition_by_memory(needed: Mapping[str, float], memory: float | None) -> li
 
 
 def columns_held(section: GateSection) -> int:
-    """Numbers held for each input feature at most: a sketch's columns, or later a basis and what a text makes of it."""
+    """Return the most numbers held per input feature: a sketch's columns, or later a basis and its image."""
     return max([section.rank + section.oversampling, *(columns * (1 + image) for columns, image in section.readings)])

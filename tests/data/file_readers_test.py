@@ -159,7 +159,7 @@ def test_a_broken_line_is_an_error_in_its_place_and_the_others_are_rows(
 
 
 def test_the_column_of_a_line_that_breaks_off_is_its_end(tmp_path: Path) -> None:
-    reason = "it is not JSON: Expecting value at column 6; the line breaks off in the middle of an object"
+    reason = "it is not JSON: Expecting value at column 6; the line ends in the middle of an object"
     assert read(write(tmp_path / "r.jsonl", '{"a":\n')) == [("line 1", reason)]
 
 
@@ -238,14 +238,18 @@ def test_the_row_after_a_broken_header_is_no_header(tmp_path: Path) -> None:
         (
             "r.csv",
             b"prompt;completion\na, b;c\n",
-            "{path} line 1: the header has no ',', but ';': fields are separated by",
+            "{path} line 1: the header has no ',', but ';': fields seem to be separated by",
         ),
         ("r.csv", b"prompt\tcompletion\na\tb\n", "{path} line 1: the header has no ',', but '\\t'"),
         ("r.tsv", b"prompt,completion\na,b\n", "{path} line 1: the header has no '\\t', but ','"),
         ("r.parquet", b"PAR1 and no more", "{path} is not a parquet file that can be read"),
         ("r.parquet", b"PAR1" + b"\xff" * 40 + b"PAR1", "{path} is not a parquet file that can be read"),
-        ("r.xlsx", b"PK", "cannot read {path}: its ending is none of .jsonl, .json, .csv, .tsv, .parquet, .txt, .md"),
-        ("rows", b"{}", "cannot read {path}: its ending is none of"),
+        (
+            "r.xlsx",
+            b"PK",
+            "cannot read {path}: its ending is not one of .jsonl, .json, .csv, .tsv, .parquet, .txt, .md",
+        ),
+        ("rows", b"{}", "cannot read {path}: its ending is not one of"),
     ],
     ids=count(),
 )

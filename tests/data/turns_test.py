@@ -269,7 +269,7 @@ def test_gpt_oss_marks_in_a_content_are_refused_with_what_to_write() -> None:
         ([user("q"), {**assistant("a"), "reasoning_content": ["x"]}], "`messages[1].reasoning_content` must be text"),
         (
             [{**user("q"), "thinking": "x"}, assistant("a")],
-            "`messages[0]` has a thought, but it is not the assistant's",
+            "`messages[0]` has a thought, but is not an assistant turn",
         ),
         (
             [user("q"), {"role": "assistant", "content": [{"type": "thinking"}]}],
