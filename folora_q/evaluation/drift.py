@@ -1,8 +1,8 @@
 """Measure how far each layer's output moved from the base's: E‖ΔW x‖² / E‖W x‖².
 
-Measured on the base's own activations x, so that a layer shows its own change and not that of the layers before it;
-and by the gates' statistics, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), which needs no text: a prediction of it where Σ is of
-activations alike, and where tokens count by the loss's gradient (`gate.covariance: fisher`), what the loss feels of it.
+Measured on the base's own activations x, so that it shows a layer's own change and not that of earlier layers; and
+from the gates' statistics, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), without any text. The latter predicts the former if Σ weights all
+tokens equally; if it weights them by the loss gradient (`gate.covariance: fisher`), it shows the effect on the loss.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LayerChange:
 
 
 def layer_changes(model_pair: ModelPair) -> dict[str, LayerChange]:
-    """Every linear layer that an adapter changes, or that both of two models have, but for the head."""
+    """Return every linear layer that an adapter changes, or that two models share, except the head."""
     if model_pair.adapted is not None:
         return {
             name: LayerChange(module.get_base_layer(), _adapter_delta(module))
@@ -59,16 +59,16 @@ def measured_drift(
     on_progress: Callable[[int], None] = lambda batches: None,
     splitter: BatchSplitter | None = None,
 ) -> dict[str, float]:
-    """E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 for a layer that none reached.
+    """Return E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 if no token reaches it.
 
     Args:
-        splitter: what to do where memory runs out; None raises.
+        splitter: splits batches if memory runs out; None raises.
     """
     splitter = splitter or BatchSplitter("measuring drift of", enabled=False)
     changes = layer_changes(model_pair)
     model_pair.eval()
     totals: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}  # of the part in hand
+    seen: dict[str, Tensor] = {}  # of the present part
     with torch.no_grad(), model_pair.base() as base, _watching(changes, seen) as mask:
 
         def look(part: Batch) -> dict[str, Tensor]:
@@ -85,9 +85,9 @@ def measured_drift(
 
 
 def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGate]) -> dict[str, dict[str, float]]:
-    """The same by layer for the texts that the gates were made of: {"own": ..., "task": ...}.
+    """Predict the drift by layer for the texts that the gates were computed from: {"own": ..., "task": ...}.
 
-    ‖BAx‖² needs BᵀB and AΣAᵀ, both r x r; W is decoded from its 4 bits, one layer at a time.
+    ‖BAx‖² needs BᵀB and AΣAᵀ, both r x r; W is dequantized, one layer at a time.
     """
     found: dict[str, dict[str, float]] = {}
     for pair in pairs:
@@ -106,7 +106,7 @@ def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGa
 
 
 def update_norm(module: nn.Module | BaseTunerLayer) -> float | None:
-    """‖ΔW‖ of a LoRA layer, from r x r products; None for other kinds."""
+    """Return ‖ΔW‖ of a LoRA layer, from r x r products; None for other kinds of layers."""
     if not isinstance(module, LoraLayer) or not _is_plain(module):
         return None
     total = 0.0
@@ -118,7 +118,7 @@ def update_norm(module: nn.Module | BaseTunerLayer) -> float | None:
 
 
 def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
-    """The adapted linear layers by name."""
+    """Return the adapted linear layers by name."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -127,7 +127,7 @@ def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
 
 
 def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """s B (o, r) and A (r, d) in float64."""
+    """Return s B (o, r) and A (r, d) in float64."""
     a, b = factors(module, adapter)
     return b.detach().double() * module.scaling[adapter], a.detach().double()
 
@@ -148,7 +148,7 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
         return product
 
     def difference(x: Tensor, out: Tensor) -> Tensor:
-        """Of any other kind, as precise as the compute dtype: the layer with its adapter on, minus without."""
+        """Return the output with the adapter minus that without, in the compute dtype's precision."""
         module.enable_adapters(True)
         try:
             return cast(nn.Module, module).forward(x).float() - out.float()
@@ -159,12 +159,12 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def _is_plain(module: LoraLayer) -> bool:
-    """Whether its change is s B A and nothing else (no DoRA, no bias)."""
+    """Return whether the layer's change is s B A and nothing else (no DoRA, no bias)."""
     return not getattr(module, "lora_variant", None) and not any(getattr(module, "lora_bias", {}).values())
 
 
 def _energy(y: Tensor) -> Tensor:
-    """‖y‖² over the last dimension, without a copy of y."""
+    """Return ‖y‖² over the last dimension, without a copy of y."""
     return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).square()
 
 
@@ -179,7 +179,7 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 @contextmanager
 def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> Iterator[list[Tensor]]:
-    """While this lasts, adds (Σ‖ΔWx‖², Σ‖Wx‖²) of every forward pass to `totals`; yields the token mask's place."""
+    """Add (Σ‖ΔWx‖², Σ‖Wx‖²) of every forward pass to `totals`; yields a list whose only item is the token mask."""
     mask: list[Tensor] = [torch.empty(0)]
     busy: list[str] = []
 
@@ -194,7 +194,7 @@ def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> 
             busy.clear()
         bias = getattr(change.layer, "bias", None)
         energies = torch.stack([_energy(moved), _energy(out if bias is None else out - bias)])  # (2, ...) by token
-        if mask[0].shape == x.shape[:-1]:  # experts are given tokens picked out of the batch
+        if mask[0].shape == x.shape[:-1]:  # experts receive tokens picked from the batch
             energies = energies * mask[0]
         sums = energies.flatten(1).sum(1, dtype=torch.float64)
         totals[name] = totals[name] + sums if name in totals else sums
