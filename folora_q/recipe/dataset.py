@@ -51,7 +51,7 @@ class Source(Section):
     """Names of roles, as {theirs: ours}, e.g. {customer: user}. human, gpt, model and bot are known."""
 
     def column(self, name: str) -> str:
-        """The column that holds what we call `name`."""
+        """Return the name of the column for our `name`."""
         return cast("dict[str, str]", self.fields).get(name, name)
 
 
