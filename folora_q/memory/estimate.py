@@ -178,7 +178,7 @@ class _Run:
         return MemoryStage("statistics", device | self.context, host)
 
     def _watched(self, batch: BatchShape, widest: int) -> int:
-        """A backward pass without adapters, which keeps the inputs of adapted layers; the loss is computed in chunks."""
+        """A backward pass without adapters, which keeps adapted layers' inputs; the loss is computed in chunks."""
         shape, how = self.shape, self.plain
         spaces = parts.input_spaces(shape, self.how)
         depth = 1 if not self.checkpointing else shape.depth
