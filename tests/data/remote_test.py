@@ -198,9 +198,9 @@ def recipe_with(recipe_file: Path, address: str) -> Path:
     [
         ("s3://bucket/r.jsonl", "needs the package s3fs, which is not installed: pip install s3fs"),
         ("gs://bucket/r.jsonl", "needs the package gcsfs"),
-        ("s4://bucket/r.jsonl", "cannot be read: s4 is none of http, https, s3"),
-        ("git://r.jsonl", "cannot be read: git is none of"),
-        ("reference://r.json", "cannot be read: reference is none of"),
+        ("s4://bucket/r.jsonl", "cannot be read: s4 is not one of http, https, s3"),
+        ("git://r.jsonl", "cannot be read: git is not one of"),
+        ("reference://r.json", "cannot be read: reference is not one of"),
         ("http://a/b.zip::r.jsonl", "is a chain of addresses"),
     ],
 )
