@@ -21,7 +21,7 @@ MAX_NAMED = 10
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What was found in one source.
+    """Facts about the rows of one source.
 
     Attributes:
         path: as in the recipe.

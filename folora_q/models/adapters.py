@@ -29,7 +29,7 @@ from folora_q.storage.files import atomic_write
 if TYPE_CHECKING:
 
     class LoraModule(torch.nn.Module, LoraLayer):
-        """What PEFT makes of a linear layer: `LoraLayer` alone does not say that it is a module."""
+        """PEFT's adapted linear layer; the type `LoraLayer` alone does not say that it is a module."""
 
         in_features: int
 

@@ -256,7 +256,7 @@ FOREIGN_WORDS: dict[str, str] = {
     "lora_mlp_kernel": "it is not supported: there are no fused kernels",
     "lora_qkv_kernel": "it is not supported: there are no fused kernels",
     "lora_o_kernel": "it is not supported: there are no fused kernels",
-    "lora_model_dir": RESUME + ", which goes on with a run of its own",
+    "lora_model_dir": RESUME + ", which continues a run",
     "liger_kernel": "it is not supported",
     "use_liger_kernel": "it is not supported",
 }
