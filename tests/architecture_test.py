@@ -16,7 +16,7 @@ HOUSE = Path(folora_q.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 # A room may import rooms of earlier tiers and itself, never a sibling.
 TIERS = [
-    {"errors", "progress", "storage", "folora_q"},
+    {"block_sizes", "errors", "progress", "storage", "folora_q"},
     {"core", "distributed", "recipe"},
     {"models", "data", "runs", "memory"},
     {"calibration", "evaluation", "preflight", "rules"},

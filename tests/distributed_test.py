@@ -82,7 +82,7 @@ def test_of_two_gpus_one_is_used_and_said(two_gpus: None) -> None:
     hardware = choose_hardware()
     assert hardware.device == torch.device("cuda", 0)
     assert hardware.others == (
-        "2 GPUs are visible, and cuda:0, NVIDIA GeForce RTX 3060, alone is used; CUDA_VISIBLE_DEVICES chooses another"
+        "2 GPUs are visible, and only cuda:0, NVIDIA GeForce RTX 3060, is used; CUDA_VISIBLE_DEVICES selects another"
     )
     assert choose_hardware("float16").others == hardware.others
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from folora_q.calibration.hooks import collect_inputs, collect_weighted_inputs, shared_inputs
+from folora_q.calibration.hooks import TokenSink, collect_inputs, collect_weighted_inputs, shared_inputs
 from folora_q.core import (
     CovarianceSketch,
     LowRankCovariance,
@@ -34,7 +35,7 @@ from folora_q.progress import StageTimer
 from folora_q.recipe.gate import GateSection
 
 Text = Sequence[Batch]
-Sink = CovarianceSketch | ProjectedCovariance
+Sink = TypeVar("Sink", CovarianceSketch, ProjectedCovariance)
 GIB = 2**30
 BYTES = 4  # of a number in a sketch or a basis
 
@@ -49,18 +50,18 @@ def build_gates(
     memory: float | None = None,
     recompute: bool = False,
 ) -> dict[str, SpectralGate]:
-    """The gate of every adapted layer, by the layer's name; layers that read the same tensor share one object.
+    """Compute the gate of every adapted layer, by layer name; layers that read the same tensor share one object.
 
     A layer that no token reaches has no gate.
 
-    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and padding left out. Tokens
-    count by the gradient that they have in the loss of what counts (`gate.covariance: fisher`), or all alike where a
-    token that counts is predicted from them. Where memory runs out, the text is read again in smaller batches.
+    Σp comes from the proxy text and Σt from the task's, both with the adapter switched off and without padding. Tokens
+    are weighted by their gradient in the loss of the labelled tokens (`gate.covariance: fisher`), or equally where they
+    predict a labelled token. If memory runs out, the text is read again in smaller batches.
 
     Args:
-        proxy, task: batches that no evaluation uses; their labels say what counts.
-        memory: GiB for the sketches of layers at a time; None takes all at once.
-        recompute: keep no activations for the backward pass but the layers' inputs.
+        proxy, task: batches that no evaluation uses; their labels say which tokens count.
+        memory: GiB for the sketches of the layers that are processed together; None: all layers.
+        recompute: keep only the layers' inputs for the backward pass.
 
     Raises:
         RunError: an activation or a gradient is not finite; the layer is named.
@@ -79,7 +80,7 @@ def build_gates(
             reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
             for share in shares:
                 found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
-    torch.cuda.empty_cache()  # blocks as large as a batch of text would split badly in training; nothing without CUDA
+    torch.cuda.empty_cache()  # blocks of a text batch's size would fragment memory in training; no effect without CUDA
     if len(shares) > 1:
         clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
     by_layer = {name: found[group[0]] for group in groups if group[0] in found for name in group}
@@ -100,10 +101,10 @@ def row_penalties(
     clock: StageTimer,
     recompute: bool = False,
 ) -> dict[str, tuple[float, float]]:
-    """tr(A Σ Aᵀ) of the rows that A has now, for each of two texts, by layer: one that the gates were made of, one not.
+    """Return tr(A Σ Aᵀ) for the present A by layer, on the text that the gates were computed from and on held-out text.
 
     In units of the loss with `gate.covariance: fisher`, as a mean over the layers that share a gate. Directions were
-    chosen where the first text has least, so the second number is the honest one.
+    chosen where the first text has the least variance, so only the second number is unbiased.
     """
     first_reader = {}  # of each gate
     for pair in pairs:
@@ -113,7 +114,7 @@ def row_penalties(
     rows = {pair.name: pair.a.detach().T for pair in first_reader.values()}
     modules = {pair.name: pair.module for pair in pairs}
 
-    def new_sinks() -> dict[str, Sink]:
+    def new_sinks() -> dict[str, ProjectedCovariance]:
         return {name: ProjectedCovariance(a, device=model.device) for name, a in rows.items()}
 
     model.eval()
@@ -121,22 +122,22 @@ def row_penalties(
         splitter = BatchSplitter("taking statistics of", clock.note)
         reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
         draw = 0 if reading.weighted else None
-        both = [reading.stream(text, len(rows), new_sinks, draw) for text in texts]
+        fitted, heldout = (reading.stream(text, len(rows), new_sinks, draw) for text in texts)
     return {
-        name: tuple(float(sinks[group[0]].mean().trace()) for sinks in both)
+        name: (float(fitted[group[0]].mean().trace()), float(heldout[group[0]].mean().trace()))
         for group in groups
-        if all(sinks[group[0]].count for sinks in both)
+        if fitted[group[0]].count and heldout[group[0]].count
         for name in group
     }
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How text is read: what is fed to the sinks of layers' inputs, each known by its first reader.
+    """Reads text and feeds layers' inputs to sinks, which have the name of the first layer of their group.
 
     Attributes:
-        modules: adapted layers by name; `groups` of them read the same tensor.
-        weighted: tokens count by their gradient; the unit is then that of the loss, a token that counts.
+        modules: adapted layers by name; those of a group in `groups` read the same tensor.
+        weighted: weight tokens by their gradient; the unit is then that of the loss per labelled token.
     """
 
     model: PeftModel
@@ -150,10 +151,10 @@ class Reading:
     def stream(
         self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
     ) -> dict[str, Sink]:
-        """Sinks that have seen a text; where memory runs out, new ones see it again in smaller batches.
+        """Return sinks that have seen a text; if memory runs out, start again with smaller batches.
 
         Args:
-            count: how many sinks there are, for the error.
+            count: the number of sinks, for the error.
             draw: as in `feed`.
         """
         while True:
@@ -174,12 +175,12 @@ class Reading:
             rows = max(self.splitter.fitting(len(batch.input_ids)) for batch in text)
             self.splitter.halve(rows, text[0].input_ids.shape[1])
 
-    def feed(self, text: Text, sinks: Mapping[str, Sink], draw: int | None = None) -> None:
-        """Show the sinks a text.
+    def feed(self, text: Text, sinks: Mapping[str, TokenSink], draw: int | None = None) -> None:
+        """Feed a text to the sinks.
 
         Args:
             draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
-                weighted statistics the Fisher information; None takes the text's labels (the empirical Fisher).
+                weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
         """
         labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
@@ -187,7 +188,7 @@ class Reading:
             sum(int(x.sum()) for x in marks)
             for marks in zip(*((b.attention_mask, b.loss_positions) for b in text), strict=True)
         )
-        unit = (seen / max(learned, 1)) ** 0.5  # sinks take the mean over all tokens
+        unit = (seen / max(learned, 1)) ** 0.5  # sinks average over all tokens
         watching = (
             collect_weighted_inputs(self.modules, by_module) if self.weighted else collect_inputs(self.modules, sinks)
         )
@@ -199,7 +200,7 @@ class Reading:
                     counted.mask = part.attention_mask if self.weighted else part.loss_positions
                     counted.weight = part.weight
                     if self.weighted:
-                        _backward(self.model.get_base_model(), part, unit, labels)
+                        _backward(cast(PreTrainedModel, self.model.get_base_model()), part, unit, labels)
                     else:
                         ids, seen_by = part.input_ids, part.attention_mask
                         self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
@@ -210,7 +211,7 @@ def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Ge
     """Compute the gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time.
 
     Args:
-        labels: draws each token's label from the model's own distribution, in place of the text's.
+        labels: draws each token's label from the model's own distribution, instead of the text's.
     """
     hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.loss_positions]
     wanted = part.targets
@@ -228,16 +229,16 @@ def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Ge
 
 @contextmanager
 def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
-    """Let gradients reach every layer's output, though no weight is trained.
+    """Let gradients reach every layer's output, although no weight is trained.
 
-    The mode stays evaluation in every module: a layer that transformers is to recompute must be in training mode, and
-    some (OPT) then apply dropout. So the layers' forward passes are checkpointed here.
+    All modules stay in evaluation mode: transformers recomputes only layers in training mode, in which some (OPT) apply
+    dropout. So the layers' forward passes are checkpointed here.
     """
-    inner = model.get_base_model()
+    inner = cast(PreTrainedModel, model.get_base_model())
     embedding = inner.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)] if recompute else []
-    own = {layer: layer.__dict__.get("forward") for layer in layers}  # hooks of accelerate set one
+    own = {layer: layer.__dict__.get("forward") for layer in layers}  # accelerate's hooks set one
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -254,52 +255,61 @@ def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
 def _gates_of(
     widths: Mapping[str, int], reading: Reading, texts: tuple[Text, Text], section: GateSection
 ) -> dict[str, SpectralGate]:
-    """The gates of some layers' inputs: a reading for sketches, one for exact quotients, one for each refinement.
+    """Compute the gates of some layers' inputs: one reading for sketches, one for exact quotients, one per refinement.
 
-    A layer that no token of one of the texts reaches, such as an idle expert, has none.
+    A layer that no token of one of the texts reaches, such as an idle expert, has no gate.
     """
     device = reading.model.device
     dtype = getattr(torch, section.basis_dtype_on(device.type == "cuda"))
 
-    def new_sketches() -> dict[str, Sink]:
+    def new_sketches() -> dict[str, CovarianceSketch]:
         return {
             name: CovarianceSketch(width, section.rank, section.oversampling, device=device)
             for name, width in widths.items()
         }
 
-    # Each reading draws other labels of the proxy text: those that chose a basis are not those that its Grams count.
+    # Each reading draws new labels of the proxy text: those that chose a basis are not used for its Grams.
     def draws(number: int) -> tuple[int | None, None]:
         return number if reading.weighted else None, None
 
-    covariances = [
+    penalties, utilities = (
         {
             name: sketch.covariance()
             for name, sketch in reading.stream(text, len(widths), new_sketches, draw).items()
             if sketch.count > 0
         }
         for text, draw in zip(texts, draws(0), strict=True)
-    ]
-    widths = {name: width for name, width in widths.items() if all(name in found for found in covariances)}
-    both = {name: tuple(found[name] for found in covariances) for name in widths}
+    )
+    widths = {name: width for name, width in widths.items() if name in penalties and name in utilities}
+    both = {name: (penalties[name], utilities[name]) for name in widths}
     bases = {name: joint_basis(*both[name]) for name in widths}
     gates: dict[str, SpectralGate] = {}
     for number, (_, with_image) in enumerate(section.readings, 1):
-        # One text's projections are gone before the other's are made.
+        # The projections of one text are freed before those of the other are made.
         projected = [
             _projected(text, reading, bases, device, with_image, draw)
             for text, draw in zip(texts, draws(number), strict=True)
         ]
         for name in widths:
-            grams, images, traces = zip(*(found.pop(name) for found in projected), strict=True)
-            both[name] = tuple(replace(seen, trace=trace) for seen, trace in zip(both[name], traces, strict=True))
-            gates[name] = _solved(name, section, both[name], bases[name], grams)
-            if with_image:
-                of = normalizers(*both[name], section.covariance == "fisher")
-                images = tuple(image / unit for image, unit in zip(images, of, strict=True))
+            penalty, utility = (found.pop(name) for found in projected)
+            of_penalty, of_utility = both[name]
+            both[name] = replace(of_penalty, trace=penalty.trace), replace(of_utility, trace=utility.trace)
+            gates[name] = _solved(name, section, both[name], bases[name], (penalty.gram, utility.gram))
+            if penalty.image is not None and utility.image is not None:
+                units = normalizers(*both[name], section.covariance == "fisher")
+                images = penalty.image / units[0], utility.image / units[1]
                 bases[name] = refined_basis(gates[name], images, section.rank)
     if not section.readings:
         gates = {name: _solved(name, section, both[name], bases[name], None) for name in widths}
     return {name: gate.truncated(section.rank).to(device, dtype) for name, gate in gates.items()}
+
+
+class Projection(NamedTuple):
+    """What a text shows in a basis P: PᵀΣP, ΣP if it is wanted, and tr Σ."""
+
+    gram: torch.Tensor
+    image: torch.Tensor | None
+    trace: float
 
 
 def _projected(
@@ -309,14 +319,14 @@ def _projected(
     device: torch.device,
     with_image: bool,
     draw: int | None,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | None, float]]:
-    """PᵀΣP, ΣP if wanted, and tr Σ, of a text in each basis."""
+) -> dict[str, Projection]:
+    """Project the covariance of a text onto each basis."""
 
-    def new_projections() -> dict[str, Sink]:
+    def new_projections() -> dict[str, ProjectedCovariance]:
         return {name: ProjectedCovariance(basis, with_image, device=device) for name, basis in bases.items()}
 
     return {
-        name: (sink.mean(), sink.mean_image() if with_image else None, sink.energy / sink.count)
+        name: Projection(sink.mean(), sink.mean_image() if with_image else None, sink.energy / sink.count)
         for name, sink in reading.stream(text, len(bases), new_projections, draw).items()
     }
 
@@ -347,7 +357,7 @@ def _solved(
 
 
 def partition_by_memory(needed: Mapping[str, float], memory: float | None) -> list[list[str]]:
-    """Layers whose statistics stand in memory together, in order, by what each needs; None has room for all."""
+    """Group layers, in order, so that the statistics of each group fit into memory; None has room for all."""
     if memory is None:
         return [list(needed)]
     shares: list[list[str]] = []
@@ -362,5 +372,5 @@ def partition_by_memory(needed: Mapping[str, float], memory: float | None) -> li
 
 
 def columns_held(section: GateSection) -> int:
-    """Numbers held for each input feature at most: a sketch's columns, or later a basis and what a text makes of it."""
+    """Return the most numbers held per input feature: a sketch's columns, or later a basis and its image."""
     return max([section.rank + section.oversampling, *(columns * (1 + image) for columns, image in section.readings)])

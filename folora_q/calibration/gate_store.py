@@ -18,10 +18,10 @@ from folora_q.runs.results import GateResult
 from folora_q.storage.files import atomic_write
 from folora_q.storage.untrusted import finite, parse_json
 
-# What a gate is made of (`SpectralGate.state_dict`).
+# The keys of `SpectralGate.state_dict`.
 TENSORS = {"basis", "penalty_gram", "utility_gram"}
 SETTINGS = {"penalty_tail", "utility_tail", "ridge", "utility_ridge", "gate_lambda", "floor", "sharpness", "unit"}
-# What gates of versions before it had leave out.
+# Settings that files of earlier versions do not have.
 LATER = {"unit": 1.0}
 
 
@@ -42,10 +42,10 @@ def save_gates(path: Path, gates: Mapping[str, SpectralGate]) -> None:
 
 
 def load_gates(path: Path, device: torch.device | str = "cpu") -> dict[str, SpectralGate]:
-    """The gates of a file by layer, on a device, sharing objects as they were saved.
+    """Load gates by layer onto a device; layers that shared a gate share it again.
 
     Raises:
-        UserError: it cannot be read, or holds what no gate can be made of.
+        UserError: the file cannot be read, or does not contain valid gates.
     """
     gates: dict[str, SpectralGate] = {}
     try:
@@ -61,16 +61,17 @@ def load_gates(path: Path, device: torch.device | str = "cpu") -> dict[str, Spec
                 gates |= dict.fromkeys(modules, gate.to(device))
     except (OSError, ValueError, SafetensorError, torch.linalg.LinAlgError) as error:
         raise UserError(
-            f"cannot read the gates in {path}: {first_line(error)}", "train again, or remove the file to do without it"
+            f"cannot read the gates in {path}: {first_line(error)}",
+            "train again, or remove the file to continue without gates",
         ) from None
     return gates
 
 
 def _gate(number: int, entry: Any, tensors: dict[str, Tensor]) -> tuple[list[str], SpectralGate]:
-    """The layers of one gate, and the gate.
+    """Return the layers of one gate, and the gate.
 
     Raises:
-        ValueError: they are not what `save_gates` writes.
+        ValueError: the entry is not one that `save_gates` writes.
     """
     modules, settings = (entry.get(key) for key in ("modules", "settings")) if isinstance(entry, dict) else (None, None)
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
@@ -85,7 +86,7 @@ def _gate(number: int, entry: Any, tensors: dict[str, Tensor]) -> tuple[list[str
         raise ValueError(f"the tensors of gate {number} do not fit each other")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
-            raise ValueError(f"{name} of gate {number} holds what are no finite numbers")
+            raise ValueError(f"{name} of gate {number} holds numbers that are not finite")
     if settings["penalty_tail"] < 0 or settings["utility_tail"] < 0:
         raise ValueError(f"gate {number} has a negative variance")
     return modules, SpectralGate.from_state_dict(tensors | settings)
@@ -94,10 +95,10 @@ def _gate(number: int, entry: Any, tensors: dict[str, Tensor]) -> tuple[list[str
 def gate_results(
     gates: Mapping[str, SpectralGate], penalties: Mapping[str, tuple[float, float]] | None = None
 ) -> list[GateResult]:
-    """Quotients and values of every distinct gate.
+    """Return quotients and values of every distinct gate.
 
     Args:
-        penalties: of A's rows, by layer: on the text of the gates, and held out (`row_penalties`).
+        penalties: of A's rows, by layer: on the gates' text, and held out (`row_penalties`).
     """
     penalties = penalties or {}
     return [
@@ -117,6 +118,6 @@ def gate_results(
 
 
 def _distinct(gates: Mapping[str, SpectralGate]) -> list[tuple[SpectralGate, list[str]]]:
-    """Every gate once, with the layers that share it."""
+    """Return every gate once, with the layers that share it."""
     distinct = {id(gate): gate for gate in gates.values()}
     return [(gate, [name for name, other in gates.items() if other is gate]) for gate in distinct.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,21 +15,21 @@ from folora_q.errors import RunError
 
 
 class TokenSink(Protocol):
-    """Takes tokens: a sketch, or a projection."""
+    """Receives tokens: a sketch, or a projection."""
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None: ...
 
 
 @dataclass
 class Counted:
-    """Which tokens of a forward pass count, (b, t), None for all, and how many times each."""
+    """Which tokens of a forward pass count, (b, t) or None for all, and how often each."""
 
     mask: Tensor | None = None
     weight: float = 1.0
 
 
 def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor) -> list[list[str]]:
-    """Group modules that are given the very same tensor in one forward pass (q, k and v; gate and up).
+    """Group modules that receive the very same tensor in one forward pass (q, k and v; gate and up).
 
     Args:
         model: called with `input_ids` of a few tokens.
@@ -37,7 +38,7 @@ def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids:
     Returns:
         Groups of names, in the order of `modules`.
     """
-    held: list[Tensor] = []  # keeps every input alive, so that no address is used twice
+    held: list[Tensor] = []  # keeps every input alive, so that no address is reused
     given: dict[str, tuple] = {}
 
     def look(name: str, x: Tensor) -> None:
@@ -55,10 +56,10 @@ def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids:
 
 @contextmanager
 def collect_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
-    """While this lasts, every forward pass feeds each module's input to its sink.
+    """Feed each module's input to its sink in every forward pass within this context.
 
     Yields:
-        What counts, to be set before each forward pass.
+        Which tokens count, to be set before each forward pass.
 
     Raises:
         RunError: an input is not finite; the module is named.
@@ -78,13 +79,13 @@ def collect_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSi
 
 @contextmanager
 def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSink]) -> Iterator[Counted]:
-    """As `collect_inputs`, in the backward pass: each token is fed times ‖g‖, g the gradient at the module's output.
+    """Feed inputs as `collect_inputs`, in the backward pass and times ‖g‖, g being the gradient at the module's output.
 
-    The sum over tokens of ‖g‖² x xᵀ is what the loss's Fisher information has to say of the directions that a module
-    reads (K-FAC, arXiv 1503.05671, without its independence of x and g).
+    The sum over tokens of ‖g‖² x xᵀ is the loss's Fisher information about the directions that a module reads (K-FAC,
+    arXiv 1503.05671, without assuming that x and g are independent).
 
     Args:
-        sinks: by module; several may share one.
+        sinks: by module; several modules may share one.
     """
     current = Counted()
 
@@ -95,17 +96,14 @@ def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str
         except ValueError as error:
             raise RunError(f"the gradient behind {name} holds a NaN or an infinity") from error
 
-    def watch(name: str, args: tuple, output: Tensor) -> Tensor:
+    def watch(name: str, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0].detach()
-        # Found here, since it spoils every gradient: the backward pass would name the last layer.
+        # Checked here, since it affects every gradient: the backward pass would name the last layer.
         if not bool(torch.isfinite(torch.linalg.vector_norm(x, float("inf")))):
             raise RunError(f"the activations hold a NaN or an infinity, at the input of {name}")
         return _Watched.apply(output, x, lambda x, g: feed(name, x, g)) if output.requires_grad else output
 
-    handles = [
-        modules[name].register_forward_hook(lambda _, args, output, name=name: watch(name, args, output))
-        for name in sinks
-    ]
+    handles = [modules[name].register_forward_hook(partial(watch, name)) for name in sinks]
     try:
         yield current
     finally:
@@ -114,12 +112,12 @@ def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str
 
 
 def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Experts are given tokens picked out of the batch, which no mask fits; padding was dropped or is rare."""
+    """Return the mask if it fits; experts get tokens picked from the batch, where padding was dropped or is rare."""
     return mask.bool() if mask is not None and mask.shape == x.shape[:-1] else None
 
 
 class _Watched(torch.autograd.Function):
-    """An output as it is, which shows its gradient beside the input; checkpointing recomputes what is saved for it."""
+    """Passes an output through unchanged, and its gradient with the input to `feed`; works with checkpointing."""
 
     @staticmethod
     def forward(ctx, output, x, feed):

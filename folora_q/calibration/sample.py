@@ -1,4 +1,4 @@
-"""Sample text from the base model: what it can do before training, without any other data.
+"""Sample text from the base model, which shows what it can do before training.
 
 Source: FoLoRA (arXiv 2606.00132) Appendix B.4 for the decoding mixture and the filters; Magpie (arXiv 2406.08464) for
 the user turns of chats.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.rendering import Renderer
-from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs
+from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs
 from folora_q.errors import RunError, UserError, first_line
 from folora_q.recipe.schema import ProxySection
 
@@ -28,15 +29,15 @@ PAPER_MIXTURE = (
     (0.1, {"temperature": 1.2, "top_p": 0.98, "top_k": 50}),
 )
 PLAIN = ((1.0, PAPER_MIXTURE[0][1]),)
-# Fewer tokens than this say little about the model, and crops of them nothing.
+# Shorter samples say little about the model, and their crops nothing.
 MIN_SAMPLE_TOKENS = 16
-# With filters on, a model that mostly writes degenerate text must not sample for ever.
+# With filters on, a model that mostly writes degenerate text must not sample forever.
 MAX_ROUNDS = 20
 
 
 @dataclass(frozen=True)
 class ProxySample:
-    """One sampled sequence: its tokens, from the very first (the beginning-of-text token where the model has one)."""
+    """One sampled sequence: all its tokens, from the beginning-of-text token if the model has one."""
 
     ids: list[int]
     source: str  # bos | chat
@@ -49,17 +50,17 @@ def sample_proxy(
     on_progress: Callable[[int], None] = lambda count: None,
     splitter: BatchSplitter | None = None,
 ) -> list[ProxySample]:
-    """Draw `num_samples + num_heldout_samples` sequences from the model, with no adapter on it.
+    """Draw `num_samples + num_heldout_samples` sequences from the model without an adapter.
 
-    The random state of the process is left as it was. The same seed, settings and machine give the same text.
+    The random state of the process does not change. The same seed, settings and machine give the same text.
 
     Args:
-        on_progress: called with the number of samples gained.
-        splitter: what to do where memory runs out, after which the same seed gives other text; None raises.
+        on_progress: called with the number of new samples.
+        splitter: splits batches if memory runs out, after which the same seed gives other text; None raises.
 
     Raises:
-        UserError: chats are asked for and there is no chat template.
-        RunError: the model gives too little text that passes.
+        UserError: the source needs chats and there is no chat template.
+        RunError: too little of the sampled text passes the filters.
     """
     splitter = splitter or BatchSplitter("sampling", enabled=False)
     wanted = section.num_samples + section.num_heldout_samples
@@ -83,40 +84,40 @@ def sample_proxy(
             if len(samples) < target:
                 raise RunError(
                     f"after {MAX_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
-                    "turn proxy.filters off, or use another proxy.source",
+                    "set proxy.filters: false, or use another proxy.source",
                 )
     return _interleaved(samples)
 
 
 def start_token(tokenizer: Tokenizer) -> int:
-    """The token that texts begin with: BOS, or `<|endoftext|>` for models without one (Qwen), or else EOS.
+    """Return the token that texts begin with: BOS, or `<|endoftext|>` for models without one (Qwen), or else EOS.
 
     Raises:
         UserError: the tokenizer has none of them.
     """
-    if tokenizer.bos_token_id is not None:
+    if isinstance(tokenizer.bos_token_id, int):
         return tokenizer.bos_token_id
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    if separator is not None and separator != tokenizer.unk_token_id:
+    if isinstance(separator, int) and separator != tokenizer.unk_token_id:
         return separator
-    if tokenizer.eos_token_id is not None:
+    if isinstance(tokenizer.eos_token_id, int):
         return tokenizer.eos_token_id
     raise UserError("this tokenizer has no BOS, <|endoftext|> or EOS token, so there is nothing to sample from")
 
 
 def chat_openings(tokenizer: Tokenizer) -> str:
-    """What the chat template writes before the user's first words.
+    """Return what the chat template renders before the user's first words.
 
     Raises:
-        UserError: there is no template, it fails, or it changes what the user says.
+        UserError: there is no template, it fails, or it does not render the user's text.
     """
     marker = "folora-q user turn"
     if tokenizer.chat_template is None:
-        raise UserError("proxy.source asks for chats, but this model has no chat template", "set proxy.source=bos")
+        raise UserError("proxy.source needs chats, but this model has no chat template", "set proxy.source=bos")
     rendered = _render(Renderer(tokenizer), marker)
     opening, found, _ = rendered.partition(marker)
     if not found:
-        raise UserError("this model's chat template hides what the user says", "set proxy.source=bos")
+        raise UserError("this model's chat template does not render the user's text", "set proxy.source=bos")
     return opening
 
 
@@ -147,17 +148,17 @@ def _draw(
 def _draw_chats(
     model: PreTrainedModel, tokenizer: Tokenizer, count: int, max_new_tokens: int, decoding: dict[str, float]
 ) -> list[list[int]]:
-    """The model writes the user's turn after the template's opening, and then answers it."""
+    """Let the model write a user turn after the template's opening, and then answer it."""
     opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
     turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
-    users = [tokenizer.decode(turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
+    users = [decoded(tokenizer, turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
     renderer = Renderer(tokenizer)
     prompts = [renderer.ids(_render(renderer, user, prompt=True)) for user in users if user]
     return _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding) if prompts else []
 
 
 def _render(renderer: Renderer, user: str, prompt: bool = False) -> str:
-    """A chat of one turn, with the generation prompt if `prompt`."""
+    """Render a chat of one turn, with the generation prompt if `prompt`."""
     try:
         return renderer.render([{"role": "user", "content": user}], prompt=prompt)
     except TEMPLATE_ERRORS as error:
@@ -173,9 +174,9 @@ def _continue(
     max_new_tokens: int,
     decoding: dict[str, float],
 ) -> list[list[int]]:
-    """The prompts with what the model writes after them, up to and with its end token."""
+    """Return the prompts with the model's continuations, up to and including the end token."""
     inputs = generation_inputs(prompts, tokenizer, next(model.parameters()).device)
-    output = model.generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
+    output = cast(Any, model).generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
     ends, width = _end_tokens(model), inputs["input_ids"].shape[1]
     return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
 
@@ -192,7 +193,7 @@ def _until_end(row: Tensor, ends: set[int]) -> list[int]:
 
 
 def _passes(ids: list[int], section: ProxySection, seen: set[str]) -> bool:
-    """The paper's filters: no duplicate, 32 tokens or more, no run of 20 equal ones, varied tokens and 4-grams."""
+    """Apply the paper's filters: no duplicate, 32 tokens or more, no run of 20 equal ones, varied tokens, 4-grams."""
     if not section.filters:
         return True
     digest = hashlib.sha1(str(ids).encode(), usedforsecurity=False).hexdigest()
@@ -213,7 +214,7 @@ def _passes(ids: list[int], section: ProxySection, seen: set[str]) -> bool:
 
 
 def _interleaved(samples: list[ProxySample]) -> list[ProxySample]:
-    """Sources in turn, so that a held-out tail holds as much of each as the rest."""
+    """Alternate the sources, so that a held-out tail has the same mixture as the rest."""
     by_source: dict[str, list[ProxySample]] = {}
     for sample in samples:
         by_source.setdefault(sample.source, []).append(sample)

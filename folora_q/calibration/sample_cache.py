@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,47 +18,47 @@ from folora_q.recipe.schema import ProxySection
 from folora_q.storage.files import atomic_write, cache_folder
 from folora_q.storage.untrusted import parse_json, read_lines
 
-# Raised when the same settings come to mean other text.
+# Increased when the same settings give other text.
 FORMAT = 2
 
 
 def load_or_sample(
     model: PreTrainedModel, tokenizer: Tokenizer, fingerprint: str, dtype: str, section: ProxySection, clock: StageTimer
 ) -> list[ProxySample]:
-    """The text that a model wrote before under these settings, or that it writes now.
+    """Load the text that a model generated before with these settings, or sample it now.
 
     Raises:
         UserError, RunError: as `sample_proxy`.
     """
     template = tokenizer.chat_template if section.source != "bos" else None
     path = cache_path(fingerprint, dtype, template, section)
-    samples = read_samples(path, model.get_input_embeddings().weight.shape[0])
+    samples = read_samples(path, cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
     if samples is not None:
-        clock.note(f"sampled text taken from {path}")
+        clock.note(f"sampled text read from {path}")
         return samples
     with clock.stage("sampling text from the base model", section.num_samples + section.num_heldout_samples) as done:
         samples = sample_proxy(model, tokenizer, section, done, BatchSplitter("sampling", clock.note))
     try:
         write_samples(path, samples, tokenizer)
-        clock.note(f"sampled text kept in {path}")
-    except OSError as error:  # it took long to sample, and the run has it
-        clock.note(f"sampled text could not be kept in {path}: {error.strerror}")
+        clock.note(f"sampled text saved in {path}")
+    except OSError as error:  # the run has the text, which took long to sample
+        clock.note(f"sampled text could not be saved in {path}: {error.strerror}")
     return samples
 
 
-def cache_path(fingerprint: str, dtype: str, chat_template: str | None, section: ProxySection) -> Path:
-    """The file for a model (its fingerprint covers the quantization), compute dtype, chat template and settings."""
+def cache_path(fingerprint: str, dtype: str, chat_template: str | dict[str, str] | None, section: ProxySection) -> Path:
+    """Return the file for a model (fingerprint: also its quantization), compute dtype, chat template and settings."""
     key = json.dumps([FORMAT, fingerprint, dtype, chat_template, settings_of_text(section)], sort_keys=True)
     return cache_folder() / "proxy" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
 
 def settings_of_text(section: ProxySection) -> dict[str, Any]:
-    """Those that change the text."""
+    """Return the settings that change the text."""
     return section.model_dump(mode="json", exclude={"statistics_memory", "public_share"})
 
 
 def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) -> None:
-    """One sample a line: where it began, its text for people, its tokens for us."""
+    """Write one sample per line: its source, its text for the reader, and its tokens."""
     lines = (
         json.dumps({"source": s.source, "text": tokenizer.decode(s.ids), "ids": s.ids}, ensure_ascii=False)
         for s in samples
@@ -66,17 +67,17 @@ def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) 
 
 
 def read_samples(path: Path, vocabulary: int) -> list[ProxySample] | None:
-    """The samples of a file, or None where there is none, or it holds anything else.
+    """Read the samples of a file; None if there is no file, or it holds anything else.
 
     Args:
-        vocabulary: so many tokens are there; a model that is given another one fails.
+        vocabulary: the number of tokens that the model knows; any other token makes the file invalid.
     """
     try:
         rows = [parse_json(line) for line in read_lines(path)]
     except (OSError, ValueError):
         return None
-    samples = [_sample(row, vocabulary) for row in rows]
-    return None if None in samples else samples or None
+    samples = [sample for row in rows if (sample := _sample(row, vocabulary)) is not None]
+    return samples if samples and len(samples) == len(rows) else None
 
 
 def _sample(row: object, vocabulary: int) -> ProxySample | None:

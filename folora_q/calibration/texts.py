@@ -1,4 +1,4 @@
-"""The text whose predictions should not change: model-generated text and packaged public text."""
+"""Text on which predictions should not change: model-generated text and packaged public text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.data.tokens import Batch
 
 # Openings of public-domain works by a dozen authors in four languages, and passages of other kinds (news, a recipe, a
-# letter, tables, SQL, code in three languages) written for this file. None of it is measured on.
+# letter, tables, SQL, code in three languages) written for this file. Nothing is evaluated on it.
 PUBLIC_TEXT = Path(__file__).with_name("public.txt")
 WINDOW, MIN_WINDOW_TOKENS = 128, 16  # tokens
 
 
 def penalty_text(written: Sequence[Batch], public: Sequence[Batch], share: float) -> list[Batch]:
-    """What Σp is taken of: text that the model wrote, and public text, weighted by token.
+    """Return the text for Σp: model-generated and public text, with weights per token.
 
     Args:
-        share: of the penalty, that of the public text. The mean weight of a token is 1.
+        share: the public text's share of the penalty. The mean weight of a token is 1.
     """
     if share == 0:
         return list(written)
@@ -32,7 +32,7 @@ def penalty_text(written: Sequence[Batch], public: Sequence[Batch], share: float
 
 
 def public_windows(tokenizer: Tokenizer) -> list[list[int]]:
-    """The packaged public text in windows of tokens; a last one that is short is left out."""
+    """Return the packaged public text in windows of tokens, without a short last one."""
     ids = tokenizer(PUBLIC_TEXT.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
     return [window for window in windows if len(window) >= MIN_WINDOW_TOKENS]

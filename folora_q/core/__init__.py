@@ -1,6 +1,6 @@
 """The mathematics: covariance sketches, their generalized quotient, and the gate on optimizer steps.
 
-Imports torch and nothing else of the stack, so that it is usable in anyone's training loop.
+Imports only PyTorch, so that it can be used in any training loop.
 """
 
 from folora_q.core.gate import SpectralGate, normalizers

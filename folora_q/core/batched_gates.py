@@ -1,4 +1,4 @@
-"""Apply and solve gates of equal shape together: a model has hundreds, and each launch costs more than its work.
+"""Apply and solve gates of equal shape together: a model has hundreds, and kernel launches would dominate the time.
 
 Shapes: n gates, s adapters that share each, r rows of an A, d input features, m directions of a basis.
 """
@@ -14,7 +14,7 @@ from folora_q.core.gate import SpectralGate, rank_gates
 
 
 class GateStack:
-    """n gates of equal shape, each for s adapters of rank r. Their bases become parts of one tensor, held once.
+    """n gates of equal shape, each for s adapters of rank r. Their bases become views of one tensor.
 
     Args:
         gates: with bases (d, m) on one device and in one dtype.
@@ -36,13 +36,13 @@ class GateStack:
         self.shift = torch.tensor(shift, device=self.basis.device, dtype=torch.float32)[:, None, None]
 
     def correction(self, steps: Tensor) -> Tensor:
-        """steps @ (P - I)ᵀ of all adapters, (n s, r, d) in the order of `indices`: `SpectralGate.correction`."""
+        """Return steps @ (P - I)ᵀ of all adapters, (n s, r, d) in the order of `indices`: `SpectralGate.correction`."""
         rows = steps.view(len(self.gates), -1, steps.shape[-1])  # (n, s r, d)
         inside = rows.to(self.basis) @ self.basis @ self.core.mT @ self.basis.mT
         return (self.shift.to(rows) * rows + inside.to(rows)).view_as(steps)
 
     def rank_gates(self, a: Tensor) -> Tensor:
-        """(n s, r, r) for the present A's, (n s, r, d): `SpectralGate.rank_gate` of each adapter.
+        """Return (n s, r, r) for the present A's, (n s, r, d): `SpectralGate.rank_gate` of each adapter.
 
         Raises:
             ValueError: an A holds a NaN or an infinity.
@@ -63,7 +63,7 @@ class GateStack:
 
 
 def _pooled(gates: Sequence[SpectralGate], name: str) -> Tensor:
-    """A tensor of every gate in one, (n, ...), of which the gates' own become parts: nothing is held twice."""
+    """Stack a tensor of every gate, (n, ...), and make the gates' own tensors views of it."""
     pooled = torch.stack([getattr(gate, name) for gate in gates])
     for gate, part in zip(gates, pooled, strict=True):
         setattr(gate, name, part)
@@ -71,10 +71,10 @@ def _pooled(gates: Sequence[SpectralGate], name: str) -> Tensor:
 
 
 def stacks(gates: Sequence[SpectralGate], ranks: Sequence[int]) -> list[GateStack]:
-    """The gates of a model's adapters in as few stacks as their shapes allow.
+    """Group the gates of a model's adapters into as few stacks as their shapes allow.
 
     Args:
-        gates: of every adapter; adapters that share one have the same object.
+        gates: of every adapter; adapters that share a gate have the same object.
         ranks: r of every adapter.
     """
     members: dict[tuple[int, int], list[int]] = {}

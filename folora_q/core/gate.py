@@ -4,8 +4,8 @@
     s(γ) = max(γᵖ / (γᵖ + λᵖ), s_min)      gate constant λ, sharpness p, floor s_min
     P = V diag(s) V⁻¹                      oblique: it is not V diag(s) Vᵀ
 
-Inside the joint basis P₀ (d, m) the problem is m x m. Outside it both covariances are even, so one quotient and one
-value serve the whole complement, and P = s_c I + P₀ M P₀ᵀ with a small M: two thin products a step.
+Inside the joint basis P₀ (d, m) the problem is m x m. Outside it both covariances are isotropic, so the complement has
+one quotient and one value, and P = s_c I + P₀ M P₀ᵀ with a small M: two thin products per step.
 
 Source: FoLoRA (arXiv 2606.00132) section 3 for quotient and gate; docs/method.md, section 6, for the sketched form.
 """
@@ -21,22 +21,22 @@ from torch import Tensor
 
 from folora_q.core.spectrum import LowRankCovariance, generalized_eigenproblem, joint_basis
 
-# Added to the r x r penalty, relative to its mean diagonal: rows of A that become parallel leave it singular.
+# Added to the r x r penalty, relative to its mean diagonal: parallel rows of A would make it singular.
 RANK_JITTER = 1e-6
 
 
 class SpectralGate:
-    """The operator P for the input space of one layer, and the same quotient for the rows of B.
+    """The operator P for the input space of one layer, and the gate for the rows of B from the same quotient.
 
     Built with `from_covariances` or `from_state_dict`. Covariances are divided by their own mean variance: γ = 1
-    means "as present in the task as in the model's own text".
+    means "as present in the task as in model-generated text".
 
     Attributes:
         basis: P₀, (d, m), in the gate's dtype, on the gate's device.
         quotients: γ, (m,) float64 descending.
         complement_quotient: γ of every direction outside the basis.
         values: s(γ), (m,) float64, and complement_value for the complement.
-        unit: the mean variance that Σp was divided by, which makes the penalties of several layers comparable.
+        unit: the mean variance by which Σp was divided; it makes the penalties of several layers comparable.
     """
 
     def __init__(
@@ -90,20 +90,20 @@ class SpectralGate:
         grams: tuple[Tensor, Tensor] | None = None,
         one_unit: bool = False,
     ) -> SpectralGate:
-        """Solve for the quotients of two covariances of one width.
+        """Solve for the quotients of two covariances of equal width.
 
         Args:
-            penalty: Σp, of text that the model should go on handling as it does.
+            penalty: Σp, of text on which the model should not change.
             utility: Σt, of the task's text.
             ridge, utility_ridge: τ, relative to each covariance's mean variance.
-            gate_lambda: λ >= 0; at a quotient of λ half of the step passes. 0 lets every useful direction pass.
+            gate_lambda: λ >= 0; at quotient λ half of the step passes. With 0 every useful direction passes.
             floor: s_min in [0, 1].
             sharpness: p > 0.
             basis: P₀ (d, m), orthonormal; by default `joint_basis(penalty, utility)`.
-            grams: exact (P₀ᵀΣpP₀, P₀ᵀΣtP₀), each (m, m), of a second pass over the text; without them the sketches' own
-                are used.
-            one_unit: both covariances are in one unit already (Fisher-weighted ones are, in all layers), so that both
-                are divided by the mean variance of Σp.
+            grams: exact (P₀ᵀΣpP₀, P₀ᵀΣtP₀), each (m, m), from a second pass over the text; by default those of the
+                sketches.
+            one_unit: both covariances have the same unit (Fisher-weighted ones do, in all layers), so both are divided
+                by the mean variance of Σp.
 
         Raises:
             ValueError: the widths differ, a parameter is out of range, or the grams are not (m, m).
@@ -143,16 +143,16 @@ class SpectralGate:
         self.core = core.to(self.basis)
 
     def gate_of(self, quotients: Tensor) -> Tensor:
-        """s(γ) of any quotients, written in γ/λ so that a large sharpness neither overflows nor gives ∞/∞."""
+        """Return s(γ), computed from γ/λ so that a large sharpness neither overflows nor gives ∞/∞."""
         if self.gate_lambda == 0:
             return torch.ones_like(quotients)
         odds = (quotients / self.gate_lambda).pow(self.sharpness)
         return (1 - 1 / (1 + odds)).clamp_min(self.floor)
 
     def truncated(self, rank: int) -> SpectralGate:
-        """The gate in the space of its `rank` largest quotients, (d, 2 rank): V and HV of these.
+        """Return the gate in the space of its `rank` largest quotients, (d, 2 rank): their V and HV.
 
-        They stay solutions there, and P acts on them as before; what else the basis held joins the complement.
+        They stay solutions there, and P acts on them as before; the rest of the basis joins the complement.
         """
         if 2 * rank >= self.basis.shape[1]:
             return self
@@ -168,14 +168,14 @@ class SpectralGate:
         return type(self)(**state)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SpectralGate:
-        """The gate with its resident part (P₀ and M) on a device and in a dtype; bfloat16 halves it."""
+        """Return the gate with P₀ and M on a device and in a dtype; bfloat16 halves their memory."""
         moved = copy.copy(self)
         moved.basis = self.basis.to(device=device, dtype=dtype)
         moved.core = self.core.to(device=device, dtype=dtype)
         return moved
 
     def with_lambda(self, gate_lambda: float) -> SpectralGate:
-        """The gate of the same quotients at another strength; nothing is solved again."""
+        """Return a gate with the same quotients and another λ; nothing is solved again."""
         if gate_lambda < 0:
             raise ValueError(f"need gate_lambda >= 0, got {gate_lambda}")
         changed = copy.copy(self)
@@ -184,25 +184,24 @@ class SpectralGate:
         return changed
 
     def correction(self, rows: Tensor) -> Tensor:
-        """rows @ (P - I)ᵀ, (r, d): what the gate changes of a step; exactly zero when every value is 1."""
+        """Return rows @ (P - I)ᵀ, (r, d): the gate's change to a step; exactly zero if every value is 1."""
         inside = (rows.to(self.basis) @ self.basis) @ self.core.T @ self.basis.T
         return (self.complement_value - 1) * rows + inside.to(rows)
 
     def apply(self, rows: Tensor) -> Tensor:
-        """rows @ Pᵀ, (r, d) -> (r, d), in the rows' dtype."""
+        """Return rows @ Pᵀ, (r, d) -> (r, d), in the rows' dtype."""
         return rows + self.correction(rows)
 
     def dense(self) -> Tensor:
-        """P as a (d, d) float64 matrix, for tests."""
+        """Return P as a (d, d) float64 matrix, for tests."""
         basis, core = self.basis.double().cpu(), self.core.double().cpu()
         identity = torch.eye(basis.shape[0], dtype=torch.float64)
         return self.complement_value * identity + basis @ core @ basis.T
 
     def leading_rows(self, count: int) -> Tensor:
-        """Orthonormal rows, (at most count, d) float32, that span the directions which pass most.
+        """Return orthonormal rows, (at most count, d) float32, that span the directions with the largest values.
 
-        Each passes more than what lies outside the basis, so there may be fewer than asked for: none where all passes
-        alike.
+        Their values exceed that of the complement, so there may be fewer than `count`: none if all values are equal.
         """
         order = self.values.sort(descending=True, stable=True).indices
         least = self.complement_value if self.complement_size else self.values.min()
@@ -211,26 +210,26 @@ class SpectralGate:
         return torch.linalg.qr(vectors).Q.T.to(self.basis.device, torch.float32)
 
     def gated_rows(self, count: int) -> Tensor:
-        """The leading directions, each as long as its share of a step, (at most count, d) float32.
+        """Return the leading directions, each scaled to its share of a step, (at most count, d) float32.
 
-        Row i is √γᵢ vᵢ / √unit. As rows of a frozen A they make Adam's step of B, whose entries are equally long, a
-        step in spectral coordinates (docs/method.md, section 3) with direction i gated by √γᵢ: of all shares this buys
-        the most task gain Σ sᵢ √uᵢ for a penalty Σ sᵢ² pᵢ, within a layer and, by the unit, over layers.
+        Row i is √γᵢ vᵢ / √unit. As rows of a frozen A they make Adam's step of B, whose entries have equal size, a step
+        in spectral coordinates (docs/method.md, section 3) with direction i gated by √γᵢ: of all shares this gives the
+        most task gain Σ sᵢ √uᵢ for a penalty Σ sᵢ² pᵢ, within a layer and, thanks to the unit, across layers.
         """
         shares = (self.quotients[:count] / self.unit).sqrt()
         rows = self.basis.double().cpu() @ (self.vectors[:, :count] * shares)
         return rows.T.to(self.basis.device, torch.float32)
 
     def penalty(self, rows: Tensor) -> Tensor:
-        """tr(rows Σp rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
+        """Return tr(rows Σp rowsᵀ), a float64 scalar, with the normalized covariance and without the ridge."""
         return self._trace(rows, self.penalty_gram, self.penalty_tail)
 
     def utility(self, rows: Tensor) -> Tensor:
-        """tr(rows Σt rowsᵀ), a scalar in float64, of the normalized covariance and without the ridge."""
+        """Return tr(rows Σt rowsᵀ), a float64 scalar, with the normalized covariance and without the ridge."""
         return self._trace(rows, self.utility_gram, self.utility_tail)
 
     def forms(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows Σp rowsᵀ, rows Σt rowsᵀ), both (r, r) float64 on the CPU, normalized and without the ridges."""
+        """Return (rows Σp rowsᵀ, rows Σt rowsᵀ), both (r, r) float64 on the CPU, normalized and without the ridges."""
         inside = (rows.to(self.basis) @ self.basis).double().cpu()
         outside = (rows @ rows.T).double().cpu() - inside @ inside.T
         return (
@@ -239,23 +238,23 @@ class SpectralGate:
         )
 
     def _trace(self, rows: Tensor, gram: Tensor, tail: float) -> Tensor:
-        """tr(rows Σ rowsᵀ) for Σ = P₀ gram P₀ᵀ + tail (I - P₀P₀ᵀ), without the (r, r) product."""
+        """Return tr(rows Σ rowsᵀ) for Σ = P₀ gram P₀ᵀ + tail (I - P₀P₀ᵀ), without the (r, r) product."""
         inside = (rows.to(self.basis) @ self.basis).double().cpu()
         outside = rows.square().sum(dtype=torch.float64).cpu() - inside.square().sum()
         return ((inside @ gram) * inside).sum() + tail * outside
 
     def rank_gate(self, a: Tensor) -> Tensor:
-        """The gate for the rows of B, given where A points now.
+        """Return the gate for steps of B, given the present A.
 
-        A step dB costs tr(dB (A Σp Aᵀ) dBᵀ): the quotient of the d-dimensional problem restricted to A's rows. A moves
-        during training, so the answer ages; callers refresh it (`GatedOptimizer(refresh_every=...)`).
+        A step dB has the penalty tr(dB (A Σp Aᵀ) dBᵀ): the d-dimensional problem restricted to A's rows. A changes
+        during training, so the result becomes outdated; callers refresh it (`GatedOptimizer(refresh_every=...)`).
 
         Args:
             a: (r, d), the adapter's down-projection, any floating type.
 
         Returns:
-            (r, r) in A's dtype and device; multiply a step of B, (o, r), by it from the right. The identity where every
-            quotient is far above λ.
+            (r, r) in A's dtype and on its device; multiply a step of B, (o, r), by it from the right. The identity if
+            every quotient is far above λ.
 
         Raises:
             ValueError: A holds a NaN or an infinity.
@@ -270,7 +269,7 @@ class SpectralGate:
         return rank_gates(penalty + self.ridge * gram, utility + self.utility_ridge * gram, self.gate_of).to(a)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the gate is made of: tensors and numbers, fit for safetensors or `weights_only` loading."""
+        """Return the tensors and numbers that define the gate, for safetensors or `weights_only` loading."""
         return {
             "basis": self.basis,
             "penalty_gram": self.penalty_gram,
@@ -287,12 +286,12 @@ class SpectralGate:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> SpectralGate:
-        """The gate again; bit for bit the same on the same machine."""
+        """Rebuild a gate; bit for bit the same on the same machine."""
         return cls(**state)
 
 
 def rank_gates(penalty: Tensor, utility: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """K = V diag(s) V⁻¹, transposed for steps of B from the left, of (..., r, r) forms in float64.
+    """Return K = V diag(s) V⁻¹, transposed so that it multiplies steps of B from the right, (..., r, r) float64.
 
     Args:
         penalty, utility: A (Σp + τI) Aᵀ and A (Σt + τI) Aᵀ.
@@ -308,12 +307,12 @@ def rank_gates(penalty: Tensor, utility: Tensor, gate_of: Callable[[Tensor], Ten
 
 
 def normalizers(penalty: LowRankCovariance, utility: LowRankCovariance, one_unit: bool = False) -> tuple[float, float]:
-    """What a gate divides Σp and Σt by; see `SpectralGate.from_covariances`."""
+    """Return the numbers by which a gate divides Σp and Σt; see `SpectralGate.from_covariances`."""
     return penalty.mean_variance or 1.0, (penalty if one_unit else utility).mean_variance or 1.0
 
 
 def _tail(gram: Tensor, covariance: LowRankCovariance) -> float:
-    """The mean variance outside the basis: what the gram leaves of the trace."""
+    """Return the mean variance outside the basis: the trace minus that of the gram."""
     outside = covariance.dim - gram.shape[0]
     if outside == 0:
         return covariance.mean_variance

@@ -9,6 +9,7 @@ Both act on the preconditioned step, never on the gradient: Adam's normalization
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,12 +23,12 @@ from folora_q.core.gate import SpectralGate
 Adapter = tuple[Tensor, Tensor, SpectralGate]  # A (r, d), B (o, r), the gate of the input space d
 
 
-# A step is taken with the last good gates of B, so often in a row, where new ones cannot be solved for.
+# How often in a row B's last good gates are used if new ones cannot be solved for.
 TOLERATED_FAILURES = 2
 
 
 def raise_when_too_many(failures: int, error: Exception) -> None:
-    """What a GatedOptimizer does by default where B's gates cannot be solved for."""
+    """Raise the error after too many failures in a row; GatedOptimizer's default if B's gates cannot be solved for."""
     if failures > TOLERATED_FAILURES:
         raise error
 
@@ -36,18 +37,18 @@ class GatedOptimizer(Optimizer):
     """Lets any optimizer take its step, then passes each adapter's step through its gate.
 
     The step of A, row by row, becomes step @ Pᵀ; the step of B becomes step @ K with K the r x r gate at the present A.
-    A gated row is never longer than the step's was: P is oblique, and could make it so. A gate of all ones leaves AdamW
-    bit for bit as it is. Parameters without a gate are the inner optimizer's alone, but for weight decay: it is
-    decoupled (AdamW's, arXiv 1711.05101) whatever the inner optimizer makes of it, and passes no gate. State and
-    parameter groups are the inner optimizer's, so schedulers and accelerate see one truth.
+    P is oblique and could make a row longer; such a row is scaled back to its length before the gate. A gate of all
+    ones leaves AdamW's steps bit for bit unchanged. The inner optimizer alone updates parameters without a gate, except
+    for weight decay, which is always decoupled (as AdamW's, arXiv 1711.05101) and not gated. State and parameter groups
+    are the inner optimizer's, so schedulers and accelerate work as usual.
 
     Args:
-        inner: e.g. AdamW or bitsandbytes' PagedAdamW8bit; its learning rates stay in force.
-        adapters: (A, B, gate) triples; the gate must lie on A's device.
+        inner: e.g. AdamW or bitsandbytes' PagedAdamW8bit; its learning rates are used.
+        adapters: (A, B, gate) triples; the gate must be on A's device.
         gate_a, gate_b: which factor's steps are gated.
-        refresh_every: steps between two solutions of the r x r problem, which ages as A moves.
-        on_failure: called with how often in a row they could not be solved for, and why; if it returns, those in force
-            stay. Of the first ones there are none before, and the error is raised.
+        refresh_every: steps between two solutions of the r x r problem, which becomes outdated as A changes.
+        on_failure: called with the number of failures in a row to solve for B's gates, and the error; if it returns,
+            the present gates stay in use. A failure to solve for the first ones is always raised.
 
     Source: docs/method.md, section 4; tolerated failures: Shampoo's, arXiv 2309.06497.
     """
@@ -61,7 +62,7 @@ class GatedOptimizer(Optimizer):
         refresh_every: int = 10,
         on_failure: Callable[[int, Exception], None] = raise_when_too_many,
     ) -> None:
-        # Optimizer.__init__ is not called: it would make a second list of parameter groups (accelerate does the same).
+        # Optimizer.__init__ is not called: it would make a second list of parameter groups (as in accelerate).
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
         self.inner = inner
@@ -80,9 +81,9 @@ class GatedOptimizer(Optimizer):
         self.energy = torch.zeros(2, 2, len(self.adapters), device=devices.pop() if len(devices) == 1 else "cpu")
 
     def energy_kept(self) -> list[dict[str, float]]:
-        """For each adapter the share of its steps' energy that the gate let pass, of "a" and "b" where they are gated.
+        """Return for each adapter the share of its steps' energy that passed the gate, for "a" and "b" if gated.
 
-        Taken from every `refresh_every`-th step. P is oblique, so a share can exceed 1.
+        Measured at every `refresh_every`-th step. P is oblique, so a share can exceed 1.
         """
         raw, kept = self.energy.tolist()
         return [
@@ -99,11 +100,11 @@ class GatedOptimizer(Optimizer):
         self.inner.param_groups = value
 
     @property
-    def state(self) -> dict[Tensor, Any]:
+    def state(self) -> defaultdict[Tensor, Any]:
         return self.inner.state
 
     @state.setter
-    def state(self, value: dict[Tensor, Any]) -> None:
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.inner.state = value
 
     @property
@@ -118,7 +119,7 @@ class GatedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        first, second = ([adapter[factor] for adapter in self.adapters] for factor in (0, 1))
+        first, second = [a for a, _, _ in self.adapters], [b for _, b, _ in self.adapters]
         if self.gate_b and self.steps_taken % self.refresh_every == 0:
             self._solve_rank_gates(first)
         loss = None
@@ -181,7 +182,7 @@ class GatedOptimizer(Optimizer):
             self.energy[:, factor, indices] += energies.to(self.energy)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state with the gate's own: the step count and the r x r gates in force."""
+        """Return the inner optimizer's state and the gate's own: the step count and the present r x r gates."""
         return {
             **self.inner.state_dict(),
             "gated": {
@@ -210,9 +211,9 @@ class SpectralAdamW(Optimizer):
 
         Ḡ = G V;  m̄, v̄: Adam's moments of Ḡ;  ΔĀ = -η m̂ / (√v̂ + ε) ⊙ s;  ΔA = ΔĀ Vᵀ
 
-    V is the truncated basis (d, m), so the moments of A are r x m. What lies outside of it is one even direction class:
-    complement="frozen" leaves it alone (the paper's own truncation, Appendix D), "gated" moves along the gradient there
-    with one second moment per row and the complement's gate value.
+    V is the truncated basis (d, m), so the moments of A are r x m. Outside of it all directions are treated alike:
+    complement="frozen" does not update them (the paper's own truncation, Appendix D), "gated" follows the gradient
+    there with one second moment per row and the complement's gate value.
 
     Args:
         adapters: (A, B, gate) triples.
@@ -262,12 +263,12 @@ class SpectralAdamW(Optimizer):
                 if index is None:
                     p.add_(_adam_direction(self.state[p], p.grad, group), alpha=-group["lr"])
                 else:
-                    p.add_(self._spectral_direction(p, index, group), alpha=-group["lr"])
+                    p.add_(self._spectral_direction(p, p.grad.float(), index, group), alpha=-group["lr"])
         return loss
 
-    def _spectral_direction(self, a: Tensor, index: int, group: dict[str, Any]) -> Tensor:
+    def _spectral_direction(self, a: Tensor, gradient: Tensor, index: int, group: dict[str, Any]) -> Tensor:
         gate, rotation = self.adapters[index][2], self.rotations[index]
-        basis, gradient = gate.basis.float(), a.grad.float()
+        basis = gate.basis.float()
         direction = _adam_direction(self.state[a], gradient @ basis @ rotation, group)  # of Ḡ = G V, (r, m)
         update = (direction * gate.values.to(direction)) @ rotation.T @ basis.T  # ΔA = ΔĀ Vᵀ
         if self.complement == "gated" and gate.complement_size > 0:
@@ -275,7 +276,7 @@ class SpectralAdamW(Optimizer):
         return update.to(a)
 
     def _complement_direction(self, a: Tensor, gradient: Tensor, gate: SpectralGate, group: dict[str, Any]) -> Tensor:
-        """s_c g_c / (h (√v̂ + ε)), where √h g_c are the complement's coordinates and v̂ their mean square per row."""
+        """Return s_c g_c / (h (√v̂ + ε)): √h g_c are the complement's coordinates, v̂ their mean square per row."""
         p0 = gate.basis.float()
         outside = gradient - (gradient @ p0) @ p0.T
         h = gate.penalty_tail + gate.ridge
@@ -288,14 +289,14 @@ class SpectralAdamW(Optimizer):
 
 
 def _no_longer(steps: Tensor, change: Tensor) -> Tensor:
-    """The change of each step (..., n), reduced where the changed row would be longer than the step's."""
+    """Return the change of each step (..., n), reduced where the changed row would be longer than the step."""
     before, after = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (steps, steps + change))
     kept = (before / after).nan_to_num(1.0).clamp_max(1.0)
     return torch.where(kept < 1, (steps + change) * kept - steps, change)
 
 
 def _adam_direction(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-    """m̂ / (√v̂ + ε), with the moments kept in `state`; Adam, arXiv 1412.6980, Algorithm 1."""
+    """Return m̂ / (√v̂ + ε), with the moments in `state`; Adam, arXiv 1412.6980, Algorithm 1."""
     if "step" not in state:
         state["step"] = 0
         state["exp_avg"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)

@@ -1,10 +1,10 @@
 """Refine a basis towards the directions of largest quotient: one step of a block eigensolver.
 
-    r = Σt v - γ H v          what a solution (γ, v) inside the basis P lacks of one in the whole space
+    r = Σt v - γ H v          the residual in the full space of a solution (γ, v) inside the basis P
     P' = orth[P, r]
 
-The largest quotients lie where Σp is small, which no sketch of Σp or of Σt shows. Each step takes one reading of both
-texts, for ΣpP and ΣtP. A preconditioner (the sketch's H) changes nothing: what it knows of H lies in P.
+The largest quotients are where Σp is small, which no sketch of Σp or of Σt shows. Each step reads both texts once, for
+ΣpP and ΣtP. A preconditioner (the sketch's H) would change nothing: all that it contains about H is in P.
 
 Source: Davidson's method in blocks (J. Comput. Phys. 17, 1975); docs/method.md, section 6.
 """
@@ -19,12 +19,12 @@ from folora_q.core.spectrum import SPANNED_TOLERANCE
 
 
 def refined_basis(gate: SpectralGate, images: tuple[Tensor, Tensor], rank: int) -> Tensor:
-    """[P, new directions], (d, m + at most rank) float64, orthonormal.
+    """Return [P, new directions], (d, m + at most rank) float64, orthonormal.
 
     Args:
         gate: solved in P with the exact grams.
         images: (ΣpP, ΣtP), each (d, m), in the gate's units (`normalizers`).
-        rank: so many of the largest quotients are made better.
+        rank: how many of the largest quotients to improve.
     """
     basis, leading = gate.basis.double().cpu(), gate.vectors[:, :rank]
     vectors = basis @ leading

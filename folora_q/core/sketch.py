@@ -14,24 +14,24 @@ from torch import Tensor
 
 from folora_q.core.spectrum import LowRankCovariance
 
-# One test matrix serves every layer of a width: at 7B shapes 128 copies of it would be as large as the sketches.
+# All layers of a width share one test matrix: in a 7B model 128 copies of it would be as large as the sketches.
 _TEST_MATRICES: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
-# Rows converted at a time: a whole batch in float32, and in float64 for its energy, would be larger than the sketches.
+# Rows converted at a time: a batch in float32, and in float64 for its energy, would be larger than the sketches.
 ROWS = 512
 
 
 class CovarianceSketch:
-    """A randomized Nyström sketch of Σ = E[x xᵀ] that is updated while activations stream by.
+    """A randomized Nyström sketch of Σ = E[x xᵀ], updated batch by batch.
 
     It keeps Y = Σᵢ xᵢ (xᵢᵀΩ) for a fixed orthonormal test matrix Ω (d, l), the energy Σᵢ ||xᵢ||², and the count: d x l
-    numbers in place of d x d. The update is two matrix products, and sketches of two batches or two ranks add up to the
-    sketch of all their tokens. With l >= d it is exact.
+    numbers instead of d x d. An update is two matrix products, and the sum of the sketches of two batches or two
+    processes is the sketch of all their tokens. With l >= d it is exact.
 
     Args:
         dim: d, the width of the activations.
-        rank: k, how many directions `covariance` returns (at most d).
+        rank: k, the number of directions that `covariance` returns (at most d).
         oversampling: columns beyond the rank, which make the leading directions accurate.
-        seed: of the test matrix; only sketches of equal seed can be merged.
+        seed: of the test matrix; only sketches with the same seed can be merged.
         dtype: of the sums. Inputs of any floating type are converted; float32 resolves eigenvalues down to about
             1e-7 of the largest, which matters where a few channels are 10³ times the others.
 
@@ -62,10 +62,10 @@ class CovarianceSketch:
 
         Args:
             x: (..., d) activations of any floating type.
-            mask: (...,) bool; rows where it is False are ignored, whatever they hold.
+            mask: (...,) bool; rows where it is False are ignored, whatever they contain.
 
         Raises:
-            ValueError: x is not d wide, or holds a NaN or an infinity. Nothing is added then.
+            ValueError: x is not d wide, or holds a NaN or an infinity; nothing is added.
         """
         rows = _unmasked(x, mask, self.dim)
         self.energy += _energy(rows, self.product.dtype)
@@ -79,7 +79,7 @@ class CovarianceSketch:
         """Add another sketch's tokens to this one.
 
         Raises:
-            ValueError: the two differ in dim, rank, oversampling or seed, so their sums do not mean the same.
+            ValueError: the two differ in dim, rank, oversampling or seed.
         """
         mine, theirs = ({"dim": s.dim, "rank": s.rank, "columns": s.columns, "seed": s.seed} for s in (self, other))
         if mine != theirs:
@@ -89,9 +89,9 @@ class CovarianceSketch:
         self.count += other.count
 
     def covariance(self) -> LowRankCovariance:
-        """The rank-k approximation of the mean E[x xᵀ], with the rest of the trace as an even tail.
+        """Return the rank-k approximation of the mean E[x xᵀ], with the rest of the trace as an isotropic tail.
 
-        Solved in float64 on the CPU with a shift against rounding (Tropp et al. 2017, Algorithm 3): Y_ν = Y + νΩ,
+        Solved in float64 on the CPU, with a shift against rounding (Tropp et al. 2017, Algorithm 3): Y_ν = Y + νΩ,
         ΩᵀY_ν = LLᵀ, F = Y_ν L⁻ᵀ = U S Rᵀ, λ = S² - ν.
 
         Raises:
@@ -110,10 +110,10 @@ class CovarianceSketch:
 
 
 class ProjectedCovariance:
-    """The exact S = P₀ᵀΣP₀ (m, m) of streaming activations in a given orthonormal basis P₀ (d, m), and ΣP₀ if wanted.
+    """The exact S = P₀ᵀΣP₀ (m, m) in a given orthonormal basis P₀ (d, m), updated batch by batch, and optionally ΣP₀.
 
     S makes every reported quotient the true quotient of its direction (Rayleigh-Ritz; docs/method.md, section 6). ΣP₀
-    (d, m) says how far each is from a solution of the whole problem (`refined_basis`).
+    (d, m) shows how far each is from a solution of the full problem (`refined_basis`).
     """
 
     def __init__(
@@ -144,20 +144,20 @@ class ProjectedCovariance:
         self.count += rows.shape[0]
 
     def mean(self) -> Tensor:
-        """S = P₀ᵀ E[x xᵀ] P₀ as (m, m) float64 on the CPU."""
+        """Return S = P₀ᵀ E[x xᵀ] P₀, (m, m) float64 on the CPU."""
         if self.count == 0:
             raise ValueError("a covariance needs at least one token, the projection has seen none")
         return self.gram.double().cpu() / self.count
 
     def mean_image(self) -> Tensor:
-        """E[x xᵀ] P₀ as (d, m) on the CPU."""
+        """Return E[x xᵀ] P₀, (d, m) on the CPU."""
         if self.count == 0 or self.image is None:
-            raise ValueError("no image was gathered")
+            raise ValueError("the image was not collected: set with_image, and add tokens")
         return (self.image / self.count).cpu()
 
 
 def _unmasked(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    """The rows of x that count, (n, d), as they are."""
+    """Return the rows of x that count, (n, d), without conversion."""
     if x.shape[-1] != dim:
         raise ValueError(f"expected activations of width {dim}, got shape {tuple(x.shape)}")
     rows = x.reshape(-1, dim)
@@ -165,9 +165,9 @@ def _unmasked(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
 
 
 def _energy(rows: Tensor, dtype: torch.dtype) -> float:
-    """Σ||x||² in float64, of the values as the accumulator takes them.
+    """Return Σ||x||² in float64, of the values in the accumulator's dtype.
 
-    A square overflows before its root does, so one reduction finds NaN, infinity and hopeless scales alike.
+    The sum overflows if any value is NaN, infinite or far too large, so one reduction detects them all.
     """
     norms = [torch.linalg.vector_norm(part.to(dtype), dtype=torch.float64) for part in rows.split(ROWS)]
     energy = float(torch.stack(norms).square().sum())
@@ -177,7 +177,7 @@ def _energy(rows: Tensor, dtype: torch.dtype) -> float:
 
 
 def _test_matrix(dim: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Ω (dim, columns): a random orthonormal frame, the same on every machine for a seed."""
+    """Return Ω (dim, columns): random orthonormal columns, the same on every machine for a seed."""
     key = (dim, columns, seed, device, dtype)
     omega = _TEST_MATRICES.get(key)
     if omega is None:
@@ -189,7 +189,7 @@ def _test_matrix(dim: int, columns: int, seed: int, device: torch.device, dtype:
 
 
 def _nystrom(product: Tensor, omega: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Eigenvectors (d, l) and eigenvalues (l,), descending, of Y (ΩᵀY)⁻¹ Yᵀ, stabilized by the shift ν."""
+    """Return eigenvectors (d, l) and eigenvalues (l,), descending, of Y (ΩᵀY)⁻¹ Yᵀ, stabilized by the shift ν."""
     shift = eps * float(torch.linalg.matrix_norm(product)) + torch.finfo(torch.float64).tiny
     while True:
         shifted = product + shift * omega
@@ -205,7 +205,7 @@ def _nystrom(product: Tensor, omega: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 @contextmanager
 def _exact_float32(device_type: str) -> Iterator[None]:
-    """Full float32 products: TF32 and bf16 shortcuts keep 3 digits, the small eigenvalues need more."""
+    """Compute float32 products in full precision: TF32 and bf16 keep 3 digits, too few for small eigenvalues."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

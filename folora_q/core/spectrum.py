@@ -2,7 +2,7 @@
 
 Letters (the paper's, arXiv 2606.00132): Σp penalty covariance, Σt utility covariance, H = Σp + τI with ridge τ,
 Σt v = γ H v with quotient γ. Ours: P₀ (d x m) the joint basis, S = P₀ᵀΣP₀ a covariance inside it, tail σ outside it.
-Everything here is small and is computed in float64 on the CPU.
+All matrices here are small and computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Directions of Σt's basis that Σp's basis already spans up to this fraction are not added a second time.
+# Directions of Σt's basis that Σp's basis already spans up to this fraction are not added again.
 SPANNED_TOLERANCE = 1e-6
-# Added to the diagonal, relative to its mean, where the solver did not converge; float64 resolves 1e-16.
+# Added to the diagonal, relative to its mean, if the solver does not converge; float64 resolves 1e-16.
 NUDGE = 1e-13
 
 
 @dataclass(frozen=True)
 class LowRankCovariance:
-    """Σ = U diag(λ) Uᵀ + tail (I - UUᵀ): the leading directions, and what is left of the trace spread evenly.
+    """Σ = U diag(λ) Uᵀ + tail (I - UUᵀ): the leading directions, and the rest of the trace spread evenly.
 
     Attributes:
         basis: U, (dim, k) float64, orthonormal columns.
         eigenvalues: λ, (k,) float64, descending, in units of the activations' variance.
         tail: the variance in each direction outside the basis.
-        trace: tr Σ, exact (it is summed, not sketched).
+        trace: tr Σ, exact (summed, not sketched).
         count: the number of tokens seen.
     """
 
@@ -42,30 +42,30 @@ class LowRankCovariance:
 
     @property
     def mean_variance(self) -> float:
-        """tr(Σ) / d, the unit in which ridges and quotients are measured."""
+        """tr(Σ) / d, the unit of ridges and quotients."""
         return self.trace / self.dim
 
     @property
     def captured(self) -> float:
-        """The share of the trace that the basis holds, between 0 and 1."""
+        """The share of the trace inside the basis, between 0 and 1."""
         return float(self.eigenvalues.sum()) / self.trace if self.trace > 0 else 1.0
 
     def project(self, basis: Tensor) -> Tensor:
-        """PᵀΣP for an orthonormal P (dim, m), as (m, m) float64."""
+        """Return PᵀΣP for an orthonormal P (dim, m), (m, m) float64."""
         basis = basis.double()
         inner = self.basis.T @ basis  # UᵀP, (k, m)
         return (inner.T * (self.eigenvalues - self.tail)) @ inner + self.tail * (basis.T @ basis)
 
     def dense(self) -> Tensor:
-        """Σ as a (dim, dim) float64 matrix, for tests and small models."""
+        """Return Σ as a (dim, dim) float64 matrix, for tests and small models."""
         return self.project(torch.eye(self.dim, dtype=torch.float64))
 
 
 def joint_basis(penalty: LowRankCovariance, utility: LowRankCovariance) -> Tensor:
-    """P₀ = orth[Up, Ut], (d, m) float64 with m <= kp + kt.
+    """Return P₀ = orth[Up, Ut], (d, m) float64 with m <= kp + kt.
 
-    Up's directions come first and are always kept: without them the most protected directions would fall into the
-    complement and be treated as average ones.
+    Up's directions come first and are always kept: otherwise the most protected directions would be in the complement
+    and be treated as average ones.
     """
     up, ut = penalty.basis, utility.basis
     residual = ut - up @ (up.T @ ut)
@@ -82,10 +82,10 @@ def generalized_eigenproblem(utility: Tensor, penalty: Tensor) -> tuple[Tensor, 
 
     Raises:
         ValueError: H is not positive definite; a larger ridge makes it so.
-        LinAlgError: the solver did not converge, a second time neither.
+        LinAlgError: the solver did not converge, even with a perturbed matrix.
 
-    Source: FoLoRA section 3, V = H^(-1/2) R. Cholesky's factor is used in place of the symmetric root: V is the same up
-    to the signs of its columns, and nothing is inverted.
+    Source: FoLoRA section 3, V = H^(-1/2) R. The Cholesky factor is used instead of the symmetric root: V is the same
+    up to the signs of its columns, and nothing is inverted.
     """
     utility, penalty = utility.double(), penalty.double()
     factor, failed = torch.linalg.cholesky_ex((penalty + penalty.mT) / 2)
@@ -99,7 +99,7 @@ def generalized_eigenproblem(utility: Tensor, penalty: Tensor) -> tuple[Tensor, 
 
 
 def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh; LAPACK's divide and conquer fails for a few matrices, and not for their neighbours."""
+    """Call torch.linalg.eigh; LAPACK's divide and conquer fails for a few matrices, but not for perturbed ones."""
     try:
         return torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError:

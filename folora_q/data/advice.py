@@ -11,10 +11,10 @@ from folora_q.recipe.size_advice import heldout_advice, step_advice
 
 
 def size_warnings(recipe: Recipe, data: TaskTokens) -> list[str]:
-    """Warnings about few steps and few held-out rows, each with the change that mends it."""
+    """Warn about few steps and few held-out rows, each with a fix."""
     train, heldout = data.train.counts, data.heldout.counts
     sequences = train.sequences
-    if recipe.training.packing:  # how well they go together is only known when they are packed
+    if recipe.training.packing:  # the exact number is known only after packing
         sequences = min(sequences, ceil(train.tokens / recipe.training.max_length))
     plain_text = any(isinstance(example, Text) for example in data.task.heldout)
     found = (

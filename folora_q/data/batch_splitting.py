@@ -15,12 +15,12 @@ Result = TypeVar("Result")
 
 
 class BatchSplitter:
-    """Remembers how many sequences fit, from the first time that more did not.
+    """Splits batches in half when memory runs out, and remembers how many sequences fit.
 
     Args:
-        what: names the work, in a note and an error.
-        tell: takes one line, each time that it has to halve.
-        enabled: False raises at once.
+        what: the work, as notes and errors name it.
+        tell: receives one line each time that batches are split.
+        enabled: if False, running out of memory is an error at once.
     """
 
     def __init__(self, what: str, tell: Callable[[str], None] = lambda line: None, enabled: bool = True) -> None:
@@ -28,48 +28,46 @@ class BatchSplitter:
         self.rows: int | None = None
 
     def fitting(self, rows: int) -> int:
-        """How many of `rows` sequences to take at a time."""
+        """Return how many of `rows` sequences to compute at a time."""
         return rows if self.rows is None else min(rows, self.rows)
 
     def over(
         self, count: int, length: int, compute: Callable[[int, int], Result], most: int | None = None
     ) -> Iterator[Result]:
-        """What `compute(start, stop)` gives for spans of `count` sequences, in order.
+        """Yield `compute(start, stop)` for consecutive spans of `count` sequences.
 
         Args:
-            length: tokens of a sequence, for the error.
-            compute: must leave nothing behind when it fails.
-            most: sequences at a time; None takes all.
+            length: tokens per sequence, for the error.
+            compute: must have no side effects when it fails.
+            most: the maximum number of sequences at a time; None: all.
 
         Raises:
-            RunError: memory runs out with one sequence.
+            RunError: memory runs out with a single sequence.
         """
         start = 0
         while start < count:
             stop = min(count, start + self.fitting(most or count))
-            failed = False
             try:
                 result = compute(start, stop)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-                failed = True
-            if failed:  # outside the except block, whose traceback holds on to what did not fit
-                self.halve(stop - start, length)
+            else:
+                start = stop
+                yield result
                 continue
-            start = stop
-            yield result
+            self.halve(stop - start, length)  # outside the except block, whose traceback keeps what did not fit
 
     def over_batch(self, batch: Batch, compute: Callable[[Batch], Result]) -> Iterator[Result]:
-        """What `compute` gives for parts of a batch, in order; otherwise as `over`."""
+        """Yield `compute(part)` for parts of a batch, in order; see `over`."""
         rows, length = batch.input_ids.shape
         return self.over(rows, length, lambda start, stop: compute(rows_of(batch, start, stop)))
 
     def halve(self, rows: int, length: int) -> None:
-        """Memory ran out with so many sequences of so many tokens.
+        """Halve the number of sequences at a time, after memory ran out with `rows` sequences of `length` tokens.
 
         Raises:
-            RunError: it was one sequence, or halving is not wanted.
+            RunError: it was a single sequence, or splitting is disabled.
         """
         clear_device_cache(garbage_collection=True)
         if rows == 1 or not self.enabled:
@@ -79,23 +77,23 @@ class BatchSplitter:
                 "training.auto_batch_size: true",
             )
         self.rows = (rows + 1) // 2
-        self.tell(f"memory ran out while {self.what} {rows} sequences at a time; from here on {self.rows}")
+        self.tell(f"memory ran out while {self.what} {rows} sequences at a time; continuing with {self.rows}")
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that the memory of a device or of the machine is full."""
+    """Return whether an error means that device or host memory is full."""
     return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
-    """Some sequences of a batch, without the padding that only the others needed."""
+    """Return a slice of a batch, without padding that only the other sequences needed."""
     if start == 0 and stop >= len(batch.input_ids):
         return batch
     return Batch(**rows_of_inputs(batch._asdict(), start, stop))
 
 
 def first_rows(text: Sequence[Batch], count: int) -> list[Batch]:
-    """The first sequences of a text, in the batches that they are in."""
+    """Return the first `count` sequences of a text, in the batches that they are in."""
     found: list[Batch] = []
     for batch in text:
         if count <= 0:
@@ -106,7 +104,7 @@ def first_rows(text: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def rows_of_inputs(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """The same of a model's inputs; padding is left on where no attention mask tells it."""
+    """Slice a model's inputs as `rows_of` does; without an attention mask, padding is kept."""
     part = {name: value[start:stop] if isinstance(value, Tensor) else value for name, value in inputs.items()}
     mask = part.get("attention_mask")
     if mask is None:

@@ -1,7 +1,7 @@
 """Check that a chat template renders everything that a row contains.
 
-A part that stands in the rendered text is there. Where it does not, since templates trim and quote, or where it is so
-short that it may stand there by chance, another text is put in its place, which must then show.
+A part that occurs in the rendered text was rendered. If it does not occur, since templates trim and quote, or if it is
+so short that it may occur by chance, it is replaced by a marker, which must then be rendered.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from folora_q.data.turns import THOUGHT, Message
 if TYPE_CHECKING:
     from folora_q.data.rendering import RenderedTurn, Renderer
 
-# A private-use character, which no data and no template have, and which no template trims.
+# A private-use character that no data and no template contains, and that no template trims.
 SHOWN = "\ue0a4"
-# A text of fewer characters may stand somewhere else by chance.
+# A text of fewer characters may occur elsewhere by chance.
 TELLING = 16
 THOUGHTS_HINT = (
-    "set data.chat_template to one that renders thoughts (qwen3, gptoss, deepseek_r1, ...), or take them out of the "
+    "set data.chat_template to one that renders thoughts (qwen3, gptoss, deepseek_r1, ...), or remove them from the "
     "data; data.on_error: skip leaves such rows out"
 )
 TOOLS_HINT = "set data.chat_template to one that renders tools (qwen2_5, llama3_1, ...), or data.on_error to skip"
@@ -32,12 +32,12 @@ OTHER_HINT = "set data.chat_template to one that does, or data.on_error to skip"
 def lost_part(
     renderer: Renderer, messages: Sequence[Message], learned: int, tools: list[Tool] | None, turn: RenderedTurn
 ) -> tuple[str, str] | None:
-    """What the template leaves out of a conversation, for people, with what to do; None where it renders all.
+    """Describe what the template leaves out of a conversation, with a hint; None if it renders everything.
 
     Args:
-        messages: all that are rendered together.
-        learned: the position of the assistant's turn that is learned.
-        turn: how it and all before it are rendered.
+        messages: all messages that are rendered together.
+        learned: the index of the assistant turn that is trained.
+        turn: the rendering of that turn and of everything before it.
     """
     for index, raw in enumerate(messages):
         if raw["role"] == "assistant" and index != learned:
@@ -69,7 +69,7 @@ def lost_part(
 
 
 class _Probe:
-    """One turn of a conversation, a part of which is replaced to see whether it shows."""
+    """A conversation in which a part of one turn is replaced by a marker, to see whether it is rendered."""
 
     def __init__(self, renderer: Renderer, messages: Sequence[Message], index: int, tools: list[Tool] | None) -> None:
         self.renderer, self.messages, self.index, self.tools = renderer, messages, index, tools
@@ -84,7 +84,7 @@ class _Probe:
 
 
 def _shown(call: Call) -> list[Call]:
-    """A call of another tool, and one with another argument."""
+    """Return the call with the marker as its name, and with the marker as an argument."""
     function = call["function"]
     return [
         {**call, "function": {**function, "name": SHOWN}},

@@ -1,9 +1,9 @@
 """Encode examples as tokens and labels: rendered by the chat template, masked, and cut to length.
 
-Every turn of the assistant's that is learned is what the model's own template, the one that is saved, renders of it as
-the last of its conversation, behind the prompt that the template asks with. Turns whose texts begin each other share
-one sequence; where a template rewrites earlier turns, each has a sequence of its own. `{% generation %}` marks in the
-template narrow what is learned. TRL's training variants of templates are not used: they render other text.
+Each trained assistant turn is what the model's own template (the one that is saved) renders for it as the last turn of
+its conversation, after the generation prompt. Turns whose texts are prefixes of each other share a sequence; where a
+template rewrites earlier turns, each turn has its own sequence. `{% generation %}` marks in the template narrow what is
+trained. TRL's training variants of templates are not used: they render different text.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import date
+from typing import Any, cast
 
 from jinja2 import TemplateSyntaxError
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import has_generation_markers
 
@@ -21,31 +23,31 @@ from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
 from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, RenderError, common_length
 from folora_q.data.rows import RowError
-from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start
+from folora_q.data.tokens import IGNORED, TEMPLATE_ERRORS, added_at_the_start, decoded
 from folora_q.data.tools import Tool
 from folora_q.data.turns import THOUGHT, Message
 from folora_q.errors import UserError
 
 QUESTION: Message = {"role": "user", "content": "a"}
 ANSWER: Message = {"role": "assistant", "content": "b"}
-# A template that takes none of these takes no chat that we could train on.
+# A template that accepts neither of these accepts no chat that could be trained on.
 PROBES: tuple[list[Message], ...] = ([QUESTION, ANSWER], [QUESTION, {**ANSWER, THOUGHT: "c"}])
 
 
 class Encoder:
-    """Turns examples into tokens with one tokenizer and its chat template.
+    """Encodes examples with one tokenizer and its chat template.
 
     Args:
-        tokenizer: fast; its `chat_template` is the one to use.
-        assistant_only_loss: chats are learned where the assistant speaks, otherwise everywhere.
-        completion_only_loss: completions are learned alone, otherwise with their prompts.
+        tokenizer: a fast tokenizer with the chat template to use.
+        assistant_only_loss: train only the assistant's turns of chats; otherwise everything.
+        completion_only_loss: train only completions; otherwise their prompts too.
         template_name: what messages call the chat template.
         without_thought: `data.without_thought`.
 
     Attributes:
-        renderer: what renders chats.
-        marking: how the assistant's turns are marked, for people.
-        end_of_turn: the token that ends an assistant's turn, or None before a chat template was needed.
+        renderer: renders chats.
+        marking: how the assistant's turns are found, for messages.
+        end_of_turn: the token that ends an assistant turn; None before `prepare_chats`.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Encoder:
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell where in the text a token stands",
+                f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where in the text a token is",
                 "use a model with a tokenizer.json",
             )
         self.tokenizer = tokenizer
@@ -72,12 +74,12 @@ class Encoder:
         self.end_of_turn: int | None = None
 
     def key(self) -> str:
-        """All that the tokens depend on besides the examples."""
+        """Return everything besides the examples that the tokens depend on."""
         tokenizer = self.tokenizer
         tells_the_date = self.marking is not None and "strftime_now" in json.dumps(tokenizer.chat_template)
         return json.dumps(
             [
-                tokenizer.backend_tokenizer.to_str(),
+                cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer.to_str(),
                 tokenizer.chat_template,
                 date.today().isoformat() if tells_the_date else None,
                 sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
@@ -88,10 +90,10 @@ class Encoder:
         )
 
     def prepare_chats(self) -> None:
-        """See that the template can be used, and find the token that ends a turn. Chats need it first.
+        """Check that the template can be used, and find the token that ends a turn; required before encoding chats.
 
         Raises:
-            UserError: there is no template, it is no valid one, or a turn that it renders has no end.
+            UserError: there is no template, it is not valid, or it renders no end of a turn.
         """
         if self.tokenizer.chat_template is None:
             raise UserError(
@@ -111,24 +113,24 @@ class Encoder:
             raise UserError(f"{self.template_name} {error.reason}", error.hint) from None
 
     def ends_of_turn(self, examples: Iterable[Example]) -> list[int]:
-        """The tokens that generation must stop at: that which ends a turn, and that which ends a call, if any calls."""
+        """Return the tokens at which generation must stop: the end of a turn, and of a tool call if there is any."""
         ends = [] if self.end_of_turn is None else [self.end_of_turn]
-        for chat in examples:
-            calling = [i for i in chat.learned if chat.messages[i].get("tool_calls")] if isinstance(chat, Chat) else []
+        for chat in (example for example in examples if isinstance(example, Chat)):
+            calling = [index for index in chat.learned if chat.messages[index].get("tool_calls")]
             if calling:
                 try:
                     said = self.renderer.turn(chat.messages, calling[0], chat.tools).said
                 except (RenderError, *TEMPLATE_ERRORS):
-                    continue  # the row is refused where it is encoded
+                    continue  # encoding the row raises this error
                 ends.append(self.renderer.ids(said.rstrip())[-1])
                 break
         return list(dict.fromkeys(ends))
 
     def __call__(self, example: Example) -> list[Encoded]:
-        """The sequences of one example; a chat may need several.
+        """Encode one example; a chat may need several sequences.
 
         Raises:
-            RowError: the chat template, or the tokenizer, refuses it, or a part of it would be lost.
+            RowError: the chat template or the tokenizer fails on it, or a part of it would be lost.
         """
         try:
             match example:
@@ -151,7 +153,7 @@ class Encoder:
         if not chat.learned:
             ids = self.renderer.ids(self.renderer.render(chat.messages, chat.tools))
             return [Encoded(ids, [IGNORED] * len(ids))]
-        # From the last turn back: a turn belongs to the sequence of a later one that begins with it.
+        # From the last turn backwards: a turn joins the sequence of a later one whose text begins with it.
         sequences: list[list[Piece]] = []
         for index in reversed(chat.learned):
             piece = self._piece(chat, index)
@@ -165,22 +167,23 @@ class Encoder:
     def _piece(self, chat: Chat, index: int) -> Piece:
         turn = self.renderer.turn(chat.messages, index, chat.tools)
         marks = self._marks(chat.messages[: index + 1], chat.tools)
-        if marks is not None:  # places in the turn's own rendering, whose earlier turns may be others than the prompt's
+        if marks is not None:  # spans in the turn's own rendering, in which earlier turns may differ from the prompt's
             shift = len(turn.text) - len(self.renderer.render(chat.messages[: index + 1], chat.tools))
             marks = [(start + shift, end + shift) for start, end in marks]
         return Piece(turn.text, len(turn.asked) + turn.opening, marks, turn.given)
 
     def _marks(self, messages: list[Message], tools: list[Tool] | None = None) -> list[Span] | None:
-        """Where in a rendered conversation the template's own {% generation %} marks are; None if it has none."""
+        """Return the spans that the template marks with {% generation %} in a conversation; None if it has no marks."""
         if not has_generation_markers(self.renderer.template(tools)):
             return None
-        output = self.tokenizer.apply_chat_template(
+        rendered = self.tokenizer.apply_chat_template(
             [self.renderer.adapted(message) for message in messages],
-            tools=tools,
+            tools=cast("list[Any] | None", tools),
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
         )
+        output = cast(BatchEncoding, rendered)  # as `return_dict` asks
         spans: list[Span] = []
         for (start, end), marked in zip(output["offset_mapping"], output["assistant_masks"], strict=True):
             if marked and spans and spans[-1][1] == start:
@@ -190,7 +193,7 @@ class Encoder:
         return spans
 
     def _whole(self, chat: Chat) -> Encoded:
-        """A chat as it is rendered once, learned everywhere but in its context and in what the row leaves out."""
+        """Encode a chat as one text, trained everywhere except its context and the turns that the row excludes."""
         text = self.renderer.render(chat.messages, chat.tools)
         start = 0
         if chat.context:
@@ -217,7 +220,8 @@ class Encoder:
         for index in chat.learned:
             if lost := lost_part(self.renderer, chat.messages, index, chat.tools, RenderedTurn(text, text)):
                 raise RenderError(
-                    f"does not render {lost[0]} in one text, which would be lost", f"{WHOLE_HINT}; or {lost[1]}"
+                    f"does not render {lost[0]} when the chat is one text, so it would be lost",
+                    f"{WHOLE_HINT}; or {lost[1]}",
                 )
         output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, places = list(output["input_ids"]), output["offset_mapping"]
@@ -227,21 +231,24 @@ class Encoder:
         return Encoded(ids, labels_of(ids, learned), given)
 
     def _document(self, text: str, start: int) -> Encoded:
-        """Plain text, learned from a place on; it begins as the tokenizer begins texts, once."""
+        """Encode plain text, trained from `start` on; what the tokenizer puts before texts is added once."""
         [encoded] = self._tokens_of([Piece(text, start, None, False)])
         first = added_at_the_start(self.tokenizer, encoded.input_ids)
         labels = first if start == 0 else [IGNORED] * len(first)
         return Encoded(first + encoded.input_ids, labels + encoded.labels)
 
     def _ended(self, text: str) -> str:
-        """Plain text with the token that ends it, once."""
+        """Return plain text with the end token, once."""
         end = self.tokenizer.eos_token
-        if end is None:
-            raise UserError("this tokenizer has no end token, so a model could not learn where a text ends")
+        if not isinstance(end, str):
+            raise UserError(
+                "this tokenizer has no end token, so a model could not learn where a text ends",
+                "use a model whose tokenizer has an eos_token",
+            )
         return text if text.endswith(end) else text + end
 
     def _end(self) -> int:
-        """The last learned token that is no white space; it must be one that generation can stop at."""
+        """Return the last trained token that is not white space; generation must be able to stop at it."""
         failures: list[Exception] = []
         for probe in PROBES:
             try:
@@ -249,7 +256,9 @@ class Encoder:
             except (RenderError, *TEMPLATE_ERRORS) as error:
                 failures.append(error)
                 continue
-            learned = [label for label in encoded.labels if label != IGNORED and self.tokenizer.decode([label]).strip()]
+            learned = [
+                label for label in encoded.labels if label != IGNORED and decoded(self.tokenizer, [label]).strip()
+            ]
             if learned and learned[-1] in self.renderer.added:
                 return learned[-1]
             raise RenderError(
@@ -258,7 +267,7 @@ class Encoder:
         raise failures[0]
 
 
-WHOLE_HINT = "set training.assistant_only_loss: true, which trains each turn as it is rendered when it is the last"
+WHOLE_HINT = "set training.assistant_only_loss: true, which trains each turn as rendered when it is the last one"
 
 
 def _sentence(error: Exception) -> str:

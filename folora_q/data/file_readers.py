@@ -24,10 +24,10 @@ SEPARATORS = (",", ";", "\t", "|")
 
 
 def read_file(file: DataFile) -> Rows:
-    """The rows of one file, by its ending; a row that cannot be read comes as a RowError in its place.
+    """Yield the rows of one file, by its ending; a row that cannot be read comes as a RowError in its place.
 
     Raises:
-        UserError: nothing of the file can be read, or its ending is unknown.
+        UserError: nothing in the file can be read, or its ending is unknown.
     """
     if (reason := unreadable(file.path.name)) is not None:
         raise UserError(f"cannot read {file.name}: {reason}")
@@ -39,10 +39,10 @@ def read_file(file: DataFile) -> Rows:
 
 
 def unreadable(name: str) -> str | None:
-    """Why a file of this name cannot be read, as the end of a sentence; None if it can."""
+    """Return why a file of this name cannot be read, as the end of a sentence; None if it can."""
     ending, compression = ending_of(name)
     if compression is not None and ending in READERS and ending not in PACKABLE:
-        return f"{ending} is compressed inside already: unpack it"
+        return f"{ending} is already compressed internally: unpack it"
     if compression is not None and ending == ".tar":
         return "it is an archive: unpack it"
     if ending in READERS:
@@ -66,7 +66,7 @@ def _jsonl(file: DataFile) -> Rows:
 
 
 def _refuse_list(file: DataFile) -> None:
-    """See that a file of lines does not hold one JSON list, whose every line would be an error of its own."""
+    """Raise an error if a file of lines holds one JSON list, in which every line would be an error."""
     with file.open() as content:
         first = second = None
         for line in content:
@@ -79,7 +79,7 @@ def _refuse_list(file: DataFile) -> None:
                 break
     if first is not None and holds_a_list(first, second):
         raise UserError(
-            f"{file.name} holds one JSON list, but a .jsonl file has one object a line, without brackets and commas",
+            f"{file.name} holds one JSON list, but a .jsonl file has one object per line, without brackets and commas",
             "rename it to .json, or write each object on a line of its own",
         )
 
@@ -108,7 +108,7 @@ def _object(where: str, values: Any) -> Row | RowError:
 
 
 def _json(file: DataFile) -> Rows:
-    """A list of objects, an object that holds one such list, or lines of JSON under another ending."""
+    """Read a list of objects, an object with one such list, or JSON lines with the wrong ending."""
     text = _text_of(file)
     try:
         values = json.loads(text)
@@ -144,7 +144,7 @@ def _csv(file: DataFile, delimiter: str = ",") -> Rows:
         except csv.Error as error:
             if header is None:
                 raise UserError(f"{where}: the header cannot be read ({error})") from None
-            yield RowError(where, f"a quote does not close here, or stands in the middle of a field ({error})")
+            yield RowError(where, f"a quote is not closed here, or is in the middle of a field ({error})")
             continue
         if not cells:
             continue
@@ -162,11 +162,11 @@ def _csv(file: DataFile, delimiter: str = ",") -> Rows:
 
 
 def _refuse_other_separator(file: DataFile, where: str, header: list[str], delimiter: str) -> None:
-    """See that a header of one name is not several between other marks, as some spreadsheets write them."""
+    """Raise an error if a header of one name is several with another separator, as some spreadsheets write it."""
     other = next((mark for mark in SEPARATORS if mark != delimiter and len(header) == 1 and mark in header[0]), None)
     if other is not None:
         raise UserError(
-            f"{where}: the header has no {delimiter!r}, but {other!r}: fields are separated by that",
+            f"{where}: the header has no {delimiter!r}, but {other!r}: fields seem to be separated by that",
             f"rename the file to {'.csv' if other == ',' else '.tsv'}" if other in ",\t" else "save it with commas",
         )
 
@@ -204,7 +204,7 @@ def _parquet_row(where: str, names: list[str], cells: list[Any]) -> Row | RowErr
             values[name] = cell.as_py()
         except UnicodeDecodeError:
             return RowError(where, f"the column {name!r} is not UTF-8 text")
-        except (OverflowError, ValueError):  # a date beyond Python's, say: nothing to train on, but no obstacle either
+        except (OverflowError, ValueError):  # e.g. a date beyond Python's range, which is not trained on
             values[name] = None
     return Row(where, values)
 
@@ -241,7 +241,7 @@ READERS: dict[str, Callable[[DataFile], Rows]] = {
     ".txt": _text,
     ".md": _text,
 }
-# The others of these are text, which may be compressed as a whole.
+# All others are text, which may be compressed.
 PACKABLE = tuple(ending for ending in READERS if ending != ".parquet")
-UNKNOWN_ENDING = f"its ending is none of {', '.join(READERS)} (and {', '.join(COMPRESSED_ENDINGS)} of a text)"
+UNKNOWN_ENDING = f"its ending is not one of {', '.join(READERS)} (text may also end in {', '.join(COMPRESSED_ENDINGS)})"
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")

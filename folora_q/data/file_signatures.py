@@ -11,7 +11,7 @@ HEAD = 512
 LFS = b"version https://git-lfs.github.com/spec/"
 PAGES = (b"<!doctype html", b"<html")
 PROSE = (".txt", ".md")
-# What compressed files begin with, and the ending that says so.
+# The first bytes of compressed files, and their endings.
 COMPRESSED = {
     b"\x1f\x8b\x08": ".gz",
     b"\x28\xb5\x2f\xfd": ".zst",
@@ -26,7 +26,7 @@ BINARY = {
 
 
 def refuse_mistaken(file: DataFile) -> None:
-    """See that a file is what its name says, as far as its first bytes tell.
+    """Check that a file is what its name says, by its first bytes.
 
     Raises:
         OSError: it cannot be opened.
@@ -36,7 +36,7 @@ def refuse_mistaken(file: DataFile) -> None:
         head = opened.read(HEAD)
     if head.startswith(LFS):
         raise UserError(
-            f"{file.name} is a pointer of Git LFS, not the data itself",
+            f"{file.name} is a Git LFS pointer, not the data itself",
             "run `git lfs pull` where it was cloned, or download the file",
         )
     if file.ending not in PROSE and head.lstrip().lower().startswith(PAGES):
@@ -44,12 +44,12 @@ def refuse_mistaken(file: DataFile) -> None:
             f"{file.name} is a web page, not a {file.ending} file",
             "download the file itself: on GitHub and Hugging Face its address has raw or resolve instead of blob",
         )
-    if file.path.suffix.lower() != file.ending:  # compressed by its name: unpacking says whether it is
+    if file.path.suffix.lower() != file.ending:  # the name says that it is compressed: unpacking will tell
         return
     for start, ending in COMPRESSED.items():
         if head.startswith(start):
             raise UserError(
-                f"{file.name} is compressed, which its name does not say",
+                f"{file.name} is compressed, but its name does not say so",
                 f"rename it to {Path(file.name).name}{ending}",
             )
     for start, (what, hint) in BINARY.items():

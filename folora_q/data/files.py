@@ -15,7 +15,7 @@ from typing import IO, BinaryIO, cast
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.paths import COMPRESSED_ENDINGS
 
-# Text is packed five to twenty times. So much more, and so much in all, is a file that is made to fill a memory.
+# Text compresses by a factor of 5 to 20. A file that exceeds both limits was made to fill the memory.
 MAX_UNPACKED_RATIO, MAX_UNPACKED_BYTES = 100, 256 * 2**20
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
@@ -34,11 +34,11 @@ class DataFile:
 
     @property
     def ending(self) -> str:
-        """What its rows are written in, e.g. ".jsonl", also of a compressed file."""
+        """The file type, e.g. ".jsonl", also of a compressed file."""
         return ending_of(self.path.name)[0]
 
     def open(self) -> BinaryIO:
-        """Its bytes, unpacked.
+        """Open the file for reading, decompressed.
 
         Raises:
             OSError: it cannot be opened.
@@ -52,7 +52,7 @@ class DataFile:
 
 
 def ending_of(name: str) -> tuple[str, str | None]:
-    """The ending that says what rows are written in, and that of the compression around it, in small letters."""
+    """Return the endings of the file type and of the compression around it, if any, in lower case."""
     path = Path(name.lower())
     if path.suffix in COMPRESSED_ENDINGS:
         return Path(path.stem).suffix, path.suffix
@@ -60,10 +60,10 @@ def ending_of(name: str) -> tuple[str, str | None]:
 
 
 class _Unpacked(io.RawIOBase):
-    """Reads what an unpacker gives, within bounds.
+    """Reads from a decompressor, within limits.
 
     Raises, in reading:
-        UserError: the file is damaged, or holds far more than any text that was packed.
+        UserError: the file is damaged, or decompresses to far more than text does.
     """
 
     def __init__(self, unpacker: IO[bytes], file: BinaryIO, packed: int, name: str) -> None:
@@ -79,15 +79,15 @@ class _Unpacked(io.RawIOBase):
             content = self.unpacker.read(len(buffer))
         except DAMAGED as error:
             raise UserError(
-                f"{self.name} is damaged or cut short: it cannot be unpacked beyond byte {self.taken:,} of what it "
-                f"holds ({first_line(error)})",
-                "make it again, or unpack what can be unpacked of it",
+                f"{self.name} is damaged or cut short: it cannot be unpacked beyond byte {self.taken:,} of its "
+                f"content ({first_line(error)})",
+                "create it again, or unpack as much of it as possible",
             ) from None
         self.taken += len(content)
         if self.taken > self.most:
             raise UserError(
                 f"{self.name} unpacks to over {self.most / 2**20:,.0f} MiB, {MAX_UNPACKED_RATIO} times its own size",
-                "no text packs so well; if it is right all the same, unpack it yourself",
+                "text does not compress that well; if the file is right, unpack it yourself",
             )
         buffer[: len(content)] = content
         return len(content)

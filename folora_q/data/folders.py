@@ -12,19 +12,19 @@ from folora_q.data.files import ending_of
 from folora_q.data.saved_datasets import INFO, SPLITS, STATE, choose_split
 from folora_q.data.splits import by_split, others
 
-# In a folder these are data only where nothing else is: a README often lies beside the data.
+# In a folder these are data only if nothing else is: there is often a README next to the data.
 PROSE = (".txt", ".md")
-# What `datasets` keeps beside .arrow files; none of it is a row.
+# Files that `datasets` writes next to .arrow files; they contain no rows.
 ABOUT_ARROW = (STATE, INFO, SPLITS, "dataset_infos.json")
 
 
 @dataclass
 class Choice:
-    """What is read of a folder, by names relative to it.
+    """What is read from a folder; names are relative to it.
 
     Attributes:
         files: single files of rows, sorted.
-        saved: folders of `save_to_disk`, each a split; "." is the folder itself.
+        saved: folders that `save_to_disk` wrote, each a split; "." is the folder itself.
         unread: what is not read, and why.
     """
 
@@ -34,7 +34,7 @@ class Choice:
 
 
 def names_in(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The files of a folder and of those below, and what of it is not looked into, with the reason."""
+    """List the files in a folder and its subfolders, and what is not searched, with the reason."""
     names: list[str] = []
     unread: dict[str, str] = {}
 
@@ -54,21 +54,21 @@ def names_in(folder: Path) -> tuple[list[str], dict[str, str]]:
             if (here / name).is_file():
                 names.append(relative)
             else:
-                unread[relative] = "not a file, or a link to nothing"
+                unread[relative] = "not a file, or a broken link"
     return sorted(names), unread
 
 
 def choose(name: str, names: Iterable[str], splits: dict[str, list[str]], wanted: str | None) -> Choice:
-    """What to read of a folder that holds these files.
+    """Choose what to read from a folder that contains these files.
 
     Args:
         name: what messages call the folder.
         names: relative to it.
-        splits: what each dataset_dict.json in it lists, by the folder that it lies in.
+        splits: the splits that each dataset_dict.json lists, by its folder.
         wanted: the split that the recipe names.
 
     Raises:
-        UserError: it is not clear which split is meant.
+        UserError: it is unclear which split is meant.
     """
     known = set(names)
     saved = {folder for folder in map(_parent, known) if {_inside(folder, STATE), _inside(folder, INFO)} <= known}
@@ -86,7 +86,7 @@ def choose(name: str, names: Iterable[str], splits: dict[str, list[str]], wanted
     for each in sorted(known):
         described = _parent(each) in with_arrow and PurePosixPath(each).name in ABOUT_ARROW
         if _parent(each) in {*saved, *splits} and (described or each.endswith(".arrow")):
-            continue  # a part of what is read as a whole
+            continue  # part of a saved dataset
         if (reason := _reason(each, described, known)) is not None:
             choice.unread[each] = reason
         else:
@@ -104,13 +104,13 @@ def choose(name: str, names: Iterable[str], splits: dict[str, list[str]], wanted
 
 
 def _reason(name: str, described: bool, known: set[str]) -> str | None:
-    """Why a single file is not read; None if it is."""
+    """Return why a single file is not read; None if it is."""
     if any(part.startswith(".") for part in PurePosixPath(name).parts):
         return "hidden"
     if described:
         return "it describes .arrow files"
     if (reason := unreadable(PurePosixPath(name).name)) is not None:
-        return "no data file, by its ending" if reason == UNKNOWN_ENDING else reason
+        return "not a data file, by its ending" if reason == UNKNOWN_ENDING else reason
     compression = ending_of(name)[1]
     if compression is not None and name[: -len(compression)] in known:
         return "its unpacked copy is next to it"

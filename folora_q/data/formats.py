@@ -18,11 +18,11 @@ class Chat:
     """A conversation.
 
     Attributes:
-        where: its file and line.
-        messages: as `apply_chat_template` takes them.
-        context: so many messages at the beginning are never trained on.
-        tools: that the assistant may call.
-        unlearned: turns of the assistant's, by position, that the row says not to learn.
+        where: file and line.
+        messages: in the form of `apply_chat_template`.
+        context: the number of messages at the beginning that are never trained on.
+        tools: tools that the assistant may call.
+        unlearned: indices of assistant turns that the row excludes from training.
     """
 
     where: str
@@ -33,17 +33,17 @@ class Chat:
 
     @property
     def learned(self) -> list[int]:
-        """The positions of the turns that are learned."""
+        """The indices of the trained turns."""
         return [index for index in self._said if index >= self.context and index not in self.unlearned]
 
     @property
     def answer(self) -> int:
-        """The position of the turn that an evaluation asks for: the last one that is learned, if any is."""
+        """The index of the turn that evaluation asks for: the last trained one, else the last of the assistant's."""
         return (self.learned or self._said)[-1]
 
     @property
     def prompt(self) -> list[Message]:
-        """All before that turn."""
+        """The messages before that turn."""
         return self.messages[: self.answer]
 
     @property
@@ -58,7 +58,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it, both plain text."""
+    """A prompt and its continuation, both plain text."""
 
     where: str
     prompt: str
@@ -66,13 +66,13 @@ class Completion:
 
     @property
     def reference(self) -> str:
-        """The completion, which an answer is compared with."""
+        """The completion, with which answers are compared."""
         return self.completion
 
 
 @dataclass(frozen=True)
 class Text:
-    """A document, all of which is learned."""
+    """A document that is trained in full."""
 
     where: str
     text: str
@@ -82,22 +82,22 @@ Example = Chat | Completion | Text
 
 
 def content_of(example: Example) -> str:
-    """All of an example but its place: equal for two that teach the same."""
+    """Serialize an example without its location: equal for two examples of the same content."""
     parts = {name: value for name, value in vars(example).items() if name != "where"}
     return json.dumps([type(example).__name__, parts], ensure_ascii=False)
 
 
 def shape_of(row: Row, source: Source) -> Shape:
-    """The shape that the source names, or that the row's columns show.
+    """Return the shape that the source names, or that the row's columns imply.
 
     Raises:
-        RowError: they show none.
+        RowError: the columns fit no shape.
     """
     if source.shape != "auto":
         return source.shape
     columns = {*row.values, *source.fields}
-    fitting = [shape for shape, needed in COLUMNS.items() if needed <= columns]
-    if fitting:  # one that the recipe maps a column for comes before all others
+    fitting: list[Shape] = [shape for shape, needed in COLUMNS.items() if needed <= columns]
+    if fitting:  # shapes whose columns the recipe maps come first
         return max(fitting, key=lambda shape: len(FIELDS[shape] & source.fields.keys()))
     if {"chosen", "rejected"} <= columns:
         raise RowError(
@@ -108,17 +108,17 @@ def shape_of(row: Row, source: Source) -> Shape:
         )
     raise RowError(
         row.where,
-        f"its columns ({_listed(row.values)}) are those of no known shape",
-        "known are messages, conversations, instruction with output, prompt with completion, and text; other names go "
-        "into `fields`, e.g. train_dataset: {path: ..., fields: {prompt: question, completion: answer}}",
+        f"its columns ({_listed(row.values)}) match no known shape",
+        "known are messages, conversations, instruction with output, prompt with completion, and text; map other names "
+        "with `fields`, e.g. train_dataset: {path: ..., fields: {prompt: question, completion: answer}}",
     )
 
 
 def to_example(row: Row, shape: Shape, source: Source) -> Example:
-    """One row as a thing to train on.
+    """Convert a row to an example.
 
     Raises:
-        RowError: a column is missing, or holds what it must not; the field is named.
+        RowError: a column is missing or has an invalid value; the message names it.
     """
     for column in sorted(MEDIA & row.values.keys() - set(source.fields.values())):
         if row.values[column]:
@@ -126,7 +126,7 @@ def to_example(row: Row, shape: Shape, source: Source) -> Example:
     try:
         example = PARSERS[shape](Fields(row, source))
         if isinstance(example, Chat):
-            content_of(example)  # tools and calls are what the row holds, to any depth
+            content_of(example)  # tools and calls may be nested to any depth
     except RecursionError:
         raise RowError(row.where, "it is nested too deeply") from None
     return example
@@ -134,7 +134,7 @@ def to_example(row: Row, shape: Shape, source: Source) -> Example:
 
 @dataclass(frozen=True)
 class Fields:
-    """A row's columns under our names."""
+    """A row's columns, looked up by our names."""
 
     row: Row
     source: Source
@@ -144,31 +144,34 @@ class Fields:
         return self.row.where
 
     def column(self, *names: str) -> str | None:
-        """The row's column for the first of our names that has one; a column that `fields` gives away has no other."""
+        """Return the row's column for the first of our names that has one.
+
+        A column that `fields` maps to another name is not found under its own.
+        """
         fields = self.source.fields
-        given_away = set(fields.values())
+        mapped = set(fields.values())
         for name in names:
-            column = fields.get(name, name)
-            if column in self.row.values and (name in fields or column not in given_away):
+            column = self.source.column(name)
+            if column in self.row.values and (name in fields or column not in mapped):
                 return column
         return None
 
     def get(self, *names: str) -> Any:
-        """The value of a column that must be there, under one of these names."""
+        """Return the value of a required column, looked up by these names."""
         column = self.column(*names)
         if column is not None:
             return self.row.values[column]
-        wanted = self.source.fields.get(names[0], names[0])
-        raise RowError(self.where, f"the column `{wanted[:40]}` is missing; there are {_listed(self.row.values)}")
+        wanted = self.source.column(names[0])
+        raise RowError(self.where, f"the column `{wanted[:40]}` is missing; the columns are {_listed(self.row.values)}")
 
     def text(self, name: str, *others: str, required: bool = True) -> str:
-        """The text of a column; "" where it is not required and absent or null.
+        """Return the text of a column; "" if it is not required and absent or null.
 
         Args:
-            others: names that the column may have too.
+            others: further names that the column may have.
         """
         column = self.column(name, *others)
-        theirs = column or self.source.fields.get(name, name)
+        theirs = column or self.source.column(name)
         value = None if column is None else self.row.values[column]
         if value is None and not required:
             return ""
@@ -181,7 +184,7 @@ class Fields:
         return value
 
     def tools(self) -> list[Tool] | None:
-        """The tools that the row offers, if any."""
+        """Return the tools that the row offers, if any."""
         column = self.column("tools", "functions")
         return None if column is None else parse_tools(self.row.values[column], self.where, column)
 
@@ -211,7 +214,7 @@ def _alpaca(fields: Fields) -> Chat:
 
 
 def _history(fields: Fields) -> list[tuple[str, str]]:
-    """The turns before an instruction, as pairs of a question and its answer."""
+    """Return the turns before an instruction as (question, answer) pairs."""
     column = fields.column("history")
     pairs = None if column is None else fields.row.values[column]
     if not pairs:
@@ -242,7 +245,7 @@ def _prompt_completion(fields: Fields) -> Chat | Completion:
             raise RowError(fields.where, "the assistant says nothing in `completion`, so there is nothing to learn")
         return _chat(fields, turns, context=len(context))
     if fields.tools():
-        raise RowError(fields.where, "it has `tools`, which only a chat template can write: give lists of turns")
+        raise RowError(fields.where, "it has `tools`, which only a chat template can render: give lists of turns")
     return Completion(fields.where, fields.text("prompt"), fields.text("completion"))
 
 
@@ -258,11 +261,11 @@ def _chat(fields: Fields, turns: list[Turn], context: int = 0) -> Chat:
 
 
 def _listed(columns: Mapping[str, Any]) -> str:
-    """The names of a row's columns, or as much of them as a message can hold."""
+    """List the names of a row's columns, shortened for a message."""
     return ", ".join(sorted(str(name)[:40] for name in columns)[:8]) or "none"
 
 
-# In this order: many data sets carry a `prompt` beside their messages, or a rendered `text` beside their columns.
+# The order matters: many datasets have a `prompt` next to messages, or a rendered `text` next to other columns.
 COLUMNS: dict[Shape, set[str]] = {
     "messages": {"messages"},
     "sharegpt": {"conversations"},
@@ -270,7 +273,7 @@ COLUMNS: dict[Shape, set[str]] = {
     "alpaca": {"instruction", "output"},
     "text": {"text"},
 }
-# What `fields` may map for each.
+# Names that `fields` may map, by shape.
 FIELDS: dict[Shape, set[str]] = {
     "messages": {"messages", "role", "content", "system", "tools"},
     "sharegpt": {"role", "content", "system", "tools"},
@@ -278,14 +281,14 @@ FIELDS: dict[Shape, set[str]] = {
     "alpaca": {"instruction", "input", "output", "system", "history"},
     "text": {"text"},
 }
-# What else rows may have that is read under its own name alone.
+# Further columns, which are read only under their own names.
 ALSO: dict[Shape, set[str]] = {
     "messages": {"functions", "system_prompt"},
     "sharegpt": {"functions", "system_prompt"},
     "prompt_completion": {"functions"},
     "alpaca": {"system_prompt"},
 }
-# Columns that no text is in; rows that have one say something about it.
+# Columns for media; a row in which one is not empty is refused.
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
 PARSERS: dict[Shape, Callable[[Fields], Example]] = {
     "messages": _messages,

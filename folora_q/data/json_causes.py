@@ -1,4 +1,4 @@
-"""The likely cause why a line or a file is not valid JSON."""
+"""Find the likely reason why a line or a file is not valid JSON."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WORD = re.compile(r"[A-Za-z_]\w*")
 
 
 def cause(error: json.JSONDecodeError, one_a_line: bool) -> str | None:
-    """The likely cause of an error, as the end of a sentence; None where Python's message says all that is known.
+    """Return the likely cause of an error, as the end of a sentence; None if Python's message says all that is known.
 
     Args:
-        one_a_line: what cannot be read is a line of a .jsonl file, not a whole .json file.
+        one_a_line: the text is a line of a .jsonl file, not a complete .json file.
     """
     text, at = error.doc, error.pos
     rest = text[at:].lstrip()
@@ -32,11 +32,11 @@ def cause(error: json.JSONDecodeError, one_a_line: bool) -> str | None:
     if error.msg == "Extra data":
         return _after_the_value(rest, one_a_line)
     if "\x00" in text[: at + 1]:
-        return "it holds zero bytes, as a file does that was not written to its end"
+        return "it contains zero bytes, as a file that was not written completely"
     if error.msg.startswith("Unterminated string") or not rest:
         if one_a_line and not error.msg.startswith("Unterminated string") and text.strip() in ("{", "["):
             return "the object continues on the next line, and a .jsonl file has one object per line"
-        return "the line breaks off in the middle of an object" if one_a_line else "the file breaks off"
+        return "the line ends in the middle of an object" if one_a_line else "the file ends too early"
     if rest[0] in "}]" and before.endswith(","):
         return f"a comma before `{rest[0]}` must be removed"
     if rest[0] == "'":
@@ -57,22 +57,20 @@ def cause(error: json.JSONDecodeError, one_a_line: bool) -> str | None:
 
 
 def _after_the_value(rest: str, one_a_line: bool) -> str | None:
-    """What follows a whole value."""
+    """Explain what follows a complete value."""
     if not one_a_line:
         return None
     if rest[0] == "," and not rest[1:].strip():
         return "the line ends with a comma, and in a .jsonl file objects have none between them"
     if rest[0] == "]":
-        return (
-            "the line closes a list, and a .jsonl file is none: it has one object a line, without brackets and commas"
-        )
+        return "the line closes a list, but a .jsonl file has one object per line, without brackets and commas"
     if rest[0] in "{,":
-        return "several objects stand on this line, and a .jsonl file has one a line"
+        return "several objects are on this line, but a .jsonl file has one per line"
     return None
 
 
 def holds_a_list(first: str, second: str | None) -> bool:
-    """Whether a .jsonl file holds one JSON list, by its first two lines that hold something."""
+    """Return whether a .jsonl file holds one JSON list, by its first two lines that are not empty."""
     first = first.strip()
     if not first.startswith("["):
         return False

@@ -15,21 +15,21 @@ from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Shape, Source
 
-# The most files or columns that a line names; run.json has all files.
+# The maximum number of files or columns that a line names; run.json has all files.
 MAX_NAMED = 10
 
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What was found in one source.
+    """Facts about the rows of one source.
 
     Attributes:
-        path: as the recipe names it.
-        shape: that of its rows.
-        rows: how many can be used.
-        read: how many there were.
+        path: as in the recipe.
+        shape: the shape of its rows.
+        rows: the number of usable rows.
+        read: the number of rows read.
         unread: files in its folder that are not read, with the reason.
-        unused: columns that hold something which no example is made of.
+        unused: columns that hold something which no example uses.
     """
 
     path: str
@@ -41,7 +41,7 @@ class SourceFacts:
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences about what is not read: files by reason, and columns."""
+        """Remarks about files that are not read, by reason, and columns that are not used."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.unread.items():
             by_reason.setdefault(reason, []).append(name)
@@ -59,11 +59,11 @@ class TaskData:
     """The task's examples.
 
     Attributes:
-        train: in the order of the sources; each as often as its source's weight says.
-        heldout: of the eval_dataset, or held out from the sources; no row of it is in `train`.
+        train: in the order of the sources, each example as often as its source's weight says.
+        heldout: from the eval_dataset, or held out from the sources; no row of it is in `train`.
         facts: by source, training before evaluation.
         skipped: rows that could not be used (`data.on_error: skip`).
-        repeated: so many held-out examples are word for word in `train` too, since the files repeat them.
+        repeated: the number of held-out examples that are also in `train`, since the files repeat them.
     """
 
     train: list[Example]
@@ -74,7 +74,7 @@ class TaskData:
 
 
 def read_task_data(section: DataSection, seed: int) -> TaskData:
-    """Read, hold out, mix and cut to size; every choice is drawn with `seed`.
+    """Read, hold out, weight and sample rows; every random choice depends on `seed`.
 
     Raises:
         UserError: a source cannot be read, a row cannot be used (unless `on_error: skip`), or nothing is left.
@@ -103,7 +103,7 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
 
 
 def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
-    """The shape of a source, from its first rows.
+    """Return the facts about a source, from its first rows.
 
     Raises:
         UserError: as `read_task_data`, as far as these rows show it.
@@ -114,7 +114,7 @@ def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
 
 
 def first_examples(source: Source, rows: int | None, on_error: str) -> list[Example]:
-    """What can be used of a source's first rows, or of all with None.
+    """Return the examples from a source's first rows, or from all rows with None.
 
     Raises:
         UserError: as `examine`.
@@ -173,14 +173,14 @@ def _read(
 
 
 def _share_of(size: float, number: int, sources: int) -> float:
-    """What one of several sources holds out: the same share, or its part of a number of rows."""
+    """Return what one of several sources holds out: the same share, or its part of a number of rows."""
     return size if size < 1 else size // sources + (number < size % sources)
 
 
 def _hold_out(
     examples: list[Example], size: float, chooser: random.Random, source: Source
 ) -> tuple[list[Example], list[Example]]:
-    """A random share of one source, or so many of its rows; both halves in their old order."""
+    """Hold out a random share or number of one source's rows; both parts keep their order."""
     if len(examples) == 1 and isinstance(examples[0], Text) and 0 < size < 1:
         return _cut_in_two(examples[0], size)
     count = max(1, round(len(examples) * size)) if 0 < size < 1 else int(size)
@@ -198,7 +198,7 @@ def _hold_out(
 
 
 def _cut_in_two(document: Text, share: float) -> tuple[list[Example], list[Example]]:
-    """A single document's end is held out, from the next line on."""
+    """Hold out the end of a single document, from the start of a line."""
     place = document.text.find("\n", int(len(document.text) * (1 - share))) + 1
     if not document.text[place:].strip() or not document.text[:place].strip():
         raise UserError(f"{document.where} is too short to hold its end out", "name a data.eval_dataset")
@@ -206,7 +206,7 @@ def _cut_in_two(document: Text, share: float) -> tuple[list[Example], list[Examp
 
 
 def _weighted(examples: list[Example], weight: float, chooser: random.Random) -> list[Example]:
-    """Every example floor(weight) times, and a random part of them once more."""
+    """Return every example floor(weight) times, and a random part of them once more."""
     whole, part = divmod(weight, 1)
     more = sorted(chooser.sample(range(len(examples)), round(len(examples) * part)))
     return examples * int(whole) + [examples[index] for index in more]

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.tokens import IGNORED
+from folora_q.data.tokens import IGNORED, added_vocabulary, decoded
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence: token ids, and labels that are IGNORED where nothing is learned.
+    """One sequence: token ids, and labels that are IGNORED where nothing is trained.
 
     Attributes:
-        given: so many turns have no thought, and what the template puts in its place is not learned.
+        given: the number of turns without a thought for which the template's empty thought is not trained.
     """
 
     input_ids: list[int]
@@ -27,7 +27,7 @@ class Encoded:
 
     @property
     def trained(self) -> int:
-        """How many tokens are learned; the first of a sequence never is, since nothing predicts it."""
+        """The number of trained tokens; the first of a sequence is never trained, since nothing predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -36,10 +36,10 @@ class Piece:
     """One turn in a rendered text.
 
     Attributes:
-        text: up to the turn's end.
-        start: where what is learned begins; the model is asked with all before it.
-        marks: the spans that the template marks, if it marks any.
-        given: whether a thought's place is before the start.
+        text: the text up to the turn's end.
+        start: where the trained part begins; everything before it is the prompt.
+        marks: the spans that the template marks, if it has marks.
+        given: whether the prompt contains the template's empty thought.
     """
 
     text: str
@@ -48,23 +48,23 @@ class Piece:
     given: bool
 
     def learns(self, place: Span) -> bool:
-        """Whether a token is learned, by its place in the text."""
+        """Return whether a token is trained, given its span in the text."""
         marked = self.marks is None or any(inside(place, mark) for mark in self.marks)
         return inside(place, (self.start, len(self.text))) and marked
 
 
 class PieceTokenizer:
-    """Makes tokens of pieces, so that the prompt of each has the tokens that a model is asked with."""
+    """Tokenizes pieces so that each prompt has the same tokens as when the model is prompted with it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._added = frozenset(tokenizer.get_added_vocab().values())
+        self._added = frozenset(added_vocabulary(tokenizer).values())
 
     def __call__(self, pieces: list[Piece]) -> list[Encoded]:
-        """Sequences for pieces of which each begins the one before it, so that the first has the whole text.
+        """Encode pieces each of which is a prefix of the one before it; the first has the complete text.
 
-        Where a prompt's last token would be one with the first of the answer, the turn is a sequence of its own, whose
-        prompt and answer are made tokens one by one.
+        Where a token would contain the end of a prompt and the start of its answer, the turn gets its own sequence, in
+        which prompt and answer are tokenized separately.
         """
         text = pieces[0].text
         ids, places = self._tokens(text)
@@ -82,28 +82,28 @@ class PieceTokenizer:
         return list(output["input_ids"]), output["offset_mapping"]
 
     def _is_cut_at(self, start: int, text: str, ids: list[int], places: list[Span]) -> bool:
-        """Whether the tokens of a text up to a place are those of the text up to there, alone."""
+        """Return whether the text up to `start` has the same tokens alone as in the complete text."""
         count = bisect_right(places, start, key=lambda place: place[1])
         if count < len(ids) and places[count][0] < start:
             return False
-        # Tokens that are added to the vocabulary cut the text before anything else, so what is before them is the same.
+        # Added tokens split the text before anything else, so what precedes them is the same.
         first = next((index for index in range(count - 1, 0, -1) if ids[index] in self._added), 0)
         before = text[places[first][0] : start] if count else ""
         return self._tokens(before)[0] == ids[first:count]
 
     def _cut(self, piece: Piece) -> Encoded:
-        """One turn's prompt and what is learned, made tokens one by one, if that says the same as both together."""
+        """Encode a turn with prompt and answer tokenized separately, if they decode to the same text as together."""
         ids, places = self._tokens(piece.text)
         (prompt, before), (answer, behind) = map(self._tokens, (piece.text[: piece.start], piece.text[piece.start :]))
-        # sentencepiece marks the beginning of every text, so that an answer alone is another text.
-        if self.tokenizer.decode(prompt + answer) == self.tokenizer.decode(ids):
+        # sentencepiece marks the beginning of each text, so an answer alone may decode to other text.
+        if decoded(self.tokenizer, prompt + answer) == decoded(self.tokenizer, ids):
             ids = prompt + answer
             places = [*before, *((start + piece.start, end + piece.start) for start, end in behind)]
         return Encoded(ids, labels_of(ids, _learned([piece], places)), int(piece.given))
 
 
 def _learned(pieces: Sequence[Piece], places: Sequence[Span]) -> list[bool]:
-    """Whether each token is learned in any of the pieces, by the tokens' places, which are in order."""
+    """Return for each token whether a piece trains it; `places` are the tokens' spans, in order."""
     learned = [False] * len(places)
     for piece in pieces:
         first = bisect_right(places, piece.start, key=lambda place: place[1])
@@ -113,11 +113,11 @@ def _learned(pieces: Sequence[Piece], places: Sequence[Span]) -> list[bool]:
 
 
 def labels_of(ids: Sequence[int], learned: Sequence[bool]) -> list[int]:
-    """Labels for tokens, IGNORED where they are not learned."""
+    """Return labels for tokens: IGNORED where they are not trained."""
     return [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
 
 
 def inside(place: Span, span: Span) -> bool:
-    """Whether a token, by its place in the text, reaches into a span of it."""
+    """Return whether a token's span overlaps a span of the text."""
     start, end = place
     return start < end and span[0] < end and start < span[1]

@@ -15,15 +15,15 @@ from folora_q.storage.files import commit_file, free_bytes
 from folora_q.storage.redaction import conceal
 
 BLOCK = 2**22
-# What a source that never ends must leave on the disk.
+# Bytes that a source which never ends must leave free on the disk.
 KEPT_FREE = 2**30
-# Seconds without an answer, or without a byte, after which a web server is given up.
+# Seconds without an answer or a byte from a web server before giving up.
 PATIENCE = 60
 NOT_FOUND = 404
 
 
 class Remote:
-    """A place that fsspec reaches: a file, a folder or a pattern.
+    """A file, folder or pattern at an address that fsspec supports.
 
     Args:
         address: with its protocol, e.g. s3://bucket/rows.jsonl.
@@ -47,7 +47,7 @@ class Remote:
         self.is_pattern = self.protocol not in WEB and any(mark in self.path for mark in "*?[")
 
     def names(self) -> dict[str, str]:
-        """What is there: by a name relative to the folder, where the filesystem has it; "" is a single file.
+        """List the files: paths in the filesystem by name relative to the folder; "" is a single file.
 
         Raises:
             UserError: nothing is there, or it cannot be reached.
@@ -66,15 +66,17 @@ class Remote:
         except Exception as error:
             raise self._unreachable(error) from error
         if not files:
-            raise UserError(f"nothing is at {self.address}", "check the address, and what your account may read there")
+            raise UserError(
+                f"there is nothing at {self.address}", "check the address, and what your account may read there"
+            )
         return files
 
     def fetch(self, where: str, name: str) -> Path:
-        """A copy on this machine, which lasts as long as this process.
+        """Download a file, and return the copy, which lasts as long as this process.
 
         Args:
-            where: as `names` gives it.
-            name: that the copy gets, below a folder of this address's own.
+            where: a path from `names`.
+            name: the copy's name, in a folder for this address.
 
         Raises:
             UserError: it cannot be fetched, or the disk has no room.
@@ -101,9 +103,9 @@ class Remote:
 
     def _unreachable(self, error: BaseException) -> UserError:
         while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__  # fsspec says so of every web server that does not give the file
+            error = error.__cause__  # fsspec raises this for any web server that does not return the file
         if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == NOT_FOUND:
-            return UserError(f"nothing is at {self.address}", "check the address")
+            return UserError(f"there is nothing at {self.address}", "check the address")
         package = isinstance(error, ImportError)
         return UserError(
             f"cannot read {self.address}: {conceal(first_line(error))}",
@@ -114,7 +116,7 @@ class Remote:
 
 
 def file_name(address: str) -> str:
-    """The name of the file that an address ends in."""
+    """Return the name of the file at the end of an address."""
     path = urlsplit(address).path if address.partition("://")[0].lower() in WEB else address
     return unquote(PurePosixPath(path).name) or "data"
 
@@ -129,7 +131,7 @@ def _folder_of(address: str) -> Path:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """For a web server: no limit on the whole, which a large file needs, but on silence; and the proxy that is set."""
+    """Return options for web servers: a limit on silence but not on the total time, and the proxy that is set."""
     if protocol not in WEB:
         return {}
     import aiohttp

@@ -1,8 +1,8 @@
 """Render conversations with a chat template: the prompt, and the answer that is trained.
 
-A template may rewrite earlier turns, open a thought in its prompt, or leave a part of a row out. So nothing here is
-assumed of it: each turn is rendered as the last of its conversation, as it is when the model is asked for it, and held
-against the prompt that it is asked with and against what the row says.
+A template may rewrite earlier turns, open a thought in its prompt, or leave out a part of a row. So nothing is assumed
+about it: each turn is rendered as the last of its conversation, as when the model is asked for it, and compared with
+the prompt and with the content of the row.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.completeness import lost_part
-from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.data.tokens import TEMPLATE_ERRORS, added_vocabulary
 from folora_q.data.tools import Tool
 from folora_q.data.turns import THOUGHT, Message
 
-# Private-use characters, which no data and no template have, and which no template trims.
+# Private-use characters that no data and no template contains, and that no template trims.
 ASKED, SAID, THOUGHT_MARK, CALLED = "\ue0a0", "\ue0a1", "\ue0a2", "\ue0a3"
-# The variables by which templates are told whether to think.
+# Variables that tell templates whether to think.
 SWITCHES = ("enable_thinking", "thinking")
 INLINE_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-QUOTED = 40  # characters of a rendered text in a message
+QUOTED = 40  # characters of a rendered text that a message quotes
 
 
 class RenderError(Exception):
-    """A conversation that the template does not render in a way that can be trained.
+    """The template renders a conversation in a way that cannot be trained.
 
     Args:
-        reason: what the template does, to follow its name; no full stop.
+        reason: what the template does; follows its name in messages; no full stop.
     """
 
     def __init__(self, reason: str, hint: str | None = None) -> None:
@@ -43,13 +43,13 @@ class RenderError(Exception):
 
 @dataclass(frozen=True)
 class RenderedTurn:
-    """One turn of the assistant's, rendered as the last of its conversation.
+    """An assistant turn, rendered as the last of its conversation.
 
     Attributes:
-        asked: what the model is given, with the generation prompt.
-        said: what it should say then, with the end of its turn.
-        opening: so many characters of `said` stand in the place of a thought that the row does not have.
-        given: whether there are any, or the prompt is one that asks for no thought.
+        asked: the prompt, with the generation prompt.
+        said: the answer, with the end of the turn.
+        opening: the number of characters at the start of `said` that are the empty thought of a row without one.
+        given: whether there are any, or the prompt asks for no thought.
     """
 
     asked: str
@@ -59,62 +59,63 @@ class RenderedTurn:
 
     @property
     def text(self) -> str:
-        """Both."""
+        """The prompt and the answer."""
         return self.asked + self.said
 
 
 class Renderer:
-    """One tokenizer's chat template, and what it does with the parts of a conversation.
+    """Renders conversations with a tokenizer's chat template.
 
     Args:
-        tokenizer: its `chat_template` is the one to use.
+        tokenizer: has the chat template to use.
         without_thought: `data.without_thought`.
     """
 
     def __init__(self, tokenizer: Tokenizer, without_thought: str = "given") -> None:
         self.tokenizer = tokenizer
         self.without_thought = without_thought
-        added = tokenizer.get_added_vocab()
+        added = added_vocabulary(tokenizer)
         self.added, self._ends = frozenset(added.values()), tuple(added)
 
     @property
     def has_template(self) -> bool:
-        """Whether there is one."""
+        """Whether the tokenizer has a chat template."""
         return self.tokenizer.chat_template is not None
 
-    def template(self, tools: Sequence[Tool] | None = None) -> str:
-        """The template's text; a tokenizer may have another for conversations with tools."""
+    def template(self, tools: list[Tool] | None = None) -> str:
+        """Return the template's text; a tokenizer may have another one for conversations with tools."""
         return self.tokenizer.get_chat_template(None, tools)
 
     def render(
         self, messages: Sequence[Message], tools: list[Tool] | None = None, prompt: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation, with the generation prompt if `prompt`."""
+        """Render a conversation, with the generation prompt if `prompt`."""
         return self._apply([self.adapted(message) for message in messages], tools, prompt, **variables)
 
     def prompt(self, messages: Sequence[Message], tools: list[Tool] | None = None, think: bool = True) -> str:
-        """What the model is given after a conversation that ends in another's turn.
+        """Render the prompt for an answer to a conversation.
 
         Args:
-            think: otherwise with what the template puts in the place of a thought, if it renders thoughts.
+            think: if False, the prompt includes the template's empty thought, if it renders thoughts.
 
         Raises:
-            RenderError: it is to say nothing in a thought's place, and no prompt begins what the template renders.
+            RenderError: `think` is False, and no prompt is a prefix of what the template renders.
         """
         if think or not self.thinks:
             return self.render(messages, tools, prompt=True)
         return self.unchecked(messages, {"role": "assistant", "content": SAID}, tools).text.partition(SAID)[0]
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a rendered text, which brings all special tokens that it should have."""
+        """Tokenize a rendered text, which already contains all special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def turn(self, messages: Sequence[Message], index: int, tools: list[Tool] | None = None) -> RenderedTurn:
-        """The assistant's turn at `index`.
+        """Render the assistant's turn at `index`.
 
         Raises:
-            RenderError: no prompt of the template begins what it renders, it leaves a part of the conversation out,
-                it ends the turn with no token of its own, or the turn has no thought and `without_thought` is raise.
+            RenderError: no prompt of the template is a prefix of what it renders, it leaves out a part of the
+                conversation, it ends the turn without a special token, or the turn has no thought and
+                `without_thought` is raise.
         """
         before, message = messages[:index], messages[index]
         found = self.unchecked(before, message, tools)
@@ -125,8 +126,8 @@ class Renderer:
         if self.thinks and not self.thought_of(message):
             if self.without_thought == "raise":
                 raise RenderError(
-                    f"renders thoughts, and turn {index + 1} has none, which data.without_thought: raise refuses",
-                    "give a `reasoning_content`, or set data.without_thought to given or learn",
+                    f"renders thoughts, but turn {index + 1} has none (data.without_thought: raise)",
+                    "add a `reasoning_content`, or set data.without_thought to given or learn",
                 )
             if self.without_thought == "given":
                 opening = self._opening(before, tools, found)
@@ -134,12 +135,12 @@ class Renderer:
         return found
 
     def thought_of(self, message: Message) -> str:
-        """The thought of a turn, also one in <think> at the beginning of its content."""
+        """Return the thought of a turn, also one in <think> at the beginning of its content."""
         return self.parted(message).get(THOUGHT, "").strip()
 
     @cached_property
     def thinks(self) -> bool:
-        """Whether the template renders thoughts in an answer."""
+        """Whether the template renders thoughts in answers."""
         message = {"role": "assistant", "content": self._content(SAID), THOUGHT: THOUGHT_MARK}
         return THOUGHT_MARK in self._tried([self._user, message])
 
@@ -149,7 +150,7 @@ class Renderer:
 
     @cached_property
     def _in_parts(self) -> bool:
-        """Whether the template, as those of vision models, takes contents in typed parts alone."""
+        """Whether the template accepts contents only in typed parts, as those of vision models do."""
         whole, parts = (
             self._tried([{"role": "user", "content": wrap(ASKED)}, {"role": "assistant", "content": wrap(SAID)}])
             for wrap in (str, _parts)
@@ -158,7 +159,7 @@ class Renderer:
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Whether the template takes the arguments of calls as JSON text alone."""
+        """Whether the template accepts the arguments of calls only as JSON text."""
         text, thing = (
             self._tried([self._user, {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}])
             for arguments in (json.dumps({"a": CALLED}, ensure_ascii=False), {"a": CALLED})
@@ -169,7 +170,7 @@ class Renderer:
         return _parts(text) if self._in_parts else text
 
     def parted(self, message: Message) -> Message:
-        """A turn whose thought, in <think> at the beginning of its content, is apart if the template has a place."""
+        """Move a thought in <think> at the beginning of a content to its own key, if the template renders thoughts."""
         if message["role"] != "assistant" or "<think>" not in message["content"] or not self.thinks:
             return message
         found = INLINE_THOUGHT.match(message["content"])
@@ -179,7 +180,7 @@ class Renderer:
         return {**message, "content": message["content"][found.end() :]} | thought
 
     def adapted(self, message: Message) -> Message:
-        """A turn in the form that this template takes."""
+        """Return a turn in the form that this template accepts."""
         message = dict(self.parted(message))
         if message.get("tool_calls") and self._arguments_as_text:
             message["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
@@ -187,22 +188,24 @@ class Renderer:
         return message
 
     def _apply(self, messages: list[Message], tools: list[Tool] | None, prompt: bool, **variables: Any) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables
+        tools_of_any_kind = cast("list[Any] | None", tools)
+        text = self.tokenizer.apply_chat_template(
+            messages, tools=tools_of_any_kind, tokenize=False, add_generation_prompt=prompt, **variables
         )
+        return cast(str, text)
 
     def _tried(self, messages: list[Message], tools: list[Tool] | None = None) -> str:
-        """What is rendered of turns as they are, or "" if the template fails on them."""
+        """Render turns as they are, or return "" if the template fails on them."""
         try:
             return self._apply(messages, tools, prompt=False)
         except TEMPLATE_ERRORS:
             return ""
 
     def unchecked(self, before: Sequence[Message], message: Message, tools: list[Tool] | None = None) -> RenderedTurn:
-        """A turn behind the prompt that begins it: the template's default one, or one that is told whether to think.
+        """Render a turn and the prompt that is its prefix: the default one, or one that is told whether to think.
 
         Raises:
-            RenderError: no prompt does.
+            RenderError: no prompt is a prefix.
         """
         whole = self.render([*before, message], tools)
         variables = [name for name in SWITCHES if name in self.template(tools)]
@@ -229,10 +232,10 @@ class Renderer:
     def _said_behind_other_turns(
         self, before: Sequence[Message], message: Message, tools: list[Tool] | None, asked: str, whole: str
     ) -> str | None:
-        """What is rendered of the last turn where it makes the template render earlier ones otherwise.
+        """Return the rendered last turn if it makes the template render earlier turns differently; None if not found.
 
-        gpt-oss drops the thoughts before a call as soon as there is an answer. The turn begins behind the last place
-        where the generation prompt stands before anything that is the turn's own.
+        gpt-oss drops the thoughts before a call as soon as there is an answer. The turn begins after the last
+        generation prompt that precedes everything specific to the turn.
         """
         other = {"role": "assistant", "content": SAID}
         if self.thought_of(message):
@@ -246,7 +249,7 @@ class Renderer:
         return None if place < 0 or in_an_earlier_turn else whole[place + len(opening) :]
 
     def _opening(self, before: Sequence[Message], tools: list[Tool] | None, turn: RenderedTurn) -> int:
-        """How many characters the template puts before any answer that has no thought."""
+        """Return how many characters the template puts before any answer without a thought."""
         other: Message = {"role": "assistant", "content": SAID}
         try:
             whole = self.render([*before, other], tools)
@@ -288,5 +291,5 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def common_length(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Return the length of the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))

@@ -16,8 +16,8 @@ class Row:
     """One object of a file.
 
     Attributes:
-        where: its file and line, for messages.
-        values: by column.
+        where: file and line, for messages.
+        values: values by column.
     """
 
     where: str
@@ -25,11 +25,11 @@ class Row:
 
 
 class RowError(UserError):
-    """One row cannot be used. Readers hand these on among the rows, so that the rest can be used all the same.
+    """A row that cannot be used. Readers yield these among the rows, so that the others can still be used.
 
     Args:
-        where: its file and line.
-        reason: what is wrong with it, naming the field; no full stop.
+        where: file and line.
+        reason: what is wrong, naming the field; no full stop.
     """
 
     def __init__(self, where: str, reason: str, hint: str | None = None) -> None:
@@ -40,18 +40,18 @@ class RowError(UserError):
 
 @dataclass
 class ErrorPolicy(Generic[Item]):
-    """What `data.on_error` says to do with rows that cannot be used: raise the first, or collect them.
+    """Treats rows that cannot be used as `data.on_error` says: raises the first, or collects them.
 
     Attributes:
         skip: collect them.
-        skipped: those collected so far.
+        skipped: the errors collected so far.
     """
 
     skip: bool
     skipped: list[RowError] = field(default_factory=list)
 
     def pass_on(self, items: Iterable[Item | RowError]) -> Iterator[Item]:
-        """The items that can be used."""
+        """Yield the items that can be used."""
         for item in items:
             if not isinstance(item, RowError):
                 yield item
@@ -62,7 +62,7 @@ class ErrorPolicy(Generic[Item]):
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for messages."""
+    """Describe the type of a value, for messages."""
     names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
     names |= dict.fromkeys((int, float), "a number")
     return names.get(type(value), f"a {type(value).__name__}") if value != [] else "an empty list"

@@ -10,13 +10,13 @@ from folora_q.data.rows import Row
 from folora_q.errors import UserError, first_line
 from folora_q.storage.untrusted import read_object
 
-# What `save_to_disk` writes beside the .arrow files of a dataset, and around several.
+# Files that `save_to_disk` writes next to the .arrow files of a dataset, and around several datasets.
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True)
 class SavedDataset:
-    """One split that was saved.
+    """One saved split.
 
     Attributes:
         path: its folder.
@@ -27,7 +27,7 @@ class SavedDataset:
     name: str
 
     def rows(self) -> Iterator[Row]:
-        """Its rows, in order.
+        """Yield the rows, in order.
 
         Raises:
             UserError: it is damaged.
@@ -39,24 +39,25 @@ class SavedDataset:
             if outside := [name for name in named if name != Path(name).name]:
                 raise ValueError(f"{STATE} names a file outside of it: {outside[0][:100]}")
             if not named:
-                return  # datasets saves what has no rows, and fails to load it
-            dataset = datasets.load_from_disk(str(self.path)).with_format(None)  # it may have been saved as tensors
-            dataset.data.table.validate(full=True)  # arrow follows offsets as they stand, out of the memory too
+                return  # `datasets` saves an empty dataset, but cannot load it
+            dataset = datasets.Dataset.load_from_disk(str(self.path))
+            dataset = dataset.with_format(None)  # it may have been saved as tensors
+            dataset.data.table.validate(full=True)  # arrow trusts offsets, also those that point outside of its memory
             for number, values in enumerate(dataset, 1):
                 yield Row(f"{self.name} row {number}", dict(values))
-        except Exception as error:  # arrow, JSON and the file system have each their own
+        except Exception as error:  # arrow, JSON and the file system each raise their own
             raise UserError(
                 f"{self.name} is not a saved dataset that can be read: {first_line(error)}",
-                "make it again with `save_to_disk`, or write it with `to_json` or `to_parquet`",
+                "save it again with `save_to_disk`, or write it with `to_json` or `to_parquet`",
             ) from error
 
     def files(self) -> list[Path]:
-        """Every file of it."""
+        """List its files."""
         return sorted(file for file in self.path.rglob("*") if file.is_file())
 
 
 def read_splits(path: Path) -> list[str]:
-    """The splits that a dataset_dict.json lists.
+    """Return the splits that a dataset_dict.json lists.
 
     Raises:
         UserError: it cannot be read.
@@ -69,10 +70,10 @@ def read_splits(path: Path) -> list[str]:
 
 
 def choose_split(name: str, splits: list[str], wanted: str | None) -> str:
-    """The split to read of several that were saved together: the one that is wanted, else train, else the only one.
+    """Choose among splits that were saved together: the one that is wanted, else train, else the only one.
 
     Raises:
-        UserError: there is none of that name, or none is wanted and it is not clear which.
+        UserError: no split has that name, or none is wanted and it is unclear which one to read.
     """
     listed = ", ".join(splits) or "none"
     if wanted is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from folora_q.data.file_readers import READERS, Rows, read_file
 from folora_q.data.files import DataFile
@@ -20,18 +21,18 @@ from folora_q.recipe.paths import is_hub_dataset, is_remote, matching_files, mat
 
 @dataclass(frozen=True)
 class Found:
-    """What a source stands for on this machine; nothing for a hub dataset.
+    """What a source refers to on this machine; empty for a hub dataset.
 
     Attributes:
         parts: what is read, in order.
-        unread: what lies there too and is not read, with the reason.
+        unread: what is also there but not read, with the reason.
     """
 
-    parts: list[DataFile | SavedDataset] = field(default_factory=list)
+    parts: Sequence[DataFile | SavedDataset] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
 
     def files(self) -> dict[str, Path]:
-        """Every file that is read, by the name that messages have for it."""
+        """Return every file that is read, by its name in messages."""
         files: dict[str, Path] = {}
         for part in self.parts:
             if isinstance(part, DataFile):
@@ -42,10 +43,10 @@ class Found:
 
 
 def read_source(source: Source, found: Found | None = None) -> Rows:
-    """The rows of a source in order; those that cannot be read come as RowErrors in their places.
+    """Yield the rows of a source in order; those that cannot be read come as RowErrors in their places.
 
     Args:
-        found: what it stands for, if that is known already.
+        found: what the source refers to, if that is known already.
 
     Raises:
         UserError: there is nothing to read, or it cannot be read at all.
@@ -63,16 +64,16 @@ def read_source(source: Source, found: Found | None = None) -> Rows:
 
 
 def find(source: Source) -> Found:
-    """What a source stands for; what lies elsewhere is fetched.
+    """Find what a source refers to; remote files are downloaded.
 
     Raises:
-        UserError: there is nothing, it cannot be reached, or it is not clear which split is meant.
+        UserError: nothing is there, it cannot be reached, or it is unclear which split is meant.
     """
     if is_hub_dataset(source):
         return Found()
     if source.name is not None or source.revision is not None:
         key = "name" if source.name is not None else "revision"
-        raise UserError(f"`{key}` is for a dataset on the hub, and {source.path} is none", f"leave `{key}` out")
+        raise UserError(f"`{key}` is for hub datasets, and {source.path} is not one", f"remove `{key}`")
     if is_remote(source.path):
         return _find_remote(source)
     path = Path(source.path)
@@ -114,7 +115,7 @@ def _find_remote(source: Source) -> Found:
     choice = choose(source.path, there, splits, source.split)
     _require_data(source.path, choice)
     others = {*choice.files, *choice.unread}
-    saved: list[DataFile | SavedDataset] = []
+    saved: list[SavedDataset] = []
     for folder in choice.saved:
         parts = [name for name in there if str(PurePosixPath(name).parent) == folder and name not in others]
         copies = [remote.fetch(there[name], name) for name in parts]
@@ -123,16 +124,16 @@ def _find_remote(source: Source) -> Found:
 
 
 def _refuse_split(source: Source) -> None:
-    """See that no split is asked of files, which have none; `train` was what a recipe had where nobody asked."""
+    """Raise an error if a split of files is requested; earlier versions wrote `train` into every recipe."""
     if source.split not in (None, TRAIN):
         raise UserError(
             f"`split` is {source.split!r}, but {source.path} names files, not a dataset with splits",
-            "leave it out; `weight` or data.max_train_samples take a part of the rows",
+            "remove it; `weight` or data.max_train_samples select a part of the rows",
         )
 
 
 def _parents_of(name: str, names: Iterable[str]) -> list[str]:
-    """The folders, relative to the one that is looked at, in which a file of this name lies."""
+    """Return the folders that contain a file of this name, relative to the source's folder."""
     return [str(PurePosixPath(each).parent) for each in names if PurePosixPath(each).name == name]
 
 
@@ -152,7 +153,7 @@ def _read_hub(source: Source) -> Iterator[Row]:
     try:
         dataset = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
         for number, values in enumerate(dataset, 1):
-            yield Row(f"{source.path} ({split}) row {number}", values)
+            yield Row(f"{source.path} ({split}) row {number}", cast("dict[str, Any]", values))
     except Exception as error:  # the hub client raises whatever its transport does
         reason = first_line(error)
         raise UserError(

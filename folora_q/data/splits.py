@@ -1,4 +1,4 @@
-"""Splits of a dataset by file names, as `datasets` defines them: train.jsonl, data/test-00000.parquet."""
+"""Find a dataset's splits by file names, as `datasets` defines them: train.jsonl, data/test-00000.parquet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 
 
 def by_split(names: Iterable[str]) -> dict[str, str | None]:
-    """The split of each file or folder, by the words in its path; None where they name none, or several."""
+    """Return the split of each file or folder, by the words in its path; None if they name none or several."""
     found: dict[str, str | None] = {}
     for name in names:
         words = {word for part in PurePosixPath(name.lower()).parts for word in re.split("[^a-z]+", part)}
@@ -28,13 +28,13 @@ def by_split(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def others(place: str, splits: Mapping[str, str | None], wanted: str | None) -> dict[str, str]:
-    """What is not read since it is of another split, with the reason.
+    """Return what is not read because it belongs to another split, with the reason.
 
-    Without a wanted split, that is the validation and test data beside training data.
+    Without a wanted split, that is the validation and test data next to training data.
 
     Args:
         place: the folder, for the error.
-        splits: as `by_split` tells them.
+        splits: the result of `by_split`.
 
     Raises:
         UserError: there is no such split.

@@ -1,4 +1,4 @@
-"""From a recipe to tokenized data: the same for a run and for a preview."""
+"""Make tokenized data from a recipe, in the same way for a run and for a preview."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from folora_q.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """The task as sequences of tokens.
+    """The task as token sequences.
 
     Attributes:
-        task: what they were made of.
-        marking: how the assistant's turns were found, where there are chats.
-        ends_of_turn: the tokens that end one, and a call where there are any.
-        renderer: what rendered them.
+        task: the examples.
+        marking: how the assistant's turns were found, if there are chats.
+        ends_of_turn: the tokens that end a turn, and a tool call if there is any.
+        renderer: renders chats with the same template.
     """
 
     task: TaskData
@@ -37,14 +37,14 @@ class TaskTokens:
     renderer: Renderer
 
     def skipped(self) -> list[dict[str, str]]:
-        """Every row that could not be used, with its place and the reason."""
+        """List the rows that could not be used, with location and reason."""
         found = [(error.where, error.reason) for error in self.task.skipped]
         for examples, half in ((self.task.train, self.train), (self.task.heldout, self.heldout)):
             found += [(examples[index].where, reason) for index, reason in half.counts.refused]
         return [{"where": where, "error": reason} for where, reason in found]
 
     def summary(self) -> dict[str, Any]:
-        """For run.json."""
+        """Summarize the data for run.json."""
         return {
             "sources": [asdict(facts) for facts in self.task.facts],
             "marking": self.marking,
@@ -56,10 +56,10 @@ class TaskTokens:
 
 
 def read_task(recipe: Recipe, clock: StageTimer) -> TaskData:
-    """Read the recipe's rows, and tell what they are.
+    """Read the recipe's rows, and report what they are.
 
     Raises:
-        UserError: a row cannot be used, or the metric cannot be taken on them.
+        UserError: a row cannot be used, or the metric does not apply to the rows.
     """
     with clock.stage("reading the data", None):
         task = read_task_data(recipe.data, recipe.training.seed)
@@ -80,10 +80,10 @@ def read_task(recipe: Recipe, clock: StageTimer) -> TaskData:
 
 
 def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: StageTimer) -> TaskTokens:
-    """Both halves of the task as tokens, and what was left out.
+    """Tokenize training and held-out examples, and report what was left out.
 
     Raises:
-        UserError: the chat template cannot be used, an example is too long, or nothing is left to learn.
+        UserError: the chat template cannot be used, an example is too long, or nothing is left to train on.
     """
     training, data = recipe.training, recipe.data
     encoder = Encoder(
@@ -97,7 +97,7 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
         encoder.prepare_chats()
         if encoder.assistant_only_loss:
             clock.note(f"the assistant's turns are found by {encoder.marking}")
-    halves = []
+    halves: list[Tokenized] = []
     for name, examples in (("training", task.train), ("held-out", task.heldout)):
         with clock.stage(f"tokenizing {name} rows", len(examples)) as done:
             half = tokenize(
@@ -111,13 +111,13 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
             )
         clock.note(_described(half, training.max_length))
         halves.append(half)
-    return TaskTokens(
-        task, *halves, encoder.marking, encoder.ends_of_turn((*task.train, *task.heldout)), encoder.renderer
-    )
+    train, heldout = halves
+    ends_of_turn = encoder.ends_of_turn((*task.train, *task.heldout))
+    return TaskTokens(task, train, heldout, encoder.marking, ends_of_turn, encoder.renderer)
 
 
 def _described(data: Tokenized, max_length: int) -> str:
-    """One line on what there is to learn, what was left out, and where it is kept."""
+    """Describe in one line what there is to train on, what was left out, and where it is stored."""
     counts = data.counts
     share = counts.trained / counts.tokens
     parts = [f"{counts.sequences:,} sequences, {counts.tokens:,} tokens, {share:.0%} of them trained"]
@@ -125,16 +125,16 @@ def _described(data: Tokenized, max_length: int) -> str:
     parts += [f"{count:,} over {max_length} tokens {what}" for what, count in happened.items() if count]
     if counts.given:
         parts.append(
-            f"{counts.given:,} answers have no thought: what the template puts in its place is given, not learned "
-            "(data.without_thought)"
+            f"{counts.given:,} answers have no thought: the template's empty thought is part of the prompt, "
+            "not trained (data.without_thought)"
         )
     if counts.untrained:
-        parts.append(f"{counts.untrained:,} without a token to learn left out")
+        parts.append(f"{counts.untrained:,} without a trained token left out")
     if counts.refused:
         parts.append(f"{len(counts.refused):,} that cannot be rendered skipped")
     return "; ".join(parts) + f" ({'found in' if data.from_cache else 'kept in'} {data.folder})"
 
 
 def chat_template(recipe: Recipe) -> str | None:
-    """The template that takes the place of the model's own, if the recipe names one."""
+    """Return the template that replaces the model's own, if the recipe names one."""
     return None if recipe.data.chat_template is None else read_template(recipe.data.chat_template)

@@ -9,12 +9,12 @@ from pathlib import Path
 from folora_q.errors import UserError
 
 OURS = Path(__file__).with_name("chat_templates")
-# A template with marks for training, which TRL keeps beside the one that it stands for.
+# TRL's training variants of templates, which are not offered.
 TRAINING = "_training"
 
 
 def template_names() -> dict[str, Path]:
-    """Templates that can be named, ours and TRL's, by name. TRL is not imported for it."""
+    """Return the templates that a recipe can name, ours and TRL's, by name; TRL is not imported."""
     found: dict[str, Path] = {}
     trl = find_spec("trl")
     folders = [Path(place) / "chat_templates" for place in (trl.submodule_search_locations or [] if trl else [])]
@@ -24,10 +24,10 @@ def template_names() -> dict[str, Path]:
 
 
 def read_template(name_or_path: str) -> str:
-    """The text of a template.
+    """Return the text of a template.
 
     Raises:
-        UserError: it is no name and no file, or no UTF-8 text.
+        UserError: it is neither a known name nor a file, or not UTF-8 text.
     """
     path = Path(name_or_path)
     if not path.is_absolute():

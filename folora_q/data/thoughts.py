@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from folora_q.data.rendering import SAID, THOUGHT_MARK, Renderer, RenderError
-from folora_q.data.tokens import TEMPLATE_ERRORS
+from folora_q.data.tokens import TEMPLATE_ERRORS, decoded
 from folora_q.data.turns import THOUGHT, Message
 
-# How models whose template has no place for thoughts write them all the same.
+# How models write thoughts if their template does not render any.
 OPEN, CLOSE = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
 class Said:
-    """An answer, and the thought before it; "" where there is none."""
+    """An answer, and the thought before it ("" if there is none)."""
 
     answer: str
     thought: str = ""
 
 
 class ThoughtSyntax:
-    """How one chat template writes thoughts, learned from what it renders of a thought and an answer.
+    """How a chat template renders thoughts, inferred from a rendered thought and answer.
 
     Attributes:
-        opening, closing: what stands before and behind a thought, without white space at its ends.
-        headers: what may stand before an answer that is none of it, such as the name of its channel.
+        opening, closing: the text before and after a thought, stripped.
+        headers: texts that may precede an answer without being part of it, such as the name of its channel.
     """
 
     def __init__(self, renderer: Renderer) -> None:
@@ -43,7 +43,7 @@ class ThoughtSyntax:
         said = _said(renderer, question, {**answer, THOUGHT: THOUGHT_MARK})
         opening, _, rest = said.partition(THOUGHT_MARK)
         before_answer = rest.partition(SAID)[0]
-        # A call may stand behind a thought in place of an answer, with another header.
+        # A call may follow a thought instead of an answer, with another header.
         calling = _said(renderer, question, {"role": "assistant", "content": "", THOUGHT: SAID, "tool_calls": [call]})
         shared = commonprefix([before_answer, calling.partition(SAID)[2]]) if calling else before_answer
         bare = _said(renderer, question, answer).partition(SAID)[0]
@@ -52,25 +52,25 @@ class ThoughtSyntax:
         self.headers = [before_answer.strip().removeprefix(self.closing).strip(), bare.strip()]
 
     def split(self, ids: Sequence[int], asked: str) -> Said:
-        """The parts of what was said after a prompt, given as tokens.
+        """Split generated tokens into thought and answer.
 
         Args:
-            asked: the prompt's text; it may end in the beginning of a thought.
+            asked: the prompt's text; it may end with the opening of a thought.
         """
-        plain = self.tokenizer.decode(ids, skip_special_tokens=True)
-        whole = self.tokenizer.decode(ids, skip_special_tokens=False)
+        plain = decoded(self.tokenizer, ids, skip_special_tokens=True)
+        whole = decoded(self.tokenizer, ids)
         thought, closed, answer = whole.partition(self.closing)
         if closed:
             return Said(self._bare(answer), self._bare(thought.lstrip().removeprefix(self.opening)).strip())
         if whole.lstrip().startswith(self.opening) if self.opening else self._opened(asked):
-            return Said("", self._bare(whole.lstrip().removeprefix(self.opening)).strip())  # it never came to an end
+            return Said("", self._bare(whole.lstrip().removeprefix(self.opening)).strip())  # the thought has no end
         return Said(plain) if self.headers == [""] else Said(self._bare(whole))
 
     def _opened(self, asked: str) -> bool:
         return asked.rstrip().endswith(OPEN)
 
     def _bare(self, text: str) -> str:
-        """A text without the header of an answer and without special tokens."""
+        """Remove an answer's header and special tokens from a text."""
         for header in self.headers:
             if header and text.lstrip().startswith(header):
                 text = text.lstrip()[len(header) :]

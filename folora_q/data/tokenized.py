@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from folora_q.data.encode import Encoder
@@ -19,7 +19,7 @@ from folora_q.data.rows import RowError
 from folora_q.errors import UserError
 from folora_q.storage.files import cache_folder, commit_directory
 
-# Raised when the same settings come to mean other tokens.
+# Increased when the same settings give other tokens.
 FORMAT = 2
 FEATURES = Features({"input_ids": ListOf(Value("int32")), "labels": ListOf(Value("int32")), "example": Value("int32")})
 COUNTS = "counts.json"
@@ -27,17 +27,17 @@ COUNTS = "counts.json"
 
 @dataclass
 class Counts:
-    """What became of the examples.
+    """What happened to the examples.
 
     Attributes:
-        examples, sequences: that came in, and that are left to train on.
-        tokens, trained: of the sequences; `trained` are those that are learned.
+        examples, sequences: the number of examples, and of sequences that are left to train on.
+        tokens, trained: the number of tokens in the sequences, and of trained ones among them.
         overlong: examples longer than max_length.
         dropped, cut, split: what happened to these.
-        untrained: sequences without any token to learn; they are left out.
+        untrained: sequences without a trained token, which are left out.
         longest: the longest sequence before anything was cut.
-        given: answers without a thought, whose place is given and not learned.
-        refused: examples that the chat template refused, by position, with the reason.
+        given: answers without a thought for which the template's empty thought is not trained.
+        refused: indices of examples on which the chat template failed, with the reason.
     """
 
     examples: int = 0
@@ -56,11 +56,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Sequences to train or to measure on.
+    """Sequences to train or to evaluate on.
 
     Attributes:
-        sequences: columns `input_ids`, `labels`, and `example`, the position of the example that each comes from.
-        folder: where they are kept.
+        sequences: columns `input_ids`, `labels`, and `example`, the index of the example that each comes from.
+        folder: where they are cached.
         from_cache: whether they were found there.
     """
 
@@ -80,16 +80,16 @@ def tokenize(
     skip_errors: bool = False,
     on_progress: Callable[[int], None] = lambda examples: None,
 ) -> Tokenized:
-    """Encode all examples, or take them from the cache, whose key is all that they depend on.
+    """Encode all examples, or load them from the cache, whose key covers everything that they depend on.
 
     Args:
-        overlong: `data.overlong`: what happens to an example of more than max_length tokens.
+        overlong: `data.overlong`, for examples of more than max_length tokens.
         kind: what the examples are, for messages: training or held-out.
-        skip_errors: leave out and count what the chat template refuses, instead of raising.
+        skip_errors: leave out and count examples on which the chat template fails, instead of raising.
 
     Raises:
-        RowError: the template refuses an example.
-        UserError: an example is too long (`overlong: raise`), or nothing is left to learn.
+        RowError: the template fails on an example.
+        UserError: an example is too long (`overlong: raise`), or nothing is left to train on.
     """
     digest = hashlib.sha256(json.dumps([FORMAT, encoder.key(), max_length, overlong, skip_errors]).encode())
     for example in examples:
@@ -98,7 +98,7 @@ def tokenize(
     if folder.exists():
         on_progress(len(examples))
         counts = Counts(**json.loads((folder / COUNTS).read_text(encoding="utf-8")))
-        return Tokenized(load_from_disk(folder), counts, folder, from_cache=True)
+        return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=True)
 
     counts = Counts(examples=len(examples))
     ids: list[np.ndarray] = []
@@ -127,13 +127,13 @@ def tokenize(
         made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
         made.save_to_disk(staging)
         (staging / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
-    return Tokenized(load_from_disk(folder), counts, folder, from_cache=False)
+    return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=False)
 
 
 def _fitted(
     example: Example, encoded: Sequence[Encoded], max_length: int, overlong: str, counts: Counts
 ) -> Iterator[Encoded]:
-    """The sequences of one example that can be trained on."""
+    """Yield the sequences of one example that can be trained on."""
     for sequence in encoded:
         length = len(sequence.input_ids)
         counts.longest = max(counts.longest, length)
@@ -178,7 +178,7 @@ def _nothing_left(examples: Sequence[Example], counts: Counts, max_length: int, 
             f"{counts.dropped} are longer than training.max_length ({max_length}; the longest: {counts.longest})"
         )
     if counts.untrained:
-        reasons.append(f"in {counts.untrained} no token would be learned")
+        reasons.append(f"in {counts.untrained} no token would be trained")
     if counts.refused:
         index, reason = counts.refused[0]
         reasons.append(f"{len(counts.refused)} cannot be used; the first is {examples[index].where}: {reason}")

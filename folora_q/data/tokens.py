@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # the label of a token that is not trained
-# What a chat template may raise, on a conversation that it does not take or by what it does; transformers runs it in
-# jinja2's sandbox, whose own refusals are TemplateErrors, or an OverflowError where a range is too long.
+# What a chat template may raise on a conversation that it does not accept. transformers runs it in jinja2's sandbox,
+# which itself raises TemplateErrors, or an OverflowError for a range that is too long.
 TEMPLATE_ERRORS = (
     *(TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError),
     *(RecursionError, MemoryError),
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
 
     @property
     def loss_positions(self) -> Tensor:
-        """Where the token that follows counts, (b, t) bool: what is learned or measured is what is made of these."""
+        """Positions whose next token counts, (b, t) bool: losses and statistics are those of the predictions there."""
         counted = self.labels != IGNORED
         return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
 
@@ -44,9 +45,9 @@ class Batch(NamedTuple):
 
 
 def generation_inputs(prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
-    """Prompts of any lengths as `generate` takes them: ids and mask (b, t), padded on the left, and the padding token.
+    """Return inputs of `generate` for prompts of any lengths: ids and mask (b, t), left-padded, and the padding token.
 
-    A tokenizer that has none, as those of Llama 2 and Mistral, pads with its end token.
+    A tokenizer without a padding token, as those of Llama 2 and Mistral, pads with its end token.
     """
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -64,10 +65,10 @@ def batches(
     device: torch.device,
     labels: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Batch]:
-    """Sequences in batches, longest first: little padding, and memory that does not fit is found at once.
+    """Yield sequences in batches, longest first: there is little padding, and memory runs out at once or never.
 
     Args:
-        batch_size: sequences at a time, or how many of a length.
+        batch_size: sequences per batch, or a function of their length.
     """
     labels = labels if labels is not None else sequences
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
@@ -86,17 +87,27 @@ def batches(
         yield Batch(ids.to(device), mask.to(device), targets.to(device))
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a plain text with its beginning, as the tokenizer marks it, and without an end.
+def decoded(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """Decode one sequence; `decode` also takes batches, so its type says nothing of the result."""
+    return cast(str, tokenizer.decode(cast("list[int]", ids), skip_special_tokens=skip_special_tokens))
 
-    Some tokenizers add a token at the end of every text too, after which a model would have nothing to say.
+
+def added_vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """Tokens that were added to the vocabulary, with their ids."""
+    return cast(PreTrainedTokenizerFast, tokenizer).get_added_vocab()
+
+
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokenize a plain text with the tokens that the tokenizer puts before texts, and without an end token.
+
+    Some tokenizers also add a token at the end of every text, after which a model would generate nothing.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return added_at_the_start(tokenizer, ids) + ids
 
 
 def added_at_the_start(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """What the tokenizer itself puts before a text of these tokens, if the text does not bring it."""
+    """Return the tokens that the tokenizer puts before texts, unless `ids` already begin with them."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     first = list(whole[:place])

@@ -13,10 +13,10 @@ Call = dict[str, Any]
 
 
 def parse_tools(value: Any, where: str, column: str) -> list[Tool] | None:
-    """The tools that a row offers: JSON text or a list, each a function's description, perhaps wrapped as OpenAI does.
+    """Parse a row's tools: JSON text or a list of function descriptions, plain or wrapped as OpenAI does.
 
     Raises:
-        RowError: it is no list of tools.
+        RowError: it is not a list of tools.
     """
     value = _from_json(value, where, column)
     if not value:
@@ -26,22 +26,22 @@ def parse_tools(value: Any, where: str, column: str) -> list[Tool] | None:
 
 
 def parse_calls(value: Any, where: str, place: str) -> list[Call]:
-    """What the assistant calls in one turn; `arguments` become an object, which templates write in their own syntax.
+    """Parse the tool calls of a turn; `arguments` become an object, which templates write in their own syntax.
 
     Raises:
-        RowError: it is no list of calls, one has no name, or its arguments are no object.
+        RowError: it is not a list of calls, one has no name, or its arguments are not an object.
     """
     calls = _as_list(_from_json(value, where, place))
     return [_call(_from_json(call, where, place), where, f"{place}[{index}]") for index, call in enumerate(calls)]
 
 
 def tool_name(tool: Tool) -> str:
-    """The name of a tool or of a call."""
+    """Return the name of a tool or of a call."""
     return tool["function"]["name"]
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """All strings in nested JSON."""
+    """Yield all strings in nested JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -55,7 +55,8 @@ def texts_of(value: Any) -> Iterator[str]:
 def _tool(tool: Any, where: str, place: str) -> Tool:
     if not isinstance(tool, dict):
         raise RowError(where, f"`{place}` must be a tool with a name, not {kind_of(tool)}")
-    function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+    wrapped = tool.get("function")
+    function = wrapped if isinstance(wrapped, dict) else tool
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(where, f"`{place}` is a tool without a `name`")
     return {"type": "function", "function": without_nulls(function)}
@@ -76,7 +77,7 @@ def _call(call: Any, where: str, place: str) -> Call:
 
 
 def without_nulls(value: Any) -> Any:
-    """A description without the nulls that tables fill in for keys which only other rows have.
+    """Remove the nulls that tables fill in for keys which only other rows have.
 
     A `default` and the values of an `enum` may be null on purpose.
     """
@@ -90,7 +91,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _from_json(value: Any, where: str, place: str) -> Any:
-    """JSON text as what it stands for, anything else as it is."""
+    """Parse JSON text; return anything else as it is."""
     if not isinstance(value, str) or not value.strip():
         return None if isinstance(value, str) else value
     try:

@@ -15,7 +15,7 @@ from folora_q.recipe.dataset import Role, Source
 Message = dict[str, Any]
 THOUGHT = "reasoning_content"
 
-# Roles as other data call them.
+# Names of roles in other data.
 ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -35,10 +35,10 @@ ROLES: dict[str, Role] = {
     "tool_response": "tool",
     "ipython": "tool",
 }
-# With these the content is a call of a tool, as JSON.
+# Roles whose content is a tool call, as JSON.
 CALLING = ("function_call", "tool_call")
 THOUGHTS = (THOUGHT, "thinking", "reasoning")
-# Keys of a turn that say whether it is learned.
+# Keys that say whether a turn is trained.
 SWITCHES = ("weight", "train", "loss", "trainable", "loss_mask")
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("reasoning", "thinking", "reasoning_text", "think")
@@ -52,29 +52,29 @@ TOOL_KEYS = {"name", "tool_call_id"}
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn, and whether it is learned where the assistant speaks."""
+    """One turn, and whether it is trained if it is the assistant's."""
 
     message: Message
     learned: bool = True
 
 
 def parse_turns(value: Any, source: Source, where: str, column: str) -> list[Turn]:
-    """Turns with `role` and `content`, or `from` and `value`, or what the source calls them.
+    """Parse turns with `role` and `content`, `from` and `value`, or the names that the source maps.
 
     Raises:
-        RowError: there are none, or one of them cannot be used; its place is named.
+        RowError: there are none, or one of them cannot be used; the message says which.
     """
     if not isinstance(value, list) or not value:
         raise RowError(where, f"`{column}` must be a list of turns, not {kind_of(value)}")
     turns: list[Turn] = []
-    thought: str | None = None  # of an analysis channel, which is a turn of its own, before the answer's
+    thought: str | None = None  # from an analysis channel, which is a turn before the answer
     for index, raw in enumerate(value):
         reader = _Reader(raw, source, where, f"{column}[{index}]")
         if reader.channel == "analysis":
             thought = "\n\n".join(filter(None, (thought, reader.text())))
             continue
         if thought is not None and reader.role != "assistant":
-            raise RowError(where, f"`{column}[{index - 1}]` is a thought that no turn of the assistant's follows")
+            raise RowError(where, f"`{column}[{index - 1}]` is a thought that no assistant turn follows")
         turn = reader.turn(thought)
         thought = None
         before = turns[-1] if turns else None
@@ -83,15 +83,15 @@ def parse_turns(value: Any, source: Source, where: str, column: str) -> list[Tur
         else:
             turns.append(turn)
     if thought is not None:
-        raise RowError(where, f"`{column}` ends in a thought that no turn of the assistant's follows")
+        raise RowError(where, f"`{column}` ends in a thought that no assistant turn follows")
     return turns
 
 
 def unused_keys(turns: list[Any], source: Source) -> set[str]:
-    """Keys of a row's turns that hold something and are not read.
+    """Return the keys of a row's turns that hold something and are not read.
 
     Args:
-        turns: as `parse_turns` has accepted them.
+        turns: turns that `parse_turns` accepts.
     """
     readers = [_Reader(raw, source, "", "") for raw in turns]
     return {
@@ -103,34 +103,34 @@ def unused_keys(turns: list[Any], source: Source) -> set[str]:
 
 
 def check_order(where: str, messages: list[Message], column: str) -> None:
-    """The order that chat templates take: perhaps a system turn; then user and assistant in turn, or tool's answers.
+    """Check the order of turns: an optional system turn; then user and assistant alternately, or results of tools.
 
     Raises:
-        RowError: it is another, or the assistant says nothing.
+        RowError: the order is different, or there is no assistant turn.
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise RowError(where, f"no turn of `{column}` is the assistant's, so there is nothing to learn")
+        raise RowError(where, f"`{column}` has no assistant turn, so there is nothing to train")
     for index, role in enumerate(roles):
         before = roles[index - 1] if index else None
         if role == "system" and index:
             raise RowError(where, f"roles out of order: `{column}[{index}]` is a system turn, not at the beginning")
         if role == "assistant" and before in (None, "system"):
-            raise RowError(where, f"roles out of order: `{column}[{index}]` is the assistant's, before any user's")
+            raise RowError(where, f"roles out of order: `{column}[{index}]` is an assistant turn before any user turn")
         if role in ("user", "assistant") and role == before:
             raise RowError(where, f"roles out of order: `{column}[{index}]` is a second {role} turn in a row")
         if role == "tool" and before not in ("assistant", "tool"):
-            raise RowError(where, f"roles out of order: `{column}[{index}]` is a tool's, but nothing called it")
+            raise RowError(where, f"roles out of order: `{column}[{index}]` is a tool turn, but nothing called it")
 
 
 def _joined(before: Turn, calling: Turn) -> Turn:
-    """What the assistant says, and the calls in a turn of their own behind it, as one turn."""
+    """Merge an assistant turn with the next one, which only calls tools."""
     calls = [*before.message.get("tool_calls", []), *calling.message["tool_calls"]]
     return Turn({**before.message, "tool_calls": calls}, before.learned and calling.learned)
 
 
 class _Reader:
-    """One turn of a row, read key by key."""
+    """Reads one turn of a row, key by key."""
 
     def __init__(self, raw: Any, source: Source, where: str, place: str) -> None:
         if not isinstance(raw, Mapping):
@@ -145,7 +145,7 @@ class _Reader:
             raise RowError(
                 where,
                 f"`{place}` has the role {str(role)[:40]!r}, which is unknown",
-                f"known are {', '.join(known)}; others go into `roles`, as {{path: ..., roles: {{customer: user}}}}",
+                f"known are {', '.join(known)}; map others with `roles`, e.g. {{path: ..., roles: {{customer: user}}}}",
             )
         self.role = known[role]
         self.calls_alone = role in CALLING and role not in source.roles
@@ -156,7 +156,7 @@ class _Reader:
         self.read_keys = KEYS.union(role_names, self.content_names, TOOL_KEYS if self.role == "tool" else ())
 
     def turn(self, thought: str | None) -> Turn:
-        """The turn, with a thought that came before it in a channel of its own."""
+        """Return the turn, with a thought that came before it in a channel of its own."""
         if self.calls_alone:
             calls = parse_calls(self._first(self.content_names), self.where, self.place)
             content, thoughts = "", []
@@ -167,11 +167,9 @@ class _Reader:
         if self.role != "assistant":
             for what, found in (("a thought", thoughts), ("tool calls", calls)):
                 if found:
-                    raise RowError(self.where, f"`{self.place}` has {what}, but it is not the assistant's")
+                    raise RowError(self.where, f"`{self.place}` has {what}, but is not an assistant turn")
         elif not content.strip() and not calls:
-            raise RowError(
-                self.where, f"the content of `{self.place}`, which the assistant should learn to say, is empty"
-            )
+            raise RowError(self.where, f"the content of the assistant turn `{self.place}` is empty")
         message: Message = {"role": self.role, "content": content}
         if thoughts:
             message[THOUGHT] = "\n\n".join(thoughts)
@@ -180,11 +178,11 @@ class _Reader:
         if self.role == "tool":
             message |= {key: self.raw[key] for key in sorted(TOOL_KEYS) if isinstance(self.raw.get(key), str)}
         if self.channel == "commentary" and not calls:
-            raise RowError(self.where, f"`{self.place}` is of the channel commentary, and calls no tool")
+            raise RowError(self.where, f"`{self.place}` is in the channel commentary, but calls no tool")
         return Turn(message, self._learned())
 
     def text(self) -> str:
-        """The content of a turn that is all thought."""
+        """Return the content of a turn that is all thought."""
         content, thoughts = self._content(optional=False)
         return "\n\n".join([*thoughts, content])
 
@@ -204,12 +202,12 @@ class _Reader:
         return []
 
     def _content(self, optional: bool) -> tuple[str, list[str]]:
-        """The text, and the thoughts that stand between its parts."""
+        """Return the text, and the thoughts between its parts."""
         if optional and all(self.raw.get(name) is None for name in self.content_names):
             return "", []
         content = self._first(self.content_names)
         if self.role == "tool" and not isinstance(content, str) and not _are_parts(content):
-            return json.dumps(content, ensure_ascii=False), []  # what a tool returned, as it stands in the data
+            return json.dumps(content, ensure_ascii=False), []  # what a tool returned, as the data has it
         if isinstance(content, list):
             return self._parts(content)
         if not isinstance(content, str):
@@ -223,7 +221,7 @@ class _Reader:
         return content, []
 
     def _parts(self, parts: list[Any]) -> tuple[str, list[str]]:
-        """OpenAI's form of a content, in parts: their text, and their thoughts."""
+        """Read a content in OpenAI's typed parts: their text, and their thoughts."""
         texts: list[str] = []
         thoughts: list[str] = []
         for part in parts:
@@ -252,7 +250,7 @@ class _Reader:
         raise RowError(self.where, f"the content of `{self.place}` has a thought without a text")
 
     def _thoughts(self) -> list[str]:
-        """What stands under the keys for thoughts; the same under two of them counts once."""
+        """Collect the values of the keys for thoughts; the same text under two of them counts once."""
         found: list[str] = []
         for key in THOUGHTS:
             value = self.raw.get(key)
@@ -274,9 +272,11 @@ class _Reader:
                 )
             learned = learned and bool(value)
             if value and key == "train" and self.role != "assistant":
-                raise RowError(self.where, f"`{self.place}.train` is true, but only the assistant's turns are learned")
+                raise RowError(self.where, f"`{self.place}.train` is true, but only assistant turns are trained")
         if self.raw.get("train_detail"):
-            raise RowError(self.where, f"`{self.place}.train_detail` is not supported: a turn is learned, or it is not")
+            raise RowError(
+                self.where, f"`{self.place}.train_detail` is not supported: a turn is trained in full or not at all"
+            )
         return learned
 
 

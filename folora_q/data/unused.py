@@ -9,7 +9,7 @@ from folora_q.data.rows import Row
 from folora_q.data.turns import EMPTY, unused_keys
 from folora_q.recipe.dataset import Shape, Source
 
-# Our names of the columns that hold turns.
+# Our names for the columns that hold turns.
 TURNS: dict[Shape, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages", "conversations"),),
     "sharegpt": (("messages", "conversations"),),
@@ -18,7 +18,7 @@ TURNS: dict[Shape, tuple[tuple[str, ...], ...]] = {
 
 
 def filled_columns(row: Row, source: Source) -> set[str]:
-    """Columns of a usable row that hold something, and keys of its turns that are not read, as `messages[].key`."""
+    """Return the columns of a usable row that hold something, and unread keys of its turns as `messages[].key`."""
     found = {name for name, value in row.values.items() if value not in EMPTY}
     fields = Fields(row, source)
     for column in filter(None, (fields.column(*names) for names in TURNS.get(shape_of(row, source), ()))):
@@ -28,10 +28,10 @@ def filled_columns(row: Row, source: Source) -> set[str]:
 
 
 def unused_columns(columns: Iterable[str], shape: Shape, source: Source) -> list[str]:
-    """Those of a source's columns that rows of this shape are not made of."""
+    """Return the columns of a source that rows of this shape do not use."""
     columns = set(columns)
     names = (COLUMNS[shape] | FIELDS[shape] | ALSO.get(shape, set())) - {"role", "content"}
-    if shape in ("messages", "sharegpt"):  # the first of the two that is there
-        names |= {"messages"} if source.fields.get("messages", "messages") in columns else {"conversations"}
+    if shape in ("messages", "sharegpt"):  # the first of the two that exists
+        names |= {"messages"} if source.column("messages") in columns else {"conversations"}
         names -= {"conversations"} if "messages" in names & columns else set()
-    return sorted(columns - {source.fields.get(name, name) for name in names})
+    return sorted(columns - set(map(source.column, names)))

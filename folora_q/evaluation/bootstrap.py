@@ -1,4 +1,4 @@
-"""Confidence intervals of means over few texts: the bootstrap over texts."""
+"""Compute confidence intervals of means over few texts, by bootstrapping texts."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ TAIL = 0.025  # of a 95 % interval
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over the tokens of each text (or the one score of each answer), and how many they are; both (n,) float64."""
+    """Sums over the tokens of each text (or the score of each answer), and their number; both (n,) float64."""
 
     sums: np.ndarray
     counts: np.ndarray
 
     @property
     def mean(self) -> float:
-        """Over all tokens, not over texts."""
+        """The mean over all tokens, not over texts."""
         return float(self.sums.sum() / self.counts.sum())
 
 
 def estimate(tally: Tally, seed: int = 0) -> Interval:
-    """The mean with its percentile interval.
+    """Return the mean with its percentile interval.
 
-    Texts are drawn, not tokens, which depend on each other within a text; the mean is sum / count of what was drawn.
+    Texts are resampled, not tokens, which depend on each other within a text; the mean is sum / count of a resample.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     return _interval(tally.mean, _means(tally, seed))
 
 
 def change(base: Tally, tuned: Tally, seed: int = 0) -> PairedChange:
-    """Both means, and their difference from the same draws of texts: what texts have in common drops out of it."""
+    """Return both means, and their difference on the same resamples, so that variation between texts cancels."""
     of_base, of_tuned = _means(base, seed), _means(tuned, seed)
     return PairedChange(
         base=_interval(base.mean, of_base),
@@ -47,7 +47,7 @@ def change(base: Tally, tuned: Tally, seed: int = 0) -> PairedChange:
 
 
 def _means(tally: Tally, seed: int) -> np.ndarray:
-    """(RESAMPLES,) means of draws with replacement; the same draws for every tally of as many texts."""
+    """Return means of RESAMPLES draws with replacement; the same draws for every tally of equal length."""
     texts = len(tally.counts)
     generator = np.random.default_rng(seed)
     means: list[np.ndarray] = []

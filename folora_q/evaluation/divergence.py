@@ -19,10 +19,10 @@ from folora_q.runs.results import TextKind, TextResult
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Text that is only ever measured on: neither trained on nor used for statistics.
+    """Text for evaluation only: neither trained on nor used for statistics.
 
     Attributes:
-        batches: a text's tokens that have a label are the predictions that count.
+        batches: tokens with a label are the predictions that count.
     """
 
     name: str
@@ -36,13 +36,13 @@ def compare(
     on_progress: Callable[[int], None] = lambda batches: None,
     splitter: BatchSplitter | None = None,
 ) -> TextResult:
-    """Losses of both models, KL(base ‖ tuned) and top-1 agreement, as means over the text's labelled tokens.
+    """Return losses of both models, KL(base ‖ tuned) and top-1 agreement, as means over the text's labelled tokens.
 
-    On text that the base model sampled, the mean KL is an unbiased estimate of the divergence over all that it writes.
-    Memory is for the hidden states of one batch, and the logits of both models at a few positions.
+    On text that the base model sampled, the mean KL is an unbiased estimate of the divergence over all its text.
+    Memory holds the hidden states of one batch, and the logits of both models at a few positions.
 
     Args:
-        splitter: what to do where memory runs out; None raises.
+        splitter: splits batches if memory runs out; None raises.
     """
     splitter = splitter or BatchSplitter("comparing", enabled=False)
     parts: list[tuple[Tensor, Tensor]] = []
@@ -55,7 +55,7 @@ def compare(
             parts.extend(splitter.over_batch(batch, lambda part: _tally(model_pair, part)))
             on_progress(1)
     all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
-    said = all_counts > 0  # a row may have nothing but tokens that do not count
+    said = all_counts > 0  # a row may have no tokens that count
     counts = all_counts[said].numpy()
     base_loss, tuned_loss, kl, agreed = (Tally(row, counts) for row in all_sums[:, said].numpy())
     return TextResult(
@@ -70,7 +70,7 @@ def compare(
 
 
 def _tally(model_pair: ModelPair, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sums over each text's tokens, (4, b): loss of base and of tuned, KL, agreement; and the tokens' number, (b,)."""
+    """Return sums over each text's tokens, (4, b): losses of base and tuned, KL, agreement; and token counts, (b,)."""
     counted = batch.loss_positions
     inputs = batch.input_ids, batch.attention_mask
     with model_pair.base() as base:
@@ -89,7 +89,7 @@ def _tally(model_pair: ModelPair, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _at_tokens(log_p: Tensor, log_q: Tensor, wanted: Tensor) -> Tensor:
-    """(4, n): loss of base, loss of tuned, KL(p ‖ q) and agreement at n positions, from (n, vocabulary)."""
+    """Return (4, n): losses of base and tuned, KL(p ‖ q) and agreement at n positions, from (n, vocabulary)."""
     losses = [-log.gather(-1, wanted[:, None])[:, 0] for log in (log_p, log_q)]
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     return torch.stack([*losses, kl, (log_p.argmax(-1) == log_q.argmax(-1)).to(kl)])

@@ -1,8 +1,8 @@
 """Measure how far each layer's output moved from the base's: E‖ΔW x‖² / E‖W x‖².
 
-Measured on the base's own activations x, so that a layer shows its own change and not that of the layers before it;
-and by the gates' statistics, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), which needs no text: a prediction of it where Σ is of
-activations alike, and where tokens count by the loss's gradient (`gate.covariance: fisher`), what the loss feels of it.
+Measured on the base's own activations x, so that it shows a layer's own change and not that of earlier layers; and
+from the gates' statistics, tr(ΔW Σ ΔWᵀ) / tr(W Σ Wᵀ), without any text. The latter predicts the former if Σ weights all
+tokens equally; if it weights them by the loss gradient (`gate.covariance: fisher`), it shows the effect on the loss.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -23,7 +25,7 @@ from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch
 from folora_q.evaluation.model_pair import ModelPair
-from folora_q.models.adapters import AdapterPair
+from folora_q.models.adapters import AdapterPair, factors
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,13 @@ class LayerChange:
 
 
 def layer_changes(model_pair: ModelPair) -> dict[str, LayerChange]:
-    """Every linear layer that an adapter changes, or that both of two models have, but for the head."""
+    """Return every linear layer that an adapter changes, or that two models share, except the head."""
     if model_pair.adapted is not None:
         return {
             name: LayerChange(module.get_base_layer(), _adapter_delta(module))
             for name, module in adapted_layers(model_pair.adapted).items()
         }
+    assert model_pair.other is not None, "a pair without an adapter is of two models"
     theirs = dict(model_pair.other.named_modules())
     head = model_pair.model.get_output_embeddings()
     return {
@@ -56,16 +59,16 @@ def measured_drift(
     on_progress: Callable[[int], None] = lambda batches: None,
     splitter: BatchSplitter | None = None,
 ) -> dict[str, float]:
-    """E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 for a layer that none reached.
+    """Return E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 if no token reaches it.
 
     Args:
-        splitter: what to do where memory runs out; None raises.
+        splitter: splits batches if memory runs out; None raises.
     """
     splitter = splitter or BatchSplitter("measuring drift of", enabled=False)
     changes = layer_changes(model_pair)
     model_pair.eval()
     totals: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}  # of the part in hand
+    seen: dict[str, Tensor] = {}  # of the present part
     with torch.no_grad(), model_pair.base() as base, _watching(changes, seen) as mask:
 
         def look(part: Batch) -> dict[str, Tensor]:
@@ -82,9 +85,9 @@ def measured_drift(
 
 
 def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGate]) -> dict[str, dict[str, float]]:
-    """The same by layer for the texts that the gates were made of: {"own": ..., "task": ...}.
+    """Predict the drift by layer for the texts that the gates were computed from: {"own": ..., "task": ...}.
 
-    ‖BAx‖² needs BᵀB and AΣAᵀ, both r x r; W is decoded from its 4 bits, one layer at a time.
+    ‖BAx‖² needs BᵀB and AΣAᵀ, both r x r; W is dequantized, one layer at a time.
     """
     found: dict[str, dict[str, float]] = {}
     for pair in pairs:
@@ -102,20 +105,20 @@ def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGa
     return found
 
 
-def update_norm(module: nn.Module) -> float | None:
-    """‖ΔW‖ of a LoRA layer, from r x r products; None for other kinds."""
+def update_norm(module: nn.Module | BaseTunerLayer) -> float | None:
+    """Return ‖ΔW‖ of a LoRA layer, from r x r products; None for other kinds of layers."""
     if not isinstance(module, LoraLayer) or not _is_plain(module):
         return None
     total = 0.0
-    factors = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
-    for b1, a1 in factors:  # ‖Σ BᵢAᵢ‖² = Σᵢⱼ tr(BᵢᵀBⱼ AⱼAᵢᵀ)
-        for b2, a2 in factors:
+    products = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
+    for b1, a1 in products:  # ‖Σ BᵢAᵢ‖² = Σᵢⱼ tr(BᵢᵀBⱼ AⱼAᵢᵀ)
+        for b2, a2 in products:
             total += float(((b1.T @ b2) * (a1 @ a2.T)).sum())
     return max(total, 0.0) ** 0.5
 
 
 def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
-    """The adapted linear layers by name."""
+    """Return the adapted linear layers by name."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -124,8 +127,8 @@ def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
 
 
 def _factors(module: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """s B (o, r) and A (r, d) in float64."""
-    b, a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+    """Return s B (o, r) and A (r, d) in float64."""
+    a, b = factors(module, adapter)
     return b.detach().double() * module.scaling[adapter], a.detach().double()
 
 
@@ -136,19 +139,19 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
             total: Tensor | None = None
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:
-                    a, b = module.lora_A[adapter], module.lora_B[adapter]
-                    rows = nn.functional.linear(x.float(), a.weight.float()) * module.scaling[adapter]
-                    moved = nn.functional.linear(rows, b.weight.float())
+                    a, b = factors(module, adapter)
+                    rows = nn.functional.linear(x.float(), a.float()) * module.scaling[adapter]
+                    moved = nn.functional.linear(rows, b.float())
                     total = moved if total is None else total + moved
             return torch.zeros_like(x[..., :1]) if total is None else total
 
         return product
 
     def difference(x: Tensor, out: Tensor) -> Tensor:
-        """Of any other kind, as precise as the compute dtype: the layer with its adapter on, minus without."""
+        """Return the output with the adapter minus that without, in the compute dtype's precision."""
         module.enable_adapters(True)
         try:
-            return module.forward(x).float() - out.float()
+            return cast(nn.Module, module).forward(x).float() - out.float()
         finally:
             module.enable_adapters(False)
 
@@ -156,12 +159,12 @@ def _adapter_delta(module: BaseTunerLayer) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def _is_plain(module: LoraLayer) -> bool:
-    """Whether its change is s B A and nothing else (no DoRA, no bias)."""
+    """Return whether the layer's change is s B A and nothing else (no DoRA, no bias)."""
     return not getattr(module, "lora_variant", None) and not any(getattr(module, "lora_bias", {}).values())
 
 
 def _energy(y: Tensor) -> Tensor:
-    """‖y‖² over the last dimension, without a copy of y."""
+    """Return ‖y‖² over the last dimension, without a copy of y."""
     return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).square()
 
 
@@ -176,13 +179,14 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 @contextmanager
 def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> Iterator[list[Tensor]]:
-    """While this lasts, adds (Σ‖ΔWx‖², Σ‖Wx‖²) of every forward pass to `totals`; yields the token mask's place."""
+    """Add (Σ‖ΔWx‖², Σ‖Wx‖²) of every forward pass to `totals`; yields a list whose only item is the token mask."""
     mask: list[Tensor] = [torch.empty(0)]
     busy: list[str] = []
 
-    def look(name: str, change: LayerChange, x: Tensor, out: Tensor) -> None:
+    def look(name: str, change: LayerChange, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         if busy:  # the change itself calls the layer
             return
+        x = args[0]
         busy.append(name)
         try:
             moved = change.delta(x, out)
@@ -190,15 +194,12 @@ def _watching(changes: Mapping[str, LayerChange], totals: dict[str, Tensor]) -> 
             busy.clear()
         bias = getattr(change.layer, "bias", None)
         energies = torch.stack([_energy(moved), _energy(out if bias is None else out - bias)])  # (2, ...) by token
-        if mask[0].shape == x.shape[:-1]:  # experts are given tokens picked out of the batch
+        if mask[0].shape == x.shape[:-1]:  # experts receive tokens picked from the batch
             energies = energies * mask[0]
         sums = energies.flatten(1).sum(1, dtype=torch.float64)
         totals[name] = totals[name] + sums if name in totals else sums
 
-    handles = [
-        change.layer.register_forward_hook(lambda _, args, out, n=name, c=change: look(n, c, args[0], out))
-        for name, change in changes.items()
-    ]
+    handles = [change.layer.register_forward_hook(partial(look, name, change)) for name, change in changes.items()]
     try:
         yield mask
     finally:

@@ -1,4 +1,4 @@
-"""The whole evaluation of a tuned model: what it is measured on, and the measuring."""
+"""Evaluate a tuned model: prepare the texts and questions, and measure on them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.block_sizes import GENERAL_WINDOW
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Example, Text
 from folora_q.data.rendering import Renderer
@@ -31,23 +32,21 @@ from folora_q.progress import StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.runs.results import AnswerResult, LayerResult, ScoreResult, TextResult
 
-# General text is read in windows of so many tokens, or fewer if training is shorter.
-GENERAL_WINDOW = 256
-# Without a metric, so many held-out prompts are answered, to be read.
+# Number of held-out prompts that are answered without a metric, for reading.
 SAMPLE_ANSWERS = 4
-# Drift is a ratio of sums over thousands of tokens, so few texts do.
+# Drift is a ratio of sums over thousands of tokens, so few texts suffice.
 DRIFT_TEXTS = 32
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model is measured on.
+    """What a model is evaluated on.
 
     Attributes:
-        texts: compared for loss and predictions.
-        questions: answered.
+        texts: for loss and predictions.
+        questions: to be answered.
         reader: reads the answers.
-        drift: the texts of some kinds again, on which the layers' outputs are compared.
+        drift: texts by kind, on which the layers' outputs are compared.
     """
 
     texts: list[HeldOutText]
@@ -66,13 +65,13 @@ def held_out(
     data: TaskTokens | None,
     max_length: int = GENERAL_WINDOW,
 ) -> HeldOut:
-    """Gather it.
+    """Prepare what a model is evaluated on.
 
     Args:
-        own: texts that the base sampled, from their start; they are measured so, and cut from their middle.
-        own_seed: where they are cut.
-        data: the task; None measures none.
-        max_length: the longest sequence that the model is meant to see.
+        own: texts that the base sampled; they are used in full, and again cropped.
+        own_seed: of the crops.
+        data: the task; None: no task.
+        max_length: the longest sequence that the model should see.
 
     Raises:
         UserError: a text file cannot be read, or is too short.
@@ -100,7 +99,7 @@ def held_out(
 
 
 def general_texts(section: EvaluationSection) -> dict[str, Path]:
-    """The files of general text, by a name for people that no two share."""
+    """Return the files of general text by a unique display name."""
     if section.general_text is None:
         return GENERAL_TEXTS
     paths = [Path(name) for name in section.general_text]
@@ -123,7 +122,7 @@ def evaluate(
     scorer: Scorer | None,
     clock: StageTimer,
 ) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
-    """Losses and predictions on every text, and the answers to every question with their mean score."""
+    """Measure losses and predictions on every text, and answer and score every question."""
     model_pair.eval()
     splitter = BatchSplitter("measuring", clock.note)
     with clock.stage("comparing losses and predictions", sum(len(text.batches) for text in on.texts)) as done:
@@ -140,11 +139,11 @@ def evaluate_layers(
     predicted: Mapping[str, Mapping[str, float]] | None = None,
     energy_kept: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[LayerResult]:
-    """How far every layer moved.
+    """Measure how far every layer moved.
 
     Args:
-        predicted: by layer, what the gates' sketches say.
-        energy_kept: by layer, the share of the steps' energy that the gate let pass.
+        predicted: by layer, the drift that the gates' statistics predict.
+        energy_kept: by layer, the share of the steps' energy that passed the gate.
     """
     measured: dict[str, dict[str, float]] = {}
     splitter = BatchSplitter("measuring drift of", clock.note)

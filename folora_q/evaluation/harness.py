@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -26,12 +26,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.errors import FoloraError, UserError, first_line
 from folora_q.runs.results import HarnessResult
 
-# Resamples for the standard error of a metric that is no mean. lm-eval takes 100000, on all cores.
+# Resamples for the standard error of a metric that is not a mean. lm-eval uses 100000, on all cores.
 BOOTSTRAP = 1000
 
 
 class Sides(Protocol):
-    """Base and tuned model, one of which may be the other with its adapter off. Each lasts as long as its context."""
+    """Provides base and tuned model, each within a context; one may be the other with its adapter off."""
 
     def base(self) -> AbstractContextManager[PreTrainedModel]: ...
 
@@ -39,12 +39,12 @@ class Sides(Protocol):
 
 
 class RemoteCode(BaseException):
-    """A task asked for a metric that is a script on a hub. No Exception: lm-eval swallows those."""
+    """A task requires a metric that is a script on a hub. Not an Exception, which lm-eval would catch."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of one task on one side; `each` has its values by document where it is their mean."""
+    """One metric of one task on one side; `each` has the values by document if the metric is their mean."""
 
     value: float
     stderr: float | None
@@ -55,13 +55,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class HarnessRequest:
-    """What lm-eval is to run.
+    """What lm-eval should run.
 
     Attributes:
         tasks: lm-eval's names of tasks, groups or tags.
         include_path: a folder of your own task files; they take precedence over lm-eval's.
         limit: maximum number of documents of each task.
-        num_fewshot: examples in the prompt; a task that fixes them at 0 keeps that.
+        num_fewshot: number of examples in the prompt; a task that fixes it at 0 keeps that.
     """
 
     tasks: Sequence[str]
@@ -79,10 +79,10 @@ def run_harness(
     request: HarnessRequest,
     on_progress: Callable[[int], None] = lambda runs: None,
 ) -> list[HarnessResult]:
-    """Run each task on both sides; models, tokenizer and random states are afterwards as they were.
+    """Run each task on both sides; models, tokenizer and random states do not change.
 
-    lm-eval computes logits over the whole vocabulary for every position of a batch, twice over: 8 rows of 1024 tokens
-    and a vocabulary of 128k in bfloat16 are 4 GiB. Tasks that score whole documents fill the model's context.
+    lm-eval holds logits over the full vocabulary for every position of a batch, twice: 8 rows of 1024 tokens and a
+    vocabulary of 128k in bfloat16 are 4 GiB. Tasks that score complete documents fill the model's context.
     Code of a task in `include_path` is run; code from a hub never is.
 
     Args:
@@ -123,7 +123,7 @@ def run_harness(
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """Find the tasks.
+    """Find the tasks, and return lm-eval's manager for them.
 
     Raises:
         UserError: a name is unknown.
@@ -147,31 +147,32 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
 def _evaluate(
     name: str, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """One task on one model: what lm-eval's `simple_evaluate` returns.
+    """Run one task on one model, and return the result of lm-eval's `simple_evaluate`.
 
     Raises:
-        UserError: the task cannot be run: its data is missing, its code is unsafe, it does not fit the model.
+        UserError: the task cannot be run, e.g. without its data, with unsafe code, or with this model.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     try:
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        return simple_evaluate(model=lm, tasks=[name], **settings)
+        make = cast(Any, HFLM)  # its decorator hides its parameters
+        lm = make(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        return cast("dict[str, Any]", simple_evaluate(model=lm, tasks=[name], **settings))
     except RemoteCode as refused:
         raise UserError(f"lm-eval's task {name} cannot be run: {refused}") from None
     except (FoloraError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        hint = "its data is on a hub; once fetched, it is cached" if isinstance(error, ConnectionError) else None
+        hint = "its data is on a hub: connect once, and it is cached" if isinstance(error, ConnectionError) else None
         raise UserError(f"lm-eval's task {name} cannot be run: {first_line(error)}", hint) from error
 
 
 def _metrics(found: dict[str, Any]) -> dict[tuple[str, str], Metric]:
-    """By task and metric. lm-eval has them as "acc,none", beside "acc_stderr,none" and entries that are no metrics."""
+    """Return metrics by task and name. lm-eval has "acc,none", "acc_stderr,none" and entries that are not metrics."""
     metrics: dict[tuple[str, str], Metric] = {}
     for task, entries in found["results"].items():
-        samples = found["samples"].get(task, [])  # none of a group
+        samples = found["samples"].get(task, [])  # a group has none
         directions = found["higher_is_better"].get(task, {})
         for key, value in entries.items():
             metric, comma, kind = key.rpartition(",")
@@ -190,7 +191,7 @@ def _metrics(found: dict[str, Any]) -> dict[tuple[str, str], Metric]:
 
 
 def _if_mean(rows: dict[int, Any], value: float) -> dict[int, float] | None:
-    """The values by document, where the metric is their mean: perplexities and F1 are not."""
+    """Return the values by document if the metric is their mean, unlike perplexity and F1."""
     if not rows or not all(isinstance(each, Real) for each in rows.values()):
         return None
     values = {document: float(each) for document, each in rows.items()}
@@ -218,7 +219,7 @@ def _result(task: str, metric: str, base: Metric, tuned: Metric) -> HarnessResul
 
 @contextmanager
 def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """lm-eval switches a model to evaluation and ties its weights, which would undo a head that was untied."""
+    """Undo lm-eval's switch to evaluation mode, and prevent it from tying weights, e.g. those of an untied head."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with patch.object(model, "tie_weights", _nothing):
@@ -230,7 +231,7 @@ def _unchanged(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval says nothing here, runs no code from a hub, and leaves environment and random states as they were.
+    """Keep lm-eval silent, without code from a hub, and restore environment and random states.
 
     Raises:
         UserError: it is not installed.
@@ -258,7 +259,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _substitutes() -> list[tuple[Any, str, Any]]:
-    """What is replaced while lm-eval runs: object, attribute and value."""
+    """Return what is replaced while lm-eval runs: object, attribute and value."""
     try:
         import evaluate
         import lm_eval.evaluator

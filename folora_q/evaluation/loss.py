@@ -1,4 +1,4 @@
-"""Mean loss per token: on the task's held-out completions, and on general text."""
+"""Measure the mean loss per token, on the task's held-out completions and on general text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from folora_q.data.tokens import Batch, text_ids
 from folora_q.errors import UserError
 from folora_q.models.logits import chunks, head_logits, hidden_states, verify_chunked_logits
 
-# Three kinds of text that no run trains on, by the name that tables show. Training may improve one kind and harm the
-# others: after Shakespeare, prose got better and code worse.
+# Three kinds of text that no run trains on, by their names in tables. Training may improve one kind and harm others:
+# after training on Shakespeare, prose got better and code worse.
 GENERAL_TEXTS = {name: Path(__file__).parent / "general" / f"{name}.txt" for name in ("prose", "manual", "code")}
 
 
@@ -26,11 +26,11 @@ def mean_loss(
     on_progress: Callable[[int], None] = lambda batches: None,
     splitter: BatchSplitter | None = None,
 ) -> float:
-    """Cross-entropy in nats, averaged over all tokens that have a label (not over batches).
+    """Return the cross-entropy in nats, averaged over all labelled tokens (not over batches).
 
     Args:
-        model: the causal language model itself; an adapter that sits in it and is switched on counts.
-        splitter: what to do where memory runs out; None raises.
+        model: the causal language model itself, including an adapter in it that is switched on.
+        splitter: splits batches if memory runs out; None raises.
     """
     splitter = splitter or BatchSplitter("measuring the loss of", enabled=False)
     total, count = 0.0, 0
@@ -45,7 +45,7 @@ def mean_loss(
 
 
 def _sum_of_losses(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
-    """Over the labelled tokens of a batch, and how many they are."""
+    """Return the sum of losses over the labelled tokens of a batch, and their number."""
     hidden = hidden_states(model, batch.input_ids, batch.attention_mask)[batch.loss_positions]
     wanted = batch.targets
     losses = (
@@ -56,7 +56,7 @@ def _sum_of_losses(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
 
 
 def text_windows(path: Path, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """A text file as consecutive windows of `length` tokens; a last one of under 16 tokens is left out.
+    """Cut a text file into consecutive windows of `length` tokens; a last one of under 16 tokens is left out.
 
     Raises:
         UserError: the file cannot be read as UTF-8 or is too short.
@@ -69,5 +69,5 @@ def text_windows(path: Path, tokenizer: Tokenizer, length: int) -> list[list[int
     windows = [ids[start : start + length] for start in range(0, len(ids), length)]
     windows = [window for window in windows if len(window) >= min(16, length)]
     if not windows:
-        raise UserError(f"the general text {path} is too short: {len(ids)} tokens")
+        raise UserError(f"the general text {path} is too short: {len(ids)} tokens", "name a longer file")
     return windows

@@ -1,14 +1,16 @@
-"""A tuned model with its base: one model whose adapter is switched on and off, or two models."""
+"""A tuned model and its base: one model whose adapter is switched on and off, or two models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 from transformers import PreTrainedModel
 
 from folora_q.errors import UserError
@@ -16,19 +18,19 @@ from folora_q.models.adapters import adapter_off
 
 
 class ModelPair:
-    """What is compared.
+    """The two models that are compared.
 
     Args:
-        model: with an adapter, whose base is itself with the adapter off; or a model without one, and then
-        base: the model to compare it with.
+        model: a model with an adapter, whose base is itself with the adapter off, or one without an adapter.
+        base: the base of a model without an adapter.
 
     Raises:
-        UserError: the two have vocabularies of different sizes.
+        UserError: the vocabularies have different sizes.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, base: PreTrainedModel | None = None) -> None:
         self.adapted = model if isinstance(model, PeftModel) else None
-        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
         self.other = base
         head = self.model.get_output_embeddings()
         self.switches_head = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)
@@ -36,8 +38,8 @@ class ModelPair:
             raise ValueError("give a model with an adapter, or two models")
         if base is not None and vocabulary(base) != vocabulary(self.model):
             raise UserError(
-                f"the tuned model has {vocabulary(self.model):,} words and its base {vocabulary(base):,}: their "
-                "predictions cannot be compared",
+                f"the vocabulary of the tuned model has {vocabulary(self.model):,} tokens and that of its base "
+                f"{vocabulary(base):,}: their predictions cannot be compared",
                 "is it the right base?",
             )
 
@@ -47,14 +49,14 @@ class ModelPair:
 
     @contextmanager
     def base(self, head_only: bool = False) -> Iterator[PreTrainedModel]:
-        """The base, while this lasts.
+        """Provide the base within this context.
 
         Args:
-            head_only: nothing but its head is asked. Most adapters leave that alone, and switching takes milliseconds.
+            head_only: only the head is used. Most adapters do not change it, and switching takes milliseconds.
         """
-        if self.adapted is None:
+        if self.other is not None:
             yield self.other
-        elif head_only and not self.switches_head:
+        elif self.adapted is None or (head_only and not self.switches_head):
             yield self.model
         else:
             with adapter_off(self.adapted):
@@ -62,16 +64,16 @@ class ModelPair:
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:
-        """The tuned model, while this lasts."""
+        """Provide the tuned model within this context."""
         yield self.model
 
     def eval(self) -> None:
-        """Switch dropout off in both."""
+        """Set both models to evaluation mode, without dropout."""
         for model in (self.adapted or self.model, self.other):
             if model is not None:
                 model.eval()
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many logits the model gives for a position."""
-    return model.get_output_embeddings().weight.shape[0]
+    """Return the number of logits per position."""
+    return cast(nn.Linear, model.get_output_embeddings()).weight.shape[0]

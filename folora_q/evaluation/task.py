@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Chat, Completion
 from folora_q.data.rendering import Renderer, RenderError
 from folora_q.data.thoughts import Said, ThoughtSyntax
-from folora_q.data.tokens import TEMPLATE_ERRORS, generation_inputs, text_ids
+from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs, text_ids
 from folora_q.data.turns import Message
 from folora_q.errors import RunError, UserError
 from folora_q.evaluation.bootstrap import Tally, change
@@ -29,19 +29,19 @@ from folora_q.memory.positions import positions_of
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.runs.results import AnswerResult, ScoreResult
 
-# Takes an answer and its reference, and says how right it is, between 0 and 1.
+# Scores an answer against its reference, between 0 and 1.
 Scorer = Callable[[Said, Said], float]
 GENERAL_PROMPTS = Path(__file__).with_name("general_prompts.txt")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Something to be answered by both models; `kind` and `prompt` as in AnswerResult.
+    """A prompt that both models answer; `kind` and `prompt` as in AnswerResult.
 
     Attributes:
         reference: the right answer as the chat template renders it, if one is known.
-        ids: what the model is given.
-        asked: the same as text, where a chat template renders it.
+        ids: the prompt's tokens.
+        asked: the prompt as text, if a chat template renders it.
     """
 
     kind: Literal["task", "general"]
@@ -52,10 +52,10 @@ class Question:
 
 
 class Questions:
-    """Makes questions for one model, and reads what is answered, both by its chat template.
+    """Makes questions for one model and reads the answers, both with its chat template.
 
     Args:
-        renderer: that which rendered the task's rows.
+        renderer: renders with the template of the task's rows.
     """
 
     def __init__(self, renderer: Renderer) -> None:
@@ -64,11 +64,11 @@ class Questions:
         self.syntax = ThoughtSyntax(renderer)
 
     def of_task(self, examples: Sequence[Chat | Completion]) -> list[Question]:
-        """Held-out examples as questions, but for those that the chat template refuses."""
+        """Make questions of held-out examples, except those on which the chat template fails."""
         return [question for example in examples if (question := self._of_example(example)) is not None]
 
     def general(self, path: Path) -> list[Question]:
-        """A prompt a line, as chats where the model has a template, else as the beginning of a text.
+        """Read one prompt per line, as chats if the model has a template, else as the beginning of a text.
 
         Raises:
             UserError: the file cannot be read.
@@ -85,14 +85,14 @@ class Questions:
             try:
                 asked = self.renderer.prompt(messages)
             except TEMPLATE_ERRORS:
-                continue  # a template may want a system prompt, say
+                continue  # e.g. a template that requires a system prompt
             found.append(Question("general", messages, None, self.renderer.ids(asked), asked))
         return found
 
     def read(self, question: Question, ids: Sequence[int]) -> Said:
-        """What was answered, given as tokens."""
+        """Read an answer, given as tokens."""
         if question.asked is None:
-            return Said(self.tokenizer.decode(ids, skip_special_tokens=True))
+            return Said(decoded(self.tokenizer, ids, skip_special_tokens=True))
         return self.syntax.split(ids, question.asked)
 
     def _of_example(self, example: Chat | Completion) -> Question | None:
@@ -103,9 +103,9 @@ class Questions:
             turn = self.renderer.turn(example.messages, example.answer, example.tools)
         except (RenderError, *TEMPLATE_ERRORS):
             return None
-        # What is not learned in a thought's place is given here too, as it was in training.
+        # An empty thought that was not trained is part of the prompt here too.
         asked = turn.asked + turn.said[: turn.opening]
-        said = turn.said[turn.opening :].rstrip()  # behind its end, where an answer stops, a template may start a line
+        said = turn.said[turn.opening :].rstrip()  # a template may add a line break after the end of the turn
         return Question(
             "task", example.prompt, self.syntax.split(self.renderer.ids(said), asked), self.renderer.ids(asked), asked
         )
@@ -120,12 +120,12 @@ def answer_both(
     on_progress: Callable[[int], None] = lambda answers: None,
     splitter: BatchSplitter | None = None,
 ) -> list[AnswerResult]:
-    """What both models say, in the order of the questions.
+    """Answer questions with both models, in their order.
 
     Args:
-        splitter: what to do where memory runs out; None raises.
+        splitter: splits batches if memory runs out; None raises.
         scorer: scores answers to questions with a reference; None scores nothing.
-        on_progress: called with answers given, 2 x len(questions) in all.
+        on_progress: called with the number of new answers, 2 x len(questions) in total.
     """
     prompts = [question.ids for question in questions]
     settings = section.max_new_tokens, section.batch_size, on_progress, splitter
@@ -164,12 +164,12 @@ def greedy_tokens(
     on_progress: Callable[[int], None] = lambda answers: None,
     splitter: BatchSplitter | None = None,
 ) -> list[list[int]]:
-    """Greedy answers to prompts given as tokens, in their order; padding may follow the end of an answer."""
+    """Generate greedy answers to prompts given as tokens, in order; padding may follow the end of an answer."""
     splitter = splitter or BatchSplitter("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}
     positions = positions_of(model.config.to_dict())
-    # Beyond a table of positions a model fails; one more token is written without being read.
+    # A model fails beyond its table of positions; the last token generated is not fed back.
     context = positions.count + 1 if positions is not None and positions.table else sys.maxsize
     model.eval()
 
@@ -178,7 +178,7 @@ def greedy_tokens(
         inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
             room = min(max_new_tokens, context - inputs["input_ids"].shape[1])
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
+            output = cast(Any, model).generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
         answers.update(zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
         on_progress(len(chosen))
 
@@ -189,7 +189,7 @@ def greedy_tokens(
 
 
 def mean_score(answers: Sequence[AnswerResult], metric: str) -> ScoreResult | None:
-    """The mean over all answers that were scored, if any were."""
+    """Return the mean over all scored answers, if there are any."""
     scores = [(a.base_score, a.tuned_score) for a in answers if a.base_score is not None]
     if not scores:
         return None
@@ -199,17 +199,17 @@ def mean_score(answers: Sequence[AnswerResult], metric: str) -> ScoreResult | No
 
 
 def make_scorer(section: EvaluationSection, allow_code: bool) -> Scorer | None:
-    """What scores answers, as the recipe says.
+    """Return the scorer that the recipe names.
 
     Raises:
-        UserError: the metric is a function of the user's, and it cannot be loaded, or `allow_code` is not given.
+        UserError: the metric is a user's function that cannot be loaded, or `allow_code` is False.
     """
     if section.metric == "exact_match":
         return lambda said, reference: float(said.answer.strip() == reference.answer.strip())
     if section.metric == "regex":
         pattern = re.compile(section.metric_pattern)
         return lambda said, reference: _same_match(pattern, said.answer, reference.answer)
-    if section.metric == "function":
+    if section.metric == "function" and section.metric_function is not None:
         return _users_function(section.metric_function, allow_code)
     return None
 
@@ -220,7 +220,7 @@ def _same_match(pattern: re.Pattern[str], answer: str, reference: str) -> float:
 
 
 def _last_match(pattern: re.Pattern[str], text: str) -> tuple[str, ...] | None:
-    """The groups of the last place that matches, or all of it where the pattern has none."""
+    """Return the groups of the last match, or the match itself if the pattern has no groups."""
     matches = list(pattern.finditer(text))
     return (matches[-1].groups("") or (matches[-1].group(),)) if matches else None
 
@@ -230,9 +230,10 @@ def _users_function(place: str, allow_code: bool) -> Scorer:
     if not allow_code:
         raise UserError(
             f"evaluation.metric_function runs the Python in {path}",
-            "look at it, then add --allow-code; a recipe alone cannot run code",
+            "read it, then add --allow-code; a recipe alone cannot run code",
         )
     spec = importlib.util.spec_from_file_location("folora_q_metric", path)
+    assert spec is not None and spec.loader is not None, "the recipe's check requires a .py file"
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -257,7 +258,7 @@ def _users_function(place: str, allow_code: bool) -> Scorer:
 
 
 def _parameters(function: Callable[..., object]) -> set[str]:
-    """The names of a function's parameters, as far as they can be known."""
+    """Return the names of a function's parameters, or none if they cannot be determined."""
     try:
         return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -1,1 +1,1 @@
-"""What leaves a run: adapter files, merged models with verification, GGUF, uploads, model cards."""
+"""Export of a run: adapter files, merged models with verification, GGUF, uploads, model cards."""

@@ -19,18 +19,18 @@ from folora_q.recipe.paths import short
 PREFIX = "base_model.model."
 ORIGINAL = ".original_module."
 EMBEDDING_HALVES = (".lora_embedding_A", ".lora_embedding_B")
-# A merge adds in float32.
+# Limits for tensors; a merge adds in float32.
 MAX_DIMENSIONS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of one weight: ΔW = scale B A, or its transpose where the base holds the weight as (in, out).
+    """The change of one weight: ΔW = scale B A, or its transpose if the base stores the weight as (in, out).
 
     Attributes:
         a: (r, in). b: (out, r).
-        transposed: which of them; the base's class says so, not the adapter.
+        transposed: whether it is the transpose, which depends on the base's class, not on the adapter.
     """
 
     a: Tensor
@@ -39,7 +39,7 @@ class Delta:
     transposed: bool = False
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ΔW in the shape of the weight, computed in `dtype`."""
+        """Return ΔW in the shape of the weight, computed in `dtype`."""
         product = (self.b.to(dtype) @ self.a.to(dtype)) * self.scale
         return product.T if self.transposed else product
 
@@ -50,9 +50,9 @@ class AdapterFile:
 
     Attributes:
         base, revision: the model that it belongs to.
-        deltas: by the weight's name, such as model.layers.0.self_attn.q_proj.weight.
-        replaced: weights that were trained whole (`modules_to_save`), or of which PEFT saved the base's beside their
-            pair (embeddings and head), by name.
+        deltas: by weight name, such as model.layers.0.self_attn.q_proj.weight.
+        replaced: weights that were trained in full (`modules_to_save`), or the base's weights that PEFT saved next to
+            their pair (embeddings and head), by name.
         quantization: of the base in training, as folora-q writes it; None for an adapter trained elsewhere.
     """
 
@@ -68,8 +68,8 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     """Read an adapter in PEFT's format.
 
     Raises:
-        UserError: it is no LoRA adapter, uses something that s B A cannot represent, misses a half of a pair, has a
-            rank, a number or a file that cannot be, or something that `trust` does not allow; the tensor is named.
+        UserError: it is not a LoRA adapter, uses something that s B A cannot represent, lacks one half of a pair, has
+            an invalid rank, number or file, or needs more than `trust` allows; the message names the tensor.
     """
     config = read_adapter_config(folder)
     check_adapter(folder, trust)
@@ -77,15 +77,15 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     deltas: dict[str, Delta] = {}
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if ORIGINAL in name:  # the base's, which PEFT saves beside the one that was trained
+        if ORIGINAL in name:  # the base's weight, which PEFT saves next to the trained one
             continue
         if tensor.dtype not in DTYPES or tensor.ndim > MAX_DIMENSIONS:
             held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is not a weight")
         if tensor.numel() == 0:
             raise UserError(
-                f"{folder / SAFE_ADAPTER}: {short(name)} is empty, as DeepSpeed's ZeRO-3 leaves what it had spread out",
-                "save the adapter with `stage3_gather_16bit_weights_on_model_save`",
+                f"{folder / SAFE_ADAPTER}: {short(name)} is empty, as after saving from DeepSpeed's ZeRO-3",
+                "save the adapter again with `stage3_gather_16bit_weights_on_model_save`",
             )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds numbers that are not finite")
@@ -122,11 +122,11 @@ def _other_half(name: str) -> str:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / SAFE_ADAPTER
-    if not path.exists() and (folder / PICKLED_ADAPTER).exists():  # it is allowed, or it had been refused
+    if not path.exists() and (folder / PICKLED_ADAPTER).exists():  # `check_adapter` has allowed it
         return unpickled(folder / PICKLED_ADAPTER)
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is not a dict)
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Read adapter_config.json: what can be merged, and by which factor."""
+"""Read adapter_config.json: what can be merged, and with which factor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from folora_q.models.trust import ADAPTER_CONFIG
 from folora_q.recipe.paths import short
 from folora_q.storage.untrusted import finite, read_object
 
-# Settings of LoraConfig under which ΔW is not s B A, or the base is not what it was.
+# Settings of LoraConfig with which ΔW is not s B A, or the base changes.
 UNSUPPORTED = (
     "use_dora",
     "use_qalora",
@@ -29,16 +29,16 @@ UNSUPPORTED = (
     "monteclora_config",
     "velora_config",
 )
-# Starts that change the base's weights: PEFT's adapter then fits a base that is nowhere on the disk.
+# Initializations that change the base's weights: the adapter then needs a base that is not on disk.
 REBASING_STARTS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is needed of it.
+    """The settings that a merge needs.
 
     Attributes:
-        base, revision: the model that it belongs to; "" where it names none.
+        base, revision: the model that it belongs to; "" if it names none.
         quantization: of the base in training, as folora-q writes it; None for an adapter trained elsewhere.
     """
 
@@ -49,18 +49,18 @@ class AdapterConfig:
     values: dict[str, Any]
 
     def rank(self, module: str) -> int:
-        """The rank of a module's pair.
+        """Return the rank of a module's pair.
 
         Raises:
-            UserError: it is no whole number from 1 on.
+            UserError: it is not a positive integer.
         """
         value = self._of("rank_pattern", "r", module)
         if not value.is_integer() or value < 1:
-            raise UserError(f"{self.path}: the rank of {short(module)} is {value:g}, not a whole number from 1 on")
+            raise UserError(f"{self.path}: the rank of {short(module)} is {value:g}, not a positive integer")
         return int(value)
 
     def scale(self, module: str) -> float:
-        """s of a module, so that ΔW = s B A."""
+        """Return s of a module, where ΔW = s B A."""
         rank = self.rank(module)
         return self._of("alpha_pattern", "lora_alpha", module) / (
             math.sqrt(rank) if self.values.get("use_rslora") else rank
@@ -70,22 +70,21 @@ class AdapterConfig:
         patterns = self.values.get(pattern) or {}
         value = finite(patterns.get(get_pattern_key(list(patterns), module), self.values.get(default)))
         if value is None:
-            raise UserError(f"{self.path} says no number for {default} of {short(module)}")
+            raise UserError(f"{self.path} has no number for {default} of {short(module)}")
         return value
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read it.
+    """Read the configuration of an adapter; `check_adapter` checks its patterns.
 
     Raises:
-        UserError: it cannot be read, or is of no LoRA adapter that s B A can represent. Whether its patterns can be
-            matched is for `check_adapter` to say.
+        UserError: it cannot be read, or is not that of a LoRA adapter that s B A can represent.
     """
     path = folder / ADAPTER_CONFIG
     try:
         values = read_object(path)
         if not isinstance(values.get("peft_type"), str):
-            raise ValueError("it says no peft_type")
+            raise ValueError("it has no peft_type")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not an adapter: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
     _refuse_unsupported(folder, values)
@@ -94,7 +93,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(f"{path}: base_model_name_or_path and revision must be names")
     for pattern in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values.get(pattern) or {}, dict):
-            raise UserError(f"{path}: {pattern} must map names of modules to numbers")
+            raise UserError(f"{path}: {pattern} must map module names to numbers")
     mapping = values.get("auto_mapping")
     held = mapping.get("quantization_config") if isinstance(mapping, dict) else None
     try:
@@ -110,7 +109,9 @@ def _refuse_unsupported(folder: Path, values: dict[str, Any]) -> None:
     if used := next((name for name in UNSUPPORTED if values.get(name)), None):
         raise UserError(f"{folder} was trained with {used}, which cannot be merged here", "merge it with PEFT itself")
     if values.get("bias", "none") != "none":
-        raise UserError(f"{folder} trained biases too, which cannot be merged here", "merge it with PEFT itself")
+        raise UserError(
+            f"{folder} also contains trained biases, which cannot be merged here", "merge it with PEFT itself"
+        )
     start = str(values.get("init_lora_weights", "")).lower()
     if start.startswith(REBASING_STARTS):
         raise UserError(

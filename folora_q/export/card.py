@@ -1,6 +1,6 @@
 """Write model cards: what an adapter is, what it learned, and what it made the model forget.
 
-Names in it are other people's, and stand there as text: none of them is Markdown, HTML or YAML.
+Names in cards are untrusted and escaped: none of them is interpreted as Markdown, HTML or YAML.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from folora_q.recipe.schema import Recipe
 from folora_q.runs.results import Evaluation
 from folora_q.storage.files import atomic_write
 
-# Its file, in an adapter's folder.
+# The card's file in an adapter's folder.
 CARD = "README.md"
 
 
 def write_card(path: Path, recipe: Recipe, base: LoadedModel, evaluation: Evaluation | None) -> None:
-    """A card in place of PEFT's, whose body is placeholders.
+    """Write a card that replaces PEFT's, which has only placeholders.
 
     Args:
-        evaluation: None where nothing was measured, or not yet.
+        evaluation: None if there is none, or not yet.
     """
     is_hub_id = _is_hub_id(base.name)
     head = ModelCardData(
@@ -92,7 +92,7 @@ def _whole(recipe: Recipe) -> str:
     if not names:
         return ""
     rate = recipe.training.embedding_learning_rate
-    return f"- Trained whole, without a gate: {', '.join(map(_code, names))}, learning rate {rate:g}\n"
+    return f"- Trained in full, without a gate: {', '.join(map(_code, names))}, learning rate {rate:g}\n"
 
 
 def _rows(evaluation: Evaluation) -> str:
@@ -113,12 +113,12 @@ def _rows(evaluation: Evaluation) -> str:
 
 
 def _text(name: str) -> str:
-    """A name as text, in a table too."""
+    """Escape a name as text, also in tables."""
     return re.sub(r"([\\`*_\[\]|#~!<>&$])", r"\\\1", _line(name))
 
 
 def _code(name: str) -> str:
-    """A name as code, between more backticks than it has in a row."""
+    """Format a name as code, between more backticks than it has in a row."""
     line = _line(name)
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     space = " " * ("`" in (line[:1], line[-1:]))
@@ -126,7 +126,7 @@ def _code(name: str) -> str:
 
 
 def _line(name: str) -> str:
-    """A name on one line: what cannot be seen, and ends of lines, as their codes."""
+    """Put a name on one line, with line breaks and invisible characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
@@ -135,12 +135,12 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _named(source: Source) -> str:
-    """A hub id, or a file's name without the folders of the machine that it lay on."""
+    """Return a hub id, or a file's name without its local folder."""
     return source.path if is_hub_dataset(source) else Path(source.path).name
 
 
 def write_merged_card(path: Path, report: Mapping[str, Any]) -> None:
-    """The card of a merged model: what it was made of, and what the verification found."""
+    """Write the card of a merged model: its base and adapters, and the result of the verification."""
     is_hub_id = _is_hub_id(report["base"])
     head = ModelCardData(
         base_model=report["base"] if is_hub_id else None,

@@ -1,7 +1,7 @@
 """Fit a base to an adapter that changes its embedding or output layer: resized, trained in full, or untied.
 
-What counts is what PEFT computes with the adapter on its base: a tied weight that both ends still share stays tied; one
-that the adapter changes at one end only becomes two.
+The result is what PEFT computes with the adapter on its base: a tied weight that both ends still share stays tied; one
+that the adapter changes at only one end becomes two.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from folora_q.models.trust import NOTHING, Trust
 from folora_q.models.weight_files import Checkpoint
 from folora_q.preflight.tokens import new_tokens
 
-SAVE_BOTH = "save it again with `save_embedding_layers=True`, which puts both into the adapter"
+SAVE_BOTH = "save it again with `save_embedding_layers=True`, which saves both with the adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedCheckpoint(Checkpoint):
-    """A base whose ends have the shapes of an adapter's, and a config.json that says so.
+    """A base whose embedding and output layer have the shapes of an adapter's, with a matching config.json.
 
     Attributes:
         rows: of embedding and output layer.
-        note: what differs from the base, for people.
+        note: what differs from the base, in words.
     """
 
     rows: int
@@ -40,11 +40,11 @@ class FittedCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class _Ends:
-    """The two weights by their names in the model, which adapters use too.
+    """Embedding and output layer, by their names in the model, which adapters use too.
 
     Attributes:
-        tied: the base's class makes them one.
-        stored: by those names, the names on the disk; a tied output layer may have none.
+        tied: the base's class ties them.
+        stored: by those names, the names on disk; a tied output layer may have none.
     """
 
     embedding: str
@@ -53,17 +53,17 @@ class _Ends:
     stored: dict[str, str]
 
     def place(self, name: str) -> str:
-        """The name on the disk, or the one that a tensor not yet stored gets."""
+        """Return the name on disk, or the name itself for a tensor that is not stored yet."""
         return self.stored.get(name, name)
 
 
 def fitted(
     base: Checkpoint, adapters: Sequence[AdapterFile], trust: Trust = NOTHING
 ) -> tuple[Checkpoint, list[AdapterFile]]:
-    """The base and the adapters as they can be merged; both as they are where the ends need nothing.
+    """Return base and adapters as they can be merged, unchanged if the ends need no change.
 
     Raises:
-        UserError: a part of what the adapter was trained with is neither in it nor in the base.
+        UserError: a weight that the adapter was trained with is neither in it nor in the base.
     """
     ends = _ends(base, trust)
     adapters = [_without_copies(adapter, base, ends) for adapter in adapters]
@@ -83,13 +83,13 @@ def _ends(base: Checkpoint, trust: Trust) -> _Ends:
     embedding, head = f"{modules.embeddings[0]}.weight", f"{modules.head}.weight"
     layout = read_layout(base.folder, base.tensors, (), trust)
     stored = {name: found[0] for name in (embedding, head) if len(found := layout.stored_as(name)) == 1}
-    # transformers ties no two weights that are both on the disk and differ.
+    # transformers does not tie two weights that are both on disk and differ.
     parted = len(stored) == 2 and not torch.equal(*map(base.read, stored.values()))
     return _Ends(embedding, head, modules.tied and not parted, stored)
 
 
 def _without_copies(adapter: AdapterFile, base: Checkpoint, ends: _Ends) -> AdapterFile:
-    """The adapter without what PEFT only copied from the base: beside an output layer's pair the layer itself."""
+    """Drop what PEFT only copied from the base: the output layer itself, next to its pair."""
     copies = {
         name
         for name in (ends.embedding, ends.head)
@@ -105,7 +105,7 @@ def _without_copies(adapter: AdapterFile, base: Checkpoint, ends: _Ends) -> Adap
 def _fitted(
     base: Checkpoint, adapters: Sequence[AdapterFile], adapter: AdapterFile, ends: _Ends, trust: Trust
 ) -> tuple[tuple[Checkpoint, list[AdapterFile]], int]:
-    """Both as they can be merged, and the rows of the embedding."""
+    """Return base and adapters as they can be merged, and the number of rows of the embedding."""
     embedding, head = _own_weights(adapter, ends)
     rows = _rows(base, adapters, adapter, ends, (embedding, head))
     tensors, replaced, config = dict(base.tensors), dict(adapter.replaced), dict(base.config)
@@ -119,20 +119,20 @@ def _fitted(
         if modules_in(base.folder, trust, tie_word_embeddings=False).tied:
             raise UserError(
                 f"{adapter.folder} changes one of {ends.embedding} and {ends.head}, which the base's class always ties",
-                "merge it with PEFT itself, and see that the two stay apart",
+                "merge it with PEFT itself, and make sure that the two stay separate",
             )
         config |= _setting(config, "tie_word_embeddings", False)
         if at_head not in tensors:
             tensors = base.with_copy(at_head, at_embedding).tensors
         changes.append(f"{ends.head} is no longer tied to {ends.embedding}")
     elif ends.tied:
-        tensors.pop(at_head, None)  # what is there is the embedding again
+        tensors.pop(at_head, None)  # a copy of the embedding
         replaced.pop(ends.head, None)
         head = None
     for name, tensor in ((ends.embedding, embedding), (ends.head, head)):
         if tensor is not None:
             replaced[name] = tensor
-    for name, tensor in replaced.items():  # a bias of the output layer among them
+    for name, tensor in replaced.items():  # including a bias of the output layer
         if (at := ends.place(name)) in tensors and name.rpartition(".")[0] in (ends.embedding[:-7], ends.head[:-7]):
             tensors[at] = replace(tensors[at], shape=tuple(tensor.shape))
     every = [replace(each, replaced=replaced) if each is adapter else each for each in adapters]
@@ -146,9 +146,9 @@ def _fitted(
 
 
 def _own_weights(adapter: AdapterFile, ends: _Ends) -> tuple[Tensor | None, Tensor | None]:
-    """Embedding and output layer as the adapter brings them; None is the base's.
+    """Return the adapter's embedding and output layer; None for that of the base.
 
-    A weight of a tied model that is no copy of its own (`modules_to_save`) is both ends' at once.
+    In a tied model, a weight that is not a separate copy (`modules_to_save`) belongs to both ends.
     """
     embedding, head = adapter.replaced.get(ends.embedding), adapter.replaced.get(ends.head)
     if not ends.tied:
@@ -170,10 +170,10 @@ def _rows(
     ends: _Ends,
     own: tuple[Tensor | None, Tensor | None],
 ) -> int:
-    """The rows of both ends.
+    """Return the number of rows of both ends.
 
     Raises:
-        UserError: they have not the same number, so one of them is missing.
+        UserError: they differ, so one of the weights is missing.
     """
     before = base.tensors[ends.place(ends.embedding)].shape[0]
     names = {ends.embedding: own[0], ends.head: own[1]}
@@ -183,7 +183,8 @@ def _rows(
         for name in names:
             if name in each.deltas and len(each.deltas[name].b) != rows[name]:
                 raise UserError(
-                    f"{each.folder}: the change of {name} has {len(each.deltas[name].b):,} rows, itself {rows[name]:,}"
+                    f"{each.folder}: the change of {name} has {len(each.deltas[name].b):,} rows, the weight itself "
+                    f"{rows[name]:,}"
                 )
     new = {count for count in rows.values() if count != before}
     if not new:
@@ -193,7 +194,7 @@ def _rows(
         missing = lacking[0] if lacking else ends.head
         raise UserError(
             f"{adapter.folder} was trained on a model whose embedding had been resized from {before:,} to {max(new):,} "
-            f"rows, and holds no {missing} of that size: its new rows are nowhere",
+            f"rows, but has no {missing} of that size: its new rows were not saved",
             SAVE_BOTH,
         )
     return new.pop()
@@ -207,14 +208,14 @@ def _equal(base: Checkpoint, ends: _Ends, embedding: Tensor | None, head: Tensor
 
 
 def _setting(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A setting of config.json; models of several parts have it in the language model's too."""
+    """Return a setting of config.json; models of several parts also have it in the language model's section."""
     text = config.get("text_config")
     inner = {"text_config": {**text, key: value}} if isinstance(text, dict) else {}
     return inner if inner and key not in config else {key: value, **inner}
 
 
 def _require_tokens(adapter: AdapterFile, base: Checkpoint, rows: int) -> None:
-    """See that there is a row for every token that the adapter's tokenizer has more than the base's.
+    """Check that there is a row for every token that the adapter's tokenizer adds to the base's.
 
     Raises:
         UserError: there is none: the model was resized in training, and the new rows were not saved.
@@ -224,6 +225,6 @@ def _require_tokens(adapter: AdapterFile, base: Checkpoint, rows: int) -> None:
         raise UserError(
             f"the tokenizer of {adapter.folder} has the token {token!r} ({number}), and neither the adapter nor the "
             f"base {base.folder}, whose embedding has {rows:,} rows, has a row for it: the model was resized in "
-            "training, and its new rows are nowhere",
+            "training, and its new rows were not saved",
             SAVE_BOTH,
         )

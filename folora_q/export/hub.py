@@ -19,13 +19,13 @@ from folora_q.models.trust import ADAPTER_CONFIG
 LOG_IN = (
     "log in with `hf auth login`, or set HF_TOKEN to a token that may write: https://huggingface.co/settings/tokens"
 )
-# Weights that a loader would find beside, or in place of, those that are pushed.
+# Weights that a loader would find next to, or instead of, those that are pushed.
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 @dataclass(frozen=True)
 class _State:
-    """A repository as it is at one commit."""
+    """The state of a repository at one commit."""
 
     commit: str | None
     files: frozenset[str]
@@ -34,7 +34,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _Hub:
-    """One repository, asked with one token."""
+    """Accesses one repository with one token."""
 
     api: HfApi
     repo_id: str
@@ -45,7 +45,7 @@ class _Hub:
         return f"{self.api.endpoint}/{self.repo_id}"
 
     def state(self, commit: str | None = None) -> _State | None:
-        """What it holds, at its head or at a commit; None if there is no such repository."""
+        """Return the state at the head or at a commit; None if there is no such repository."""
         try:
             info = self.api.model_info(self.repo_id, revision=commit, token=self.token)
         except RepositoryNotFoundError:
@@ -53,32 +53,32 @@ class _Hub:
         return _State(info.sha, frozenset(file.rfilename for file in info.siblings or []), bool(info.private))
 
     def failure(self, what: str, error: BaseException) -> FoloraError:
-        """An error of ours for one of the hub client's, which raises whatever its transport does."""
+        """Convert an error of the hub client, which raises whatever its transport does."""
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         message = f"{what} ({_reason(error, self.token)})"
         if status == 401:
             return UserError(message, f"the hub does not accept the token; {LOG_IN}")
         if status == 403:
             return UserError(message, f"the token may not write to {self.repo_id}; {LOG_IN}")
-        return RunError(message, "push again; files that the hub has already are not sent twice")
+        return RunError(message, "push again; files that are already on the hub are not sent twice")
 
 
 def push_folder(folder: Path, repo_id: str, private: bool, api: HfApi | None = None) -> str:
     """Push a verified merged model, or an adapter.
 
     Args:
-        folder: all of its files are pushed, but hidden ones.
-        repo_id: such as name/model; made if there is none.
-        private: whether a repository that is made is private.
+        folder: all of its files are pushed, except hidden ones.
+        repo_id: such as name/model; created if it does not exist.
+        private: whether a repository that is created is private.
         api: the hub to push to.
 
     Returns:
         The repository's URL.
 
     Raises:
-        UserError: no token, no network wanted, a folder that is neither, or a repository that will not or must not have
-            it; nothing was committed.
-        RunError: the push failed, and the message says what is on the hub: nothing of it, or what could be found out.
+        UserError: there is no token, offline mode is on, the folder is neither, or the repository refuses it or has
+            other weights; nothing was committed.
+        RunError: the push failed; the message says what is on the hub, as far as it is known.
     """
     files = _files(folder)
     kind = _kind(folder)
@@ -89,7 +89,7 @@ def push_folder(folder: Path, repo_id: str, private: bool, api: HfApi | None = N
     try:
         before = hub.state()
     except Exception as error:
-        raise hub.failure(f"cannot ask {hub.url} what it holds; {nothing}", error) from None
+        raise hub.failure(f"cannot read the state of {hub.url}; {nothing}", error) from None
     created = before is None
     if before is not None:
         _refuse_mixture(hub, before, files, private)
@@ -116,13 +116,13 @@ def push_folder(folder: Path, repo_id: str, private: bool, api: HfApi | None = N
     if missing := sorted(files.keys() - (after.files if after else frozenset())):
         raise RunError(
             f"the model was committed to {hub.url} without {missing[0]}, and cannot be loaded from there as it is",
-            "the repository's .gitignore may name it; push to another repository, or mend that one",
+            "the repository's .gitignore may name it; push to another repository, or correct that one",
         )
     return hub.url
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files to push, by their names in the repository."""
+    """Return the files to push, by their names in the repository."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder} to push")
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -130,7 +130,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _kind(folder: Path) -> str:
-    """What the folder is, for the commit's message.
+    """Return what the folder is, for the commit message.
 
     Raises:
         UserError: it is neither a merged model that was verified nor an adapter.
@@ -149,7 +149,7 @@ def _kind(folder: Path) -> str:
     if verified is not True:
         raise UserError(
             f"{folder} is not pushed: its {REPORT} does not say that the merged model was verified to be the adapter",
-            "merge again; a merged model that fails the verification is not one to share",
+            "merge again; a merged model that fails the verification must not be shared",
         )
     return "Merged model"
 
@@ -167,16 +167,16 @@ def _repository(repo_id: str) -> str:
 
 
 def require_token() -> str:
-    """The token of whoever is logged in.
+    """Return the token of the user who is logged in.
 
     Raises:
-        UserError: nobody is, or the hub is switched off.
+        UserError: nobody is logged in, or offline mode is on.
     """
     if is_offline_mode():
         raise UserError("cannot push: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set", "unset it for this command")
     try:
         token = get_token()
-    except Exception as error:  # of an exchange of tokens in CI
+    except Exception as error:  # from an exchange of tokens in CI
         raise UserError(f"cannot push without a token: {_reason(error, '')}", LOG_IN) from None
     if not token:
         raise UserError("cannot push to the Hugging Face Hub without a token", LOG_IN)
@@ -184,7 +184,7 @@ def require_token() -> str:
 
 
 def _refuse_mixture(hub: _Hub, before: _State, files: dict[str, Path], private: bool) -> None:
-    """A repository that already exists may not be public where it should be private, nor keep other weights."""
+    """Raise an error if an existing repository is public although it should be private, or has other weights."""
     if private and not before.private:
         raise UserError(
             f"{hub.url} already exists and is public; nothing was pushed",
@@ -193,25 +193,25 @@ def _refuse_mixture(hub: _Hub, before: _State, files: dict[str, Path], private: 
     others = sorted(name for name in before.files - files.keys() if "/" not in name and name.endswith(WEIGHTS))
     if others:
         raise UserError(
-            f"{hub.url} holds other weights already, {others[0]}, which would mix with these; nothing was pushed",
+            f"{hub.url} already has other weights, {others[0]}, which would mix with these; nothing was pushed",
             "push to another repository, or delete them there first",
         )
 
 
 def _outcome(hub: _Hub, before: _State | None, created: bool) -> str:
-    """After a commit failed: what is on the hub. An answer can be lost after the hub did what it was asked."""
+    """Describe what is on the hub after a commit failed: it may have succeeded although the answer was lost."""
     try:
         now = hub.state()
     except Exception:
-        return f"whether the model was committed could not be asked; look at {hub.url}"
+        return f"it could not be determined whether the model was committed; look at {hub.url}"
     if now is None or before is None or now.commit == before.commit:
-        left = "which was created for it, is empty" if created else "is as it was"
+        left = "which was created for it, is empty" if created else "is unchanged"
         return f"nothing of the model was committed, and the repository {hub.url}{',' * created} {left}"
-    return f"but {hub.url} has got the new commit {now.commit}; look whether it is this model"
+    return f"but {hub.url} has the new commit {now.commit}; check whether it is this model"
 
 
 def _reason(error: BaseException, token: str) -> str:
-    """An error of the hub client's in one line, with its cause, and without the token."""
+    """Describe an error of the hub client on one line, with its cause, without the token."""
     if isinstance(error, HfHubHTTPError):
         text = f"{error.response.status_code} {error.server_message or error.response.reason_phrase}"
     else:

@@ -1,6 +1,6 @@
 """Merge adapters into their base, shard by shard: W + Σ wᵢ sᵢ Bᵢ Aᵢ, summed in float32 and rounded once.
 
-In memory are one shard that is read and one that is written, never the model. Nothing needs a GPU.
+Only one shard that is read and one that is written are in memory, never the complete model. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from folora_q.models.weight_files import INDEX, SINGLE, Checkpoint
 from folora_q.storage.files import commit_directory, free_bytes
 
 BaseWeights = Literal["original", "dequantized"]
-# Written last, with the result of the verification; a merged folder without it was not finished.
+# Written last, with the result of the verification; a merged folder without it is incomplete.
 REPORT = "merge.json"
-# Files that go with a model besides its weights: the adapter's own, where it has one, else the base's.
+# Files that accompany a model's weights: the adapter's own if it has them, else the base's.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,22 +40,22 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Room on the disk for configuration, tokenizer and the file system's own.
+# Disk space for configuration, tokenizer and file system.
 SPARE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged into what.
+    """The base, adapters and settings of a merge.
 
     Attributes:
-        adapters: with their weights w; they, and the base, as `fitted` gives them.
-        weights: the base's weights as they are, or as they were in 4 bits in training.
+        adapters: with their weights w; base and adapters are the result of `fitted`.
+        weights: the base's weights as stored, or as they were in 4 bits in training.
         dtype: of the merged model.
-        quantization: how the base was held in training, for `dequantized`.
+        quantization: how the base was quantized in training, for `dequantized`.
         trust: what building the base may do.
-        trained_on: the checkpoint in 4 bits that the adapter was trained on, where it is not the base: what the merged
-            model is compared with.
+        trained_on: the 4-bit checkpoint that the adapter was trained on, if it is not the base; the merged model is
+            compared with it.
     """
 
     base: Checkpoint
@@ -67,16 +67,16 @@ class Merge:
     trained_on: Path | None = None
 
     def __post_init__(self) -> None:
-        """Find what cannot be merged before anything is written.
+        """Check that everything can be merged, before anything is written.
 
         Raises:
-            UserError: a weight of an adapter is not in the base, has another shape, or is shared with another one; or
-                the base has none of the weights that are asked for.
+            UserError: a weight of an adapter is not in the base, has another shape, or is tied to another one; or the
+                base does not have the requested weights.
         """
         if self.base.prequantized and self.weights == "original":
             raise UserError(
                 f"{self.base.folder} was saved in 4 bits: there are no original weights to merge into",
-                "leave out --base original, or name the model that it was made of with --base-model",
+                "leave out --base original, or name its original model with --base-model",
             )
         for adapter, _ in self.adapters:
             for name, shape in _shapes(adapter):
@@ -91,14 +91,14 @@ class Merge:
                     )
             if adapter.replaced and len(self.adapters) > 1:
                 raise UserError(
-                    f"{adapter.folder} replaces {next(iter(adapter.replaced))} as a whole; it merges alone only"
+                    f"{adapter.folder} replaces {next(iter(adapter.replaced))} in full, so it can only be merged alone"
                 )
 
     def _place(self, adapter: AdapterFile, name: str) -> str:
-        """The name on the disk of a weight that an adapter changes.
+        """Return the name on disk of a weight that an adapter changes.
 
         Raises:
-            UserError: there is none that can be changed alone.
+            UserError: there is none, or it cannot be changed separately.
         """
         found = self.layout.stored_as(name)
         base = f"{adapter.folder} changes {name}, but of the base {self.base.folder}"
@@ -115,13 +115,13 @@ class Merge:
 
     @cached_property
     def layout(self) -> Layout:
-        """What the base's class does with the weights on the disk."""
+        """How the base's class uses the weights on disk."""
         names = [name for adapter, _ in self.adapters for name, _ in _shapes(adapter)]
         return read_layout(self.base.folder, self.base.tensors, names, self.trust)
 
     @cached_property
     def _changes(self) -> dict[str, list[tuple[float, Delta]]]:
-        """By the weight's name on the disk."""
+        """Changes by the weight's name on disk."""
         found: dict[str, list[tuple[float, Delta]]] = {}
         for adapter, share in self.adapters:
             for name, delta in adapter.deltas.items():
@@ -139,29 +139,29 @@ class Merge:
         }
 
     def deltas(self, name: str) -> list[tuple[float, Delta]]:
-        """The changes of one weight on the disk, with the adapters' weights."""
+        """Return the changes of one weight on disk, with the adapters' weights."""
         return self._changes.get(name, [])
 
     @cached_property
     def quantized(self) -> set[str]:
-        """Names on the disk of the base's weights that go through 4 bits; none for those that lie there in 4 bits."""
+        """Names on disk of the base's weights that are quantized and dequantized; none if they are stored in 4 bits."""
         if self.weights == "original" or self.base.prequantized:
             return set()
         parameters = quantized_parameters(self.base.folder, self.quantization, self.trust)
         return {stored for stored, parameter in self.layout.parameter_of.items() if parameter in parameters}
 
     def base_weight(self, name: str) -> Tensor:
-        """A weight as the merge takes it: the base's as stored, or as it is in 4 bits; or the adapter's own."""
+        """Return a weight to which changes are added: the base's as stored or as in 4 bits, or the adapter's own."""
         if name in self._replacements:
             return self._replacements[name]
         weight = self.base.read(name)
         transposed = self.layout.parameter_of.get(name) in self.layout.transposed
-        if name in self.quantized:  # which is done to (out, in)
+        if name in self.quantized:  # quantization needs (out, in)
             return self.quantization.round_trip(weight.T).T if transposed else self.quantization.round_trip(weight)
         return weight.T if transposed and self.base.tensors[name].packed else weight
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Of a weight as the merge takes it."""
+        """Return the shape of `base_weight`."""
         stored = self.base.tensors[name]
         transposed = self.layout.parameter_of.get(name) in self.layout.transposed
         return stored.shape[::-1] if transposed and stored.packed else stored.shape
@@ -190,12 +190,12 @@ def write_merged(
     finish: Callable[[Path], dict] = lambda folder: {},
     on_progress: Callable[[int], None] = lambda weights: None,
 ) -> None:
-    """Write the merged model: aside, and renamed when it is whole.
+    """Write the merged model to a temporary folder, and rename it when it is complete.
 
     Args:
         target: a folder that does not exist, or one to replace.
-        finish: called with the unfinished folder once all weights are in it; adds the card, and may raise to give the
-            merge up. What it returns goes into merge.json.
+        finish: called with the temporary folder once all weights are in it; adds the card, and may raise to abort the
+            merge. Its result is written to merge.json.
         on_progress: called with the number of weights written.
 
     Raises:
@@ -248,12 +248,12 @@ def _write_companions(merge: Merge, staging: Path) -> None:
     (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     folders = [adapter.folder for adapter, _ in merge.adapters[:1]] + [merge.base.folder]
     for name in COMPANIONS:
-        # A tokenizer is taken as a whole: a file of the base's beside the adapter's own could contradict it.
+        # All files of a tokenizer have the same origin: one from the base could contradict the adapter's.
         own = (folders[0] / "tokenizer_config.json").exists() and name != "generation_config.json"
         for folder in folders[:1] if own else folders:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
                 break
-    if merge.trust.remote_code:  # without its own code the merged model could not be loaded either
+    if merge.trust.remote_code:  # the merged model needs this code too
         for file in merge.base.folder.glob("*.py"):
             shutil.copyfile(file, staging / file.name)

@@ -1,4 +1,4 @@
-"""Text for the verification of a merge: the run's held-out text, or general text."""
+"""Choose text for the verification of a merge: the run's held-out text, and general text."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.recipe import Recipe
 from folora_q.runs.folder import RunFolder
 
-# So many sequences of each kind, of at most so many tokens.
+# The number of sequences of each kind, and their maximum length in tokens.
 SEQUENCES = 4
 LENGTH = 64
 
 
 @dataclass(frozen=True)
 class CheckTexts:
-    """Token ids, and where they are from, for people."""
+    """Token ids, and a description of their origin."""
 
     sequences: list[list[int]]
     origin: str
 
 
 def check_texts(adapter: Path, tokenizer: Tokenizer) -> CheckTexts:
-    """Held-out task rows and held-out sampled text of the run that an adapter lies in, and general text always."""
+    """Return held-out task rows and held-out sampled text of the adapter's run, and always general text."""
     general = [ids for ids in text_windows(GENERAL_TEXTS["prose"], tokenizer, LENGTH)][:SEQUENCES]
     run = RunFolder(adapter.parent)
     if not run.manifest.exists() or adapter != run.adapter:
@@ -40,14 +40,14 @@ def check_texts(adapter: Path, tokenizer: Tokenizer) -> CheckTexts:
     samples = read_samples(run.proxy, len(tokenizer)) or []
     proxy = [sample.ids[:LENGTH] for sample in samples[recipe.proxy.num_samples :]][:SEQUENCES]
     task = _held_out_rows(recipe, tokenizer)
-    parts = {"held-out rows of the task": task, "held-out text of the base's own": proxy, "general text": general}
+    parts = {"held-out rows of the task": task, "held-out text sampled from the base": proxy, "general text": general}
     named = [name for name, ids in parts.items() if ids]
-    in_turn = [ids for row in zip_longest(*parts.values()) for ids in row if ids]  # so that a cut leaves some of each
+    in_turn = [ids for row in zip_longest(*parts.values()) for ids in row if ids]  # so that a limit keeps some of each
     return CheckTexts(in_turn, ", ".join(named))
 
 
 def _held_out_rows(recipe: Recipe, tokenizer: Tokenizer) -> list[list[int]]:
-    """The first held-out rows as the run measured them; none if the data are gone."""
+    """Return the first held-out rows as the run encoded them; none if the data are gone."""
     try:
         examples = read_task_data(recipe.data, recipe.training.seed).heldout[:SEQUENCES]
         encoder = Encoder(tokenizer)

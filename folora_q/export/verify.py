@@ -1,11 +1,11 @@
 """Verify a merged model: every weight on the disk, and its outputs compared with the adapter's.
 
 1. Every merged weight is read back and compared with W + Σ wᵢ sᵢ Bᵢ Aᵢ in float64: each number must be the nearest one
-   that its dtype has. A scale off by a hundredth, a module left out or two matrices swapped are seen here.
-2. Logits on held-out text, merged against PEFT's adapter on its base: their mean difference must be that of rounding:
-   of its noise, measured by rounding the same weights another way, and of the share of the update that it swallows,
-   since a change of less than half the distance between two numbers is rounded away; and less than the adapter's own
-   effect, or the merged model is the base.
+   in its dtype. This detects a scale off by one percent, a missing module or two swapped matrices.
+2. Logits of the merged model on held-out text are compared with those of PEFT's adapter on its base. Rounding must
+   explain the mean difference: its noise, measured by rounding the same weights another way, and the lost share of the
+   update, since a change of less than half the distance between two numbers is rounded away. And it must be less than
+   the adapter's own effect, or the merged model could be the base.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from transformers import AutoConfig, PreTrainedModel
 
@@ -27,29 +27,29 @@ from folora_q.export.merge import Merge
 from folora_q.models.classes import auto_class
 from folora_q.models.weight_files import DTYPES, open_checkpoint
 
-# Rows of a weight that are compared at a time.
+# Rows of a weight or of logits that are compared at a time.
 ROWS = 1024
-# Logits kept of one model, in numbers: 0.8 GB.
+# Maximum number of logits kept per model: 0.8 GB.
 MAX_LOGITS = 2 * 10**8
-# The mean logit difference may be so many times that of another rounding.
+# The mean logit difference may be this multiple of that of another rounding.
 ROUNDING_FACTOR = 2.0
-# Where there is memory for 16 bits alone, computing rounds too, the adapter's branch apart from the merged weight.
+# If memory suffices only for 16 bits, computing rounds too, the adapter's branch separately from the merged weight.
 COMPUTING_FACTOR = 8.0
-# In float32 rounding is too small to be a yardstick.
+# In float32 rounding is too small for a comparison, so the limits are absolute.
 FLOAT32_MEAN = 1e-4
 FLOAT32_KL = 1e-9
-# The adapter's own effect must be so many times what is left between it and the merged model; of the base it is once.
+# The adapter's effect must be this multiple of the difference to the merged model; for the bare base it is 1.
 EFFECT_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two models' logits on the same text, the first being the adapter on its base.
+    """Difference between two models' logits on the same text; the first is the adapter on its base.
 
     Attributes:
         largest, mean: of the absolute differences of logits.
         kl: KL(first ‖ second), nats per token.
-        agreement: how often both find the same token most likely.
+        agreement: the share of positions with the same most likely token.
     """
 
     largest: float
@@ -60,10 +60,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class CheckedWeights:
-    """What comparing the weights found.
+    """Result of comparing the weights.
 
     Attributes:
-        changed: how many weights differ from the base's, and are what they should be.
+        changed: the number of weights that differ from the base's, all of them correctly.
         kept: the share of the update that is left after rounding, ⟨ΔW stored, ΔW⟩ / ‖ΔW‖², over all weights.
     """
 
@@ -73,15 +73,15 @@ class CheckedWeights:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """Result of the verification.
 
     Attributes:
-        weights: how many weights differ from the base's, and are what they should be.
-        merged: adapter on its base against the merged model.
-        base_difference: adapter on its base against the bare base.
-        rounding: mean logit difference that another rounding of the same weights makes; None in float32.
+        weights: the number of weights that differ from the base's, all of them correctly.
+        merged: adapter on its base compared with the merged model.
+        base_difference: adapter on its base compared with the bare base.
+        rounding: mean logit difference from another rounding of the same weights; None in float32.
         kept: the share of the update that rounding to the stored dtype keeps.
-        tokens: how many predictions were compared.
+        tokens: the number of predictions compared.
         failures: sentences; empty if the merged model is the adapter.
     """
 
@@ -94,23 +94,23 @@ class Verification:
     kept: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For merge.json."""
+        """Return the result for merge.json."""
         return {"verified": not self.failures, **asdict(self)}
 
 
 def check_weights(
     merge: Merge, folder: Path, on_progress: Callable[[int], None] = lambda weights: None
 ) -> CheckedWeights:
-    """Compare every weight on the disk with what it should be, in float64.
+    """Compare every weight on disk with its expected value, in float64.
 
     Raises:
-        RunError: one is not the nearest that its dtype has, or a changed one is the base's; the weight is named.
+        RunError: one is not the nearest in its dtype, or one that should change did not; the message names it.
     """
     merged = open_checkpoint(folder, merge.trust)
     stored = whole = 0.0  # ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²
     if merged.tensors.keys() != merge.base.tensors.keys():
         odd = sorted(merged.tensors.keys() ^ merge.base.tensors.keys())[0]
-        raise RunError(f"the merged model and its base do not have the same weights: {odd} is in one of them alone")
+        raise RunError(f"the merged model and its base do not have the same weights: {odd} is only in one of them")
     for name in merge.base.tensors:
         found = merged.read(name)
         base = merge.base_weight(name)
@@ -127,9 +127,9 @@ def check_weights(
 
 
 def _compared(merge: Merge, name: str, base: Tensor, found: Tensor) -> tuple[str | None, float, float]:
-    """What is wrong with a weight, if anything; ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²."""
+    """Return what is wrong with a weight, if anything; ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²."""
     if not base.is_floating_point():
-        wrong = None if torch.equal(base, found) else "it is not a rounded number, and it was changed"
+        wrong = None if torch.equal(base, found) else "it is an integer tensor, and it was changed"
         return wrong, 0.0, 0.0
     stored = whole = 0.0
     deltas = [(share * delta.scale, delta) for share, delta in merge.deltas(name)]
@@ -154,11 +154,11 @@ def _compared(merge: Merge, name: str, base: Tensor, found: Tensor) -> tuple[str
             stored += float(((actual.double() - base[rows].double()) * change).sum())
             whole += float(change.square().sum())
         changed = changed or not torch.equal(actual, (base[rows] if base.ndim else base).to(found.dtype))
-    return (None if changed else "it is the base's"), stored, whole
+    return (None if changed else "it is unchanged from the base"), stored, whole
 
 
 def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbouring numbers of a dtype, at float64 values."""
+    """Return the distance between neighbouring numbers of a dtype, at float64 values."""
     info = torch.finfo(dtype)
     return info.eps * torch.exp2(values.abs().clamp_min(info.smallest_normal).log2().floor())
 
@@ -176,9 +176,9 @@ def check_outputs(
     One model is in memory at a time.
 
     Args:
-        compute: the dtype that all three compute in; float32 sees most, and takes 4 bytes a weight.
+        compute: the dtype that all three compute in; float32 is the most sensitive, with 4 bytes per weight.
         texts: token ids.
-        weights: what `check_weights` found.
+        weights: the result of `check_weights`.
         on_progress: called with 1 after each of three models.
     """
     tuned, bare = _reference_logits(merge, texts, compute)
@@ -209,16 +209,16 @@ def check_outputs(
 
 
 def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of PEFT's own adapter on the base, and of the base."""
+    """Return the logits of PEFT's adapter on the base, and of the base."""
     base = _loaded(merge.trained_on or merge.base.folder, compute, merge)
     if isinstance(merge.base, FittedCheckpoint):
-        base.resize_token_embeddings(merge.base.rows, mean_resizing=False)  # the adapter brings the rows themselves
+        base.resize_token_embeddings(merge.base.rows, mean_resizing=False)  # the adapter has the rows themselves
     for name in merge.quantized if merge.trained_on is None else ():
         where = merge.layout.parameter_of[name]
         parameter, transposed = base.get_parameter(where), where in merge.layout.transposed
         held = merge.quantization.round_trip(parameter.data.T if transposed else parameter.data).to(compute)
         parameter.data = held.T.contiguous() if transposed else held
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    vocabulary = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
     bare = logits_of(base, texts, vocabulary)
     names = [str(number) for number in range(len(merge.adapters))]
     model = PeftModel.from_pretrained(base, merge.adapters[0][0].folder, adapter_name=names[0])
@@ -232,7 +232,7 @@ def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: tor
 
 
 def _loaded(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel:
-    """The base, or the merged model, which is made of it: its folder has been looked through (`check_model`)."""
+    """Load the base, or the merged model made from it; `check_model` has checked the base's folder."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
     model = auto_class(config).from_pretrained(
         folder,
@@ -242,13 +242,13 @@ def _loaded(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel
         weights_only=True,
     )
     if getattr(model, "hf_quantizer", None) is not None:
-        # Saved in 4 bits: decoded as in training. Without gradients bitsandbytes rounds otherwise than with them.
+        # Saved in 4 bits: dequantized as in training. Without gradients bitsandbytes rounds differently.
         model = model.dequantize(dtype=compute).to(compute)
     return model.eval()
 
 
 def logits_of(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """Logits of every prediction in the texts, one text after another, (n, vocabulary)."""
+    """Return the logits of every prediction in the texts, one text after another, (n, vocabulary)."""
     most = max(1, MAX_LOGITS // vocabulary)
     rows: list[Tensor] = []
     with torch.no_grad():
@@ -263,7 +263,7 @@ def logits_of(model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[int]]
 def _round_otherwise(model: PreTrainedModel, merge: Merge) -> None:
     """Move a twelfth of the rounded weights' numbers to a neighbour, at random.
 
-    That has the variance of rounding, whose error is even between minus and plus half of the spacing.
+    That has the variance of rounding, whose error is uniform between minus and plus half of the spacing.
     """
     generator = torch.Generator().manual_seed(0)
     as_stored = DTYPES[merge.dtype]
@@ -273,7 +273,7 @@ def _round_otherwise(model: PreTrainedModel, merge: Merge) -> None:
         for name, parameter in merge.layout.parameter_of.items()
         if name in changed or merge.base.tensors[name].dtype != as_stored
     }
-    parameters = dict(model.named_parameters())  # without a tied one's second name
+    parameters = dict(model.named_parameters())  # without the second names of tied ones
     for weight in (parameters[name].data for name in sorted(rounded & parameters.keys())):
         weight = weight if weight.ndim else weight[None]
         for start in range(0, len(weight), ROWS):
@@ -284,7 +284,7 @@ def _round_otherwise(model: PreTrainedModel, merge: Merge) -> None:
 
 
 def compare_logits(first: Tensor, second: Tensor) -> Difference:
-    """Between two models' logits (n, vocabulary) on the same text."""
+    """Compare two models' logits (n, vocabulary) on the same text."""
     apart = (first - second).abs()
     kl, agreed = 0.0, 0
     for start in range(0, len(first), ROWS):

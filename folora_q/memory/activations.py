@@ -1,8 +1,8 @@
 """Memory of activations: what a training step keeps for its backward pass, and its temporaries.
 
 Bytes are derived from the operations of transformers' decoder layers and of PEFT's 4-bit LoRA layer, tensor by tensor,
-and held to what autograd keeps by a test. Letters: n tokens, h hidden size, i intermediate size, c bytes of the compute
-dtype, r rank of the adapter.
+and a test compares them with what autograd keeps. Letters: n tokens, h hidden size, i intermediate size, c bytes of the
+compute dtype, r rank of the adapter.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from folora_q.memory.shapes import Layer, Linear, ModelShape
 
 FLOAT32 = 4
-# Float32 tensors (n, h) at once in the backward pass of an RMS norm: the gradient, the two products that are summed,
-# the power's and the mean's.
+# Float32 tensors (n, h) in the backward pass of an RMS norm at the same time: the gradient, the two products that are
+# summed, and the gradients of the power and of the mean.
 NORM_BACKWARD = 5
-# TRL's fused head multiplies tiles of so many tokens and words (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
+# Tokens and vocabulary entries per tile in TRL's fused head (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32_768
-# activation functions that transformers writes out in PyTorch, which keep their intermediate results
+# Activation functions that transformers implements with several PyTorch operations, whose results are kept.
 WRITTEN_OUT = {"gelu_new", "gelu_fast", "quick_gelu"}
 KEPT_WRITTEN_OUT = 4
 
@@ -28,7 +28,7 @@ class BatchShape:
     """Sequences in one pass.
 
     Attributes:
-        masked: some are padded or packed, so that attention is given a mask (rows, 1, length, length).
+        masked: some are padded or packed, so that attention uses a mask (rows, 1, length, length).
     """
 
     rows: int
@@ -46,14 +46,14 @@ class Arithmetic:
 
     Attributes:
         compute: bytes of the compute dtype.
-        autocast: the Trainer's autocast is on, as on a GPU: PEFT then leaves an adapter's input as it is, and PyTorch
+        autocast: the Trainer's autocast is on, as on a GPU: PEFT then does not cast an adapter's input, and PyTorch
             casts the adapter; without it PEFT casts the input of every adapted layer to float32.
         rank: of the adapter.
         adapted: names of the adapted linear layers; None for all.
         head: the output layer has an adapter too.
-        dropout: the adapter's dropout is on, which keeps its mask and its result.
+        dropout: the adapter's dropout is on, whose mask and result are kept.
         eager: attention scores are materialized.
-        frozen: of the adapter B alone is trained.
+        frozen: only B is trained.
     """
 
     compute: int
@@ -67,7 +67,7 @@ class Arithmetic:
 
     @property
     def adapter(self) -> int:
-        """Bytes of a number inside the adapter."""
+        """Bytes per number inside the adapter."""
         return self.compute if self.autocast else FLOAT32
 
     @property
@@ -80,7 +80,7 @@ class Arithmetic:
 
 
 def kept_in_layer(shape: ModelShape, layer: Layer, batch: BatchShape, how: Arithmetic) -> int:
-    """Bytes that autograd keeps of one decoder layer without checkpointing."""
+    """Return the bytes that autograd keeps of one decoder layer without checkpointing."""
     per_token = (
         _kept_by_norms(shape, layer, how)
         + _kept_by_adapters(shape, layer, how)
@@ -92,16 +92,16 @@ def kept_in_layer(shape: ModelShape, layer: Layer, batch: BatchShape, how: Arith
 
 
 def _kept_by_norms(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
-    """An RMS norm its input in float32 and a root; a layer norm its input, which autocast makes float32, and two."""
+    """An RMS norm keeps its input in float32 and a root; a layer norm its input (float32 under autocast) and two."""
     width = FLOAT32 if shape.rms or how.autocast else how.compute
     return sum(width * norm + FLOAT32 * (1 if shape.rms else 2) for norm in layer.norms)
 
 
 def _kept_by_adapters(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
-    """A keeps its input unless it is frozen, B its own of r numbers; the frozen weight needs neither.
+    """A keeps its input unless it is frozen, B its input of r numbers; the frozen weight keeps nothing.
 
-    Adapted layers that read one tensor keep it once, unless each makes a float32 copy of it, or, under autocast after a
-    layer norm, which gives float32 there, a 16-bit one. The attention's output is kept by the attention already.
+    Adapted layers that read one tensor keep it once, unless each makes a float32 copy of it, or a 16-bit one under
+    autocast after a layer norm, whose output is float32 then. The attention already keeps its own output.
     """
     kept = 0
     for tensor in dict.fromkeys(linear.reads for linear in layer.linears):
@@ -123,29 +123,29 @@ def _kept_by_adapters(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
 
 
 def _kept_by_attention(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
-    """Queries, keys and values, the output, and a float32 number a head. With a mask, keys and values are repeated."""
+    """Queries, keys, values, output, and a float32 number per head. With a mask, keys and values are repeated."""
     queries = shape.heads * shape.head_dim
     repeated = batch.masked or how.eager
     own = shape.kv_heads * shape.head_dim
     keys = queries if repeated else own
     if not how.eager:
-        # A part of one fused result keeps all of it.
-        beside = queries + own if shape.fused and shape.rotary and keys == own else 0
-        return how.compute * (2 * queries + 2 * keys + beside) + FLOAT32 * shape.heads
-    # Scores: the softmax in float32 and cast back, and what a soft cap's tanh gives.
+        # A view of one fused result keeps all of it.
+        rest = queries + own if shape.fused and shape.rotary and keys == own else 0
+        return how.compute * (2 * queries + 2 * keys + rest) + FLOAT32 * shape.heads
+    # Scores: the softmax in float32 and cast back, and the tanh of a soft cap.
     scores = FLOAT32 + (how.compute if how.compute != FLOAT32 else 0) + (how.compute if shape.eager else 0)
     return how.compute * (queries + 2 * keys) + scores * shape.heads * batch.length
 
 
 def _kept_by_mlp(shape: ModelShape, layer: Layer, how: Arithmetic) -> int:
-    """What the activation function reads; with a gate, both factors of the product too. The product is an input."""
+    """The activation function's input; with a gate, also both factors of the product. The product is an input."""
     tensors = (KEPT_WRITTEN_OUT if shape.activation in WRITTEN_OUT else 1) + (2 if shape.gated else 0)
     experts = 3 * layer.active + layer.routed * shape.hidden if layer.active else 0
     return how.compute * (tensors * layer.middle + experts)
 
 
 def kept(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
-    """Bytes that autograd keeps of a forward pass without checkpointing, up to the head.
+    """Return the bytes that autograd keeps of a forward pass without checkpointing, up to the head.
 
     The first norm keeps nothing, as nothing before it is trained; the last one does.
     """
@@ -155,13 +155,13 @@ def kept(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
 
 
 def kept_with_checkpointing(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
-    """Bytes of the layers' inputs, which is all that checkpointing keeps of them, and what the last norm keeps."""
+    """Return the bytes of the layers' inputs, which checkpointing keeps, and of what the last norm keeps."""
     layers = shape.depth * shape.hidden * how.compute
     return (layers + FLOAT32 * (shape.hidden + 1)) * batch.tokens + shared(shape, batch, how)
 
 
 def shared(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
-    """What all layers read: the mask, and the rotary tables."""
+    """Return the bytes that all layers share: the mask, and the rotary tables."""
     mask = batch.rows * batch.length**2 * (how.compute if how.eager else 1) if batch.masked or how.eager else 0
     return mask + _rotary(shape, batch, how)
 
@@ -171,11 +171,11 @@ def _rotary(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
 
 
 def passing_backward(shape: ModelShape, layer: Layer, batch: BatchShape, how: Arithmetic) -> int:
-    """Bytes that a layer's backward pass holds at its peak beyond what the layer kept.
+    """Return the bytes at the peak of a layer's backward pass beyond what the layer kept.
 
-    At the MLP's last linear layer: the gradient that comes in, (n, h), and that of its input by the frozen weight,
-    which is decoded for it, while what the adapter kept is gone and its gradient is there. Without autocast the
-    adapter's gradients are float32: the incoming one, that scaled, and that of its input.
+    At the MLP's last linear layer: the incoming gradient, (n, h), and that of its input through the frozen weight,
+    which is dequantized for it, when the adapter's kept tensors are freed and its gradient exists. Without autocast the
+    adapter's gradients are float32: the incoming one, the same scaled, and that of its input.
     """
     middle = max(layer.middle, layer.active)
     largest = max(linear.weights for linear in layer.linears) * how.compute
@@ -187,9 +187,9 @@ def passing_backward(shape: ModelShape, layer: Layer, batch: BatchShape, how: Ar
 
 
 def at_backward(shape: ModelShape, batch: BatchShape, how: Arithmetic, checkpointing: bool) -> tuple[int, int]:
-    """The peak of a backward pass after the head's: bytes that layers keep, and those of the one in hand.
+    """Return the peak of a backward pass after the head's: bytes that layers keep, and bytes of the present layer.
 
-    With checkpointing the layer in hand is computed again, and the last norm's are gone.
+    With checkpointing the present layer is recomputed, and those of the last norm are freed.
     """
     layers = [layer for layer, _ in shape.layers]
     if checkpointing:
@@ -201,16 +201,16 @@ def at_backward(shape: ModelShape, batch: BatchShape, how: Arithmetic, checkpoin
 
 
 def passing_last_norm(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
-    """Bytes that the backward pass of the last norm takes, where the layers' activations all still stand."""
+    """Return the bytes of the last norm's backward pass, during which all layers' activations are in memory."""
     return (NORM_BACKWARD * FLOAT32 + how.compute) * shape.hidden * batch.tokens
 
 
 def passing_head(shape: ModelShape, batch: BatchShape, how: Arithmetic, fused: bool) -> int:
-    """Bytes of the head and the loss, every token counted as trained.
+    """Return the bytes of the head and the loss, if every token is trained.
 
     Fused, as on a GPU: a copy of the trained tokens' hidden states, their gradient in float32, and one tile of logits,
-    always 32,768 words wide. Otherwise all logits: the loss keeps float32 log-probabilities, and its backward pass
-    makes two gradients of them; or, forward, the logits as computed and in float32.
+    always 32,768 wide. Otherwise all logits: the loss keeps float32 log-probabilities, and its backward pass makes two
+    gradients of them; or in the forward pass, the logits as computed and in float32.
     """
     if fused:
         tile = min(batch.tokens, TILE_TOKENS) * TILE_WORDS * how.compute

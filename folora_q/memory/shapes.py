@@ -1,7 +1,7 @@
-"""Shapes of a decoder's weights, from its config.json alone.
+"""Derive the shapes of a decoder's weights from its config.json alone.
 
-`folora_q.memory.model_families` says how each family names its layers. Other models are built on the meta device by the
-caller, and their parameters are read by `folora_q.memory.shapes_from_meta`.
+`folora_q.memory.model_families` has the names of layers in each family. Other models are built on the meta device by
+the caller, and `folora_q.memory.shapes_from_meta` reads their parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from folora_q.memory.model_families import FAMILIES, Family, Flag
 from folora_q.recipe.paths import short
 
 Config = Mapping[str, Any]
-# No model is near to these; a file may say anything.
+# Far above any model; a file may contain anything.
 MAX_LAYERS, MAX_SIZE = 2_000, 10**9
 
 
@@ -26,8 +26,8 @@ class Linear:
 
     Attributes:
         name: its path in the decoder layer, e.g. self_attn.q_proj.
-        reads: names the tensor that it is given; layers with the same share it.
-        adaptable: text reaches it, and PEFT does not take it for an expert (folora_q.models.target_modules).
+        reads: a name for its input; layers with the same name share one tensor.
+        adaptable: text passes through it, and PEFT does not mistake it for an expert (folora_q.models.target_modules).
     """
 
     name: str
@@ -47,14 +47,14 @@ class Layer:
     """A decoder layer.
 
     Attributes:
-        linears: what bitsandbytes puts into 4 bits, and an adapter can be attached to.
-        norms: how many numbers of a token each norm reads.
-        others: parameters that are no weight or bias of a linear layer; experts are among them.
-        experts: parameters of the experts, which transformers holds as 3-dimensional tensors: nothing quantizes or
-            adapts them.
-        routed: experts that a token goes to.
-        active: intermediate features of all of them.
-        middle: intermediate features of the MLP that is made of linear layers.
+        linears: linear layers, which bitsandbytes quantizes and which can have an adapter.
+        norms: the width of each norm.
+        others: parameters outside of linear layers, including experts.
+        experts: parameters of the experts, which transformers stores as 3-dimensional tensors that are neither
+            quantized nor adapted.
+        routed: the number of experts per token.
+        active: their intermediate features in total.
+        middle: intermediate features of the MLP of linear layers.
     """
 
     linears: tuple[Linear, ...]
@@ -70,7 +70,7 @@ class Layer:
         return self.others + sum(linear.outputs for linear in self.linears if linear.bias)
 
     def reading(self, tensor: str) -> list[Linear]:
-        """The linear layers that are given a tensor."""
+        """Return the linear layers that read a tensor."""
         return [linear for linear in self.linears if linear.reads == tensor]
 
 
@@ -79,16 +79,16 @@ class ModelShape:
     """A causal language model.
 
     Attributes:
-        layers: decoder layers with how often each stands in the model.
-        outside: linear layers elsewhere (a vision tower): in 4 bits, and not run on text.
-        skipped: weights of linear layers that a checkpoint saved in 4 bits leaves in 16.
+        layers: decoder layers with their counts.
+        outside: linear layers elsewhere (a vision tower): in 4 bits, and not used on text.
+        skipped: weights of linear layers that a checkpoint saved in 4 bits keeps in 16.
         others: parameters outside of the layers, without embeddings and head: the last norm, positions, a head's bias.
         tied: the head is the embedding.
-        rms: norms are RMS norms, which compute in float32 whatever they are given.
+        rms: norms are RMS norms, which always compute in float32.
         gated: the MLP multiplies two branches.
         eager: attention scores are materialized.
-        fused: queries, keys and values are one linear layer's.
-        rotary: positions are turned into queries and keys, not added to embeddings.
+        fused: one linear layer computes queries, keys and values.
+        rotary: positions rotate queries and keys, and are not added to embeddings.
         activation: hidden_act.
     """
 
@@ -117,7 +117,7 @@ class ModelShape:
 
     @property
     def linears(self) -> list[tuple[Linear, int]]:
-        """All linear layers but the head, with how often each stands in the model."""
+        """All linear layers except the head, with their counts."""
         return [(linear, count) for layer, count in self.layers for linear in layer.linears] + list(self.outside)
 
     @property
@@ -148,7 +148,7 @@ class ModelShape:
         return max(linear.weights for linear, _ in self.linears)
 
 
-# One thing, by the names that config.json has for it.
+# Names in config.json of each value.
 NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
@@ -160,7 +160,7 @@ NAMES = {
     "experts": ("num_local_experts", "num_experts"),
     "activation": ("hidden_act", "hidden_activation", "activation_function"),
 }
-# Names of linear layers that PEFT takes for experts in a model that has some.
+# Names of linear layers that PEFT mistakes for experts in models with experts.
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate")
 # Types of these models; in others only the experts themselves have such names.
 RENAMED_BY_PEFT = frozenset(
@@ -172,12 +172,12 @@ NEEDED = ("hidden", "layers", "heads", "vocabulary")
 
 
 def text_config(config: Config) -> Config:
-    """The language model's part of a configuration."""
+    """Return the language model's part of a configuration."""
     return config.get("text_config") or config
 
 
 def is_known(config: Config) -> bool:
-    """Whether the table has this model; one that also sees, or hears, it has not."""
+    """Return whether the table has this model; it has no vision or audio models."""
     text = text_config(config)
     family = FAMILIES.get(text.get("model_type", ""))
     parts = any(key.endswith("_config") and key != "text_config" and "quant" not in key for key in config)
@@ -185,10 +185,10 @@ def is_known(config: Config) -> bool:
 
 
 def shape_of(config: Config) -> ModelShape:
-    """The shapes of a model that the table has.
+    """Return the shapes of a model that is in the table.
 
     Raises:
-        UserError: config.json lacks what they follow from.
+        UserError: config.json lacks a required value.
     """
     text = text_config(config)
     model_type = text["model_type"]
@@ -211,7 +211,7 @@ def shape_of(config: Config) -> ModelShape:
     norm_parameters = hidden * family.norms + (2 * head_dim if family.qk_norm == "head" else sum(qk_norms))
     others = norm_parameters * (1 if family.rms else 2)
     width = numbers["intermediate"]
-    reads = "attention" if family.norms == 1 else "mlp"  # with one norm, both read what it gives
+    reads = "attention" if family.norms == 1 else "mlp"  # with one norm, both read its output
     mlp = _mlp(family, hidden, width, flag(family.mlp_bias), reads)
     dense = Layer((*attention, *mlp), norms, others, middle=width)
     layers = [(dense, numbers["layers"])]
@@ -240,16 +240,16 @@ def shape_of(config: Config) -> ModelShape:
 
 
 def adaptable(linear: Linear, model_type: str) -> Linear:
-    """As PEFT takes it in models of a type: in some, names of dense MLPs and shared experts are those of experts."""
+    """Mark a layer that PEFT mistakes for an expert: in some models dense MLPs and shared experts have such names."""
     taken = model_type in RENAMED_BY_PEFT and linear.name.rpartition(".")[2] in EXPERT_NAMES
     return replace(linear, adaptable=not taken)
 
 
 def leaving_out(shape: ModelShape, names: Sequence[str]) -> ModelShape:
-    """With the linear layers that a checkpoint in 4 bits leaves in 16 bits.
+    """Return the shape with the linear layers that a 4-bit checkpoint keeps in 16 bits.
 
     Args:
-        names: of modules, as transformers takes `llm_int8_skip_modules`: a full name's end, or its beginning.
+        names: modules as in transformers' `llm_int8_skip_modules`: the end or the beginning of a full name.
     """
     skipped = 0
     for linear, count in shape.linears:
@@ -260,7 +260,7 @@ def leaving_out(shape: ModelShape, names: Sequence[str]) -> ModelShape:
 
 
 def activation_of(given: Config) -> str:
-    """What the MLP's is called."""
+    """Return the name of the MLP's activation function."""
     return str(first(given, "activation") or "silu")
 
 
@@ -270,29 +270,29 @@ def first(given: Config, key: str) -> Any:
 
 
 def sizes(given: Config) -> dict[str, int]:
-    """Sizes by our names, from whatever names a configuration has for them.
+    """Return sizes by our names, whatever names a configuration has for them.
 
     Raises:
-        UserError: one that is needed is not there, or one that is there is none.
+        UserError: a required one is missing, or one is invalid.
     """
     found = {key: first(given, key) for key in NAMES if key != "activation"}
     missing = [NAMES[key][0] for key in NEEDED if found[key] is None]
     if missing:
-        raise UserError(f"config.json has no {', '.join(missing)}, so the model's size cannot be told from it")
+        raise UserError(f"config.json has no {', '.join(missing)}, so the model's size cannot be determined")
     found = {key: size(value, NAMES[key][0]) for key, value in found.items() if key in NEEDED or value not in (None, 0)}
     if found["layers"] > MAX_LAYERS:
-        raise UserError(f"config.json says that the model has {found['layers']:,} layers, which none has")
+        raise UserError(f"config.json: the number of layers is {found['layers']:,}, more than any model has")
     found.setdefault("kv_heads", found["heads"])
     found["head_dim"] = size(given.get("head_dim") or found["hidden"] // found["heads"], "head_dim")
-    found.setdefault("intermediate", 4 * found["hidden"])  # GPT-2 leaves it out
+    found.setdefault("intermediate", 4 * found["hidden"])  # GPT-2 omits it
     return found
 
 
 def size(value: Any, name: str) -> int:
-    """A number of features, heads or the like.
+    """Check a number of features, heads or the like, and return it.
 
     Raises:
-        UserError: it is none.
+        UserError: it is invalid.
     """
     if type(value) is not int or not 0 < value <= MAX_SIZE:
         raise UserError(f"config.json: {name} must be a whole number from 1 to {MAX_SIZE:,}, not {short(value)}")
@@ -309,10 +309,10 @@ def _mlp(family: Family, hidden: int, width: int, bias: bool, reads: str, prefix
 def _with_experts(
     family: Family, given: Config, numbers: Mapping[str, int], dense: Layer, attention: tuple[Linear, ...]
 ) -> list[tuple[Layer, int]]:
-    """Layers with experts, and those that a configuration leaves dense.
+    """Return layers with experts, and those that are dense by the configuration.
 
-    transformers holds experts as (experts, 2 width, hidden) and (experts, hidden, width), and the router as
-    (experts, hidden): parameters of no linear layer.
+    transformers stores experts as (experts, 2 width, hidden) and (experts, hidden, width), and the router as
+    (experts, hidden): parameters outside of linear layers.
     """
     hidden, experts = numbers["hidden"], numbers.get("experts", 0)
     width = size(given.get(family.expert_width), family.expert_width)

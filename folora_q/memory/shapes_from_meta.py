@@ -1,4 +1,4 @@
-"""Shapes of a decoder's weights, from a model on the meta device."""
+"""Derive the shapes of a decoder's weights from a model on the meta device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from folora_q.memory.shapes import (
     text_config,
 )
 
-# Which number a decoder layer has; what comes before is the stack's name.
+# The stack, the number and the rest in a name within a decoder layer.
 IN_A_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|blocks|layer|block))\.(?P<number>\d+)\.(?P<name>.+)$")
 OUTPUTS = re.compile(r"(^|\.)(o_proj|out_proj|dense|c_proj|down_proj|fc2|w2|wo|dense_4h_to_h)$")
 NORM = re.compile(r"(norm|ln_?\w*)\.weight$")
@@ -27,15 +27,15 @@ NOT_TEXT = re.compile(r"(^|\.)(embed_)?(vision|visual|audio|multi_modal|mm_|imag
 
 
 def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ...], bool]]) -> ModelShape:
-    """The shapes of a model from its parameters, for families that the table does not have.
+    """Return the shapes of a model from its parameters, for families that are not in the table.
 
     Args:
-        config: with what config.json leaves out.
-        found: name, shape and whether a linear layer other than the head holds it, of every parameter that the built
-            model has; (outputs, inputs) of the weights.
+        config: config.json with defaults filled in.
+        found: for every parameter its name, its shape ((outputs, inputs) for weights), and whether it belongs to a
+            linear layer other than the head.
 
     Raises:
-        UserError: config.json lacks what else is needed.
+        UserError: config.json lacks a required value.
     """
     text = text_config(config)
     numbers, model_type = sizes(text), str(text.get("model_type", "unknown"))
@@ -76,7 +76,12 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
         counts[layer] = counts.get(layer, 0) + 1
     return ModelShape(
         model_type=model_type,
-        **{key: numbers[key] for key in ("vocabulary", "hidden", "heads", "kv_heads", "head_dim", "intermediate")},
+        vocabulary=numbers["vocabulary"],
+        hidden=numbers["hidden"],
+        heads=numbers["heads"],
+        kv_heads=numbers["kv_heads"],
+        head_dim=numbers["head_dim"],
+        intermediate=numbers["intermediate"],
         layers=tuple(counts.items()),
         others=others,
         tied=len(embeddings) < 2,
@@ -88,27 +93,27 @@ def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ..
 
 
 def _parallel(linears: list[Linear], norms: list[int], hidden: int) -> list[Linear]:
-    """With one norm in a layer, all that is as wide as the model reads what it gives."""
+    """Let layers with inputs as wide as the model share the norm's output, if there is one norm per layer."""
     if norms.count(hidden) != 1:
         return linears
     return [linear if linear.reads == linear.name else replace(linear, reads=str(linear.inputs)) for linear in linears]
 
 
 def _norm_width(name: str, size: int, numbers: Mapping[str, int]) -> int:
-    """What a norm reads: one over a head reads all heads."""
+    """Return the width that a norm reads: one over a head reads all heads."""
     if size != numbers["head_dim"] or size == numbers["hidden"]:
         return size
     return size * numbers["kv_heads" if "k_" in name or "key" in name else "heads"]
 
 
 def _is_gated(layer: Layer, width: int) -> bool:
-    """Whether the MLP has two branches, in one linear layer or in two."""
+    """Return whether the MLP has two branches, in one linear layer or in two."""
     into = [linear.outputs for linear in layer.linears if "att" not in linear.name and linear.outputs % width == 0]
     return layer.experts > 0 or sum(into) >= 2 * width
 
 
 def _routing(text: Config, numbers: Mapping[str, int], experts: list[int]) -> tuple[int, int]:
-    """Experts that a token goes to, and their intermediate features."""
+    """Return the number of experts per token, and their intermediate features."""
     if not experts:
         return 0, 0
     routed = size(text.get("num_experts_per_tok") or 1, "num_experts_per_tok")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +26,14 @@ from folora_q.recipe.schema import ExportSection
 from folora_q.recipe.target_modules import Modules, adapter_findings, matcher
 from folora_q.storage.files import atomic_write
 
+if TYPE_CHECKING:
+
+    class LoraModule(torch.nn.Module, LoraLayer):
+        """PEFT's adapted linear layer; the type `LoraLayer` alone does not say that it is a module."""
+
+        in_features: int
+
+
 ADAPTER = "default"
 
 
@@ -33,28 +42,34 @@ class AdapterPair:
     """One adapted linear layer: y = W x + s B A x."""
 
     name: str
-    module: LoraLayer
+    module: LoraModule
 
     @property
     def a(self) -> torch.nn.Parameter:
         """A, (r, d)."""
-        return self.module.lora_A[ADAPTER].weight
+        return factors(self.module, ADAPTER)[0]
 
     @property
     def b(self) -> torch.nn.Parameter:
         """B, (o, r)."""
-        return self.module.lora_B[ADAPTER].weight
+        return factors(self.module, ADAPTER)[1]
 
     @property
     def scale(self) -> float:
         return self.module.scaling[ADAPTER]
 
 
+def factors(module: LoraLayer, adapter: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """A (r, d) and B (o, r) of one of a layer's adapters."""
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return cast(torch.nn.Parameter, a), cast(torch.nn.Parameter, b)
+
+
 def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> PeftModel:
-    """A new adapter in float32 on the base, with A random by the seed and B zero.
+    """Attach a new adapter in float32 to the base, with A random by the seed and B zero.
 
     Raises:
-        UserError: the section names a layer that this model has not, or cannot be adapted.
+        UserError: the section names a layer that this model does not have or that cannot be adapted.
     """
     modules = modules_of(base.model)
     if findings := adapter_findings(section, modules):
@@ -63,7 +78,7 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
     set_seed(seed)
     config = LoraConfig(
         r=section.r,
-        lora_alpha=section.lora_alpha,
+        lora_alpha=cast(int, section.lora_alpha),  # PEFT takes any number
         lora_dropout=section.lora_dropout,
         use_rslora=section.use_rslora,
         target_modules=section.target_modules,
@@ -85,7 +100,7 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
 
 
 def saved_whole(section: AdapterSection, modules: Modules) -> list[str]:
-    """Full names of the modules to train whole; for two that are tied the output layer, from which PEFT finds both."""
+    """Return full names of modules to train in full; for tied ones the output layer, from which PEFT finds both."""
     named = matcher(section.modules_to_save or [])
     found = [name for name in (*modules.embeddings, modules.head) if named(name)]
     ends = {modules.embeddings[0], modules.head}
@@ -95,7 +110,7 @@ def saved_whole(section: AdapterSection, modules: Modules) -> list[str]:
 
 
 def wrappers(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
-    """Modules that are trained whole, by their names in the base."""
+    """Return the modules that are trained in full, by their names in the base."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -104,12 +119,12 @@ def wrappers(model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
 
 
 def trains_head(model: PeftModel) -> bool:
-    """Whether the output layer has an adapter, or is trained whole."""
+    """Return whether the output layer has an adapter or is trained in full."""
     return isinstance(model.get_output_embeddings(), LoraLayer | ModulesToSaveWrapper)
 
 
 def _compute_in_float32(copy: torch.nn.Module, dtype: torch.dtype, is_head: bool) -> None:
-    """Let a float32 copy stand in a model that computes in 16 bits: an embedding gives them, a head is given them."""
+    """Let a float32 copy work in a model that computes in 16 bits: cast an embedding's output, or a head's input."""
     if is_head:
         copy.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     else:
@@ -117,16 +132,16 @@ def _compute_in_float32(copy: torch.nn.Module, dtype: torch.dtype, is_head: bool
 
 
 def keep_in_float32(model: PeftModel, start: dict[str, torch.Tensor] | None = None) -> None:
-    """Put the adapter's weights back to float32, from `start` where given (SFTTrainer rounds them to bfloat16)."""
+    """Convert the adapter's weights back to float32, from `start` if given (SFTTrainer rounds them to bfloat16)."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = (parameter.data if start is None else start[name]).float()
 
 
 def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
-    """Every adapted linear layer, in the model's order; experts that another program adapted are none."""
+    """Return every adapted linear layer, in the model's order, without experts that another program adapted."""
     return [
-        AdapterPair(name.removeprefix("base_model.model."), module)
+        AdapterPair(name.removeprefix("base_model.model."), cast("LoraModule", module))
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and ADAPTER in module.lora_A
     ]
@@ -134,9 +149,9 @@ def adapter_pairs(model: PeftModel) -> list[AdapterPair]:
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """Switch the adapter off while this lasts; the one place that calls `disable_adapter`.
+    """Switch the adapter off within this context; the only place that calls `disable_adapter`.
 
-    When PEFT switches it on again, all of its weights get `requires_grad`, a frozen A too (huggingface/peft#3447).
+    When PEFT switches it on again, all its weights get `requires_grad`, even a frozen A (huggingface/peft#3447).
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -148,7 +163,7 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 
 def freeze_lora_a(pairs: Sequence[AdapterPair]) -> None:
-    """Train no A: then autograd keeps no layer's input for it either."""
+    """Freeze every A; autograd then keeps no layer inputs for it either."""
     for pair in pairs:
         pair.a.requires_grad_(False)
 
@@ -156,23 +171,23 @@ def freeze_lora_a(pairs: Sequence[AdapterPair]) -> None:
 def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, folder: Path) -> None:
     """Save in PEFT's format, so that plain `PeftModel.from_pretrained` loads it.
 
-    PEFT writes the path that the model was loaded from, no revision, and the target modules in the order of a set; here
-    they name the base and its commit and are sorted, so that the file is the same for the same run.
+    PEFT writes the path that the model was loaded from, no revision, and the target modules in the order of a set. Here
+    the base and its commit are named and lists are sorted, so that the same run writes the same file.
     """
     dtype = getattr(torch, section.adapter_dtype)
     weights = {
         name: weight.detach().to(dtype)
         for name, weight in model.named_parameters(remove_duplicate=False)  # a tied copy has two names
-        if weight.requires_grad or ".lora_" in name  # a frozen A is the adapter's too
+        if weight.requires_grad or ".lora_" in name  # a frozen A belongs to the adapter too
     }
-    # PEFT would also copy the base's output layer beside an adapter on it.
-    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    # Otherwise PEFT would copy the base's output layer if there is an adapter on it.
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = section.base_model_name_or_path or base.name
     config["revision"] = base.revision
-    config["auto_mapping"] = {"quantization_config": base.quantization.to_dict()}  # PEFT's one field for others' facts
-    if whole := wrappers(model):  # both names of a tied one: PEFT ties them again by these
+    config["auto_mapping"] = {"quantization_config": base.quantization.to_dict()}  # PEFT's only field for other data
+    if whole := wrappers(model):  # both names of tied modules, by which PEFT ties them again
         config["modules_to_save"] = list(whole)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config.get(key), list):

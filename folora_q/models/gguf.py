@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from folora_q.errors import UserError, first_line
 from folora_q.storage.files import cache_folder, commit_directory, sha256
 
-# What transformers raises, besides, for a model whose files say what makes no sense.
+# What else transformers raises for a model with inconsistent files.
 MALFORMED = (
     *(TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
     StrictDataclassError,
@@ -29,7 +29,7 @@ def convert_gguf(path: Path, target: Path | None = None) -> Path:
         target: the folder to make; by default one in the cache, named after the file's content.
 
     Returns:
-        The folder, complete: it is made aside and renamed.
+        The folder; it is created under another name and renamed when complete.
 
     Raises:
         UserError: transformers cannot read the file.
@@ -39,14 +39,16 @@ def convert_gguf(path: Path, target: Path | None = None) -> Path:
     if target.exists():
         return target
     try:
-        with tempfile.TemporaryDirectory() as alone:  # transformers would read an adapter or a tokenizer beside it too
+        with (
+            tempfile.TemporaryDirectory() as alone
+        ):  # transformers would also read an adapter or a tokenizer next to it
             os.symlink(path.resolve(), Path(alone) / path.name)
             source = {"pretrained_model_name_or_path": alone, "gguf_file": path.name, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
-        for kind in ("bos", "eos", "pad"):  # transformers before 5.18 gives a tokenizer the first of them as its end
+        for kind in ("bos", "eos", "pad"):  # transformers before 5.18 uses the first of them as the end token
             token = getattr(model.config, f"{kind}_token_id")
             if isinstance(token, int):
                 setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token))

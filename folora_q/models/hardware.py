@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-# Linux's account of this process, and how its peak is put back to the present (proc(5)).
+# Linux's status of this process, and how to reset its memory peak (proc(5)).
 STATUS, CLEAR_REFS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
 
@@ -17,7 +17,7 @@ class Hardware:
     """Where the model runs and in which precision it computes.
 
     Attributes:
-        others: which of several GPUs this is, and how another is chosen; None where there are no others.
+        others: which of several GPUs this is, and how to choose another; None if there is only one.
     """
 
     device: torch.device
@@ -26,7 +26,7 @@ class Hardware:
     others: str | None = None
 
     def __str__(self) -> str:
-        """For people, e.g. "bfloat16 on CPU, which has bfloat16 instructions"."""
+        """Describe the choice, e.g. "bfloat16 on CPU, which has bfloat16 instructions"."""
         return f"{self._dtype_name} on {self.reason}"
 
     @property
@@ -34,17 +34,17 @@ class Hardware:
         return str(self.dtype).removeprefix("torch.")
 
     def facts(self) -> dict[str, str | int]:
-        """For run.json: what the numbers of a run depend on besides its recipe."""
+        """Return what a run's numbers depend on besides the recipe, for run.json."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         facts = {"device": self.device.type, "dtype": self._dtype_name, "name": name}
         return {**facts, "threads": torch.get_num_threads()}
 
 
 def choose_hardware(dtype: str = "auto") -> Hardware:
-    """The first visible GPU if there is one, and the fastest compute dtype that is safe there.
+    """Choose the first visible GPU if there is one, and the fastest compute dtype that is safe there.
 
     Args:
-        dtype: "auto", or a dtype's name, which is then taken as it is.
+        dtype: "auto", or the name of the dtype to use.
     """
     others = None
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
         )
         if (count := torch.cuda.device_count()) > 1:
             others = (
-                f"{count} GPUs are visible, and {device}, {name}, alone is used; CUDA_VISIBLE_DEVICES chooses another"
+                f"{count} GPUs are visible, and only {device}, {name}, is used; CUDA_VISIBLE_DEVICES selects another"
             )
     else:
         device, name = torch.device("cpu"), "CPU"
@@ -71,9 +71,9 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
 
 
 class PeakMemory:
-    """The peak of the device's memory, or on a CPU of the process's, since the last reset (`folora_q.progress.Meter`).
+    """The peak memory of the device, or on a CPU of the process, since the last reset (`folora_q.progress.Meter`).
 
-    On a CPU it is the kernel's high-water mark, which Linux lets a process put back; elsewhere nothing is measured.
+    On a CPU it is the kernel's high-water mark, which a process can reset on Linux; elsewhere nothing is measured.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""How a model class names its weights in memory and on disk, found on the meta device.
+"""Find how a model class names its weights in memory and on disk, on the meta device.
 
 Names of modules and names in files differ: transformers renames and joins weights when it loads them (experts, the
-language model of a vision-language checkpoint). Its own conversion is used here, never one of ours.
+language model of a vision-language checkpoint). Only its own conversion is used here.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Layout:
     """Where the weights of a checkpoint go.
 
     Attributes:
-        parameter_of: by the name on the disk, the parameter that it is loaded into; what the class has no place for,
-            such as the vision tower of a checkpoint that is loaded for text, is not there.
-        converted: names on the disk of weights that are more than renamed, such as experts that are stacked.
-        transposed: parameters that are held as (in, out).
-        tied: by parameter, the one that the class makes it the same as.
+        parameter_of: by name on disk, the parameter that it is loaded into, without weights that the class does not
+            use, such as the vision tower of a checkpoint that is loaded for text.
+        converted: names on disk of weights that are not only renamed, such as experts that are stacked.
+        transposed: parameters that are stored as (in, out).
+        tied: by parameter, the one that it is tied to.
     """
 
     parameter_of: Mapping[str, str]
@@ -43,7 +43,7 @@ class Layout:
     _renamed: Mapping[str, str]
 
     def stored_as(self, weight: str) -> list[str]:
-        """Names on the disk of what a parameter is made of, by its own name or one of an earlier transformers'."""
+        """Return the names on disk of a parameter's weights, given its name in this or an earlier transformers."""
         return self._stored_as.get(self._renamed.get(weight, weight), [])
 
     @cached_property
@@ -55,11 +55,11 @@ class Layout:
 
 
 def read_layout(folder: Path, stored: Iterable[str], others: Iterable[str] = (), trust: Trust = NOTHING) -> Layout:
-    """The layout of the model in a folder.
+    """Read the layout of the model in a folder.
 
     Args:
-        stored: names of the weights on the disk.
-        others: names of weights in other files, such as adapters, which may be an earlier transformers'.
+        stored: names of the weights on disk.
+        others: names of weights in other files, such as adapters, perhaps from an earlier transformers.
     """
     model = _empty(folder, trust)
     transforms = get_model_conversion_mapping(model)
@@ -70,7 +70,7 @@ def read_layout(folder: Path, stored: Iterable[str], others: Iterable[str] = (),
     converted: set[str] = set()
 
     def place(name: str) -> tuple[str, bool]:
-        """As `convert_and_load_state_dict_in_model` finds it."""
+        """Return the parameter as `convert_and_load_state_dict_in_model` finds it, and whether it is converted."""
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
@@ -92,7 +92,7 @@ def read_layout(folder: Path, stored: Iterable[str], others: Iterable[str] = (),
 
 
 def quantized_parameters(folder: Path, quantization: Quantization, trust: Trust = NOTHING) -> set[str]:
-    """Names of the parameters that transformers puts into 4 bits when it loads this model; none is loaded for it."""
+    """Return the parameters that transformers quantizes to 4 bits when it loads this model; nothing is loaded."""
     model = _empty(folder, trust)
     quantizer = AutoHfQuantizer.from_config(quantization.config(), pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})

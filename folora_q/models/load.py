@@ -1,6 +1,6 @@
 """Load the base model, in 4 bits or unquantized, from a hub id, a folder or a GGUF file.
 
-The bitsandbytes CPU guard lives here.
+The workaround for bitsandbytes on CPUs is here (`guard_cpu_kernels`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from folora_q.recipe.schema import ModelSection
 
 # Enough of a weight file to tell two checkpoints apart without reading 15 GB.
 FINGERPRINT_BYTES = 2**20
-# Layers that a mask keeps from seeing other samples, as transformers' configurations call them.
+# Layers in which a mask can separate packed samples, as transformers' configurations call them.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# For pickles on a hub transformers asks a service there to open a pull request with safetensors, in the user's name.
+# Otherwise transformers asks the hub to open a pull request with safetensors for pickles, in the user's name.
 NO_CONVERSION = {"DISABLE_SAFETENSORS_CONVERSION": "1"}
 
 
@@ -43,9 +43,9 @@ class LoadedModel:
     Attributes:
         name: what an adapter's `base_model_name_or_path` should say: a hub id, or the folder that was loaded.
         revision: the hub commit, or None for local files.
-        quantization: how its weights are held, for whoever merges the adapter later.
+        quantization: how its weights are quantized, for merging the adapter later.
         loader: the class of transformers that loads it.
-        fingerprint: tells this checkpoint and quantization from any other; keys the proxy cache.
+        fingerprint: identifies this checkpoint and quantization; keys the proxy cache.
     """
 
     model: PreTrainedModel
@@ -67,8 +67,8 @@ def load_model(
         tokenizer: its tokenizer, if that is loaded already.
 
     Raises:
-        UserError: there is no such model, it is no causal language model, or `trust` does not allow what it needs.
-        RunError: nothing of it could be quantized, or the demo's model could not be fetched.
+        UserError: there is no such model, it is not a causal language model, or `trust` does not allow what it needs.
+        RunError: none of its layers could be quantized, or the demo's model could not be downloaded.
     """
     tokenizer = tokenizer or load_tokenizer(section, trust=trust)
     found = _find(section, trust)
@@ -80,7 +80,7 @@ def load_model(
     model = _load(section, hardware, trust, found, None if held.prequantized else held)
     quantized = guard_cpu_kernels(model)
     if quantized == 0:
-        raise RunError(f"no layer of {section.model_name_or_path} could be loaded in 4 bits")
+        raise RunError(f"no layer of {section.model_name_or_path} could be loaded in 4 bits", "use another base model")
     if held.prequantized:
         compute_in(model, hardware.dtype)
     fingerprint = _fingerprint(found, f"{held.bnb_4bit_quant_type} {held.bnb_4bit_use_double_quant}")
@@ -90,27 +90,27 @@ def load_model(
 
 
 def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = NOTHING) -> tuple[PreTrainedModel, str]:
-    """Load a causal language model as it was published, frozen, in the compute dtype.
+    """Load a causal language model without quantization, frozen, in the compute dtype.
 
     Returns:
-        The model, and the fingerprint of its checkpoint, which is another one than in 4 bits.
+        The model, and the fingerprint of its checkpoint, which differs from the one in 4 bits.
 
     Raises:
-        UserError: there is no such model, it is no causal language model, it was saved in 4 bits, or `trust` does not
-            allow what it needs.
-        RunError: the demo's model could not be fetched.
+        UserError: there is no such model, it is not a causal language model, it was saved in 4 bits, or `trust` does
+            not allow what it needs.
+        RunError: the demo's model could not be downloaded.
     """
     found = _find(section, trust)
     if found.stored is not None:
         raise UserError(
             f"{section.model_name_or_path} was saved in 4 bits ({found.stored}): it has no 16-bit weights",
-            "leave out --bits 16, or name the model that it was made of",
+            "leave out --bits 16, or name the original model",
         )
     return _load(section, hardware, trust, found), _fingerprint(found, "16 bits")
 
 
 def stop_at(model: PreTrainedModel, token: int) -> None:
-    """Let generation stop at a token too: a chat template may end a turn otherwise than the model's configuration."""
+    """Let generation also stop at a token: a chat template may end turns with another token than the configuration."""
     config = model.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if token not in known:
@@ -118,21 +118,21 @@ def stop_at(model: PreTrainedModel, token: int) -> None:
 
 
 def require_loadable(section: ModelSection, trust: Trust = NOTHING) -> PreTrainedConfig:
-    """See that a model can be loaded, as far as its configuration and the names of its files tell; and which it is.
+    """Check by configuration and file names that a model can be loaded, and return its configuration.
 
     Raises:
-        UserError: there is no such model, `trust` does not allow what loading it would do, or it is quantized already
-            in a way that it cannot be adapted in.
-        RunError: the demo's model could not be fetched.
+        UserError: there is no such model, `trust` does not allow what loading it would do, or it is quantized in a way
+            that does not allow an adapter.
+        RunError: the demo's model could not be downloaded.
     """
     return _find(section, trust).config
 
 
 def require_packable(section: ModelSection, trust: Trust = NOTHING) -> None:
-    """Look in the model's configuration, before its weights are loaded, for layers that no packing can keep apart.
+    """Check in the model's configuration, before its weights are loaded, that packed samples can be kept apart.
 
     Raises:
-        UserError: it has layers other than attention, which carry what they read from one sample into the next.
+        UserError: it has layers other than attention, whose state carries over from one sample to the next.
     """
     config = require_loadable(section, trust)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - ATTENTION_LAYERS
@@ -145,11 +145,11 @@ def require_packable(section: ModelSection, trust: Trust = NOTHING) -> None:
 
 
 def guard_cpu_kernels(model: PreTrainedModel) -> int:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU, and count them.
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU, and count the layers.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a `Linear4bit` in place at its first no-grad forward in eval.
-    Every later forward, also in training, then runs without autograd: adapters train on wrong gradients, and only a
-    warning tells. We sample and evaluate before we train, so we would always meet it.
+    Every later forward, also in training, then runs without autograd: adapters train on wrong gradients, with only a
+    warning. Runs sample and evaluate before training, so they would always be affected.
     """
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     for layer in layers:
@@ -158,20 +158,20 @@ def guard_cpu_kernels(model: PreTrainedModel) -> int:
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let a model that was saved in 4 bits compute in a dtype; transformers computes in that of the file."""
+    """Let a model that was saved in 4 bits compute in a dtype; transformers uses that of the file."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = dtype, True
     for name, parameter in model.named_parameters():
-        is_packed = isinstance(parameter, bnb.nn.Params4bit)  # into numbers of any dtype
+        is_packed = isinstance(parameter, bnb.nn.Params4bit)  # its storage dtype can be any
         if parameter.is_floating_point() and not is_packed and kept.isdisjoint(name.split(".")):
             parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What is loaded: a folder or a hub id, with its commit there."""
+    """What to load: a folder, or a hub id with its commit."""
 
     config: PreTrainedConfig
     source: str
@@ -195,11 +195,11 @@ def _find(section: ModelSection, trust: Trust) -> _Found:
 def _load(
     section: ModelSection, hardware: Hardware, trust: Trust, found: _Found, quantization: Quantization | None = None
 ) -> PreTrainedModel:
-    """The frozen model."""
+    """Load the model, frozen."""
     settings: dict[str, Any] = {}
     if section.attn_implementation != "auto":
         settings["attn_implementation"] = section.attn_implementation
-    if quantization is not None:  # None, given, would be no quantization, in spite of the checkpoint's own
+    if quantization is not None:  # passing None would ignore the checkpoint's own quantization
         settings["quantization_config"] = quantization.config()
     with loading(section), patch.dict(os.environ, NO_CONVERSION):
         model = auto_class(found.config).from_pretrained(
@@ -213,17 +213,17 @@ def _load(
             **settings,
         )
     if hardware.device.type == "cpu":
-        # Before its first word `generate` cuts the last position out of the prompts' states. On that strided view a CPU
-        # multiplies batch by batch, and copies the head once for every sequence: gigabytes, and seconds.
+        # `generate` first slices the last position out of the prompts' states. With that strided view a CPU multiplies
+        # sequence by sequence and copies the head each time: gigabytes, and seconds.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return model.requires_grad_(False).eval()
 
 
 def _fingerprint(found: _Found, held: str) -> str:
-    """Of a hub model its commit; of a folder its configuration, and the ends and sizes of its weight files.
+    """Hash a hub model's commit, or a folder's configuration with sizes and ends of its weight files.
 
     Args:
-        held: how the weights are held, which makes another model of them.
+        held: how the weights are quantized, which is part of the fingerprint.
     """
     digest = hashlib.sha256(held.encode())
     folder = Path(found.source)

@@ -1,4 +1,4 @@
-"""Logits in chunks: full-vocabulary logits of a whole batch are never in memory."""
+"""Compute logits in chunks: full-vocabulary logits of a complete batch are never in memory."""
 
 from __future__ import annotations
 
@@ -8,29 +8,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from folora_q.block_sizes import HEAD_ROWS, LOGIT_ROWS
 from folora_q.errors import RunError
 
-# Positions whose logits stand in memory at once: 128 x 128k words in float32 are 64 MiB.
-CHUNK = 128
-# Rows of the head's weight that are converted to float32 at a time: 4k x 4,096 are 64 MiB.
-HEAD_ROWS = 4_096
-# Logits of one model computed in two ways, in bfloat16: relative to their largest.
+# Difference of one model's logits computed in two ways in bfloat16, relative to the largest.
 HEAD_TOLERANCE = 0.02
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The backbone's last hidden states, (b, t, h), before the language-model head."""
+    """Return the backbone's last hidden states, (b, t, h), before the language-model head."""
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor, exact: bool = False) -> Tensor:
-    """Float32 logits (n, vocabulary) of hidden states (n, h), scaled and capped as the model's configuration says.
+    """Return float32 logits (n, vocabulary) of hidden states (n, h), scaled and capped as the configuration says.
 
     Args:
-        exact: compute the head in float32. In bfloat16 each logit is rounded to 8 bits, which alone is a KL of 3e-4
-            nats between a model and itself computed otherwise, and 10 % of a KL of .01. Without gradients.
+        exact: compute the head in float32, without gradients. In bfloat16 each logit is rounded to 8 bits, which alone
+            gives a KL of 3e-4 nats between two computations of one model, and an error of 10 % in a KL of .01.
     """
     head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has a head"
     logits = _float32_linear(head, hidden) if exact and type(head) is nn.Linear else head(hidden).float()
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):
@@ -43,17 +41,17 @@ def head_logits(model: PreTrainedModel, hidden: Tensor, exact: bool = False) -> 
 
 
 def _float32_linear(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """The head's product in float32, in slices of its rows: a float32 copy of the whole weight may not fit."""
+    """Apply the head in float32, in slices of its rows: a float32 copy of the complete weight may not fit."""
     states = hidden.float()
     logits = torch.cat([states @ rows.float().T for rows in head.weight.split(HEAD_ROWS)], -1)
     return logits if head.bias is None else logits + head.bias.float()
 
 
 def verify_chunked_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Make sure that chunked logits are the model's own; some architectures do more after the head than we know.
+    """Check that chunked logits equal the model's own; some architectures do more after the head.
 
     Raises:
-        RunError: they are not.
+        RunError: they differ.
     """
     ids = input_ids[:1]
     with torch.no_grad():
@@ -64,6 +62,6 @@ def verify_chunked_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
 
 
 def chunks(rows: int) -> Iterator[slice]:
-    """Slices of at most CHUNK rows."""
-    for start in range(0, rows, CHUNK):
-        yield slice(start, min(start + CHUNK, rows))
+    """Yield slices of at most LOGIT_ROWS rows."""
+    for start in range(0, rows, LOGIT_ROWS):
+        yield slice(start, min(start + LOGIT_ROWS, rows))

@@ -19,28 +19,28 @@ from folora_q.recipe.paths import short
 from folora_q.recipe.target_modules import Modules
 from folora_q.storage.untrusted import finite
 
-# What transformers raises for a configuration that makes no sense, by where it meets that.
+# What transformers may raise for an invalid configuration.
 UNBUILDABLE = (
     *(ValueError, TypeError, AttributeError, ImportError, RuntimeError, LookupError, ArithmeticError, AssertionError),
     StrictDataclassError,
 )
-# Classes of layers that transformers lets bitsandbytes put into 4 bits; it passes over classes made of them.
+# Classes of layers that transformers lets bitsandbytes quantize; subclasses are skipped.
 QUANTIZED = (torch.nn.Linear, Conv1D)
 COUNTING, MAX_LAYERS = re.compile("layer|block|depth|expert|stage"), 2_000
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], bool]]]:
-    """What a model is made of.
+    """Return a model's parameters, from its configuration.
 
     Args:
         config: config.json.
 
     Returns:
-        The configuration with what config.json leaves out; and of every parameter the name, the shape, (out, in) of
-        weights, and whether a linear layer other than the head holds it.
+        The configuration with defaults filled in; and for every parameter the name, the shape ((out, in) for weights),
+        and whether it belongs to a linear layer other than the head.
 
     Raises:
-        UserError: transformers has no such causal language model; code that comes with one is never run for this.
+        UserError: transformers has no such causal language model; a model's own code is never run for this.
     """
     model, full = _built(config)
     head = model.get_output_embeddings()
@@ -57,7 +57,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tu
 
 
 def modules_without_weights(config: Mapping[str, Any]) -> Modules:
-    """The modules of a model that an adapter could be meant for.
+    """Return the modules of a model that a recipe's adapter section may name.
 
     Raises:
         UserError: as `parameter_shapes`.
@@ -66,7 +66,7 @@ def modules_without_weights(config: Mapping[str, Any]) -> Modules:
 
 
 def modules_of(model: PreTrainedModel) -> Modules:
-    """The modules of a model that an adapter could be meant for; its linear layers may be in 4 bits."""
+    """Return the modules of a model that a recipe's adapter section may name; linear layers may be in 4 bits."""
     names = {module: name for name, module in model.named_modules() if name}
     head, first = model.get_output_embeddings(), model.get_input_embeddings()
     linears = [name for module, name in names.items() if isinstance(module, torch.nn.Linear | Conv1D)]
@@ -82,10 +82,10 @@ def modules_of(model: PreTrainedModel) -> Modules:
 
 
 def modules_in(folder: Path, trust: Trust = NOTHING, **changes: Any) -> Modules:
-    """The modules of the model in a folder, as its class makes them; none of its weights is loaded.
+    """Return the modules of the model in a folder, as its class creates them; no weights are loaded.
 
     Args:
-        changes: settings in place of those in config.json.
+        changes: settings that replace those in config.json.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     for name, value in changes.items():
@@ -96,7 +96,7 @@ def modules_in(folder: Path, trust: Trust = NOTHING, **changes: Any) -> Modules:
 
 
 def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig]:
-    """The model on the meta device, and its configuration with what config.json leaves out.
+    """Build the model on the meta device, and its configuration with defaults filled in.
 
     Raises:
         UserError: as `parameter_shapes`.
@@ -108,7 +108,7 @@ def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig
     if kind not in CONFIG_MAPPING:
         raise UserError(f"config.json: transformers knows no model of the type {short(repr(kind))}")
     try:
-        # JSON has no infinity: transformers writes one in its own way.
+        # JSON has no infinity: transformers encodes it in its own way.
         full = CONFIG_MAPPING[kind].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
         with torch.device("meta"):
             model = auto_class(full).from_config(full, trust_remote_code=False)
@@ -119,7 +119,7 @@ def _built(config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedConfig
 
 
 def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Numbers of layers and the like, of all parts of a model: as many modules are made."""
+    """Yield numbers of layers and the like in all parts of a model, which decide how many modules are built."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _counts(value)

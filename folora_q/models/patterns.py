@@ -10,25 +10,25 @@ from folora_q.errors import UserError
 from folora_q.recipe.paths import short
 from folora_q.recipe.patterns import pattern_fault
 
-# Settings that are one, or several; and those whose keys are.
+# Settings whose values are patterns, and settings whose keys are.
 VALUES, KEYS = ("target_modules", "exclude_modules", "layers_pattern"), ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(path: Path, config: Mapping[str, Any]) -> None:
-    """Look through the patterns.
+    """Check the patterns.
 
     Args:
-        path: of the file, for messages.
-        config: what it holds.
+        path: the file, for messages.
+        config: its content.
 
     Raises:
-        UserError: one is no regular expression, or one that matching could go on with for ever.
+        UserError: one is not a regular expression, or matching it could take forever.
     """
     for key, pattern in _patterns(config):
         if fault := pattern_fault(pattern):
             raise UserError(
                 f"{path}: {key} holds {short(pattern)}, which is {fault}",
-                "write the modules' names there, or a pattern that repeats no group",
+                "replace it with the modules' names, or with a pattern that repeats no group",
             )
 
 

@@ -17,20 +17,20 @@ NAMES = {
     "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ", "auto-round": "AutoRound", "torchao": "torchao",
     "compressed-tensors": "compressed-tensors", "modelopt": "ModelOpt", "quanto": "Quanto", "bitnet": "BitNet",
 }  # fmt: skip
-# Where a model is published so and in no other way, transformers itself makes 16-bit weights of it.
+# Methods from which transformers itself can restore 16-bit weights, for models published in no other way.
 DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-# Files beside config.json in which older tools keep what belongs into it.
+# Files next to config.json in which older tools store the method.
 OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-# What a hub id says of a copy that is quantized itself.
+# Hub ids that name a quantized copy.
 QUANTIZED_NAME = re.compile(r"gptq|awq|fp8|fp4|int[48]|[48]-?bit|gguf|exl2|w[48]a|quantized", re.IGNORECASE)
 
 
 def foreign_quantization(config: Mapping[str, Any], folder: Path | None = None) -> str | None:
-    """The method that a checkpoint was quantized by, as transformers calls it; None for 16 bits and bitsandbytes.
+    """Return the quantization method of a checkpoint, as transformers calls it; None for 16 bits and bitsandbytes.
 
     Args:
         config: config.json.
-        folder: the folder that it lies in, with the files of older tools.
+        folder: its folder, for the files of older tools.
     """
     held = _section(config)
     if held is None:
@@ -46,13 +46,13 @@ def foreign_quantization(config: Mapping[str, Any], folder: Path | None = None) 
 
 
 def refuse_foreign_quantization(name: str, config: Mapping[str, Any], folder: Path | None = None) -> None:
-    """See that a base can be put into 4 bits by bitsandbytes.
+    """Check that bitsandbytes can quantize a base.
 
     Args:
-        name: the model's, for the message.
+        name: the model's name, for the message.
 
     Raises:
-        UserError: it is quantized already in another way.
+        UserError: it is already quantized in another way.
     """
     method = foreign_quantization(config, folder)
     if method is not None:
@@ -60,22 +60,22 @@ def refuse_foreign_quantization(name: str, config: Mapping[str, Any], folder: Pa
 
 
 def quantized_already(name: str, method: str, config: Mapping[str, Any]) -> tuple[str, str]:
-    """What is wrong with such a base, and what to use instead."""
+    """Return what is wrong with a quantized base, and what to use instead."""
     called, original = NAMES.get(method, short(method)), _original(name, config)
-    wrong = f"{short(name)} is quantized by {called} already, and folora-q puts 16-bit weights into 4 bits itself"
+    wrong = f"{short(name)} is already quantized by {called}, and folora-q quantizes 16-bit weights itself"
     if original is not None:
         return wrong, f"use the 16-bit original that its config.json names: {original}"
     if method in DEQUANTIZED_BY:
         return wrong, (
-            f"use a copy in bfloat16: there may be one on the hub, and transformers makes one, "
+            f"use a copy in bfloat16: there may be one on the hub, or make one with transformers: "
             f"AutoModelForCausalLM.from_pretrained({short(name)!r}, quantization_config="
             f"{DEQUANTIZED_BY[method]}(dequantize=True)).save_pretrained(FOLDER)"
         )
-    return wrong, "use the 16-bit original, which its page on the hub names as its base model"
+    return wrong, "use the 16-bit original, which its hub page names as its base model"
 
 
 def _section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What config.json says of quantization; some models say it of their language model alone."""
+    """Return config.json's quantization section; some models have it only for their language model."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         for key in ("quantization_config", "compression_config"):
@@ -85,7 +85,7 @@ def _section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _original(name: str, config: Mapping[str, Any]) -> str | None:
-    """The hub id of the 16-bit model, where config.json names one."""
+    """Return the hub id of the 16-bit model, if config.json names one."""
     held = _section(config) or {}
     named = (held.get("model_name_or_path"), held.get("base_model_name_or_path"), config.get("_name_or_path"))
     for found in named:
@@ -95,7 +95,7 @@ def _original(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def config_beside(folder: Path) -> Mapping[str, Any]:
-    """config.json of a folder; nothing where it cannot be read, which whoever loads the model will say."""
+    """Read a folder's config.json; return {} if it cannot be read, which loading the model will report."""
     try:
         return read_object(folder / "config.json")
     except (OSError, ValueError):

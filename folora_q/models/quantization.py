@@ -22,12 +22,12 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a base was held in training.
+    """How a base is quantized in training.
 
     Attributes:
-        dtype: that of the weights when they were quantized, which is the compute dtype too.
-        skip_modules: names of modules that were left in 16 bits; None is transformers' own choice.
-        prequantized: the base was published in 4 bits, and these are its own settings.
+        dtype: that of the weights before quantization, which is also the compute dtype.
+        skip_modules: names of modules that are left in 16 bits; None: transformers' own choice.
+        prequantized: the base was published in 4 bits, with these settings.
     """
 
     bnb_4bit_quant_type: str = "nf4"
@@ -38,10 +38,10 @@ class Quantization:
 
     @classmethod
     def of_checkpoint(cls, stored: StoredQuantization, dtype: str) -> Quantization:
-        """That of a checkpoint that was saved in 4 bits.
+        """Return the quantization of a checkpoint that was saved in 4 bits.
 
         Args:
-            dtype: which it computes in.
+            dtype: the compute dtype.
         """
         return cls(stored.quant_type, stored.double_quant, dtype, stored.skipped, True)
 
@@ -49,7 +49,7 @@ class Quantization:
         return self.bnb_4bit_quant_type + ", as the checkpoint was saved" * self.prequantized
 
     def config(self) -> BitsAndBytesConfig:
-        """For transformers, to load a model so."""
+        """Return the configuration with which transformers loads such a model."""
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.bnb_4bit_quant_type,
@@ -59,7 +59,7 @@ class Quantization:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For adapter_config.json; `from_dict` reads it back."""
+        """Return the settings for adapter_config.json; `from_dict` reads them."""
         found: dict[str, Any] = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -73,24 +73,24 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Quantization:
-        """From what `to_dict` wrote; what is not there has its default.
+        """Read what `to_dict` returns; missing settings have their defaults.
 
         Raises:
-            ValueError: a value is none that it could have written; the message is the end of a sentence.
+            ValueError: a value is invalid; the message is the end of a sentence.
         """
         known = {name: values[name] for name in CHOICES if name in values}
         for name, value in known.items():
             if value not in CHOICES[name]:
-                raise ValueError(f"sets {name} to something else than {', '.join(map(str, CHOICES[name]))}")
+                raise ValueError(f"sets {name} to something other than {', '.join(map(str, CHOICES[name]))}")
         skipped = values.get("llm_int8_skip_modules")
         if skipped is not None:
             if not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
-                raise ValueError("sets llm_int8_skip_modules to something else than a list of names")
+                raise ValueError("sets llm_int8_skip_modules to something other than a list of names")
             known["skip_modules"] = tuple(skipped)
         return cls(**known)
 
     def round_trip(self, weight: Tensor) -> Tensor:
-        """The weight as the 4-bit layer computes with it: quantized and decoded by bitsandbytes itself.
+        """Return the weight as a 4-bit layer uses it: quantized and dequantized by bitsandbytes itself.
 
         Args:
             weight: (out, in), 16 or 32 bits.

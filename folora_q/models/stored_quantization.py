@@ -18,8 +18,8 @@ class StoredQuantization:
 
     Attributes:
         quant_type: nf4 or fp4.
-        double_quant: the constants of the 4-bit blocks are quantized too.
-        skipped: modules that were left in 16 bits; None is transformers' own choice.
+        double_quant: the constants of the 4-bit blocks are quantized as well.
+        skipped: modules that were left in 16 bits; None: transformers' own choice.
     """
 
     quant_type: str
@@ -31,13 +31,13 @@ class StoredQuantization:
 
 
 def stored_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
-    """The 4-bit quantization that a checkpoint was saved with; None where it was saved by no bitsandbytes in 4 bits.
+    """Return the quantization of a checkpoint that bitsandbytes saved in 4 bits; None for any other.
 
     Args:
         config: config.json.
 
     Raises:
-        UserError: it says something that no checkpoint has.
+        UserError: a setting is invalid.
     """
     found = config.get("quantization_config")
     if not isinstance(found, Mapping) or not found.get("load_in_4bit"):
@@ -48,7 +48,7 @@ def stored_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
     if quant_type not in QUANT_TYPES:
         raise UserError(f"config.json: bnb_4bit_quant_type is {short(quant_type)}, not {' or '.join(QUANT_TYPES)}")
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
-        raise UserError("config.json: llm_int8_skip_modules must be a list of modules' names")
+        raise UserError("config.json: llm_int8_skip_modules must be a list of module names")
     return StoredQuantization(
         quant_type,
         bool(found.get("bnb_4bit_use_double_quant", False)),

@@ -1,8 +1,8 @@
-"""Which layers of a model get an adapter, and which parts have none.
+"""Choose the layers of a model that get an adapter, and list the parts without one.
 
-Text reaches the language model alone, and PEFT gives adapters to linear layers. Experts that are stacked in one tensor
-are none: PEFT could adapt them (`target_parameters`), but makes the change of every expert anew at each step, which no
-consumer card holds, and which nothing here gates or merges.
+Text passes only through the language model, and PEFT adapts linear layers. Experts that are stacked in one tensor are
+not adapted: PEFT could do it (`target_parameters`), but materializes the update of every expert at each step, which
+does not fit on a consumer card, and such updates can be neither gated nor merged here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import bitsandbytes as bnb
 from peft import LoraConfig, PeftModel
@@ -24,15 +25,15 @@ from transformers.pytorch_utils import Conv1D
 from folora_q.errors import UserError
 
 LINEAR = (nn.Linear, Conv1D)
-# What is not in 4 bits is named from this share of the weights on: norms and biases are not.
+# Parts that are not in 4 bits are listed from this share of the weights on, which norms and biases do not reach.
 MIN_SHARE = 0.005
 
 
 def choose_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Set `target_modules` to layers of the language model, where it names others too.
+    """Restrict `target_modules` to layers of the language model, if it also matches others.
 
     Raises:
-        UserError: none of what it names can have an adapter.
+        UserError: none of the layers that it matches can have an adapter.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, LINEAR)}
     wanted = _named(model, config, linear)
@@ -45,7 +46,7 @@ def choose_targets(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def _named(model: PreTrainedModel, config: LoraConfig, linear: set[str]) -> list[str]:
-    """Linear layers that the configuration names, as PEFT finds them."""
+    """Return the linear layers that the configuration matches, as PEFT finds them."""
     chosen = _maybe_include_all_linear_layers(copy.copy(config), model)
     return [name for name, _ in model.named_modules() if name in linear and check_target_module_exists(chosen, name)]
 
@@ -57,20 +58,20 @@ def _is_text(model: PreTrainedModel, name: str) -> bool:
 
 
 def text_prefix(model: PreTrainedModel) -> str:
-    """What the names of the language model's modules begin with; "" where the model is nothing else."""
+    """Return the prefix of the language model's module names; "" if the model has no other parts."""
     decoder = model.get_decoder()
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def _peft_renames(model: PreTrainedModel) -> bool:
-    """Whether PEFT takes names of this model for those that its experts had in earlier versions of transformers."""
+    """Return whether PEFT mistakes names in this model for those of experts in earlier versions of transformers."""
     probe = LoraConfig(target_modules=["gate_proj", "up_proj", "w1", "w3"])
     convert_peft_config_for_transformers(probe, model, None)
     return bool(probe.target_parameters)
 
 
 def _kept_by_peft(model: PreTrainedModel, config: LoraConfig, names: list[str]) -> list[str]:
-    """Without those that PEFT takes for experts by their endings, such as the linear layers of a shared expert."""
+    """Drop the names that PEFT mistakes for experts by their endings, such as a shared expert's linear layers."""
     if not _peft_renames(model):
         return names
     kept = []
@@ -79,7 +80,7 @@ def _kept_by_peft(model: PreTrainedModel, config: LoraConfig, names: list[str]) 
         probe.target_modules, probe.target_parameters = [name], None
         try:
             convert_peft_config_for_transformers(probe, model, None)
-        except ValueError:  # it names a half of what PEFT joins
+        except ValueError:  # it names one of two weights that PEFT joins
             continue
         if probe.target_modules:
             kept.append(name)
@@ -88,19 +89,19 @@ def _kept_by_peft(model: PreTrainedModel, config: LoraConfig, names: list[str]) 
 
 def _nothing_left(wanted: list[str], reached: list[str]) -> tuple[str, str]:
     if not reached:
-        reason = "layers outside of the language model, which text does not reach"
+        reason = "layers outside of the language model, through which no text passes"
     else:
-        reason = "experts, or layers that PEFT takes for experts, which cannot be adapted"
-    return f"`adapter.target_modules` names only {reason}, such as {wanted[0]}", "leave it out for all-linear"
+        reason = "experts, or layers that PEFT mistakes for experts, which cannot be adapted"
+    return f"`adapter.target_modules` names only {reason}, such as {wanted[0]}", "remove it for all-linear"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Weights of one name in all layers.
+    """The weights with the same name in all layers.
 
     Attributes:
-        name: of their module, from the layer on.
-        share: of all weights of the model.
+        name: the name of their module within the layer.
+        share: their share of the model's weights.
     """
 
     name: str
@@ -108,8 +109,8 @@ class Part:
 
 
 def without_adapter(model: PeftModel) -> list[Part]:
-    """Parts of a model with an adapter that have none: all but embeddings, head, norms and biases."""
-    inner = model.get_base_model()
+    """Return the parts without an adapter, except embeddings, head, norms and biases."""
+    inner = cast(PreTrainedModel, model.get_base_model())
     adapted = {name for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     ends = {id(module) for module in (inner.get_input_embeddings(), inner.get_output_embeddings())}
     ignored = {name for name, module in inner.named_modules() if id(module) in ends or isinstance(module, nn.Embedding)}
@@ -121,13 +122,13 @@ def without_adapter(model: PeftModel) -> list[Part]:
 
 
 def in_16_bits(model: PreTrainedModel) -> list[Part]:
-    """Parts of a model without an adapter that are not in 4 bits, without the smallest."""
+    """Return the parts of a base model that are not in 4 bits, without the smallest."""
     found = _parts(model, lambda owner, parameter: not isinstance(parameter, bnb.nn.Params4bit))
     return [part for part in found if part.share >= MIN_SHARE]
 
 
 def _parts(model: PreTrainedModel, counts: Callable[[str, nn.Parameter], bool]) -> list[Part]:
-    """The largest first."""
+    """Return the parts whose parameters are counted, the largest first."""
     prefix = text_prefix(model)
     sizes: dict[str, int] = {}
     total = 0
@@ -145,12 +146,12 @@ def _parts(model: PreTrainedModel, counts: Callable[[str, nn.Parameter], bool]) 
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)  # two weights lie in a byte
+    state = getattr(parameter, "quant_state", None)  # a byte holds two weights
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def _part_of(owner: str, prefix: str) -> str:
-    """mlp.experts of model.layers.0.mlp.experts; vision_tower of all that is in it."""
+    """Return e.g. mlp.experts for model.layers.0.mlp.experts, and vision_tower for everything in it."""
     if prefix and not owner.startswith(prefix):
         outer = prefix.rstrip(".").rpartition(".")[0]
         return owner.removeprefix(f"{outer}." if outer else "").split(".")[0]
@@ -158,5 +159,5 @@ def _part_of(owner: str, prefix: str) -> str:
 
 
 def listed(parts: list[Part]) -> str:
-    """For people: names with their shares."""
+    """List names with their shares, for messages."""
     return ", ".join(f"{part.name} ({part.share:.0%})" for part in parts)

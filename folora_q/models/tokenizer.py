@@ -19,21 +19,21 @@ from folora_q.models.gguf import MALFORMED, convert_gguf
 from folora_q.models.trust import CONFIG, HEADS, NOTHING, Trust, check_model, code_needed, pickled_weights
 from folora_q.recipe.schema import ModelSection
 
-# For files that a model need not have.
+# Arguments of `cached_file` for files that a model need not have.
 IF_THERE = {
     f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")
 }
 
 
 def load_tokenizer(section: ModelSection, chat_template: str | None = None, trust: Trust = NOTHING) -> Tokenizer:
-    """The model's tokenizer, without the model.
+    """Load a model's tokenizer, without the model.
 
     Args:
-        chat_template: Jinja that takes the place of its own.
+        chat_template: Jinja text that replaces the tokenizer's own template.
 
     Raises:
-        UserError: there is no such model, it has no tokenizer, or one that is code which is not trusted.
-        RunError: the demo's model could not be fetched.
+        UserError: there is no such model, it has no tokenizer, or its tokenizer is code that is not trusted.
+        RunError: the demo's model could not be downloaded.
     """
     with loading(section):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -48,23 +48,23 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None, trus
 
 @contextmanager
 def loading(section: ModelSection) -> Iterator[None]:
-    """Turn what transformers raises for a model that is not there, or must not be loaded, into the user's mistake."""
+    """Convert errors of transformers about a model that is missing, invalid or not trusted into a UserError."""
     name = section.model_name_or_path
     try:
         yield
     except SafetensorError as error:
         raise UserError(
-            f"cannot load the model {name}: its safetensors are damaged, or no safetensors ({first_line(error)})"
+            f"cannot load the model {name}: its safetensors are damaged or not safetensors ({first_line(error)})"
         ) from error
     except UnpicklingError as error:
         raise UserError(
-            f"cannot load the model {name}: its weights are a pickle with more in it than tensors, which was not loaded"
+            f"cannot load the model {name}: its weights are a pickle that contains more than tensors; it was not loaded"
         ) from error
     except (OSError, ValueError, ImportError) as error:
         reason = str(error)
         if "trust_remote_code=True" in reason:
             raise code_needed(name) from error
-        if "cannot be loaded with `safetensors`" in reason:  # of a hub, whose files are not known before
+        if "cannot be loaded with `safetensors`" in reason:  # on a hub, whose files are not known in advance
             raise pickled_weights(name) from error
         raise UserError(
             f"cannot load the model {name}: {first_line(error)}",
@@ -75,7 +75,7 @@ def loading(section: ModelSection) -> Iterator[None]:
             raise
         raise _malformed(name, error) from error
     except Exception as error:
-        if type(error) is not Exception:  # which is how tokenizers says that tokenizer.json is none
+        if type(error) is not Exception:  # tokenizers raises a plain Exception for an invalid tokenizer.json
             raise
         raise _malformed(name, error) from error
 
@@ -83,25 +83,27 @@ def loading(section: ModelSection) -> Iterator[None]:
 def _malformed(name: str, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {first_line(error)}".removeprefix("Exception: ")
     return UserError(
-        f"cannot load the model {name}: its files say what transformers can make no model of ({reason})",
-        "is it damaged, or for another version of transformers? --debug shows where it was met",
+        f"cannot load the model {name}: transformers cannot build a model from its files ({reason})",
+        "is it damaged, or for another version of transformers? --debug shows where it failed",
     )
 
 
 def safe_source(section: ModelSection, trust: Trust) -> tuple[str, str | None]:
-    """What transformers is to load, looked through: a folder, or a hub id with its commit.
+    """Return what transformers should load after checking it: a folder, or a hub id with its commit.
 
     Raises:
         UserError: there is no such model, or `trust` does not allow what loading it would do.
-        RunError: the demo's model could not be fetched.
+        RunError: the demo's model could not be downloaded.
     """
     with loading(section):
         source = local_or_hub(section.model_name_or_path)
         if Path(source).is_dir():
             check_model(Path(source), trust)
             return source, section.revision
-        found = Path(cached_file(source, CONFIG, revision=section.revision))
-        # What is looked through and what is loaded must be the same commit; the cache names its folders so.
+        config = cached_file(source, CONFIG, revision=section.revision)
+        assert config is not None, "cached_file raises where a file is missing"
+        found = Path(config)
+        # The checked commit and the loaded one must be the same; the cache names its folders after commits.
         commit = found.parent.name if found.parent.parent.name == "snapshots" else section.revision
         for name in HEADS:
             cached_file(source, name, revision=commit, **IF_THERE)
@@ -110,7 +112,7 @@ def safe_source(section: ModelSection, trust: Trust) -> tuple[str, str | None]:
 
 
 def local_or_hub(name: str) -> str:
-    """What transformers loads: a folder, which a GGUF file and the demo's model are turned into, or a hub id."""
+    """Return what transformers loads: a folder (GGUF files and the demo's model are converted) or a hub id."""
     if name == DEMO_MODEL:
         return str(demo_model_folder())
     path = Path(name)

@@ -1,7 +1,7 @@
-"""What a model or an adapter from elsewhere may do. By default it may only provide numbers.
+"""Check what a model or adapter from elsewhere would do. By default it may only provide numbers.
 
-Its JSON files are looked through before a library follows them: they can name code to run, pickles to load and files
-outside of their folder. Needs neither torch nor transformers.
+Its JSON files are checked before a library follows them: they can name code to run, pickles to load and files outside
+of their folder. Needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ENDING, INDEX_ENDING, PICKLE_ENDING = ".safetensors", ".safetensors.index.json", ".bin"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 SAFE_ADAPTER, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
-# Halves of pairs, which JSON can hold as escapes and no file's name can.
+# Surrogates, which JSON can contain as escapes and file names cannot.
 SURROGATES = re.compile("[\ud800-\udfff]")
 # The files of a model that name others.
 HEADS = (CONFIG, ADAPTER_CONFIG, SAFE_INDEX, PICKLES[1])
-# Where config.json may name compiled code on a hub, as owner/name, for transformers to run.
+# Keys of config.json that may name compiled code on a hub, as owner/name, for transformers to run.
 KERNELS = ("attn_implementation", "experts_implementation")
-# Settings of PEFT's that name a module to import, or a model, adapter or file to load besides the adapter.
+# PEFT's settings that name a module to import, or another model, adapter or file to load.
 ELSEWHERE = ("megatron_config", "shadow_model", "adapters", "prompt_tuning_init_state_dict_path")
-# Of an index: that of a model with a hundred thousand weights takes ten.
+# The index of a model with a hundred thousand weights takes 10 MiB.
 MAX_INDEX_BYTES = 32 * MIB
 CONVERT = f"convert them to safetensors, or, if you trust who made them, add {PICKLE_FLAG}"
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What the user has allowed on the command line; a recipe or a downloaded file can allow nothing.
+    """What the user allowed on the command line; a recipe or a downloaded file cannot allow anything.
 
     Attributes:
-        remote_code: run the Python that comes with a model.
-        pickle: load weights that are pickles, by torch's loader for tensors alone (`weights_only`).
+        remote_code: run Python code that comes with a model.
+        pickle: load weights that are pickles, with torch's loader for tensors only (`weights_only`).
     """
 
     remote_code: bool = False
     pickle: bool = False
 
     def flags(self) -> list[str]:
-        """The options that say so, for command lines to copy."""
+        """Return the command-line options for this trust."""
         return [CODE_FLAG] * self.remote_code + [PICKLE_FLAG] * self.pickle
 
 
@@ -56,22 +56,22 @@ NOTHING = Trust()
 
 
 def check_model(folder: Path, trust: Trust) -> None:
-    """Look through a model's folder, or through as much of a hub's model as has been fetched, before it is loaded.
+    """Check a model's folder, or the downloaded files of a hub model, before it is loaded.
 
     Raises:
-        UserError: that would run code, load a pickle or read a file outside of the folder, and `trust` does not allow
-            it; or there is an adapter too, which transformers would put on the model.
+        UserError: loading would run code, load a pickle or read a file outside of the folder, and `trust` does not
+            allow it; or there is also an adapter, which transformers would put on the model.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{folder} holds a model and an adapter on it ({ADAPTER_CONFIG})",
-            "merge them, or move the adapter's files to a folder of their own and name the one that is meant",
+            "merge them, or move the adapter's files to a folder of their own and name the one that you mean",
         )
     config = _read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if not trust.remote_code and (kernel := next(_kernels(config), None)) is not None:
         raise UserError(
             f"{folder / CONFIG} asks for compiled code from a hub: {kernel[:200]}",
-            f"take that out of it, or, if you trust that code, add {CODE_FLAG}",
+            f"remove it, or, if you trust that code, add {CODE_FLAG}",
         )
     weights = config.get("transformers_weights")
     if weights is not None:
@@ -85,7 +85,7 @@ def check_model(folder: Path, trust: Trust) -> None:
 
 
 def check_weights(folder: Path, trust: Trust) -> None:
-    """Look at the names of a model's weights.
+    """Check the names of a model's weight files.
 
     Raises:
         UserError: they are pickles that `trust` does not allow, or an index names a file outside of the folder.
@@ -102,18 +102,18 @@ def check_weights(folder: Path, trust: Trust) -> None:
 
 
 def check_adapter(folder: Path, trust: Trust) -> None:
-    """Look through an adapter's folder.
+    """Check an adapter's folder.
 
     Raises:
         UserError: loading it would import or load something from elsewhere, or a pickle that `trust` does not allow, or
-            could go on for ever.
+            could take forever.
     """
     config = _read(folder / ADAPTER_CONFIG)
     check_patterns(folder / ADAPTER_CONFIG, config)
     for key in ELSEWHERE:
         if config.get(key):
             raise UserError(
-                f"{folder / ADAPTER_CONFIG} sets {key}, which names code or files besides the adapter's own",
+                f"{folder / ADAPTER_CONFIG} sets {key}, which names code or files other than the adapter's own",
                 "folora-q loads only what is in an adapter's folder",
             )
     pickled = folder / PICKLED_ADAPTER
@@ -122,7 +122,7 @@ def check_adapter(folder: Path, trust: Trust) -> None:
 
 
 def shards_of(index: Path, ending: str = ENDING) -> dict[str, str]:
-    """The shard that an index file names for each weight, all of them files in its own folder.
+    """Return the shard of each weight from an index file; all shards are files in its own folder.
 
     Raises:
         UserError: it cannot be read, or names anything else.
@@ -134,13 +134,13 @@ def shards_of(index: Path, ending: str = ENDING) -> dict[str, str]:
         if not is_inside(shard) or not shard.endswith(ending):
             raise UserError(
                 f"{index} names {shard[:200]!r} as a shard, which is not a {ending} file in its folder",
-                "download the model again from somebody you trust",
+                "download the model again from a source that you trust",
             )
     return {str(weight): str(shard) for weight, shard in found.items()}
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name from a file stays in the folder of that file, on any system."""
+    """Return whether a file name stays within its folder, on any system."""
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
             return False
@@ -148,12 +148,12 @@ def is_inside(name: str) -> bool:
 
 
 def pickled_weights(path: Path | str) -> UserError:
-    """What to raise for weights that are pickles and that nobody has allowed."""
+    """Return the error for weights that are pickles and are not allowed."""
     return UserError(f"the weights are a pickle, which can hold code: {path}", CONVERT)
 
 
 def code_needed(name: str) -> UserError:
-    """What to raise for a model that transformers does not have, where nobody has allowed its own code."""
+    """Return the error for a model that needs its own code, which is not allowed."""
     return UserError(
         f"{name} can only be loaded by running Python code that comes with it",
         f"read that code; if you trust it, add {CODE_FLAG} to the command. A recipe alone cannot run code",
@@ -161,13 +161,13 @@ def code_needed(name: str) -> UserError:
 
 
 def names_code(folder: Path) -> bool:
-    """Whether a model's folder names Python that a loader which trusts it would run."""
+    """Return whether a model's folder names Python code, which a loader that trusts it would run."""
     names = (CONFIG, "tokenizer_config.json")
     return any(_read(folder / name).get("auto_map") for name in names if (folder / name).is_file())
 
 
 def _kernels(config: Any) -> Iterator[str]:
-    """Names of compiled code on a hub, anywhere in a configuration."""
+    """Yield names of compiled code on a hub, anywhere in a configuration."""
     for key, value in config.items() if isinstance(config, dict) else ():
         if str(key).removeprefix("_").removesuffix("_internal") in KERNELS:
             yield from (name for name in _strings(value) if "/" in name)

@@ -1,4 +1,4 @@
-"""Architectures that cannot be fine-tuned here, found in config.json. Needs neither PyTorch nor transformers."""
+"""Refuse architectures that cannot be fine-tuned here, by config.json. Needs neither PyTorch nor transformers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from folora_q.errors import UserError
 from folora_q.recipe.paths import short
 
-OWN_LINEAR = "its linear layers are of a class of their own, which bitsandbytes does not put into 4 bits"
-SEQUENCE = "it reads a text with an encoder and writes another, and text here is continued"
-# By model_type: why not, and what to use instead.
+OWN_LINEAR = "its linear layers have a class of their own, which bitsandbytes does not quantize"
+SEQUENCE = "it is an encoder-decoder, and only decoders are supported"
+# By model_type: the reason, and what to use instead.
 UNSUPPORTED = {
     "falcon": (OWN_LINEAR, "Falcon 3, which is built as Llama is, or another model of this size"),
     **dict.fromkeys(
@@ -21,14 +21,14 @@ UNSUPPORTED = {
 
 
 def refuse_unsupported(name: str, config: Mapping[str, Any]) -> None:
-    """See that a model is of a kind that can be fine-tuned.
+    """Check that a model's architecture can be fine-tuned.
 
     Args:
-        name: the model's, for the message.
+        name: the model's name, for the message.
         config: config.json.
 
     Raises:
-        UserError: it is not; what to use instead is said.
+        UserError: it cannot; the hint says what to use instead.
     """
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in UNSUPPORTED:

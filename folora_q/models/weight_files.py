@@ -1,7 +1,7 @@
 """Read a model's safetensors shards tensor by tensor.
 
-Where it is allowed, pickled shards too, which torch maps into memory and takes tensors from, and nothing else. What
-bitsandbytes saved in 4 bits is decoded when it is read.
+If allowed, also pickled shards, which torch maps into memory and reads only tensors from. Weights that bitsandbytes
+saved in 4 bits are decoded when they are read.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from folora_q.storage.untrusted import read_object
 
 INDEX, SINGLE = SAFE_INDEX, SAFE
 PICKLE, PICKLE_INDEX = PICKLES
-# Dtypes as safetensors calls them.
+# Names of dtypes in safetensors.
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-# What torch raises for a pickle that is damaged, or holds more than tensors.
+# What torch raises for a pickle that is damaged or contains more than tensors.
 PICKLE_ERRORS = (UnpicklingError, RuntimeError, EOFError, OSError, AttributeError)
-# Beside a weight in 4 bits lie its constants, under the weight's name and one of these.
+# Endings that a 4-bit weight's name has for its constants.
 CONSTANTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-# Bytes of a number of what they are packed into.
+# Bytes per number of the dtypes into which 4-bit weights are packed.
 STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
-# What bitsandbytes raises for constants that do not fit.
+# What bitsandbytes raises for invalid constants.
 UNDECODABLE = (ValueError, KeyError, TypeError, RuntimeError, AssertionError, AttributeError)
-# What a merge needs of a hub repository.
+# Files of a hub repository that a merge needs.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is, and how large.
+    """Location and shape of a tensor.
 
     Attributes:
-        shape, dtype: as it is read; of a weight in 4 bits, after decoding.
-        packed: it lies there in 4 bits.
-        copy_of: the name that it has there, where it is the same as another one.
+        shape, dtype: as it is read; for a 4-bit weight, after decoding.
+        packed: it is stored in 4 bits.
+        copy_of: the name under which it is stored, if it is a copy of another one.
     """
 
     shard: str
@@ -69,9 +69,9 @@ class Checkpoint:
 
     Attributes:
         shards: file names, in order.
-        tensors: by name, in the order of the shards; the constants of weights in 4 bits are not among them.
+        tensors: by name, in the order of the shards, without the constants of 4-bit weights.
         config: config.json.
-        constants: of each weight in 4 bits, the names and places of its constants.
+        constants: for each 4-bit weight, its constants.
     """
 
     folder: Path
@@ -82,18 +82,18 @@ class Checkpoint:
 
     @property
     def prequantized(self) -> bool:
-        """Whether weights of it lie there in 4 bits."""
+        """Whether it has weights in 4 bits."""
         return bool(self.constants)
 
     def names_in(self, shard: str) -> list[str]:
-        """The tensors of one shard, in its own order."""
+        """Return the names of the tensors in a shard, in order."""
         return [name for name, stored in self.tensors.items() if stored.shard == shard]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, decoded if it lies there in 4 bits.
+        """Read one tensor, decoded if it is stored in 4 bits.
 
         Raises:
-            UserError: its bytes cannot be read; shard and tensor are named.
+            UserError: it cannot be read; the message names shard and tensor.
         """
         stored = self.tensors[name]
         place = stored.copy_of or name
@@ -101,7 +101,7 @@ class Checkpoint:
         return dequantize_4bit(tensor, self._state(place)) if stored.packed else tensor
 
     def with_copy(self, name: str, of: str) -> Checkpoint:
-        """With one tensor more, which is the same as another."""
+        """Return the checkpoint with one more tensor, a copy of another."""
         return replace(self, tensors=self.tensors | {name: replace(self.tensors[of], copy_of=of)})
 
     def _state(self, name: str) -> QuantState:
@@ -112,10 +112,10 @@ class Checkpoint:
             raise UserError(f"{self.folder}: the constants of {name} cannot be decoded: {first_line(error)}") from None
 
     def _decoded(self) -> Iterator[tuple[str, StoredTensor]]:
-        """Where each weight in 4 bits is, as it is read."""
+        """Yield each 4-bit weight with its shape and dtype after decoding."""
         for name in self.constants:
             state = self._state(name)
-            dtype = DTYPES.get(state.dtype)
+            dtype = None if state.dtype is None else DTYPES.get(state.dtype)
             held = self.tensors[name].numel * STORAGE.get(self.tensors[name].dtype, 0) * 2  # numbers of 4 bits
             if state.shape is None or dtype is None or not prod(state.shape) <= held <= prod(state.shape) + 1:
                 raise UserError(f"{self.folder}: the constants of {name} are those of another weight")
@@ -123,7 +123,7 @@ class Checkpoint:
 
     def _read(self, name: str, stored: StoredTensor) -> Tensor:
         if stored.shard.endswith(PICKLE_ENDING):
-            return unpickled(self.folder / stored.shard)[name].clone()  # two of them may be one and the same
+            return unpickled(self.folder / stored.shard)[name].clone()  # several names may refer to one tensor
         try:
             with safe_open(self.folder / stored.shard, "pt") as file:
                 return file.get_tensor(name)
@@ -132,7 +132,7 @@ class Checkpoint:
 
 
 def model_folder(name: str, revision: str | None, trust: Trust = NOTHING) -> Path:
-    """The folder of a model: a local one as it is, a GGUF file or the demo's model converted, a hub id downloaded.
+    """Return the folder of a model: a local one, a converted GGUF file or demo model, or a downloaded hub model.
 
     Raises:
         UserError: there is no such model.
@@ -147,16 +147,16 @@ def model_folder(name: str, revision: str | None, trust: Trust = NOTHING) -> Pat
         reason = first_line(error)
         raise UserError(
             f"cannot find the base model {name}: {reason}",
-            "name the folder that it is in with --base-model",
+            "name its folder with --base-model",
         ) from error
 
 
 def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
-    """Look at every shard's header.
+    """Read the header of every shard.
 
     Raises:
-        UserError: there are no weights that `trust` lets us read, a shard is missing, damaged or outside of the folder,
-            or a tensor of the index is in none.
+        UserError: there are no weights that `trust` allows, a shard is missing, damaged or outside of the folder, or a
+            tensor of the index is in no shard.
     """
     try:
         config = read_object(folder / "config.json")
@@ -186,7 +186,7 @@ def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
             continue
         try:
             with safe_open(folder / shard, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it is no dict)
+                for name in file.keys():  # noqa: SIM118  (it is not a dict)
                     piece = file.get_slice(name)
                     tensors[name] = StoredTensor(shard, tuple(piece.get_shape()), piece.get_dtype())
         except FileNotFoundError:
@@ -201,7 +201,7 @@ def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
 
 
 def _with_packed(found: Checkpoint) -> Checkpoint:
-    """With the constants of weights in 4 bits set apart."""
+    """Separate the constants of 4-bit weights from the tensors."""
     if stored_quantization(found.config) is None:
         return found
     names = [name.removesuffix(ending) for name in found.tensors for ending in STATES if name.endswith(ending)]
@@ -222,17 +222,19 @@ def _with_packed(found: Checkpoint) -> Checkpoint:
 
 
 def unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled shard, mapped where its format allows that; torch builds no other object from it.
+    """Load the tensors of a pickled shard, memory-mapped if possible; torch creates no other objects from it.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: it cannot be read, or contains something else.
     """
     if not path.is_file():
         raise UserError(f"the shard {path} is missing")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except PICKLE_ERRORS as error:
-        raise UserError(f"{path} cannot be read as tensors alone, and was not loaded: {first_line(error)}") from None
+        raise UserError(
+            f"{path} does not contain only tensors, or is damaged; it was not loaded: {first_line(error)}"
+        ) from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path} does not hold tensors by name")
     return found

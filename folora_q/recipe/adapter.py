@@ -12,14 +12,14 @@ from folora_q.recipe.patterns import pattern_fault
 from folora_q.recipe.section import Positive, PositiveInt, Section
 
 ALL_LINEAR = "all-linear"
-# What other tools call it.
+# Other tools' names for it.
 ALL_WORDS = {"all", "linear", "all_linear", "alllinear", "lora_target_linear"}
-# One name, or several with commas or spaces between them.
+# One name, or several separated by commas or spaces.
 NAMES_ALONE = re.compile(r"[\w.]*\w(\s*[, ]\s*[\w.]*\w)*")
 
 
 def _text_or_list(value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
-    """Say in one sentence what is expected, where pydantic has one for each kind."""
+    """Raise one error that says what is expected, where pydantic would have one for each type."""
     takes_text = info.field_name != "modules_to_save"
     is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
     if value is None or is_list or (isinstance(value, str) and takes_text):
@@ -58,7 +58,7 @@ class AdapterSection(Section):
         if value is not None and any(not ending.strip() for ending in value):
             raise ValueError(f"{name} holds an empty name")
         if is_target and not value:
-            raise ValueError(f"{name} names no layer: name some, or leave it out for {ALL_LINEAR}")
+            raise ValueError(f"{name} names no layer: name some, or remove it for {ALL_LINEAR}")
         return value or None
 
     @model_validator(mode="before")
@@ -69,10 +69,10 @@ class AdapterSection(Section):
 
 
 def _pattern(name: str, value: str, is_target: bool) -> str:
-    """Check a regular expression for names of modules.
+    """Check a regular expression for module names.
 
     Raises:
-        ValueError: it is none, matching it could go on for ever, or it is a name or several, which match nothing.
+        ValueError: it is not one, matching it could take forever, or it is one name or several, which match nothing.
     """
     if is_target and value.strip().lower().replace("-", "_") in ALL_WORDS:
         raise ValueError(f"{name}: {value} would be a regular expression; did you mean {ALL_LINEAR}?")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field
 
@@ -49,6 +49,10 @@ class Source(Section):
     answer}."""
     roles: dict[str, Role] = {}
     """Names of roles, as {theirs: ours}, e.g. {customer: user}. human, gpt, model and bot are known."""
+
+    def column(self, name: str) -> str:
+        """Return the name of the column for our `name`."""
+        return cast("dict[str, str]", self.fields).get(name, name)
 
 
 def _as_list(value: Any) -> Any:

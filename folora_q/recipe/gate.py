@@ -18,12 +18,12 @@ from folora_q.recipe.gate_rules import (
 )
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section
 
-# Least number of directions in a sketch, and directions per row of the adapter, which takes the best of them.
+# Least number of directions in a sketch, and directions per row of the adapter, which uses the best of them.
 RANK, RANK_PER_ROW = 64, 2
 
 
 def sketch_rank(rows: int) -> int:
-    """Number of directions that sketches keep for an adapter of this rank, unless a recipe sets it."""
+    """Return the number of directions that sketches keep for an adapter of this rank by default."""
     return max(RANK, RANK_PER_ROW * rows)
 
 
@@ -90,13 +90,13 @@ class GateSection(Section):
 
     @property
     def readings(self) -> list[tuple[int, bool]]:
-        """Of each reading after the sketches': a basis's columns, and whether its image is gathered to refine it."""
+        """For each reading after the first: columns of the basis, and whether its image is collected for refinement."""
         if not self.second_pass:
             return []
         return [((2 + step) * self.rank, step < self.refinements) for step in range(self.refinements + 1)]
 
     def basis_dtype_on(self, gpu: bool) -> str:
-        """What `basis_dtype` stands for: on a GPU, where they stay beside the model, three digits do."""
+        """Return the dtype that `basis_dtype` means: on a GPU, where the bases stay in memory, three digits suffice."""
         if self.basis_dtype != "auto":
             return self.basis_dtype
         return "bfloat16" if gpu else "float32"

@@ -1,4 +1,4 @@
-"""The gate rules: what each one is, its defaults and which settings suit it. No PyTorch; `folora_q.rules` has the code.
+"""The gate rules: description, defaults and valid settings of each. No PyTorch; `folora_q.rules` has the code.
 
 To add a rule, add it to `RuleName` and `GATE_RULES`, write `folora_q/rules/<name>.py`, list it in `folora_q.rules`, and
 describe it in docs/method.md. A place that was forgotten fails at import or in tests/rules/registry_test.py.
@@ -19,7 +19,7 @@ PLAIN_LEARNING_RATE = 2e-4
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What a rule may object to.
+    """The settings that a rule checks.
 
     Attributes:
         places: `gate.places`.
@@ -46,7 +46,7 @@ class GateRule:
         optimizer: "any": the recipe's optimizer, unchanged. "wrapped": each step of the recipe's optimizer passes
             through the gates. "own": an AdamW of its own.
         uses_strength: λ, floor and sharpness shape its gate.
-        cheaper: the rule to propose where memory does not suffice.
+        cheaper: the rule to propose if memory does not suffice.
         objection: returns what is wrong with settings and how to correct it, or None.
     """
 
@@ -64,7 +64,7 @@ class GateRule:
     cheaper: RuleName | None = None
 
     def default_places(self, random_start: bool) -> list[Place]:
-        """`gate.places` where the recipe leaves it out."""
+        """Return the default of `gate.places`."""
         return list(self.random_places if random_start and self.random_places is not None else self.places)
 
 
@@ -72,15 +72,15 @@ def _frozen_objection(settings: GateSettings) -> str | None:
     if settings.leading and settings.changed:
         return f"rule frozen gates by the quotient alone, without gate.{settings.changed[0]}: set gate.rule to step"
     if "a_start" not in settings.places or "a_step" in settings.places:
-        return "rule frozen takes no step of A: set gate.rule to step, or leave gate.places out"
+        return "rule frozen does not train A: set gate.rule to step, or remove gate.places"
     if not settings.leading and "b_step" in settings.places:
-        return "with gate.start random no row has a quotient to gate B's steps by: leave gate.places out"
+        return "with gate.start: random, A's rows have no quotients by which to gate B's steps: remove gate.places"
     return None
 
 
 def _step_objection(settings: GateSettings) -> str | None:
     if not {"a_step", "b_step"} & set(settings.places):
-        return "rule step gates no step with these gate.places: add a_step or b_step, or leave them out"
+        return "rule step gates no step with these gate.places: add a_step or b_step, or remove the key"
     return None
 
 
@@ -88,7 +88,7 @@ def _spectral_objection(settings: GateSettings) -> str | None:
     if "b_step" in settings.places:
         return "rule spectral leaves B to AdamW, as in the paper: set gate.places to [a_start, a_step] or [a_step]"
     if "a_step" not in settings.places:
-        return "rule spectral needs a_step among gate.places"
+        return "rule spectral needs a_step in gate.places"
     return None
 
 
@@ -98,7 +98,7 @@ _RULES = (
         summary="A is fixed to the leading directions and only B is trained; the lengths of A's rows scale each "
         "direction's share of a step. Needs the least memory and time.",
         places=("a_start", "b_step"),
-        random_places=("a_start",),  # rows that PEFT drew have no quotient each
+        random_places=("a_start",),  # PEFT's random rows have no quotients
         ridge=0.1,
         utility_ridge=1e-4,
         learning_rate=2e-3,
@@ -139,7 +139,7 @@ if tuple(GATE_RULES) != get_args(RuleName):
 
 
 def default_learning_rate(gate: Mapping[str, Any]) -> float | None:
-    """Peak learning rate that goes with a section `gate` as it is written; None where its rule is unknown."""
+    """Return the default peak learning rate for a `gate` section as written; None if its rule is unknown."""
     if not gate.get("enabled", True):
         return PLAIN_LEARNING_RATE
     name = gate.get("rule", DEFAULT_RULE)
@@ -160,7 +160,7 @@ def defaults_by_rule(value: Callable[[GateRule], object]) -> str:
 
 
 def written(value: object) -> str:
-    """Return a default as a recipe would have it: 2e-3, 0.1, [a_start, b_step]."""
+    """Format a default as in a recipe: 2e-3, 0.1, [a_start, b_step]."""
     if isinstance(value, float):
         return (f"{value:g}" if value >= 0.01 else f"{value:.0e}").replace("e-0", "e-")
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

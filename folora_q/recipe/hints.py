@@ -10,7 +10,7 @@ ALWAYS_4_BITS = "leave it out: the base is always loaded in 4 bits, and only an 
 BY_HARDWARE = "leave it out, or set `model.dtype`: it is chosen from the hardware"
 RESUME = "the option --resume of `folora-q train`"
 
-# Their word: our section.key, or a sentence where there is none.
+# Their name: our section.key, or a sentence if there is none.
 FOREIGN_WORDS: dict[str, str] = {
     # the model
     "base_model": "model.model_name_or_path",
@@ -76,10 +76,10 @@ FOREIGN_WORDS: dict[str, str] = {
     "additional_target": "adapter.modules_to_save",
     "lora_exclude_modules": "adapter.exclude_modules",
     "embedding_lr": "training.embedding_learning_rate",
-    "embedding_lr_scale": "training.embedding_learning_rate, a rate and no factor",
+    "embedding_lr_scale": "training.embedding_learning_rate, a rate and not a factor",
     "use_dora": "DoRA is not supported: the gate works on A and B",
     "peft_use_dora": "DoRA is not supported: the gate works on A and B",
-    "lora_bias": "it is not supported: adapters on linear layers alone are trained",
+    "lora_bias": "it is not supported: only A and B are trained",
     "init_lora_weights": "leave it out: the gate chooses A's start (gate.places)",
     # the data
     "train_file": "data.train_dataset",
@@ -155,16 +155,16 @@ FOREIGN_WORDS: dict[str, str] = {
     "train_on_eot": "leave it out: the token that ends a turn is always trained",
     "loss_scale": "training.assistant_only_loss",
     "mask_history": "it is not supported: every assistant turn is trained, but those with `weight: 0` in the data",
-    "message_field_training": "leave it out: `weight` or `train` of a turn says whether it is learned",
+    "message_field_training": "leave it out: `weight` or `train` of a turn says whether it is trained",
     "enable_thinking": "data.without_thought",
     "field_tools": "data.train_dataset: {path: ..., fields: {tools: ...}}",
     "tool_format": "leave it out: the chat template writes tools and calls",
     "special_tokens": "leave it out: the model's own are used",
-    "overwrite_cache": "leave it out: tokenized data is kept under its content, so it cannot be stale",
+    "overwrite_cache": "leave it out: tokenized data is cached by content, so it cannot be stale",
     "dataset_prepared_path": "the environment variable FOLORA_Q_CACHE",
-    "preprocessing_num_workers": "leave it out: tokenized data is kept",
-    "dataset_processes": "leave it out: tokenized data is kept",
-    "dataset_num_proc": "leave it out: tokenized data is kept",
+    "preprocessing_num_workers": "leave it out: tokenized data is cached",
+    "dataset_processes": "leave it out: tokenized data is cached",
+    "dataset_num_proc": "leave it out: tokenized data is cached",
     "file_name": "path, in a mapping of data.train_dataset",
     "hf_hub_url": "path, in a mapping of data.train_dataset",
     "ms_hub_url": "path, in a mapping of data.train_dataset; a hub id is Hugging Face's",
@@ -208,7 +208,7 @@ FOREIGN_WORDS: dict[str, str] = {
     "save_strategy": "training.save_steps",
     "saves_per_epoch": "training.save_steps",
     "save_interval": "training.save_steps",
-    "metric_for_best_model": "training.load_best_model_at_end takes the held-out loss",
+    "metric_for_best_model": "training.load_best_model_at_end uses the held-out loss",
     "early_stopping": "training.early_stopping_patience",
     "early_stopping_steps": "training.early_stopping_patience",
     "loss_watchdog_threshold": "training.max_loss_factor, times the largest loss of the last steps",
@@ -256,7 +256,7 @@ FOREIGN_WORDS: dict[str, str] = {
     "lora_mlp_kernel": "it is not supported: there are no fused kernels",
     "lora_qkv_kernel": "it is not supported: there are no fused kernels",
     "lora_o_kernel": "it is not supported: there are no fused kernels",
-    "lora_model_dir": RESUME + ", which goes on with a run of its own",
+    "lora_model_dir": RESUME + ", which continues a run",
     "liger_kernel": "it is not supported",
     "use_liger_kernel": "it is not supported",
 }

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,11 +19,12 @@ from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, KeyPath, parse_yaml
 from folora_q.storage.redaction import conceal, holds_secret
 
-# An error quotes no more of a value than this.
+# The most that an error quotes of a value.
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 160
-# How the place of a value that the command line gives begins.
+# Beginning of a location on the command line.
 OVERRIDE = "override "
+SECTIONS = {name: cast(type[BaseModel], field.annotation) for name, field in Recipe.model_fields.items()}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -52,7 +53,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(listed(findings), "docs/recipe.md explains every key, and so does `folora-q schema`") from None
 
     def folder_for(value: str, key: KeyPath) -> Path:
-        """A recipe's paths are relative to it; those of an override to where the command is given."""
+        """Return the folder for a relative path: the recipe's, or for an override the working directory."""
         given_here = _place(key, places, path).startswith(OVERRIDE)
         only_there = exists(path.parent / value) and not exists(Path(value))
         return Path.cwd() if given_here and not only_there else path.parent
@@ -61,16 +62,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def places_in(path: Path, overrides: Sequence[str] = ()) -> Callable[[KeyPath], str]:
-    """Where the keys of a recipe stand that `load_recipe` has read: the file and the line, or the override."""
+    """Return a function that locates the keys of a recipe which `load_recipe` accepts: file and line, or override."""
     _, places = _read(path, overrides)
     return lambda key: _place(key, places, path)
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """The values of a recipe with its overrides, and where each of them stands."""
+    """Read the values of a recipe with its overrides, and the location of each."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            text = file.read(MAX_RECIPE_LENGTH + 1)  # it may be no recipe, and have no end
+            text = file.read(MAX_RECIPE_LENGTH + 1)  # it may not be a recipe, and never end
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}", "`folora-q recipes` lists the shipped ones") from None
     except UnicodeDecodeError as error:
@@ -94,9 +95,11 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Ke
 
 
 def _refuse_secrets(values: dict[str, Any], places: Mapping[KeyPath, str], path: Path) -> None:
-    """A recipe is copied into the run folder, and much of it into cards and reports."""
+    """Raise an error if a recipe contains a secret: it is copied into the run folder, partly into cards and reports."""
     strings = list(_strings(values))
-    if not holds_secret("\n".join(value for _, value in strings)):  # which reads the environment once for all
+    if not holds_secret(
+        "\n".join(value for _, value in strings)
+    ):  # one check for all values, since it reads the environment
         return
     found = [
         f"`{'.'.join(str(part) for part in key)}` holds a token or a password ({conceal(_place(key, places, path))})"
@@ -130,16 +133,16 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
     if len(path) == 1 and path[0] not in Recipe.model_fields:
         path = (_section_of(path[0]), *path)
     try:
-        value = raw if raw.startswith("*") else parse_yaml(raw)[0]  # a glob, which YAML would take for an alias
+        value = raw if raw.startswith("*") else parse_yaml(raw)[0]  # a glob, which YAML would read as an alias
     except ValueError as error:
         raise UserError(f"the value of the override {_short(override)} is not valid YAML: {error}") from None
-    section = values
+    section: dict[str, Any] = values
     for part in path[:-1]:
         below = section.get(part)
         if below is None:
             below = {}
         elif isinstance(below, str) and part in DataSection.model_fields:
-            below = {"path": below}  # a source is short for a mapping with its path
+            below = {"path": below}  # a path is short for a mapping with `path`
         elif not isinstance(below, dict):
             raise UserError(
                 f"`{part}` in the recipe is not a mapping, so the override {_short(override)} cannot be set"
@@ -151,14 +154,14 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
 
 
 def _section_of(key: str) -> str:
-    """The one section that has this key; overrides may leave it out."""
+    """Return the only section that has this key; overrides may omit it."""
     sections = _sections_with(key)
     if len(sections) == 1:
         return sections[0]
     if sections:
         choices = " or ".join(f"{section}.{key}" for section in sections)
-        raise UserError(f"the override `{key}` could be {choices}", "write the section too")
-    everywhere = [name for section in Recipe.model_fields.values() for name in section.annotation.model_fields]
+        raise UserError(f"the override `{key}` could be {choices}", "add the section")
+    everywhere = [name for section in SECTIONS.values() for name in section.model_fields]
     raise UserError(
         f"unknown key `{short(key)}` in an override{_suggestion((key,), everywhere)}",
         "docs/recipe.md explains every key, and so does `folora-q schema`",
@@ -166,7 +169,7 @@ def _section_of(key: str) -> str:
 
 
 def _sections_with(key: str) -> list[str]:
-    return [name for name, section in Recipe.model_fields.items() if key in section.annotation.model_fields]
+    return [name for name, section in SECTIONS.items() if key in section.model_fields]
 
 
 def _finding(detail: Any, where: str) -> str:
@@ -197,16 +200,16 @@ def _finding(detail: Any, where: str) -> str:
             return f"`{name}`: {message}, got {_short(detail['input'])} ({where})"
 
 
-# Words that are a value elsewhere and a section here.
+# Keys that have a value in other tools and are sections here.
 ALSO_SECTIONS = {
     "adapter": "folora-q always trains a LoRA adapter on a 4-bit base; here its rank is `adapter.r`",
-    "model": "here a model is named by `model.model_name_or_path`",
-    "data": "here the rows are named by `data.train_dataset`",
+    "model": "the model is set by `model.model_name_or_path`",
+    "data": "the rows are set by `data.train_dataset`",
 }
 
 
 def _suggestion(location: KeyPath, siblings: Sequence[str]) -> str:
-    """What an unknown key is meant to be: a misspelt sibling, a key of another section, another tool's word."""
+    """Suggest what an unknown key means: a misspelt sibling, a key of another section, or another tool's name."""
     key = str(location[-1])
     theirs = FOREIGN_WORDS.get(key.lower(), "")
     elsewhere = _sections_with(key)
@@ -221,7 +224,7 @@ def _suggestion(location: KeyPath, siblings: Sequence[str]) -> str:
 
 
 def _with_what_is_around(places: Mapping[KeyPath, str]) -> dict[KeyPath, str]:
-    """Also for every beginning of a key the first place that has it."""
+    """Add for every prefix of a key the first place that has it."""
     found: dict[KeyPath, str] = {}
     for key, place in places.items():
         for end in range(1, len(key) + 1):
@@ -230,7 +233,7 @@ def _with_what_is_around(places: Mapping[KeyPath, str]) -> dict[KeyPath, str]:
 
 
 def _place(location: Sequence[str | int], places: Mapping[KeyPath, str], path: Path) -> str:
-    """Where a key stands, or the nearest thing around it; a list position that the file does not write is skipped."""
+    """Return the location of a key or the nearest one around it, skipping list positions that the file lacks."""
     for end in range(len(location), 0, -1):
         around = tuple(location[:end])
         for candidate in (around, tuple(part for part in around if not isinstance(part, int))):
@@ -245,7 +248,7 @@ def _keys_of(location: KeyPath) -> list[str]:
 
 
 def _choices(location: KeyPath) -> Iterator[Any]:
-    """The values that a Literal anywhere in the annotation at `location` allows."""
+    """Yield the values that a Literal anywhere in the annotation at `location` allows."""
 
     def literals(annotation: Any) -> Iterator[Any]:
         if get_origin(annotation) is Literal:
@@ -273,7 +276,7 @@ def _annotation_at(location: KeyPath) -> Any:
 
 
 def _innermost(annotation: Any) -> Any:
-    """The model inside Annotated, optional and list annotations, if there is one."""
+    """Return the type inside Annotated, optional and list annotations."""
     while get_origin(annotation) in (Union, UnionType, Annotated, list):
         annotation = next(a for a in get_args(annotation) if a is not type(None))
     return annotation

@@ -11,8 +11,8 @@ from folora_q.recipe.strict_yaml import dump_yaml
 Card = Literal["8", "12", "16", "24", "cpu"]
 
 COMMENT_COLUMN = 48
-# By card: sequences in a forward pass, passes in a step, longest sequence; sequences sampled, and measured, at a time.
-# Sized by arithmetic for 7B models, not yet measured on a GPU.
+# By card: sequences per forward pass, passes per step, maximum length; batch sizes for sampling and for evaluation.
+# Estimated for 7B models, not measured on a GPU.
 SIZES: dict[Card, tuple[int, int, int, int, int]] = {
     "8": (1, 16, 1024, 4, 2),
     "12": (1, 16, 2048, 4, 2),
@@ -27,8 +27,8 @@ class Answers:
     """What a first recipe depends on.
 
     Attributes:
-        data: as it should stand in the recipe.
-        shape: that of the data's rows.
+        data: as in the recipe.
+        shape: the shape of the rows.
         card: memory of the GPU in GB, or cpu.
     """
 
@@ -40,7 +40,7 @@ class Answers:
 
 
 def new_recipe(answers: Answers) -> str:
-    """The text of the recipe. It loads as it is, if the data are where the answers say."""
+    """Return the text of the recipe, which can be loaded if the data are where the answers say."""
     micro_batch, accumulation, length, sampled, measured = SIZES[answers.card]
     is_text = answers.shape == "text"
     source = "bos" if is_text or answers.shape == "prompt_completion" else "mixed"

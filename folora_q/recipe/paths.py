@@ -18,9 +18,9 @@ Key = tuple[str | int, ...]
 
 # Endings of data files that can be read.
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
-# Of text that is compressed, behind those.
+# Endings of compressed text, after those.
 COMPRESSED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
-# Addresses of data, and what they are read by: fsspec's own names for filesystems that are elsewhere.
+# Addresses of data, and fsspec's names of the remote filesystems that can read them.
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 WEB = ("http", "https")
 REMOTE = (*WEB, *"s3 s3a gs gcs az abfs abfss adl hf oss oci ftp sftp ssh smb hdfs webhdfs github memory".split())
@@ -28,7 +28,7 @@ TEMPLATE_ENDINGS = (".jinja", ".jinja2", ".j2")
 MAX_FINDINGS = 30
 HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# What must be importable for a setting that names it.
+# Packages that must be installed for settings that name them.
 PACKAGES = {
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
@@ -44,22 +44,22 @@ PACKAGES = {
 
 
 def is_remote(path: str) -> bool:
-    """Whether data lie at an address, such as s3://bucket/rows.jsonl."""
+    """Return whether a path is an address, such as s3://bucket/rows.jsonl."""
     return ADDRESS.match(path) is not None
 
 
 def is_hub_dataset(source: Source) -> bool:
-    """Whether a checked source is read from a hub: every local path was made absolute."""
+    """Return whether a checked source is read from a hub: every local path was made absolute."""
     return not is_remote(source.path) and not Path(source.path).is_absolute()
 
 
 def matching_files(path: Path) -> list[Path]:
-    """Files that an absolute pattern matches; ** stands for any number of folders."""
+    """Return the files that an absolute pattern matches; ** stands for any number of folders."""
     return [match for match in _matching(path) if match.is_file()]
 
 
 def matching_folders(path: Path) -> list[Path]:
-    """Folders that an absolute pattern matches; none for one with **, which looks into them."""
+    """Return the folders that an absolute pattern matches; none for one with **, which searches them."""
     return [] if "**" in path.parts else [match for match in _matching(path) if match.is_dir()]
 
 
@@ -67,12 +67,12 @@ def _matching(path: Path) -> list[Path]:
     root = Path(path.anchor)
     try:
         return sorted(root.glob(str(path.relative_to(root))))
-    except (ValueError, OSError, NotImplementedError):  # no pattern, or one with a name that is too long
+    except (ValueError, OSError, NotImplementedError):  # not a pattern, or a name that is too long
         return []
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there, or matches; nothing can be where a name is too long or holds a NUL."""
+    """Return whether a path exists or a pattern matches; False for names that are too long or contain NUL."""
     try:
         return path.exists() or (any(mark in path.name for mark in "*?[") and bool(matching_files(path.resolve())))
     except (OSError, ValueError):
@@ -80,11 +80,11 @@ def exists(path: Path) -> bool:
 
 
 def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], where: Callable[[Key], str]) -> Recipe:
-    """The recipe with the paths of its inputs made absolute.
+    """Return the recipe with absolute paths of its inputs.
 
     Args:
-        folder_for: tells the folder that a path is relative to, given the path and its key.
-        where: tells the file and line of a key, given as its parts.
+        folder_for: returns the folder that a path is relative to, given the path and its key.
+        where: returns the file and line of a key, given as its parts.
 
     Raises:
         UserError: a file, or a package that a setting needs, is missing; the message lists every one.
@@ -118,7 +118,7 @@ def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], 
         changed["general_text"] = [found(("evaluation", "general_text", i), text, _file) for i, text in texts]
     if evaluation.general_prompts is not None:
         changed["general_prompts"] = found(("evaluation", "general_prompts"), evaluation.general_prompts, _file)
-    if evaluation.metric == "function":
+    if evaluation.metric == "function" and evaluation.metric_function is not None:
         changed["metric_function"] = found(("evaluation", "metric_function"), evaluation.metric_function, _function)
     evaluation = evaluation.model_copy(update=changed)
     name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, _model)
@@ -134,7 +134,7 @@ def with_absolute_paths(recipe: Recipe, folder_for: Callable[[str, Key], Path], 
     if findings:
         raise UserError(
             listed(findings),
-            "paths in a recipe are relative to it; those on the command line to where you are",
+            "paths in a recipe are relative to it; those on the command line to the working directory",
         )
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model})
 
@@ -163,7 +163,7 @@ def _file(folder: Path, value: str) -> str:
 
 def _template(folder: Path, value: str) -> str:
     if not value.endswith(TEMPLATE_ENDINGS):
-        raise LookupError(f"{short(value)} is not a template: its name ends in none of {', '.join(TEMPLATE_ENDINGS)}")
+        raise LookupError(f"{short(value)} is not a template: its name does not end in {' or '.join(TEMPLATE_ENDINGS)}")
     return _file(folder, value)
 
 
@@ -188,16 +188,16 @@ def _data(folder: Path, value: str) -> str:
 
 
 def _remote(address: str) -> str:
-    """An address, of which nothing is known before it is read but whether it can be."""
+    """Check that an address can be read; nothing else is known before it is read."""
     from fsspec.registry import known_implementations
 
     protocol = address.partition("://")[0].lower()
     known = known_implementations.get(protocol)
     if known is None or protocol not in REMOTE:
         names = ", ".join(REMOTE)
-        raise LookupError(f"{short(address)} cannot be read: {protocol} is none of {names}; download what is there")
+        raise LookupError(f"{short(address)} cannot be read: {protocol} is not one of {names}; download the data")
     if "::" in address:
-        raise LookupError(f"{short(address)} is a chain of addresses (::): download what it stands for")
+        raise LookupError(f"{short(address)} is a chain of addresses (::): download the data")
     package = known["class"].partition(".")[0]
     if find_spec(package) is None:
         raise LookupError(
@@ -214,7 +214,7 @@ def _model(folder: Path, value: str) -> str:
         return str(path)
     if exists(path):
         if path.suffix != ".gguf":
-            raise LookupError(f"{path} is a file, but no .gguf file; name the model's folder")
+            raise LookupError(f"{path} is a file, but not a .gguf file; name the model's folder")
         return str(path)
     if path.suffix == ".gguf" or value.startswith(("/", "./", "../", "~")) or not value:
         raise LookupError(f"no model at {short(path)}{_near(path)}")
@@ -224,14 +224,14 @@ def _model(folder: Path, value: str) -> str:
 
 
 def listed(findings: Iterable[str]) -> str:
-    """One finding a line, as many as somebody will read at a time."""
+    """List findings, one per line, at most MAX_FINDINGS."""
     lines = list(findings)
     more = [f"and {len(lines) - MAX_FINDINGS:,} more"] if len(lines) > MAX_FINDINGS else []
     return "\n       ".join([*lines[:MAX_FINDINGS], *more])
 
 
 def short(text: object) -> str:
-    """A path or a word as far as a message should quote it."""
+    """Shorten a text for quoting it in a message."""
     quoted = str(text)
     return (
         quoted

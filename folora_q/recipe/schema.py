@@ -14,7 +14,7 @@ from folora_q.recipe.gate_rules import default_learning_rate
 from folora_q.recipe.section import Positive, PositiveInt, Section, Seed, as_list
 from folora_q.recipe.training import TrainingSection
 
-# A rate this many times above or below the gate's default is likely to be meant for another method.
+# A learning rate this many times above or below the default is probably meant for another method.
 FAR_RATE = 5
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
@@ -126,7 +126,7 @@ class Recipe(Section):
         own = self.gate.enabled and self.gate.facts.optimizer == "own"
         if own and self.training.optim not in ("auto", "adamw_torch"):
             raise ValueError(
-                f"gate.rule {self.gate.rule} is an AdamW of its own: training.optim: adamw_torch, not "
+                f"gate.rule {self.gate.rule} has its own AdamW: set training.optim: adamw_torch, not "
                 f"{self.training.optim}"
             )
         return self
@@ -149,24 +149,24 @@ class Recipe(Section):
     def rank_advice(self) -> str | None:
         """A warning if the sketches keep fewer directions than A has rows to initialize."""
         gate, rows = self.gate, self.adapter.r
-        kept = 2 * gate.rank  # of the task's text and of the model's own together
+        kept = 2 * gate.rank  # of the task's text and of model-generated text together
         if not gate.enabled or gate.start != "leading" or "a_start" not in gate.places or rows <= kept:
             return None
-        others = "stay zero and learn nothing" if gate.scales_rows else "start in random ones"
+        others = "stay zero and learn nothing" if gate.scales_rows else "start in random directions"
         return (
             f"gate.rank {gate.rank} keeps {kept} directions for an adapter of rank {rows}, whose other {rows - kept} "
-            f"rows {others}: leave gate.rank out, which is {sketch_rank(rows)} then"
+            f"rows {others}: remove gate.rank, whose default is then {sketch_rank(rows)}"
         )
 
     @property
     def advice(self) -> list[str]:
-        """Sentences about settings that are allowed and seldom meant."""
+        """Warnings about settings that are valid but rarely intended."""
         return [sentence for sentence in (self.rate_advice, self.rank_advice) if sentence is not None]
 
     def statistics_batch_size(self, length: int) -> int:
-        """Sequences of this length, at most, that statistics are taken of at a time.
+        """Return the batch size for statistics on sequences of at most this length.
 
-        A backward pass has no more room than in training: it takes as many tokens.
+        A backward pass has no more memory than in training, so it processes no more tokens.
         """
         if self.gate.covariance == "activation":
             return self.gate.batch_size
@@ -195,6 +195,6 @@ class Recipe(Section):
         if saved is not None and saved % every:
             raise ValueError(
                 f"the best step can only be kept if it was saved: make training.save_steps ({saved}) a multiple of "
-                f"evaluation.steps ({every}), or leave it out"
+                f"evaluation.steps ({every}), or remove it"
             )
         return self

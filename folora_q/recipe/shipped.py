@@ -11,7 +11,7 @@ from folora_q.errors import UserError
 from folora_q.storage.files import atomic_write
 
 SCHEMA_FILE = "recipe.schema.json"
-# What a recipe that brings its own data keeps it in, a folder of its name.
+# Data files of recipes with their own data, which is in a folder of the recipe's name.
 DATA = ("*.jsonl", "*.txt")
 
 
@@ -29,19 +29,19 @@ class ShippedRecipe:
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: in the wheel, or beside the package in a checkout."""
+    """Return the folder of the shipped recipes: in the wheel, or next to the package in a checkout."""
     package = Path(folora_q.__file__).parent
     packed = package / "_recipes"
     return packed if packed.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
-    """All of them, by name."""
+    """Return all shipped recipes, sorted by name."""
     return [ShippedRecipe(path.stem, path, _title(path)) for path in sorted(recipes_folder().glob("*.yaml"))]
 
 
 def copy_recipe(name: str, target: Path, overwrite: bool = False) -> list[Path]:
-    """Copy a recipe, its data if it brings any, and the schema that editors complete from.
+    """Copy a recipe, its data if it has any, and the schema for completion in editors.
 
     Args:
         target: a .yaml file, or a folder.

@@ -7,14 +7,14 @@ from math import ceil
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.training import TrainingSection
 
-# Fewer steps teach little, and a loss on fewer rows says little.
+# With fewer steps little is learned, and a loss on fewer rows says little.
 FEW_STEPS, FEW_ROWS = 50, 20
-# The least that a step should see, where it is made smaller for more steps, and the most epochs that are proposed.
+# The smallest batch per step that is proposed for more steps, and the most epochs that are proposed.
 MIN_BATCH_SIZE, MAX_EPOCHS = 4, 10
 
 
 def step_advice(training: TrainingSection, sequences: int) -> str | None:
-    """A sentence where a run on so many sequences has few steps; None where it has enough."""
+    """Warn if a run on this number of sequences has few steps; None if it has enough."""
     steps = training.steps_for(sequences)
     if steps >= FEW_STEPS:
         return None
@@ -36,11 +36,11 @@ def step_advice(training: TrainingSection, sequences: int) -> str | None:
 
 
 def heldout_advice(data: DataSection, train: int, heldout: int, plain_text: bool = False) -> str | None:
-    """A sentence where little is held out; None where it is enough.
+    """Warn if little is held out; None if it is enough.
 
     Args:
-        train, heldout: sequences.
-        plain_text: they are pieces of documents, of which a share is held out rather than a number.
+        train, heldout: numbers of sequences.
+        plain_text: they are pieces of documents, of which a share is held out, not a number.
     """
     if heldout >= FEW_ROWS:
         return None
@@ -65,6 +65,6 @@ def _steps(count: int) -> str:
 
 
 def _count(number: int, what: str, verb: str) -> str:
-    """A number of things and what they do, e.g. "1 row is" or "2 rows are"."""
+    """Return a number with noun and verb, e.g. "1 row is" or "2 rows are"."""
     one = {"are": "is", "give": "gives"}[verb]
     return f"{number:,} {what} {one}" if number == 1 else f"{number:,} {what}s {verb}"

@@ -1,5 +1,6 @@
-"""YAML as people mean it. PyYAML reads YAML 1.1, where 2e-5 is text, `no` is false, 010 is 8, 1:30 is 90 and a repeated
-key is dropped without a word; this reads YAML 1.2's core types, and refuses repeated keys and aliases.
+"""Read and write YAML with YAML 1.2's core types, and refuse repeated keys and aliases.
+
+PyYAML reads YAML 1.1, where 2e-5 is text, `no` is false, 010 is 8, 1:30 is 90 and repeated keys are dropped silently.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 KeyPath = tuple[str | int, ...]
 # Deep enough for any recipe, far from Python's recursion limit.
 MAX_DEPTH = 20
 MAX_NUMBER_LENGTH = 400
-# Characters: ten times a long recipe, and less than two seconds in the slowest form that they can have.
+# In characters: ten times a long recipe; reading takes less than two seconds in the worst case.
 MAX_RECIPE_LENGTH = 65_536
 CORE = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list] = {}
-    # Of JSON's values alone; a SafeLoader also builds dates, sets and bytes, where a tag asks for them.
+    # Only JSON's values; a SafeLoader also builds dates, sets and bytes for explicit tags.
     yaml_constructors = {
         tag: build
         for tag, build in yaml.SafeLoader.yaml_constructors.items()
@@ -31,12 +34,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(
-                None, None, "aliases have no place in a recipe; quote a value with a *", mark
-            )
+            raise ComposerError(None, None, "aliases are not allowed in a recipe; quote a value with a *", mark)
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+            raise ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -45,10 +46,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+                raise ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
-                message = f"the key {key.value!r} stands here twice"
-                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                message = f"the key {key.value!r} appears twice"
+                raise ConstructorError(None, None, message, key.start_mark)
             seen.add(key.value)
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
@@ -62,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would take for something else than text."""
+    """Quotes text that either version of YAML would read as another type."""
 
     yaml_implicit_resolvers = {first: list(known) for first, known in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
@@ -82,13 +83,13 @@ for _tag in ("int", "float"):
 
 
 def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
-    """The value of a YAML document, and the line of every key and list item in it.
+    """Return the value of a YAML document, and the line of every key and list item in it.
 
     Raises:
-        ValueError: it is not valid YAML, or more than a recipe may hold; the message is one line and names the place.
+        ValueError: it is not valid YAML, or exceeds a limit; the message is one line and names the place.
     """
     if len(text) > MAX_RECIPE_LENGTH:
-        raise ValueError(f"it has {len(text):,} characters, and {MAX_RECIPE_LENGTH:,} are the most that are read")
+        raise ValueError(f"it has {len(text):,} characters, more than the limit of {MAX_RECIPE_LENGTH:,}")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -96,12 +97,12 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     except yaml.YAMLError as error:
         raise ValueError(_sentence(error)) from None
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        # A value with an explicit tag that it does not fit, such as `!!int x` or `!!timestamp x`.
+        # A value that does not fit its explicit tag, such as `!!int x` or `!!timestamp x`.
         raise ValueError(f"a value does not fit its tag ({error})") from None
 
 
 def dump_yaml(value: Any, flow: bool = False) -> str:
-    """YAML that `parse_yaml` reads back to the same value; in one line with `flow`."""
+    """Return YAML that `parse_yaml` reads back to the same value; on one line with `flow`."""
     width = float("inf") if flow else 80
     text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=width)
     return text.removesuffix("\n").removesuffix("\n...") if flow else text

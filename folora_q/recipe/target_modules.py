@@ -11,20 +11,20 @@ from folora_q.recipe.adapter import ALL_LINEAR, AdapterSection
 
 # The place of a name in a recipe, and what is wrong with it.
 Finding = tuple[tuple[str | int, ...], str]
-# A message lists no more names than somebody will read.
+# The maximum number of names in a message.
 MAX_NAMES = 16
 
 
 @dataclass(frozen=True)
 class Modules:
-    """The modules of a model that an adapter could be meant for, by their full names.
+    """The modules of a model that a recipe's adapter section may name, by their full names.
 
     Attributes:
         linears: linear layers, without the output layer.
-        embeddings: embeddings of tokens and of positions; that of the tokens is the first.
+        embeddings: embeddings of tokens and of positions, the token embedding first.
         head: the output layer.
-        tied: the output layer's weight is that of the token embeddings.
-        others: the rest, as far as it is known: norms, and modules that hold others.
+        tied: the output layer shares the token embedding's weight.
+        others: other modules, as far as they are known: norms, and modules that contain others.
     """
 
     linears: Sequence[str]
@@ -40,15 +40,15 @@ class Modules:
 
 
 def adapter_findings(section: AdapterSection, modules: Modules) -> list[Finding]:
-    """Everything that `adapter` names and the model has not, or has as something else."""
-    found = [*_targets(section, modules), *_excluded(section, modules), *_saved(section, modules)]
+    """Return what is wrong with the layer names in `adapter`: missing in the model, or of another kind."""
+    found: list[Finding] = [*_targets(section, modules), *_excluded(section, modules), *_saved(section, modules)]
     if not found and not targeted(section, modules):
         found = [(("adapter", "exclude_modules"), "`adapter.exclude_modules` leaves no layer to put an adapter on")]
     return found
 
 
 def targeted(section: AdapterSection, modules: Modules) -> list[str]:
-    """The names of the layers that get an adapter."""
+    """Return the names of the layers that get an adapter."""
     wanted = section.target_modules
     chosen = modules.linears if wanted == ALL_LINEAR else filter(matcher(wanted), [*modules.linears, modules.head])
     excluded = matcher(section.exclude_modules or [])
@@ -56,7 +56,7 @@ def targeted(section: AdapterSection, modules: Modules) -> list[str]:
 
 
 def matcher(names: str | Sequence[str]) -> Callable[[str], bool]:
-    """Whether PEFT takes a module's full name for one of these: endings in a list, or a regular expression."""
+    """Return a function that says whether PEFT matches a full name: by endings in a list, or a regular expression."""
     if isinstance(names, str):
         pattern = re.compile(names)
         return lambda name: pattern.fullmatch(name) is not None
@@ -80,7 +80,7 @@ def _targets(section: AdapterSection, modules: Modules) -> Iterator[Finding]:
 
 
 def _target(ending: str, modules: Modules) -> str | None:
-    """What is wrong with a name among the targets."""
+    """Return what is wrong with a name in `target_modules`."""
     if _is(modules.head, ending) and modules.tied:
         return tied_head(ending, modules)
     if any(_is(name, ending) for name in (*modules.linears, modules.head)):
@@ -90,18 +90,18 @@ def _target(ending: str, modules: Modules) -> str | None:
     inside = [name for name in modules.linears if f".{ending}." in f".{name}"]
     if inside:
         names = dict.fromkeys(name.rpartition(".")[2] for name in inside)
-        return f"{ending} holds layers and is none; name the layers: {_listed(names)}"
+        return f"{ending} contains layers but is not one; name the layers: {_listed(names)}"
     if ending == ALL_LINEAR:
-        return f"{ALL_LINEAR} stands alone: `target_modules: {ALL_LINEAR}`"
+        return f"{ALL_LINEAR} must not be in a list: `target_modules: {ALL_LINEAR}`"
     if any(_is(name, ending) for name in modules.others):
         return f"{ending} is not a linear layer; {_linear_layers(modules)}"
     if any(map(matcher_or_none(ending), modules.linears)):
-        return f"{ending} is a regular expression, which is not looked for in a list: `target_modules: '{ending}'`"
+        return f"{ending} is a regular expression, which must not be in a list: `target_modules: '{ending}'`"
     return f"the model has no linear layer {ending}{_nearest(ending, modules)}; {_linear_layers(modules)}"
 
 
 def matcher_or_none(pattern: str) -> Callable[[str], bool]:
-    """As `matcher` of a pattern; what is no regular expression matches nothing."""
+    """Return a matcher for a pattern; an invalid regular expression matches nothing."""
     try:
         return matcher(pattern)
     except re.error:
@@ -109,11 +109,11 @@ def matcher_or_none(pattern: str) -> Callable[[str], bool]:
 
 
 def tied_head(ending: str, modules: Modules) -> str:
-    """Why the output layer of this model can have no adapter."""
+    """Explain why the output layer of this model cannot have an adapter."""
     embedding = modules.embeddings[0].rpartition(".")[2]
     return (
         f"{ending} has no weight of its own: in this model it is tied to {embedding}, and an adapter on one of the two "
-        f"would part them; `adapter.modules_to_save: [{embedding}]` trains both as one"
+        f"would untie them; `adapter.modules_to_save: [{embedding}]` trains both as one"
     )
 
 
@@ -165,13 +165,13 @@ def _saved(section: AdapterSection, modules: Modules) -> Iterator[Finding]:
                 else f"the model has no embedding and no output layer {ending}{_nearest(ending, modules, whole)}"
             )
             names = _listed(dict.fromkeys(name.rpartition(".")[2] for name in whole))
-            yield place, f"{what}: {reason}; trained whole can be {names}"
+            yield place, f"{what}: {reason}; {names} can be trained in full"
         elif both := next((name for name in hits if name in adapted), None):
-            yield place, f"{what}: {both} is among `adapter.target_modules` too; it can be trained in one way only"
+            yield place, f"{what}: {both} is also in `adapter.target_modules`; it can only be trained in one way"
 
 
 def _nearest(name: str, modules: Modules, among: Sequence[str] = ()) -> str:
-    """A layer that the name could be meant for, as a part of a sentence."""
+    """Suggest the layer with the most similar name, as a part of a sentence."""
     names = among or (*modules.linears, modules.head)
     parts = name.count(".") + 1
     known = dict.fromkeys(".".join(full.split(".")[-parts:]) for full in names)

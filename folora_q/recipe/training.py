@@ -10,7 +10,7 @@ from pydantic import Field
 from folora_q.recipe.gate_rules import DEFAULT_RULE, GATE_RULES, PLAIN_LEARNING_RATE, defaults_by_rule, written
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
-# Names of transformers (a test holds that they are): those that need nothing besides what we install.
+# Names in transformers (which a test checks) of optimizers that need no further packages.
 Optimizer = Literal[
     "auto",
     "adamw_torch",
@@ -109,18 +109,18 @@ class TrainingSection(Section):
     """Random seed of the adapter's initialization, the data order, the split and dropout."""
 
     def steps_for(self, sequences: int) -> int:
-        """Number of optimizer steps of a run on a number of sequences, as transformers counts them."""
+        """Return the number of optimizer steps for a number of sequences, as transformers counts them."""
         if self.max_steps is not None:
             return self.max_steps
         passes = ceil(sequences / self.per_device_train_batch_size)
         return ceil(self.num_train_epochs * max(1, ceil(passes / self.gradient_accumulation_steps)))
 
     def optimizer_on(self, gpu: bool) -> str:
-        """What `optim` stands for on a GPU, or on a CPU."""
+        """Return the optimizer that `optim` means on a GPU or on a CPU."""
         if self.optim != "auto":
             return self.optim
         return "paged_adamw_8bit" if gpu else "adamw_torch"
 
     def recomputes_on(self, gpu: bool) -> bool:
-        """What `activation_checkpointing` stands for there."""
+        """Return whether `activation_checkpointing` is on, on a GPU or on a CPU."""
         return gpu if self.activation_checkpointing == "auto" else self.activation_checkpointing

@@ -1,4 +1,4 @@
-"""What every gate rule does: initialize A, prepare training, build the optimizer."""
+"""The interface of gate rules: initialize A, prepare training, build the optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from folora_q.rules.initialize import initialize_from_gates
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """The recipe's settings of Adam, for a rule that has an optimizer of its own."""
+    """The recipe's settings of Adam, for a rule with its own optimizer."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -64,7 +64,7 @@ class Rule(ABC):
     def before_training(
         self, pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate]
     ) -> Mapping[str, SpectralGate]:
-        """Freeze what the rule does not train, and return the gates where training needs them."""
+        """Freeze what the rule does not train, and return the gates on the device where training needs them."""
         return gates
 
     @abstractmethod

@@ -14,7 +14,7 @@ from folora_q.rules.initialize import initialize_in_shares
 
 
 class FrozenRule(Rule):
-    """Gate B's steps through the lengths of A's rows: no basis on the device, and no product in a step."""
+    """Gates B's steps through the lengths of A's rows: no basis on the device, and no extra product per step."""
 
     name = "frozen"
 

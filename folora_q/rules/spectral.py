@@ -11,7 +11,7 @@ from folora_q.rules.base import OptimizerContext, Rule
 
 
 class SpectralRule(Rule):
-    """Train A by spectral Adam, and B and what has no gate by AdamW."""
+    """Trains A by spectral Adam, and all other parameters by AdamW."""
 
     name = "spectral"
 

@@ -9,7 +9,7 @@ from folora_q.rules.base import OptimizerContext, Rule
 
 
 class StepRule(Rule):
-    """Wrap the recipe's optimizer in a GatedOptimizer."""
+    """Wraps the recipe's optimizer in a GatedOptimizer."""
 
     name = "step"
 

@@ -394,7 +394,7 @@ def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once
     finally:
         handle.remove()
     assert counted == once, "every token of every input, once"
-    assert [note.split(";")[1] for note in progress.notes] == [" from here on 2", " from here on 1"]
+    assert [note.split(";")[1] for note in progress.notes] == [" continuing with 2", " continuing with 1"]
     assert set(taken[3:]) == {1}
     for name, gate in expected.items():
         assert torch.allclose(found[name].quotients, gate.quotients, rtol=1e-3, atol=1e-6), name

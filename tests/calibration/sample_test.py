@@ -67,7 +67,7 @@ def test_chats_need_a_template_that_shows_what_the_user_says(tiny) -> None:
     assert chat_openings(tokenizer) == "<|im_start|>user\n"
     template = tokenizer.chat_template
     try:
-        for broken, message in (("nothing", "hides what the user says"), (None, "has no chat template")):
+        for broken, message in (("nothing", "does not render the user's text"), (None, "has no chat template")):
             tokenizer.chat_template = broken
             with pytest.raises(UserError, match=message):
                 chat_openings(tokenizer)

@@ -43,7 +43,7 @@ def cut(tensors: dict[str, Tensor], name: str) -> None:
         (lambda tensors, entries: cut(tensors, "0.utility_gram"), "the tensors of gate 0 do not fit each other"),
         (
             lambda tensors, entries: tensors["0.basis"].fill_(torch.nan),
-            "basis of gate 0 holds what are no finite numbers",
+            "basis of gate 0 holds numbers that are not finite",
         ),
         (lambda tensors, entries: tensors["0.penalty_gram"].neg_(), "the penalty covariance is not positive definite"),
         (lambda tensors, entries: entries[0]["settings"].pop("floor"), "gate 0 needs the numbers floor, gate_lambda"),

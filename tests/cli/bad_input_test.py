@@ -59,19 +59,19 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str], str]] = {
         "train.csv",
         b"question,answer\n1,2\n",
         [],
-        "{path} line 2: its columns (answer, question) are those of no known shape",
+        "{path} line 2: its columns (answer, question) match no known shape",
     ),
     "missing column": (
         "train.jsonl",
         b'{"prompt": "1", "completion": "2"}\n{"completion": "2"}\n',
         ["data.train_dataset.shape=prompt_completion"],
-        "{path} line 2: the column `prompt` is missing; there are completion",
+        "{path} line 2: the column `prompt` is missing; the columns are completion",
     ),
     "mapped column missing": (
         "train.csv",
         b"question,reply\n1,2\n",
         ["data.train_dataset.fields={prompt: question, completion: answer}"],
-        "{path} line 2: the column `answer` is missing; there are question, reply",
+        "{path} line 2: the column `answer` is missing; the columns are question, reply",
     ),
     "mixed shapes": (
         "train.jsonl",
@@ -83,7 +83,7 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str], str]] = {
         "train.csv",
         b'prompt,completion\n1,"two\nlines"\n3,"four\n5,six\n',
         [],
-        "{path} line 4: a quote does not close here, or stands in the middle of a field (unexpected end of data)",
+        "{path} line 4: a quote is not closed here, or is in the middle of a field (unexpected end of data)",
     ),
     "too many fields": (
         "train.tsv",
@@ -95,7 +95,7 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str], str]] = {
         "train.jsonl",
         lines(chat(("assistant", "yo"), ("user", "hi"))),
         [],
-        "{path} line 4: roles out of order: `messages[0]` is the assistant's, before any user's",
+        "{path} line 4: roles out of order: `messages[0]` is an assistant turn before any user turn",
     ),
     "null content": (
         "train.jsonl",
@@ -105,12 +105,12 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str], str]] = {
     ),
     "not a list": ("train.json", b"5", [], "{path} must hold a list of objects, not a number"),
     "no parquet": ("train.parquet", b"PAR1", [], "{path} is not a parquet file that can be read: "),
-    "unknown ending": ("train.xlsx", b"PK", [], "cannot read {path}: its ending is none of .jsonl, "),
+    "unknown ending": ("train.xlsx", b"PK", [], "cannot read {path}: its ending is not one of .jsonl, "),
     "bad row for evaluation": (
         "heldout.jsonl",
         lines(chat(("user", "hi"))),
         [],
-        "{path} line 4: no turn of `messages` is the assistant's, so there is nothing to learn",
+        "{path} line 4: `messages` has no assistant turn, so there is nothing to train",
     ),
 }
 
@@ -243,7 +243,7 @@ def test_skipping_trains_past_rows_that_cannot_be_used_and_lists_them(recipe_fil
     expected = [
         (train, 3, "it is not JSON: "),
         (train, 5, "`messages[1].content` is null"),
-        (heldout, 6, "its columns (none) are those of no known shape"),
+        (heldout, 6, "its columns (none) match no known shape"),
         (train, 8, "it cannot be rendered: no 7"),
     ]
     assert [row["where"] for row in skipped] == [f"{path} line {line}" for path, line, _ in expected]

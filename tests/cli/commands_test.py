@@ -73,7 +73,7 @@ def test_only_the_first_rows_are_read_unless_all_are_asked_for(recipe_file: Path
     assert run("validate", recipe_file) == 0
     assert "the first 1,000 rows, of `messages`" in capfd.readouterr().out
     assert run("validate", recipe_file, "--all-rows") == 2
-    assert f"error: {path} line 1201: no turn of `messages` is the assistant's" in capfd.readouterr().err
+    assert f"error: {path} line 1201: `messages` has no assistant turn" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

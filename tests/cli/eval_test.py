@@ -79,7 +79,7 @@ def test_an_adapter_from_elsewhere_is_measured_on_text_that_its_base_writes(
     assert "only forgetting is measured" in talk and "✓ sampling text" in talk
     assert "What is the capital of Australia" in text
     assert run("eval", foreign, *given) == 0
-    assert "sampled text taken from" in capfd.readouterr().err
+    assert "sampled text read from" in capfd.readouterr().err
 
 
 def test_a_recipe_says_what_the_task_of_an_adapter_is(foreign: Path, recipe_file: Path, tmp_path: Path) -> None:

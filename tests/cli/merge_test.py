@@ -47,7 +47,7 @@ def test_a_run_is_merged_into_what_it_was_trained_on_and_proven(trained: Path, t
     assert report["weights"] == 14
     assert "Is it the adapter? Yes, on" in text and f"{report['merged']['mean']:.3g}" in text
     assert "14 weights changed, each to the nearest number of its dtype" in text and str(merged) in text
-    assert "held-out rows of the task, held-out text of the base's own, general text" in talk
+    assert "held-out rows of the task, held-out text sampled from the base, general text" in talk
     card = (merged / "README.md").read_text("utf-8")
     assert "Yes. Every weight is the nearest number to the sum." in card and f"{report['merged']['mean']:.3g}" in card
     assert not (merged / UNVERIFIED).exists()

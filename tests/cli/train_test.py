@@ -155,7 +155,7 @@ def test_gate_off_is_the_same_run_without_statistics(recipe_file: Path, tmp_path
     text, talk = capfd.readouterr()
     assert "(plain QLoRA)" in text
     assert not (tmp_path / "plain" / "gates.safetensors").exists()
-    assert "sampled text taken from" in talk, "the second run must find the first one's proxy text"
+    assert "sampled text read from" in talk, "the second run must find the first one's proxy text"
     plain, gated = measured(tmp_path / "plain"), measured(tmp_path / "run")
     for of_plain, of_gated in zip(plain.texts, gated.texts, strict=True):
         assert of_plain.loss.base == of_gated.loss.base

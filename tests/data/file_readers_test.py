@@ -159,7 +159,7 @@ def test_a_broken_line_is_an_error_in_its_place_and_the_others_are_rows(
 
 
 def test_the_column_of_a_line_that_breaks_off_is_its_end(tmp_path: Path) -> None:
-    reason = "it is not JSON: Expecting value at column 6; the line breaks off in the middle of an object"
+    reason = "it is not JSON: Expecting value at column 6; the line ends in the middle of an object"
     assert read(write(tmp_path / "r.jsonl", '{"a":\n')) == [("line 1", reason)]
 
 
@@ -172,10 +172,10 @@ def test_the_first_line_may_be_the_one_that_is_not_utf_8(tmp_path: Path) -> None
     ("content", "found"),
     [
         # A quote that never closes takes the rest of the file with it: the line where it opens is named.
-        ('a,b\n1,2\n"open,3\n4,5\n6,7\n', [("line 2", 2), ("line 3", "a quote does not close here")]),
-        ('a,b\n1,2\n3,"open\n4,5', [("line 2", 2), ("line 3", "a quote does not close here")]),
-        ('a,b\n"two" words,3\n4,5\n', [("line 2", "a quote does not close here"), ("line 3", 2)]),
-        ('a,b\n1,"x"y"\n4,5\n', [("line 2", "a quote does not close here"), ("line 3", 2)]),
+        ('a,b\n1,2\n"open,3\n4,5\n6,7\n', [("line 2", 2), ("line 3", "a quote is not closed here")]),
+        ('a,b\n1,2\n3,"open\n4,5', [("line 2", 2), ("line 3", "a quote is not closed here")]),
+        ('a,b\n"two" words,3\n4,5\n', [("line 2", "a quote is not closed here"), ("line 3", 2)]),
+        ('a,b\n1,"x"y"\n4,5\n', [("line 2", "a quote is not closed here"), ("line 3", 2)]),
         ("a,b\n1\n2,3\n", [("line 2", "it has 1 fields, but the header has 2"), ("line 3", 2)]),
         ("a,b\n1,2,3\n2,3\n", [("line 2", "it has 3 fields, but the header has 2"), ("line 3", 2)]),
         ('a,b\n"1","2\n3","4"\n5,6\n7,8\n', [("line 2", "it has 3 fields"), ("line 4", 2), ("line 5", 2)]),
@@ -238,14 +238,18 @@ def test_the_row_after_a_broken_header_is_no_header(tmp_path: Path) -> None:
         (
             "r.csv",
             b"prompt;completion\na, b;c\n",
-            "{path} line 1: the header has no ',', but ';': fields are separated by",
+            "{path} line 1: the header has no ',', but ';': fields seem to be separated by",
         ),
         ("r.csv", b"prompt\tcompletion\na\tb\n", "{path} line 1: the header has no ',', but '\\t'"),
         ("r.tsv", b"prompt,completion\na,b\n", "{path} line 1: the header has no '\\t', but ','"),
         ("r.parquet", b"PAR1 and no more", "{path} is not a parquet file that can be read"),
         ("r.parquet", b"PAR1" + b"\xff" * 40 + b"PAR1", "{path} is not a parquet file that can be read"),
-        ("r.xlsx", b"PK", "cannot read {path}: its ending is none of .jsonl, .json, .csv, .tsv, .parquet, .txt, .md"),
-        ("rows", b"{}", "cannot read {path}: its ending is none of"),
+        (
+            "r.xlsx",
+            b"PK",
+            "cannot read {path}: its ending is not one of .jsonl, .json, .csv, .tsv, .parquet, .txt, .md",
+        ),
+        ("rows", b"{}", "cannot read {path}: its ending is not one of"),
     ],
     ids=count(),
 )

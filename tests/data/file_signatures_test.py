@@ -30,7 +30,7 @@ def refusal(path: Path, content: bytes) -> UserError:
 @pytest.mark.parametrize("ending", [*READERS, ".jsonl.gz", ".txt.zst"])
 def test_a_pointer_of_git_lfs_is_no_data_and_is_never_learned(tmp_path: Path, ending: str) -> None:
     error = refusal(tmp_path / f"train{ending}", POINTER)
-    assert error.message == f"train{ending} is a pointer of Git LFS, not the data itself"
+    assert error.message == f"train{ending} is a Git LFS pointer, not the data itself"
     assert error.hint is not None and "git lfs pull" in error.hint
 
 
@@ -59,7 +59,7 @@ def test_what_is_compressed_under_another_name_is_named_and_renaming_mends_it(
     tmp_path: Path, content: bytes, ending: str, name: str
 ) -> None:
     error = refusal(tmp_path / name, content)
-    assert error.message == f"{name} is compressed, which its name does not say"
+    assert error.message == f"{name} is compressed, but its name does not say so"
     assert error.hint == f"rename it to {name}{ending}"
     renamed = (tmp_path / name).rename(tmp_path / f"{name}{ending}")
     assert len(list(read_file(DataFile(renamed, renamed.name)))) == 1

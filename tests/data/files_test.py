@@ -119,11 +119,11 @@ def test_lines_that_repeat_are_no_bomb(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("r.parquet.gz", r"\.parquet is compressed inside already: unpack it"),
+        ("r.parquet.gz", r"\.parquet is already compressed internally: unpack it"),
         ("r.tar.gz", "it is an archive: unpack it"),
         ("r.zip", "it is an archive: unpack it"),
-        ("r.jsonl.lz4", r"its ending is none of .*\.md \(and \.gz, \.zst, \.bz2, \.xz of a text\)"),
-        ("r.gz", "its ending is none of"),
+        ("r.jsonl.lz4", r"its ending is not one of .*\.md \(text may also end in \.gz, \.zst, \.bz2, \.xz\)"),
+        ("r.gz", "its ending is not one of"),
         ("data.arrow", "is read as a part of a folder that `save_to_disk` made"),
     ],
 )

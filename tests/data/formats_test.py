@@ -216,17 +216,17 @@ def test_orders_of_turns_that_chat_templates_take(letters: str) -> None:
 @pytest.mark.parametrize(
     ("letters", "message"),
     [
-        ("au", "roles out of order: `messages[0]` is the assistant's, before any user's"),
-        ("sau", "roles out of order: `messages[1]` is the assistant's, before any user's"),
+        ("au", "roles out of order: `messages[0]` is an assistant turn before any user turn"),
+        ("sau", "roles out of order: `messages[1]` is an assistant turn before any user turn"),
         ("uua", "roles out of order: `messages[1]` is a second user turn in a row"),
         ("uauaa", "roles out of order: `messages[4]` is a second assistant turn in a row"),
         ("usa", "roles out of order: `messages[1]` is a system turn, not at the beginning"),
         ("ssua", "roles out of order: `messages[1]` is a system turn, not at the beginning"),
-        ("tua", "roles out of order: `messages[0]` is a tool's, but nothing called it"),
-        ("uta", "roles out of order: `messages[1]` is a tool's, but nothing called it"),
-        ("stua", "roles out of order: `messages[1]` is a tool's, but nothing called it"),
-        ("u", "no turn of `messages` is the assistant's, so there is nothing to learn"),
-        ("sut", "no turn of `messages` is the assistant's, so there is nothing to learn"),
+        ("tua", "roles out of order: `messages[0]` is a tool turn, but nothing called it"),
+        ("uta", "roles out of order: `messages[1]` is a tool turn, but nothing called it"),
+        ("stua", "roles out of order: `messages[1]` is a tool turn, but nothing called it"),
+        ("u", "`messages` has no assistant turn, so there is nothing to train"),
+        ("sut", "`messages` has no assistant turn, so there is nothing to train"),
     ],
 )
 def test_orders_of_turns_that_they_do_not(letters: str, message: str) -> None:
@@ -251,9 +251,9 @@ def second(turn: Any) -> dict[str, Any]:
         (second({"role": "robot", "content": "yo"}), {}, "`messages[1]` has the role 'robot', which is unknown"),
         (second({"role": ["user"], "content": "yo"}), {}, "`messages[1]` has the role \"['user']\", which is unknown"),
         (second({"role": "x" * 99, "content": "y"}), {}, f"`messages[1]` has the role '{'x' * 40}', which is unknown"),
-        (second(assistant("")), {}, "the content of `messages[1]`, which the assistant should learn to say, is empty"),
-        (second(assistant(" \n")), {}, "the content of `messages[1]`, which the assistant should learn to say, is"),
-        (second({"role": "assistant", "content": []}), {}, "the content of `messages[1]`, which the assistant should"),
+        (second(assistant("")), {}, "the content of the assistant turn `messages[1]` is empty"),
+        (second(assistant(" \n")), {}, "the content of the assistant turn `messages[1]` is"),
+        (second({"role": "assistant", "content": []}), {}, "the content of the assistant turn `messages[1]`"),
         (second({"role": "assistant", "content": 5}), {}, "the content of `messages[1]` must be text, not a number"),
         (second({"role": "assistant", "content": {}}), {}, "the content of `messages[1]` must be text, not an object"),
         (
@@ -278,9 +278,13 @@ def second(turn: Any) -> dict[str, Any]:
         ({"messages": "hi"}, {}, "`messages` must be a list of turns, not text"),
         ({"conversations": {"from": "human"}}, {}, "`conversations` must be a list of turns, not an object"),
         ({"conversations": [user("hi"), {"from": "gpt"}]}, {}, "`conversations[1]` has no `content`"),
-        ({"dialog": [user("hi")]}, {"fields": {"messages": "dialog"}}, "no turn of `dialog` is the assistant's"),
+        ({"dialog": [user("hi")]}, {"fields": {"messages": "dialog"}}, "`dialog` has no assistant turn"),
         ({"messages": CHAT}, {"fields": {"role": "speaker"}}, "`messages[0]` has no `speaker`"),
-        ({"messages": CHAT}, {"fields": {"messages": "dialog"}}, "the column `dialog` is missing; there are messages"),
+        (
+            {"messages": CHAT},
+            {"fields": {"messages": "dialog"}},
+            "the column `dialog` is missing; the columns are messages",
+        ),
         ({"instruction": None, "output": "o"}, {}, "`instruction` must be text, not null"),
         ({"instruction": "", "output": "o"}, {}, "`instruction` is empty"),
         ({"instruction": "i", "output": " "}, {}, "`output` is empty"),
@@ -313,15 +317,15 @@ def second(turn: Any) -> dict[str, Any]:
         (
             {"prompt": "p", "completion": "c"},
             {"fields": {"prompt": "question"}},
-            "the column `question` is missing; there are completion, prompt",
+            "the column `question` is missing; the columns are completion, prompt",
         ),
-        ({"text": "t"}, {"shape": "alpaca"}, "the column `instruction` is missing; there are text"),
+        ({"text": "t"}, {"shape": "alpaca"}, "the column `instruction` is missing; the columns are text"),
         (
             {"input": "q", "output": "a"},
             {"shape": "text", "fields": {"prompt": "input"}},
-            "the column `text` is missing; there are input, output",
+            "the column `text` is missing; the columns are input, output",
         ),
-        ({}, {"shape": "text"}, "the column `text` is missing; there are none"),
+        ({}, {"shape": "text"}, "the column `text` is missing; the columns are none"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_place_and_field(
@@ -346,7 +350,7 @@ def test_what_cannot_be_used_is_refused_by_place_and_field(
 def test_columns_of_no_known_shape_are_told_with_what_to_do(values: dict[str, Any], there: str) -> None:
     with pytest.raises(RowError) as caught:
         parse(values)
-    assert caught.value.reason == f"its columns ({there}) are those of no known shape"
+    assert caught.value.reason == f"its columns ({there}) match no known shape"
     assert caught.value.hint is not None and "fields: {prompt: question, completion: answer}" in caught.value.hint
 
 

@@ -25,12 +25,12 @@ def rows(path: Path, content: str) -> list[Row | RowError]:
     [
         (GOOD + ",", "Extra data at column 50; the line ends with a comma, and in a .jsonl file objects have none"),
         (GOOD + " , ", "; the line ends with a comma"),
-        (GOOD + "]", "; the line closes a list, and a .jsonl file is none"),
-        (GOOD + GOOD, "; several objects stand on this line"),
-        (f"{GOOD}, {GOOD}", "; several objects stand on this line"),
+        (GOOD + "]", "; the line closes a list, but a .jsonl file has one object per line"),
+        (GOOD + GOOD, "; several objects are on this line"),
+        (f"{GOOD}, {GOOD}", "; several objects are on this line"),
         ("{", "; the object continues on the next line"),
-        ('{"a": "x', "; the line breaks off"),
-        ('{"a": [1', "; the line breaks off"),
+        ('{"a": "x', "; the line ends"),
+        ('{"a": [1', "; the line ends"),
         ('{"a": 1,}', "; a comma before `}` must be removed"),
         ('{"a": [1, 2,]}', "; a comma before `]` must be removed"),
         ("{'a': 1}", "; text is in single quotes, as Python prints it"),
@@ -43,7 +43,7 @@ def rows(path: Path, content: str) -> list[Row | RowError]:
         ('{"a": "x\ty"}', "; a line end or tab inside a text is written as \\n or \\t"),
         ('{"a": "C:\\users"}', "; a backslash inside a text is written as \\\\"),
         ('{"a": "he said "hi" to me"}', '; a quote inside a text is written as \\"'),
-        ("\x00\x00\x00", "; it holds zero bytes"),
+        ("\x00\x00\x00", "; it contains zero bytes"),
     ],
 )
 def test_a_line_that_is_not_json_names_the_cause(tmp_path: Path, line: str, told: str) -> None:
@@ -86,7 +86,7 @@ OBJECTS = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
 def test_a_list_in_a_jsonl_file_is_named_as_a_whole_and_renaming_mends_it(tmp_path: Path, content: str) -> None:
     with pytest.raises(UserError) as caught:
         rows(tmp_path / "r.jsonl", content)
-    assert caught.value.message.startswith("r.jsonl holds one JSON list, but a .jsonl file has one object a line")
+    assert caught.value.message.startswith("r.jsonl holds one JSON list, but a .jsonl file has one object per line")
     assert caught.value.hint is not None and "rename it to .json" in caught.value.hint
     if content.rstrip().endswith("]"):
         assert all(isinstance(row, Row) for row in rows(tmp_path / "r.json", content))
@@ -108,7 +108,7 @@ def test_a_first_line_that_is_a_list_costs_no_more_than_itself(tmp_path: Path, f
         ('[{"a": 1},]', "line 1 is not JSON: Expecting value at column 11; a comma before `]` must be removed"),
         ('[\n{"a": 1,}\n]', "line 2 is not JSON: .*; a comma before `}` must be removed"),
         ("[{'a': 1}]", "; text is in single quotes"),
-        ('[{"a": 1}', "; the file breaks off"),
+        ('[{"a": 1}', "; the file ends too early"),
     ],
 )
 def test_a_json_file_names_the_cause_too(tmp_path: Path, content: str, told: str) -> None:

@@ -108,9 +108,9 @@ def test_what_is_fetched_is_fetched_once_and_its_checksum_is_of_what_was_read(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("gone.jsonl", "nothing is at {web}/gone.jsonl"),
+        ("gone.jsonl", "there is nothing at {web}/gone.jsonl"),
         ("private.jsonl", "cannot read {web}/private.jsonl: 403, message='Forbidden'"),
-        ("r.xlsx", "cannot read {web}/r.xlsx: its ending is none of .jsonl"),
+        ("r.xlsx", "cannot read {web}/r.xlsx: its ending is not one of .jsonl"),
         ("broken.jsonl", "{web}/broken.jsonl line 2: it is not JSON"),
         ("empty.jsonl", "{web}/empty.jsonl holds no rows"),
     ],
@@ -157,9 +157,9 @@ def test_a_folder_and_a_pattern_are_read_file_by_file(memory: fsspec.AbstractFil
         unread = find(Source(path=address)).unread
         assert unread == {"README.md": "a text file among tables", ".x/4.jsonl": "hidden"}
     assert [where for where, _ in rows("memory://b/*.jsonl")] == expected[:2]
-    with pytest.raises(UserError, match="nothing is at memory://c"):
+    with pytest.raises(UserError, match="there is nothing at memory://c"):
         rows("memory://c")
-    with pytest.raises(UserError, match=r"nothing is at memory://b/\*\.csv"):
+    with pytest.raises(UserError, match=r"there is nothing at memory://b/\*\.csv"):
         rows("memory://b/*.csv")
 
 
@@ -198,9 +198,9 @@ def recipe_with(recipe_file: Path, address: str) -> Path:
     [
         ("s3://bucket/r.jsonl", "needs the package s3fs, which is not installed: pip install s3fs"),
         ("gs://bucket/r.jsonl", "needs the package gcsfs"),
-        ("s4://bucket/r.jsonl", "cannot be read: s4 is none of http, https, s3"),
-        ("git://r.jsonl", "cannot be read: git is none of"),
-        ("reference://r.json", "cannot be read: reference is none of"),
+        ("s4://bucket/r.jsonl", "cannot be read: s4 is not one of http, https, s3"),
+        ("git://r.jsonl", "cannot be read: git is not one of"),
+        ("reference://r.json", "cannot be read: reference is not one of"),
         ("http://a/b.zip::r.jsonl", "is a chain of addresses"),
     ],
 )

@@ -111,7 +111,7 @@ def test_every_file_of_a_folder_is_read_or_named_with_the_reason(tmp_path: Path)
     files(tmp_path, *names, "out/x.tar.gz")
     (tmp_path / "linked").symlink_to(tmp_path / "a")
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    ending = "no data file, by its ending"
+    ending = "not a data file, by its ending"
     assert named(tmp_path) == ["a/t.csv.zst", "a/z.JSON.GZ", "b.jsonl", "p.parquet"]
     assert unread(tmp_path) == {
         "README.md": "a text file among tables",
@@ -125,9 +125,9 @@ def test_every_file_of_a_folder_is_read_or_named_with_the_reason(tmp_path: Path)
         ".git/": "hidden",
         "a/.cache/": "hidden",
         "b.jsonl.gz": "its unpacked copy is next to it",
-        "p.parquet.gz": ".parquet is compressed inside already: unpack it",
+        "p.parquet.gz": ".parquet is already compressed internally: unpack it",
         "linked/": "a link to a folder",
-        "gone.jsonl": "not a file, or a link to nothing",
+        "gone.jsonl": "not a file, or a broken link",
     }
 
 
@@ -144,7 +144,9 @@ def test_what_is_not_read_is_told_by_reason_and_a_thousand_names_are_some(tmp_pa
     files(tmp_path, "README.md", *(f"{number:04}.png" for number in range(1000)))
     [facts] = read_task_data(DataSection(train_dataset=[str(tmp_path)], eval_size=1), seed=0).facts
     (told,) = facts.remarks
-    assert told is not None and "0000.png, 0001.png, " in told and " and 990 more (no data file, by its ending)" in told
+    assert (
+        told is not None and "0000.png, 0001.png, " in told and " and 990 more (not a data file, by its ending)" in told
+    )
     assert "README.md (a text file among tables)" in told and len(facts.unread) == 1001
 
 
@@ -171,7 +173,7 @@ def test_a_file_without_rows_among_others_is_refused_and_named(tmp_path: Path) -
 
 def test_a_pattern_may_name_a_file_of_no_known_ending_which_is_refused(tmp_path: Path) -> None:
     files(tmp_path, "a.jsonl", "b.xlsx")
-    with pytest.raises(UserError, match=r"cannot read \S+/b\.xlsx: its ending is none of"):
+    with pytest.raises(UserError, match=r"cannot read \S+/b\.xlsx: its ending is not one of"):
         list(read_source(source(tmp_path / "*")))
 
 
@@ -299,5 +301,5 @@ def test_a_split_of_a_file_and_a_name_of_a_folder_are_refused_rather_than_passed
         with pytest.raises(UserError, match=r"`split` is 'train\[:10%\]', but \S+ names files"):
             find(source(place, split="train[:10%]"))
     for key in ("name", "revision"):
-        with pytest.raises(UserError, match=f"`{key}` is for a dataset on the hub"):
+        with pytest.raises(UserError, match=f"`{key}` is for hub datasets"):
             find(source(tmp_path, **{key: "main"}))

@@ -209,7 +209,7 @@ def test_weights_that_cannot_be_kept_are_refused(turn: dict[str, Any], reason: s
 
 def test_only_the_assistants_turns_can_be_asked_for() -> None:
     row = {"messages": [{**user("hi"), "train": True}, assistant("yo")]}
-    assert "only the assistant's turns are learned" in refusal(row)
+    assert "only assistant turns are trained" in refusal(row)
     assert messages_of({"messages": [{**user("hi"), "train": False}, assistant("yo")]})
 
 
@@ -251,8 +251,8 @@ def test_gpt_oss_channels_that_are_turns_are_one_turn_with_its_thought() -> None
         {"role": "assistant", "channel": "final", "content": "The sum 1."},
     ]
     assert messages_of({"messages": [user("What is 1+1?"), *channels]}) == THOUGHT
-    assert "no turn of the assistant's follows" in refusal({"messages": [user("q"), channels[0]]})
-    assert "no turn of the assistant's follows" in refusal({"messages": [user("q"), channels[0], user("r")]})
+    assert "no assistant turn follows" in refusal({"messages": [user("q"), channels[0]]})
+    assert "no assistant turn follows" in refusal({"messages": [user("q"), channels[0], user("r")]})
     lone = {"role": "assistant", "channel": "commentary", "content": "now I call"}
     assert "calls no tool" in refusal({"messages": [user("q"), lone]})
     assert "known are analysis" in refusal({"messages": [user("q"), {**lone, "channel": "other"}]})
@@ -269,7 +269,7 @@ def test_gpt_oss_marks_in_a_content_are_refused_with_what_to_write() -> None:
         ([user("q"), {**assistant("a"), "reasoning_content": ["x"]}], "`messages[1].reasoning_content` must be text"),
         (
             [{**user("q"), "thinking": "x"}, assistant("a")],
-            "`messages[0]` has a thought, but it is not the assistant's",
+            "`messages[0]` has a thought, but is not an assistant turn",
         ),
         (
             [user("q"), {"role": "assistant", "content": [{"type": "thinking"}]}],
@@ -372,7 +372,7 @@ def test_calls_that_are_none_are_refused(call: str, reason: str) -> None:
 
 
 def test_tools_beside_plain_text_are_refused_since_no_template_writes_them() -> None:
-    assert "only a chat template can write" in refusal({"prompt": "p", "completion": "c", "tools": TOOLS})
+    assert "only a chat template can render" in refusal({"prompt": "p", "completion": "c", "tools": TOOLS})
 
 
 def test_nulls_that_tables_fill_into_descriptions_are_left_out() -> None:

@@ -65,7 +65,7 @@ def tuned(base: LoadedModel):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
     """So that even these few tokens fill several chunks, the last one in part."""
-    monkeypatch.setattr(logits, "CHUNK", 3)
+    monkeypatch.setattr(logits, "LOGIT_ROWS", 3)
 
 
 def full_logits(model, ids: list[int]) -> torch.Tensor:
@@ -332,8 +332,8 @@ def test_where_memory_runs_out_the_same_is_measured_in_halves(tuned, base: Loade
         assert found.kl.value == pytest.approx(expected[0].kl.value, rel=1e-5)
         assert found.loss.tuned.value == pytest.approx(expected[0].loss.tuned.value, rel=1e-6)
         assert told == [
-            "memory ran out while measuring 4 sequences at a time; from here on 2",
-            "memory ran out while measuring 2 sequences at a time; from here on 1",
+            "memory ran out while measuring 4 sequences at a time; continuing with 2",
+            "memory ran out while measuring 2 sequences at a time; continuing with 1",
         ]
         assert measured_drift(model_pair, text.batches, splitter=splitter) == pytest.approx(expected[1], rel=1e-5)
         assert mean_loss(tuned.get_base_model(), text.batches, splitter=splitter) == pytest.approx(loss, rel=1e-6)

@@ -52,7 +52,7 @@ def test_a_delta_is_s_b_a(adapter: Path) -> None:
         ({"peft_type": "IA3"}, "is a IA3 adapter; only LoRA can be merged"),
         ({"use_dora": True}, "was trained with use_dora"),
         ({"lora_bias": True}, "was trained with lora_bias"),
-        ({"bias": "all"}, "trained biases too"),
+        ({"bias": "all"}, "contains trained biases"),
         ({"trainable_token_indices": [1]}, "was trained with trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, "was trained with layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4, which changes the base"),
@@ -106,6 +106,8 @@ def test_weights_that_were_not_gathered_are_told(adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)  # LlamaFactory#7665
     tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(0)
     save_file(tensors, adapter / WEIGHTS)
-    with pytest.raises(UserError, match=r"embed_tokens\.weight is empty, as DeepSpeed's ZeRO-3 leaves") as caught:
+    with pytest.raises(
+        UserError, match=r"embed_tokens\.weight is empty, as after saving from DeepSpeed's ZeRO-3"
+    ) as caught:
         read_adapter(adapter)
     assert "stage3_gather_16bit_weights_on_model_save" in caught.value.hint

@@ -133,7 +133,7 @@ def test_new_rows_that_were_not_saved_are_the_reason(tmp_path: Path, name: str, 
     train(BASES[name](tmp_path), tmp_path / "adapter", 4, **settings)
     with pytest.raises(UserError, match=lacking) as caught:
         merged(tmp_path / "adapter", tmp_path / "merged")
-    assert "its new rows are nowhere" in caught.value.message and "save_embedding_layers=True" in caught.value.hint
+    assert "its new rows were not saved" in caught.value.message and "save_embedding_layers=True" in caught.value.hint
     assert not (tmp_path / "merged").exists()
 
 

@@ -157,7 +157,7 @@ def test_a_16_bit_type_is_checked_at_its_own_precision(
         ("exit 1", "failed on .*: NotImplementedError: BPE pre-tokenizer was not recognized"),
         ("a message", "failed on .*: Model TinyForCausalLM is not supported$"),
         ("no sentencepiece", "failed on .*: ModuleNotFoundError: No module named 'sentencepiece_which"),
-        ("silent", "failed on .*: exit code 3, and no word why"),
+        ("silent", "failed on .*: exit code 3, without a message"),
         ("killed", "failed on .*: ended by the signal SIGKILL"),
         ("no output", "convert_hf_to_gguf.py ended without an error and wrote nothing"),
         ("removed", "convert_hf_to_gguf.py ended without an error and wrote nothing"),
@@ -169,9 +169,9 @@ def test_a_16_bit_type_is_checked_at_its_own_precision(
             "missing",
             r"holds 20 tensors where 21 .*blk.1.ffn_up.weight \(model.layers.1.mlp.up_proj.weight\) is missing",
         ),
-        ("extra", "blk.0.attn_q.bias is none of the model's"),
-        ("shape", r"blk.1.ffn_down.weight of shape \(128, 64\), and in the model .*down_proj.weight is \(64, 128\)"),
-        ("size", r"blk.0.attn_v.weight of shape \(31, 64\), and in the model .*v_proj.weight is \(32, 64\)"),
+        ("extra", "blk.0.attn_q.bias is not one of the model's"),
+        ("shape", r"blk.1.ffn_down.weight of shape \(128, 64\), but in the model .*down_proj.weight is \(64, 128\)"),
+        ("size", r"blk.0.attn_v.weight of shape \(31, 64\), but in the model .*v_proj.weight is \(32, 64\)"),
         ("norm", "other numbers: blk.1.ffn_norm.weight is up to 0.01 from model.layers.1.post_attention_layernorm"),
         ("scale", "other numbers: blk.0.ffn_gate.weight is up to .* from model.layers.0.mlp.gate_proj.weight"),
         ("infinite", "other numbers: output_norm.weight is up to nan"),
@@ -216,7 +216,7 @@ def test_a_file_of_another_type_than_asked_for_is_refused(
     tiny_folder: Path, tmp_path: Path, converter: list[str], monkeypatch
 ) -> None:
     monkeypatch.setenv("SABOTAGE", "type")
-    with pytest.raises(RunError, match="no tensor of the type q8_0 that was asked for, only F16, F32"):
+    with pytest.raises(RunError, match="no tensor of the requested type q8_0, only F16, F32"):
         write_gguf(tiny_folder, tmp_path / "tiny.gguf", "q8_0", converter)
 
 

@@ -270,7 +270,7 @@ def test_a_push_that_fails_half_way_leaves_nothing_and_says_so(
     hub.commits.update({REPO: [{"README.md": b"old"}]} if exists else {})
     hub.faults[endpoint] = (400, f"no, {TOKEN}")
     error = failure(hub, merged, RunError)
-    left = " is as it was" if exists else ", which was created for it, is empty"
+    left = " is unchanged" if exists else ", which was created for it, is empty"
     assert f"nothing of the model was committed, and the repository {hub.url}/{REPO}{left}" in error.message
     assert (endpoint == "yaml" and "Invalid metadata" in error.message) or "no, [token]" in error.message
     assert hub.commits == {REPO: [{"README.md": b"old"} if exists else {".gitattributes": b""}]}
@@ -291,7 +291,7 @@ def test_a_token_that_may_not_write_is_the_users_mistake(hub: Hub, merged: Path,
 def test_an_answer_that_was_lost_is_not_called_a_failure_to_commit(hub: Hub, merged: Path) -> None:
     hub.faults["commit"] = "lost"
     error = failure(hub, merged, RunError)
-    assert f"but {hub.url}/{REPO} has got the new commit {1:040x}" in error.message
+    assert f"but {hub.url}/{REPO} has the new commit {1:040x}" in error.message
     assert "nothing" not in error.message
 
 
@@ -305,7 +305,9 @@ def test_what_cannot_be_found_out_is_not_claimed(hub: Hub, merged: Path) -> None
         hub.faults.clear()
         with pytest.raises(KeyboardInterrupt if interrupted else RunError) as caught:
             push_folder(merged, REPO, True, Cut(endpoint=hub.url))
-        assert f"whether the model was committed could not be asked; look at {hub.url}/{REPO}" in str(caught.value)
+        assert f"it could not be determined whether the model was committed; look at {hub.url}/{REPO}" in str(
+            caught.value
+        )
         assert TOKEN not in str(caught.value)
 
 
@@ -326,14 +328,16 @@ def test_a_commit_that_lacks_a_file_is_not_called_a_success(hub: Hub, merged: Pa
 
 
 def test_a_hub_that_cannot_be_reached(hub: Hub, merged: Path) -> None:
-    with pytest.raises(RunError, match="cannot ask http://127.0.0.1:9/.* nothing of the model was committed"):
+    with pytest.raises(
+        RunError, match="cannot read the state of http://127.0.0.1:9/.* nothing of the model was committed"
+    ):
         push_folder(merged, REPO, True, HfApi(endpoint="http://127.0.0.1:9"))
 
 
 def test_other_weights_are_not_mixed_with_these(hub: Hub, merged: Path) -> None:
     """As after a push of the same model in other shards: a loader could take some of each."""
     hub.commits[REPO] = [{"model.safetensors": b"old", "original/x.safetensors": b"old", "config.json": b"old"}]
-    assert "holds other weights already, model.safetensors" in failure(hub, merged, UserError).message
+    assert "already has other weights, model.safetensors" in failure(hub, merged, UserError).message
     del hub.commits[REPO][0]["model.safetensors"]
     assert push(hub, merged)
 

@@ -137,7 +137,7 @@ def test_modules_saved_whole_take_the_base_weights_place(tmp_path: Path) -> None
     saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     assert torch.equal(weights_of(tmp_path / "merged")["lm_head.weight"], saved)
     assert not torch.equal(saved, weights_of(base)["lm_head.weight"].float())
-    with pytest.raises(UserError, match="it merges alone only"):
+    with pytest.raises(UserError, match="it can only be merged alone"):
         merge_of(base, (adapter, 0.5), (adapter, 0.5))
 
 

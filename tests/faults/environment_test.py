@@ -112,7 +112,7 @@ def test_text_that_cannot_be_kept_in_the_cache_is_the_runs_all_the_same(
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "proxy").touch()
     assert run(*saving) == 0
-    assert "sampled text could not be kept in " in capfd.readouterr().err
+    assert "sampled text could not be saved in " in capfd.readouterr().err
     assert_the_same_run(finished, tmp_path / "stopped" / "run")
 
 

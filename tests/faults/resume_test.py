@@ -55,7 +55,7 @@ def test_a_frozen_a_is_saved_kept_and_gone_on_from(recipe_file: Path, tmp_path: 
     assert run(*frozen, f"training.output_dir={stopped}", "--resume") == 0
     assert_the_same_run(straight, stopped)
     assert run(recipe_file, "gate.rule=frozen", "gate.places=[a_step]") == 2
-    assert "rule frozen takes no step of A" in capfd.readouterr().err
+    assert "rule frozen does not train A" in capfd.readouterr().err
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, arguments: list[object]) -> None:

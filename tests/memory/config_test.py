@@ -78,7 +78,7 @@ def test_a_gguf_file(head: bool, tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_of_another_architecture(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="of the architecture mamba"):
+    with pytest.raises(UserError, match="has the architecture mamba"):
         read_config(str(save_gguf(tmp_path / "small.gguf", "mamba")))
 
 
@@ -86,12 +86,12 @@ def test_a_gguf_file_of_another_architecture(tmp_path: Path) -> None:
 def test_a_file_that_is_no_gguf(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot read the head of"):
+    with pytest.raises(UserError, match="cannot read the header of"):
         read_config(str(path))
 
 
 def test_a_gguf_file_that_is_cut(tmp_path: Path) -> None:
     path = save_gguf(tmp_path / "small.gguf")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot read the head of"):
+    with pytest.raises(UserError, match="cannot read the header of"):
         read_config(str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from folora_q.core import sketch
 from folora_q.memory.activations import BatchShape, kept_with_checkpointing, passing_head
 from folora_q.memory.advice import MARGIN, Advice, advise, fits
 from folora_q.memory.components import (
@@ -16,7 +17,7 @@ from folora_q.memory.components import (
     sketches,
     weights,
 )
-from folora_q.memory.estimate import GIB, PARTS, MemoryEstimate, estimate
+from folora_q.memory.estimate import GIB, PARTS, READ_ROWS, MemoryEstimate, estimate
 from folora_q.memory.shapes import shape_of
 from folora_q.recipe.training import TrainingSection
 from tests.memory.recipes import LLAMA_8B, MISTRAL_7B, QWEN_7B, SMALL_LLAMA, a_recipe
@@ -26,6 +27,10 @@ SMALL, MISTRAL = shape_of(SMALL_LLAMA), shape_of(MISTRAL_7B)
 
 def stage(found: MemoryEstimate, name: str) -> dict[str, int]:
     return next(stage.device for stage in found.stages if stage.name == name)
+
+
+def test_a_sketch_converts_as_many_rows_as_the_estimate_counts() -> None:
+    assert READ_ROWS == sketch.ROWS
 
 
 # Parts

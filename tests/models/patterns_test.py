@@ -34,10 +34,10 @@ def test_what_people_write(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"target_modules": "(a+)+$"}, "target_modules holds .* matched for ever"),
-        ({"exclude_modules": r"(\w|\.|\w)*!"}, "exclude_modules holds .* matched for ever"),
-        ({"layers_pattern": "(a|a){30}b"}, "layers_pattern holds .* matched for ever"),
-        ({"rank_pattern": {".*" * 20 + "!": 2}}, "rank_pattern holds .* matched for ever"),
+        ({"target_modules": "(a+)+$"}, "target_modules holds .* take forever to match"),
+        ({"exclude_modules": r"(\w|\.|\w)*!"}, "exclude_modules holds .* take forever to match"),
+        ({"layers_pattern": "(a|a){30}b"}, "layers_pattern holds .* take forever to match"),
+        ({"rank_pattern": {".*" * 20 + "!": 2}}, "rank_pattern holds .* take forever to match"),
         ({"alpha_pattern": {"(": 2}}, r"alpha_pattern holds \(, which is no regular expression"),
     ],
 )

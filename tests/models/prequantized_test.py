@@ -60,10 +60,10 @@ def test_older_tools_leave_a_file_beside_config_json(tmp_path: Path, name: str, 
 def test_what_to_use_instead_is_the_original_where_it_is_named() -> None:
     named = FOREIGN["gptq"] | {"_name_or_path": "org/Model-7B"}
     wrong, hint = quantized_already("org/Model-7B-GPTQ", "gptq", named)
-    assert "org/Model-7B-GPTQ is quantized by GPTQ already" in wrong and hint.endswith("names: org/Model-7B")
+    assert "org/Model-7B-GPTQ is already quantized by GPTQ" in wrong and hint.endswith("names: org/Model-7B")
     for useless in ("/workspace/model", "org/Model-7B-GPTQ", "other/Model-7B-AWQ"):
         _, hint = quantized_already("org/Model-7B-GPTQ", "gptq", FOREIGN["gptq"] | {"_name_or_path": useless})
-        assert "the 16-bit original, which its page on the hub names" in hint and useless not in hint
+        assert "the 16-bit original, which its hub page names" in hint and useless not in hint
     _, hint = quantized_already("openai/gpt-oss-20b", "mxfp4", FOREIGN["mxfp4"])
     assert "Mxfp4Config(dequantize=True)" in hint
 
@@ -82,7 +82,7 @@ def test_loading_one_is_refused_by_name(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | FOREIGN["gptq"]))
     section = ModelSection(model_name_or_path=str(folder))
-    with pytest.raises(UserError, match="is quantized by GPTQ already"):
+    with pytest.raises(UserError, match="is already quantized by GPTQ"):
         require_loadable(section)
-    with pytest.raises(UserError, match="is quantized by GPTQ already"):
+    with pytest.raises(UserError, match="is already quantized by GPTQ"):
         load_model(section, Hardware(torch.device("cpu"), torch.float32, "a test"))

@@ -58,8 +58,8 @@ def test_the_language_model_alone_gets_adapters(member: str, targets: str | list
 @pytest.mark.parametrize(
     ("member", "targets", "message"),
     [
-        ("gemma3", ["fc1", "fc2"], "only layers outside of the language model, which text does not reach"),
-        ("qwen3-next", ["gate_proj", "up_proj", "down_proj"], "only experts, or layers that PEFT takes for experts"),
+        ("gemma3", ["fc1", "fc2"], "only layers outside of the language model, through which no text passes"),
+        ("qwen3-next", ["gate_proj", "up_proj", "down_proj"], "only experts, or layers that PEFT mistakes for experts"),
         ("llama", ["q_porj"], "the model has no linear layer q_porj \\(did you mean q_proj"),
     ],
 )

@@ -38,10 +38,7 @@ def test_a_quantized_base_is_refused_with_the_line_and_what_to_use(
     assert run(command, recipe) == 2
     talk = capfd.readouterr().err
     line = next(n for n, text in enumerate(recipe.read_text().splitlines(), 1) if "model_name_or_path" in text)
-    assert (
-        f"is quantized by AWQ already, and folora-q puts 16-bit weights into 4 bits itself ({recipe} line {line})"
-        in talk
-    )
+    assert f"is already quantized by AWQ, and folora-q quantizes 16-bit weights itself ({recipe} line {line})" in talk
     assert "use the 16-bit original that its config.json names: org/Model-7B" in talk
 
 

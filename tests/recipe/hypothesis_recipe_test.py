@@ -273,7 +273,7 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "needs metric_function",
             "regular expression",
             "names no layer",
-            "matched for ever",
+            "take forever to match",
         )
         assert any(reason in recipe.message for reason in known), recipe.message
         reject()

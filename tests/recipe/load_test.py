@@ -90,7 +90,7 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {model_name_or_path: x}\nmodel: {}\n", "the key 'model' stands here twice"),
+        ("model: {model_name_or_path: x}\nmodel: {}\n", "the key 'model' appears twice"),
         ("model: [\n", "is not valid YAML"),
         ("- a\n", "must hold sections"),
         ("!!python/object/apply:os.system ['true']\n", "is not valid YAML"),
@@ -101,8 +101,11 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
         (MINIMAL + "gate: {rule: spectral, places: [a_step, b_step]}\n", "rule spectral leaves B to AdamW"),
         (MINIMAL + "gate: {rule: spectral, places: [a_start]}\n", "rule spectral needs a_step"),
         (MINIMAL + "gate: {rule: step, places: [a_start]}\n", "rule step gates no step with these gate.places"),
-        (MINIMAL + "gate: {places: [a_start, a_step]}\n", "rule frozen takes no step of A"),
-        (MINIMAL + "gate: {start: random, places: [a_start, b_step]}\n", "no row has a quotient to gate B's steps by"),
+        (MINIMAL + "gate: {places: [a_start, a_step]}\n", "rule frozen does not train A"),
+        (
+            MINIMAL + "gate: {start: random, places: [a_start, b_step]}\n",
+            "A's rows have no quotients by which to gate B's steps",
+        ),
         (MINIMAL + "gate: {gate_lambda: 16}\n", "without gate.gate_lambda: set gate.rule to step"),
         (MINIMAL + "gate: {sharpness: 2}\n", "without gate.sharpness: set gate.rule to step"),
         (MINIMAL + "  optim: sgd\ngate: {rule: spectral, places: [a_step]}\n", "training.optim: adamw_torch, not"),
@@ -170,7 +173,7 @@ def test_a_rate_of_another_method_is_told(write, overrides: list[str], told: str
         ),
         (
             ["adapter.r=48", "gate.rank=8", "gate.rule=step"],
-            "other 32 rows start in random ones: leave gate.rank out, .* 96",
+            "other 32 rows start in random ones: remove gate.rank, .* 96",
         ),
         (["adapter.r=48", "gate.rank=8", "gate.enabled=false"], None),
         (["adapter.r=48", "gate.rank=8", "gate.start=random"], None),

@@ -59,10 +59,10 @@ def test_every_key_and_item_has_its_line() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", r"the key 'a' stands here twice \(line 2, column 1\)"),
-        ("a:\n  b: 1\n  b: 2", r"the key 'b' stands here twice \(line 3"),
+        ("a: 1\na: 2", r"the key 'a' appears twice \(line 2, column 1\)"),
+        ("a:\n  b: 1\n  b: 2", r"the key 'b' appears twice \(line 3"),
         ("? [a]\n: 1", "a key must be a word"),
-        ("a: &x [1]\nb: *x", r"aliases have no place in a recipe; quote a value with a \* \(line 2"),
+        ("a: &x [1]\nb: *x", r"aliases are not allowed in a recipe; quote a value with a \* \(line 2"),
         ("&a [*a]", "aliases"),
         ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("!!python/name:os.system", "could not determine a constructor"),

@@ -57,8 +57,8 @@ def test_halved_micro_batches_train_the_same_adapter(recipe_file: Path, accumula
     expected, _, losses = trained(recipe, None)
     found, told, halved_losses = trained(recipe, 1, backward)
     assert told == [
-        "memory ran out while training on 4 sequences at a time; from here on 2",
-        "memory ran out while training on 2 sequences at a time; from here on 1",
+        "memory ran out while training on 4 sequences at a time; continuing with 2",
+        "memory ran out while training on 2 sequences at a time; continuing with 1",
     ]
     assert halved_losses == pytest.approx(losses, rel=1e-5)
     for one, other in zip(expected, found, strict=True):

@@ -1,0 +1,8 @@
+"""Sizes of the pieces that work is done in. The memory estimate counts with the same numbers."""
+
+# Positions whose logits are in memory at once: 128 of a vocabulary of 128k in float32 are 64 MiB.
+LOGIT_ROWS = 128
+# Rows of the output layer's weight that are converted to float32 at a time: 4k of width 4,096 are 64 MiB.
+HEAD_ROWS = 4_096
+# Tokens in a window of general text.
+GENERAL_WINDOW = 256
