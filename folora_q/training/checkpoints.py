@@ -101,10 +101,9 @@ def damage(checkpoint: Path) -> str | None:
 def _files_of(manifest: dict[str, Any]) -> dict[str, tuple[str, int]] | None:
     """SHA-256 and size by name; None where it says anything else."""
     files = manifest.get("files")
-    entries = files.values() if isinstance(files, dict) else [None]
-    if not all(
+    if not isinstance(files, dict) or not all(
         isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
-        for entry in entries
+        for entry in files.values()
     ):
         return None
     return {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -33,6 +34,7 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
         )
     save_steps = training.save_steps or (every if recipe.keeps_best else None)
     on_gpu = hardware.device.type == "cuda"
+    checkpointing: dict[str, Any] = {CHECKPOINTING: training.recomputes_on(on_gpu)}
     try:
         config = SFTConfig(
             output_dir=str(output_dir),
@@ -49,7 +51,7 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
             adam_beta1=training.adam_beta1,
             adam_beta2=training.adam_beta2,
             adam_epsilon=training.adam_epsilon,
-            **{CHECKPOINTING: training.recomputes_on(on_gpu)},
+            **checkpointing,
             seed=training.seed,
             router_aux_loss_coef=training.router_aux_loss_coef,  # left out, TRL would take the configuration's own
             max_length=training.max_length,

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -88,6 +91,9 @@ class FaultTolerantTrainer(SFTTrainer):
         exceeded: the step and the KL at which training stopped for its limit.
     """
 
+    model: PeftModel
+    train_dataset: Dataset
+
     def __init__(
         self, *args: Any, tolerance: FaultTolerance, heldout: Sequence[Batch], monitored: Monitored, **kwargs: Any
     ) -> None:
@@ -131,6 +137,12 @@ class FaultTolerantTrainer(SFTTrainer):
             ) from error
 
     @property
+    def run(self) -> Path:
+        """The run folder."""
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
+    @property
     def saves(self) -> bool:
         """Whether checkpoints were asked for, and stay."""
         return self.args.save_strategy != "no"
@@ -157,19 +169,23 @@ class FaultTolerantTrainer(SFTTrainer):
             self.model.zero_grad(set_to_none=True)
             if self.args.eval_strategy != "no":
                 self.model.eval()  # where B is no longer zero, dropout shows
-                mean_loss(self.model.get_base_model(), self.heldout[:1], splitter=self.measuring)
+                self.loss_of(self.heldout[:1])
                 for text in (*([self.own_text] if self.own_text is not None else []), *self.real_text):
                     first = replace(text, batches=text.batches[:1])
                     compare(ModelPair(self.model), first, splitter=self.measuring)
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.kept if self.saves else 0)
+            rehearse_saving(self.save_model, self.run, trained, self.kept if self.saves else 0)
         self.step_in_hand = None
         self._total_train_tokens = tokens
         for kind in self._metrics.values():
             kind.clear()
 
+    def loss_of(self, rows: Sequence[Batch]) -> float:
+        """Return the mean loss per token of held-out batches."""
+        return mean_loss(cast(PreTrainedModel, self.model.get_base_model()), rows, splitter=self.measuring)
+
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """A micro-batch, in parts where memory does not do for all of it."""
         compute = super().training_step
@@ -208,6 +224,7 @@ class FaultTolerantTrainer(SFTTrainer):
             # accelerate's way to let `optimizer.step()` pass without a step; set anew before every micro-batch.
             self.accelerator.gradient_state._set_sync_gradients(False)
         # Out of the running mean too: what is not finite would never leave it (`tr_loss -= tr_loss`).
+        assert self.loss_before is not None  # set by the step's first micro-batch
         self._tr_loss.copy_(self.loss_before)
         self._globalstep_last_logged += 1
         self.skipped.add(self.state.global_step + 1, loss, size, reason, self.last_good)
@@ -233,7 +250,7 @@ class FaultTolerantTrainer(SFTTrainer):
         Raises:
             RunError: it cannot be written, and the run needs it; those before it are still there.
         """
-        run, step = Path(self.args.output_dir), self.state.global_step
+        run, step = self.run, self.state.global_step
         target = checkpoint_path(run, step)
         self.store_flos()
         best, best_before = self.state.best_global_step, self.state.best_model_checkpoint
@@ -245,9 +262,10 @@ class FaultTolerantTrainer(SFTTrainer):
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
+                states = cast(dict[str, Any], self.state.stateful_callbacks)  # since it is constructed
                 for callback in (*self.callback_handler.callbacks, self.control):
                     if isinstance(callback, ExportableState):
-                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                        states[type(callback).__name__] = callback.state()
                 self.state.save_to_json(str(folder / TRAINER_STATE))
                 atomic_write(folder / PROGRESS, json.dumps(self._in_progress(), indent=1) + "\n")
                 seal(folder, step)
@@ -268,6 +286,7 @@ class FaultTolerantTrainer(SFTTrainer):
         rotate(run, self.kept, needed)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # the Trainer asks for it only then
         best = Path(self.state.best_model_checkpoint)
         if problem := damage(best):
             raise RunError(
@@ -304,5 +323,6 @@ class FaultTolerantTrainer(SFTTrainer):
         self.last_good = checkpoint if self.skipped.in_a_row == 0 else None
         # The folder may have been moved since, or named from elsewhere.
         run, best = checkpoint.parent, self.state.best_global_step
-        known = best and (best == step_of(checkpoint) or checkpoint_path(run, best).is_dir())
-        self.state.best_model_checkpoint = str(checkpoint_path(run, best)) if known else None
+        self.state.best_model_checkpoint = None
+        if best and (best == step_of(checkpoint) or checkpoint_path(run, best).is_dir()):
+            self.state.best_model_checkpoint = str(checkpoint_path(run, best))

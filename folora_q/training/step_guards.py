@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -56,7 +56,7 @@ class MicroBatches:
         while True:
             try:
                 losses = [sum(compute(part) for part in self._parts(each)) for each in todo]
-                return losses[-1]
+                return cast(Tensor, losses[-1])
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
@@ -144,7 +144,7 @@ class SkippedSteps:
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     """The rows that take the most memory."""
     column = dataset.with_format("arrow").select_columns(["input_ids"])[:]["input_ids"]
-    lengths = pc.list_value_length(column).to_pylist()
+    lengths = pc.call_function("list_value_length", [column]).to_pylist()
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [dataset[index] for index in order[:count]]
 

@@ -25,7 +25,6 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch, batches
 from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
-from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.recipe.schema import Recipe
@@ -118,7 +117,7 @@ class GatedTrainer(FaultTolerantTrainer):
         The Trainer's own loss is a mean over batches, whatever they hold, and keeps their logits.
         """
         self.model.eval()
-        loss = mean_loss(self.model.get_base_model(), self.heldout, splitter=self.measuring)
+        loss = self.loss_of(self.heldout)
         metrics = {f"{metric_key_prefix}_loss": loss}
         within = True
         if self.own_text is not None:
@@ -212,7 +211,7 @@ class GatedTrainer(FaultTolerantTrainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
         # It multiplies with the head's weight and asks no module, so an adapter on the head would learn nothing.
