@@ -24,6 +24,7 @@ from folora_q.progress import Progress, Stage, StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
+from folora_q.targets.embeddings import embedding_rows
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, fetched, load_target
 
@@ -146,8 +147,8 @@ def _own_text(
     """What the base wrote: the run's held-out samples, or new ones; and the seed that cuts them."""
     run = loaded.target.run
     if run is not None and recipe is not None and request.against is None:
-        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-        if kept := (read_samples(run.proxy, vocabulary) or [])[recipe.proxy.num_samples :]:
+        samples = read_samples(run.proxy, embedding_rows(loaded.model)) or []
+        if kept := samples[recipe.proxy.num_samples :]:
             return [sample.ids for sample in kept], recipe.proxy.seed
     section = ProxySection(
         source="bos" if loaded.tokenizer.chat_template is None else "mixed",
@@ -167,7 +168,7 @@ def _layers(
     """Drift by layer; for the adapter of a run with what its gates predict, and what they let pass."""
     run = loaded.target.run
     own = run is not None and loaded.target.adapter == run.adapter and request.against is None
-    if not own or not run.gates.is_file():
+    if run is None or model_pair.adapted is None or not own or not run.gates.is_file():
         return evaluate_layers(model_pair, on, clock)
     predicted = predicted_drift(adapter_pairs(model_pair.adapted), load_gates(run.gates, model_pair.device))
     earlier = read_evaluation(run.evaluation)

@@ -39,6 +39,7 @@ from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
 from folora_q.runs.results import AnswerResult, Evaluation, answer_lines, to_json
 from folora_q.storage.files import atomic_write, commit_directory
+from folora_q.targets.embeddings import embedding_rows
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.config import trainer_config
@@ -140,7 +141,7 @@ class TrainingRun:
         """Take the sampled text from the run that is resumed, from the cache, or from the model."""
         section, path, samples = self.recipe.proxy, self.folder.proxy, None
         if self.resumed is not None and self.resumed.keeps(path):
-            samples = read_samples(path, _vocabulary(base))
+            samples = read_samples(path, embedding_rows(base.model))
         if samples is None:
             dtype = str(self.hardware.dtype)
             samples = load_or_sample(base.model, base.tokenizer, base.fingerprint, dtype, section, self.timer)
@@ -320,7 +321,3 @@ class TrainingRun:
             f"the evaluation failed: {reason}; the adapter that was trained is in {folder.adapter}",
             f"{helps}`{line}` repeats the evaluation alone; `folora-q train` with --resume repeats it and ends the run",
         )
-
-
-def _vocabulary(base: LoadedModel) -> int:
-    return base.model.get_input_embeddings().weight.shape[0]
