@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,6 +36,11 @@ class _Saved:
             return file.get_tensor(self.name)
 
 
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
+    """Return the number of rows of the input embedding."""
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+
+
 def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, compare: bool) -> None:
     """Give the model as many rows as the adapter has, which brings them.
 
@@ -45,7 +52,7 @@ def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, comp
         UserError: the adapter was trained with rows that it does not hold; or switching it off would not be the base,
             since it holds another embedding too.
     """
-    modules, before = modules_of(model), model.get_input_embeddings().weight.shape[0]
+    modules, before = modules_of(model), embedding_rows(model)
     saved = {name: _saved(adapter / SAFE_ADAPTER, name) for name in (modules.embeddings[0], modules.head)}
     found = [one for one in saved.values() if one is not None]
     rows = max((one.rows for one in found), default=before)
@@ -93,7 +100,8 @@ def _changed(model: PreTrainedModel, found: list[_Saved], before: int) -> str | 
         if ".modules_to_save." in one.name:
             continue
         head = one.name.startswith(f"{PREFIX}{ends.head}.")
-        own = (model.get_output_embeddings() if head else model.get_input_embeddings()).weight
+        module = model.get_output_embeddings() if head else model.get_input_embeddings()
+        own = cast(torch.nn.Embedding | torch.nn.Linear, module).weight
         if not torch.equal(one.read()[:before].to(own.dtype), own.detach().cpu()[: len(one.read())]):
             return one.name.removeprefix(PREFIX)
     return None
