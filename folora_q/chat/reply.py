@@ -5,12 +5,12 @@ Prompts are made as the evaluation makes them, so a greedy answer is the one tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -84,7 +84,7 @@ class Chatter:
 
     def reply(
         self, messages: Sequence[Message], base: bool, settings: Sampling, written: list[int] | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Answer, piece by piece as it is written. Closing the iterator ends the writing.
 
         Args:
@@ -140,7 +140,9 @@ class Chatter:
             raise UserError("there is nothing to continue: the text has no tokens")
         return ids
 
-    def _stream(self, ids: list[int], base: bool, how: dict[str, Any], written: list[int]) -> Iterator[str]:
+    def _stream(
+        self, ids: list[int], base: bool, how: dict[str, Any], written: list[int]
+    ) -> Generator[str, None, None]:
         stop, failures = Event(), []
         streamer = Pieces(self.tokenizer, written, skip_prompt=True, skip_special_tokens=True)
         model = self.base if base and self.base is not None else self.model
@@ -152,7 +154,7 @@ class Chatter:
                 bare = adapter_off(model) if base and isinstance(model, PeftModel) else nullcontext()
                 # One at a time: an answer that was given up may still be at its last token, without its adapter.
                 with self._turn, bare:
-                    model.generate(
+                    cast(Any, model).generate(  # of a mixin that PreTrainedModel does not declare
                         input_ids=inputs,
                         attention_mask=torch.ones_like(inputs),
                         streamer=streamer,
@@ -198,7 +200,7 @@ class Conversation:
         """Forget all but the system prompt."""
         self.messages = list(self._start)
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> Generator[str, None, None]:
         """The answer in pieces. What was said until then is remembered if it is cut short, too."""
         asked = [*self.messages, {"role": "user", "content": question}]
         answer = ""
@@ -258,5 +260,8 @@ class Pieces(TextIteratorStreamer):
         self.text_queue.put(self.stop_signal)
 
     def _unwritten(self) -> str:
-        before = self.tokenizer.decode(self._tokens[: self._written], **self.decode_kwargs)
-        return self.tokenizer.decode(self._tokens, **self.decode_kwargs)[len(before) :]
+        before = self._decoded(self._tokens[: self._written])
+        return self._decoded(self._tokens)[len(before) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(tokens, **self.decode_kwargs))
