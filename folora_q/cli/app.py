@@ -7,7 +7,9 @@ import os
 import sys
 from contextlib import suppress
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Any, cast
 
 import rich_click as click
 
@@ -78,7 +80,8 @@ def _run(arguments: list[str]) -> None:
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # there is none, or it is somebody's own
-            stream.reconfigure(errors="backslashreplace")  # a locale, or a file's name, may hold what cannot be written
+            # A locale may lack characters, and a file's name may hold bytes, that cannot be written.
+            cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     try:
         code = group.main(arguments, prog_name="folora-q", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -117,7 +120,7 @@ def _in_words(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__}: {error}", UNEXPECTED
 
 
-def _is_of_the_cache(name: object) -> bool:
+def _is_of_the_cache(name: Any) -> bool:
     """Whether a file lies in the cache, or on the way to it."""
     try:
         path, cache = Path(os.fsdecode(name)), cache_folder()

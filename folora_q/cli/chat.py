@@ -116,7 +116,9 @@ def command(
     else:
         if sys.stdin.isatty():
             progress.note("one question a line, Ctrl-D ends")
-        _ask_all(click.get_text_stream("stdin", encoding="utf-8", errors="replace"), sides)
+        # An attribute that click 8.5 makes lazily, without a type.
+        lines = click.get_text_stream("stdin", encoding="utf-8", errors="replace")  # pyright: ignore[reportCallIssue]
+        _ask_all(lines, sides)
 
 
 def _talk(sides: dict[str, Conversation]) -> None:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import rich_click as click
 from rich.markup import escape
@@ -44,7 +44,7 @@ def command(
     data = data or _ask("Your data (file, folder, glob or hub id)", None, "--data")
     shape, written = _look_at(data, path.parent)
     model = model or _ask("Model", MODEL, "--model")
-    gpu = gpu or _ask("Memory of your GPU in GB, or cpu", _card(), "--gpu", click.Choice(CARDS))
+    gpu = gpu or cast(Card, _ask("Memory of your GPU in GB, or cpu", _card(), "--gpu", click.Choice(CARDS)))
     output_dir = output_dir or _ask("Run folder", f"runs/{path.stem}", "--output-dir")
     recipe = new_recipe(Answers(model, written, shape, gpu, output_dir))
     try:
@@ -91,4 +91,4 @@ def _card() -> Card:
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         return "8"
     # A card of 8 GB says 8,188 MiB or less.
-    return next((card for card in ("24", "16", "12") if megabytes >= int(card) * 1000), "8")
+    return cast(Card, next((card for card in ("24", "16", "12") if megabytes >= int(card) * 1000), "8"))
