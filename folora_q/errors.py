@@ -37,7 +37,7 @@ class Terminated(KeyboardInterrupt):
 MAX_QUOTE_LENGTH = 400
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """What another library's error says, fit for one sentence; its type where it says nothing."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= MAX_QUOTE_LENGTH else f"{line[:MAX_QUOTE_LENGTH]}…"

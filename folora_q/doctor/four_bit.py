@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from folora_q.doctor.findings import Finding, State
 from folora_q.doctor.pip import pip_install
@@ -63,7 +63,7 @@ def _errors(hardware: Hardware) -> dict[str, float]:
     """How far a 4-bit layer is from the dense product, relative to it, at every step of a run."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     from folora_q.models.load import guard_cpu_kernels
 
@@ -76,7 +76,7 @@ def _errors(hardware: Hardware) -> dict[str, float]:
     layer = layer.to(hardware.device).requires_grad_(False)  # the move quantizes
     guard_cpu_kernels(layer)
 
-    dense = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    dense = dequantize_4bit(layer.weight.data, cast(Params4bit, layer.weight).quant_state).float()
     right_output, right_gradient = x.float() @ dense.T, pull.float() @ dense
     output, gradient = _train_step(layer, x, pull)
     layer.eval()

@@ -70,7 +70,7 @@ def torch_install(driver: Driver | None, wanted: str) -> str:
     if driver is None or not driver.cards:
         return pip_install(*words, f"{WHEELS}/cpu")
     card = driver.cards[0]
-    major = int(re.match(r"\d*", card.driver)[0] or 0)
+    major = int(re.split(r"\D", card.driver, maxsplit=1)[0] or 0)
     modern = card.capability is None or card.capability >= CUDA_13_FIRST
     if modern and major >= CUDA_13_DRIVER:
         return pip_install(*words, f"{WHEELS}/{CUDA_13}")

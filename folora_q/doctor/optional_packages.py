@@ -18,7 +18,7 @@ def check_lm_eval() -> list[Finding]:
         found = version("lm-eval")
     except PackageNotFoundError:
         return [Finding("lm-eval", State.NOTE, "not installed, which folora-q eval --tasks needs", install)]
-    if not within(found, specifier):
+    if specifier is not None and not within(found, specifier):
         fact = f"{found}, outside {ordered(specifier)}, for folora-q eval --tasks"
         return [Finding("lm-eval", State.NOTE, fact, install)]
     return [Finding("lm-eval", State.GOOD, f"{found} (folora-q eval --tasks)")]

@@ -52,7 +52,7 @@ def check_package(name: str) -> list[Finding]:
         found = version(name)
     except PackageNotFoundError:
         return [Finding(name, State.FAILURE, "not installed", _install(name))]
-    if not within(found, specifier):
+    if specifier is not None and not within(found, specifier):
         return [Finding(name, State.FAILURE, f"{found}, outside {ordered(specifier)}", _install(name))]
     try:
         getattr(import_module(name), STACK[name])

@@ -19,9 +19,10 @@ def ranges(extra: str = "") -> dict[str, SpecifierSet]:
         return {}
     found = {}
     for requirement in map(Requirement, lines):
-        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        wanted = not always and requirement.marker.evaluate({"extra": extra}) if extra else always
-        if wanted:
+        marker = requirement.marker
+        always = marker is None or marker.evaluate({"extra": ""})
+        in_extra = marker is not None and not always and marker.evaluate({"extra": extra})
+        if in_extra if extra else always:
             found[requirement.name] = requirement.specifier
     return found
 
@@ -37,6 +38,6 @@ def ordered(specifier: SpecifierSet) -> str:
     return ",".join(sorted(map(str, specifier), reverse=True))
 
 
-def within(version: str, specifier: SpecifierSet | None) -> bool:
+def within(version: str, specifier: SpecifierSet) -> bool:
     """Nightly builds count as the version that they are of."""
-    return specifier is None or specifier.contains(version, prereleases=True)
+    return specifier.contains(version, prereleases=True)

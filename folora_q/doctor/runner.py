@@ -8,6 +8,8 @@ import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import cast
 
 from folora_q.doctor.findings import Check, Finding, State, root_cause
 from folora_q.doctor.pip import install_missing
@@ -29,8 +31,7 @@ class Examiner:
     def __init__(self, verbose: bool = False, seconds: float = SECONDS) -> None:
         self.verbose = verbose
         self.seconds = seconds
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection | None = None
+        self._running: tuple[BaseProcess, Connection] | None = None
 
     def __enter__(self) -> Examiner:
         return self
@@ -40,34 +41,35 @@ class Examiner:
 
     def make(self, check: Check) -> list[Finding]:
         """What a check finds; what goes wrong in it is a finding too."""
-        if self._process is None:
-            self._begin()
+        process, pipe = self._running = self._running or self._begin()
         try:
-            self._pipe.send(check)
-            if self._pipe.poll(self.seconds):
-                return self._pipe.recv()
+            pipe.send(check)
+            if pipe.poll(self.seconds):
+                return pipe.recv()
             fact = f"no end within {self.seconds:g} s"
             fix = "try again; if it is the GPU that does not answer, restart the machine"
         except (EOFError, OSError):
-            self._process.join(self.seconds)
-            fact = f"the check ended its process, by {_ending(self._process.exitcode)}"
+            process.join(self.seconds)
+            fact = f"the check ended its process, by {_ending(process.exitcode)}"
             fix = "install torch and bitsandbytes again; folora-q --debug doctor shows the last words"
         self._end()
         return [Finding(check.name, State.FAILURE if check.needed else State.WARNING, fact, fix)]
 
-    def _begin(self) -> None:
+    def _begin(self) -> tuple[BaseProcess, Connection]:
         spawning = multiprocessing.get_context("spawn")  # nothing of ours is carried over
-        self._pipe, theirs = spawning.Pipe()
-        self._process = spawning.Process(target=_serve, args=(theirs, self.verbose), daemon=True)
-        self._process.start()
+        ours, theirs = spawning.Pipe()
+        process = spawning.Process(target=_serve, args=(theirs, self.verbose), daemon=True)
+        process.start()
         theirs.close()  # or its end would not be seen
+        return process, cast(Connection, ours)  # on Windows a PipeConnection, with the same methods
 
     def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = self._pipe = None
+        if self._running is not None:
+            process, pipe = self._running
+            process.kill()
+            process.join()
+            pipe.close()
+            self._running = None
 
 
 def attempt(check: Check, verbose: bool = False) -> list[Finding]:
