@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
-from folora_q.runs.results import Evaluation, Interval, TextResult
+from folora_q.runs.results import Evaluation, Interval, TextKind, TextResult
 
 # What a run without measurements along training lacks.
 NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to know where a run stood at another loss"
@@ -171,5 +171,5 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [name if names.count(name) == 1 else str(run.folder.path) for name, run in zip(names, runs, strict=True)]
 
 
-def _names(evaluations: Sequence[Evaluation | None], kind: str) -> list[str]:
+def _names(evaluations: Sequence[Evaluation | None], kind: TextKind) -> list[str]:
     return list(dict.fromkeys(result.name for found in evaluations if found for result in found.of_kind(kind)))

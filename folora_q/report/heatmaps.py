@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
@@ -40,7 +41,7 @@ def heat_map(quantity: Quantity, scale: Scale | None = None) -> Figure:
     shown = [n for n, column in enumerate(grid.columns) if column is None or n % every == 0]
     names = ["other" if grid.columns[n] is None else str(grid.columns[n]) for n in shown]
     axes.set_xticks([n + 0.5 for n in shown], names)
-    left = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+    left: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
     axes.annotate("layer", (0, 0), xytext=(-3.5, -3.5), color=MUTED, fontsize=8, **left)
     axes.grid(False)
     for spine in axes.spines.values():

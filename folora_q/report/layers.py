@@ -124,7 +124,7 @@ def grid_of(values: Iterable[tuple[Sequence[str], float]]) -> Grid:
         row = joint_name(list(dict.fromkeys(short[place.stem, place.kind] for place in places)))
         found.setdefault(row, {}).setdefault(places[0].index, []).append(value)
     indices = {index for row in found.values() for index in row}
-    columns: list[int | None] = sorted(index for index in indices if index is not None)
+    columns: list[int | None] = [*sorted(index for index in indices if index is not None)]
     if None in indices:
         columns.append(None)
     means = {row: {i: sum(values) / len(values) for i, values in cells.items()} for row, cells in found.items()}

@@ -108,10 +108,10 @@ def comparison_page(runs: Sequence[Run], notes: Sequence[str] = ()) -> Page:
 def samples(answers: Sequence[AnswerResult]) -> list[Sample]:
     """A few of them: held-out prompts that the tuned model answers right, and wrong, and general prompts."""
     task = [answer for answer in answers if answer.kind == "task"]
-    scored = [answer for answer in task if answer.tuned_score is not None]
+    scored = [(answer, answer.tuned_score) for answer in task if answer.tuned_score is not None]
     groups = [
-        ("right", [answer for answer in scored if answer.tuned_score >= 1][:RIGHT]),
-        ("not right", [answer for answer in scored if answer.tuned_score < 1][:WRONG]),
+        ("right", [answer for answer, score in scored if score >= 1][:RIGHT]),
+        ("not right", [answer for answer, score in scored if score < 1][:WRONG]),
         ("held out", [answer for answer in task if answer.tuned_score is None][:UNSCORED]),
         ("general", [answer for answer in answers if answer.kind == "general"][:GENERAL]),
     ]

@@ -63,15 +63,15 @@ def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | Non
     axes = figure.subplots()
     losses: list[float] = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        points = [point for point in run.points if point.kl is not None]
+        points = [(point.loss, point.kl) for point in run.points if point.kl is not None]
         style = _line(number, len(points))
-        axes.plot([p.loss for p in points], [p.kl for p in points], label=label_of(name), **style)
+        axes.plot([loss for loss, _ in points], [kl for _, kl in points], label=label_of(name), **style)
         end = run.end
         if end is not None and end.kl is not None:
             star = {"marker": "*", "markersize": 12, "markeredgecolor": SURFACE, "markeredgewidth": 0.8}
             axes.plot([end.loss], [end.kl], color=style["color"], linestyle="none", zorder=5, **star)
             losses.append(end.loss)
-        losses += [point.loss for point in points]
+        losses += [loss for loss, _ in points]
     if equal_loss is not None:
         axes.axvline(equal_loss, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         axes.annotate(

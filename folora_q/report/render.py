@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec, cast
 from xml.etree import ElementTree
 
 import matplotlib
@@ -49,7 +49,7 @@ def our_style() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(FIGURE)
+        matplotlib.rcParams.update(cast(Any, FIGURE))  # its keys are literal types
         yield
 
 
