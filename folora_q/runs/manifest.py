@@ -29,6 +29,7 @@ def new_manifest(recipe: Recipe, data: Mapping[str, Path]) -> dict[str, Any]:
     evaluation = recipe.evaluation
     named = [*(evaluation.general_text or []), evaluation.general_prompts]
     if evaluation.metric == "function":
+        assert evaluation.metric_function is not None
         named.append(evaluation.metric_function.rpartition(":")[0])
     files = {**data, **{name: Path(name) for name in named if name is not None}}
     return {

@@ -277,7 +277,7 @@ def _parsed(path: Path, kind: Any, text: str, several: bool = False) -> Any:
 
 @cache
 def _adapter(kind: Any, several: bool) -> TypeAdapter[Any]:
-    return TypeAdapter(Checked[kind] if several else kind)
+    return TypeAdapter(Checked[kind] if several else kind)  # pyright: ignore[reportInvalidTypeForm]  (made at runtime)
 
 
 def _whole(text: str) -> str:
