@@ -109,7 +109,7 @@ def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> It
         f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )
     yield "gate", gate.words if gate.enabled else "off: plain QLoRA"
-    taken = " (holds a run already: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
+    taken = " (already holds a run: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
     yield "run", training.output_dir + taken
 
 

@@ -158,7 +158,7 @@ def check_run_folder(path: Path, overwrite: bool) -> None:
     try:
         if RunFolder(path).manifest.exists():
             if not overwrite:
-                raise UserError(f"{path} holds a run already", "add --overwrite, or name another training.output_dir")
+                raise UserError(f"{path} already holds a run", "add --overwrite, or name another training.output_dir")
         elif path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise UserError(f"{path} holds files that are not a run", "name another training.output_dir")
     except OSError as error:

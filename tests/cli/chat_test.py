@@ -181,7 +181,7 @@ def test_without_a_chat_template_text_is_continued_and_each_question_stands_alon
     [
         ("{run}/adaptr", "there is no run, adapter or model at '{run}/adaptr'; did you mean {run}/adapter?"),
         ("{run}/..", "is not a run, adapter or model: it holds no run.json, adapter_config.json or config.json"),
-        ("{run}/run.json", "{run}/run.json is a file, but no .gguf file"),
+        ("{run}/run.json", "{run}/run.json is a file, but not a .gguf file"),
         ("{tmp}/gone.gguf", "there is no run, adapter or model at '{tmp}/gone.gguf'"),
         ("no/such-model", "no/such-model is neither a run or adapter here nor a model that can be loaded: "),
         ("", "there is no run, adapter or model at ''"),
@@ -313,7 +313,7 @@ def test_a_conversation_may_not_be_longer_than_the_context(tuned: Chatter) -> No
 
 def test_what_the_template_refuses_is_the_users_mistake(tuned: Chatter, monkeypatch) -> None:
     monkeypatch.setattr(tuned.tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
-    with pytest.raises(UserError, match=r"does not take this conversation \(system, user\): System role") as caught:
+    with pytest.raises(UserError, match=r"rejects this conversation \(system, user\): System role") as caught:
         tuned.reply([SYSTEM, user("hi")], False, GREEDY)
     assert "leave out --system" in caught.value.hint
 

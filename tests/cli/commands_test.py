@@ -108,7 +108,7 @@ def test_a_run_that_is_there_is_mentioned(recipe_file: Path, tmp_path: Path, cap
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     assert run("validate", recipe_file) == 0
-    assert "holds a run already: --overwrite" in capfd.readouterr().out
+    assert "already holds a run: --overwrite" in capfd.readouterr().out
 
 
 # recipes
