@@ -16,10 +16,10 @@ from folora_q.preflight.model import no_row
 
 
 def require_rows(data: TaskTokens, tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
-    """See that the embedding has a row for every token that the run reads.
+    """Check that the embedding has a row for every token of the run's data.
 
     Raises:
-        UserError: it has none for a token of a row, or for the one that batches are padded with.
+        UserError: it has none for a token of the data, or for the padding token.
     """
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(rows, int):
@@ -35,7 +35,7 @@ def require_rows(data: TaskTokens, tokenizer: Tokenizer, config: PreTrainedConfi
 
 
 def _first_beyond(half: Tokenized, rows: int) -> tuple[int, int] | None:
-    """The example, and the number, of the first token beyond the rows."""
+    """Return example and id of the first token beyond the embedding's rows."""
     ids = half.sequences.data.column("input_ids")
     largest = pc.call_function("max", [pc.call_function("list_flatten", [ids])]).as_py()
     if (largest or 0) < rows:

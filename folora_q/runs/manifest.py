@@ -1,4 +1,4 @@
-"""The record of where a run's numbers came from: versions, seeds, checksums."""
+"""The provenance of a run's results: versions, seeds, checksums."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"
 
 
 def new_manifest(recipe: Recipe, data: Mapping[str, Path]) -> dict[str, Any]:
-    """The content of run.json when a run begins: its status, time, seeds, versions and the SHA-256 of its data.
+    """Return the content of run.json when a run starts: status, time, seeds, versions and SHA-256 of its data.
 
     Args:
-        data: the files that the recipe's data come from, by name.
+        data: the recipe's data files, by name.
 
     Raises:
         UserError: a file that the recipe names cannot be read.
@@ -36,7 +36,7 @@ def new_manifest(recipe: Recipe, data: Mapping[str, Path]) -> dict[str, Any]:
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": {"training": recipe.training.seed, "proxy": recipe.proxy.seed},
-        # Our own from here: a checkout that is not installed has no metadata.
+        # Our own version from the package: a checkout that is not installed has no metadata.
         "versions": {"python": platform.python_version(), "folora-q": __version__}
         | {name: version(name) for name in PACKAGES},
         "data_sha256": {name: _checksum(name, path) for name, path in files.items()},

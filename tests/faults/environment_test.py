@@ -102,7 +102,7 @@ def test_without_a_place_for_the_cache_it_says_how_to_name_one(
     assert run(recipe_file) == 1
     talk = capfd.readouterr().err
     assert (
-        "error: no home folder is known, so there is nowhere to put the cache" in talk and "set FOLORA_Q_CACHE" in talk
+        "error: no home folder is known for the cache" in talk and "set FOLORA_Q_CACHE" in talk
     )
 
 
