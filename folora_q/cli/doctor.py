@@ -61,7 +61,7 @@ def _print(finding: Finding) -> None:
 def _conclude(findings: list[Finding]) -> None:
     wrong = sum(finding.state is State.FAILURE for finding in findings)
     if wrong:
-        out.print(f"\n[bold red]Not ready to train:[/] {wrong} {'thing' if wrong == 1 else 'things'} to mend (✗)")
+        out.print(f"\n[bold red]Not ready to train:[/] {wrong} {'problem' if wrong == 1 else 'problems'} to fix (✗)")
     else:
         out.print("\n[bold]Training can work on this machine.[/]")
 

@@ -1,4 +1,4 @@
-"""Version ranges that the installed folora-q requires; none in a checkout that is not installed."""
+"""Read the version ranges that the installed folora-q requires; none if it is not installed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def ranges(extra: str = "") -> dict[str, SpecifierSet]:
-    """The packages that folora-q needs, or that an extra of it adds."""
-    from packaging.requirements import Requirement  # which the libraries bring, not we
+    """Return the packages that folora-q requires, or that an extra adds, with their version ranges."""
+    from packaging.requirements import Requirement  # a dependency of our dependencies
 
     try:
         lines = requires("folora-q") or []
@@ -28,16 +28,16 @@ def ranges(extra: str = "") -> dict[str, SpecifierSet]:
 
 
 def requirement(name: str, extra: str = "") -> str:
-    """A package with its range, for pip, e.g. "trl>=1.16,<2"."""
+    """Return a package with its range, for pip, e.g. "trl>=1.16,<2"."""
     specifier = ranges(extra).get(name)
     return name if specifier is None else name + ordered(specifier)
 
 
 def ordered(specifier: SpecifierSet) -> str:
-    """A range as people write it, e.g. ">=5.17,<6"."""
+    """Format a range with its lower bound first, e.g. ">=5.17,<6"."""
     return ",".join(sorted(map(str, specifier), reverse=True))
 
 
 def within(version: str, specifier: SpecifierSet) -> bool:
-    """Nightly builds count as the version that they are of."""
+    """Whether a version is in a range; prereleases such as nightly builds are allowed."""
     return specifier.contains(version, prereleases=True)

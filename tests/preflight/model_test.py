@@ -69,7 +69,7 @@ def test_the_layers_of_a_model_that_is_in_no_table_are_known_too(recipe: Path, o
 
 def test_rotary_positions_are_a_note_and_a_table_of_positions_an_error(recipe: Path, own_model: Path, capfd) -> None:
     assert run("validate", recipe, "max_length=512") == 0
-    assert "made for" not in capfd.readouterr().out
+    assert "was trained for" not in capfd.readouterr().out
     assert run("validate", recipe, "max_length=600") == 0
     noted = "training.max_length is 600, but the model was trained for 512 tokens"
     assert noted in capfd.readouterr().out
