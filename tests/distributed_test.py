@@ -38,7 +38,9 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(
         main([command[0], str(recipe_file), *command[1:]])
     assert caught.value.code == 2
     talk = capfd.readouterr().err
-    assert f"error: this is one of 4 processes ({variable}=4), but folora-q runs as a single process on one GPU\n" in talk
+    assert (
+        f"error: this is one of 4 processes ({variable}=4), but folora-q runs as a single process on one GPU\n" in talk
+    )
     assert "without torchrun" in talk and "✓" not in talk
     assert everything(tmp_path) == before
     assert (tmp_path / "run" / "run.json").read_text() == '{"status": "failed"}'

@@ -46,7 +46,7 @@ def command(settings: dict[str, bool], as_json: bool) -> int:
 def _examine(debug: bool) -> Iterator[Finding]:
     with Examiner(verbose=debug) as examiner:
         for check in CHECKS:
-            with err.status(f"[dim]looking at {check.name}[/]"):  # nothing without a terminal
+            with err.status(f"[dim]checking {check.name}[/]"):  # nothing without a terminal
                 findings = examiner.make(check)
             yield from findings
 

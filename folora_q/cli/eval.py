@@ -115,7 +115,7 @@ def command(
     if output is not None:
         _write(outcome, output)
         line = f"folora-q report {shlex.quote(str(output))}"
-        out.print(f"\n[bold]Next[/]\n  [dim]# the same as one page[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
+        out.print(f"\n[bold]Next[/]\n  [dim]# these results as one page[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
 
 
 def _print_outcome(outcome: EvaluationResult) -> None:
