@@ -1,10 +1,10 @@
-"""What can go wrong, in the user's words. The command line turns these into one line, a hint and an exit code."""
+"""Errors in the user's terms. The command line shows each as one line and a hint, and sets the exit code."""
 
 from __future__ import annotations
 
 
 class FoloraError(Exception):
-    """An error with one sentence on what is wrong and where, and a hint on what to do.
+    """An error with one sentence on what is wrong and where, and a hint on how to correct it.
 
     Args:
         message: one sentence without a full stop: what is wrong, and where.
@@ -33,11 +33,11 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end by SIGTERM, as Ctrl-C asks by SIGINT."""
 
 
-# Other libraries quote what they were given, however much that is.
+# Other libraries quote their input, at any length.
 MAX_QUOTE_LENGTH = 400
 
 
-def first_line(error: BaseException) -> str:
-    """What another library's error says, fit for one sentence; its type where it says nothing."""
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of another library's error, shortened; the type's name if it has no message."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= MAX_QUOTE_LENGTH else f"{line[:MAX_QUOTE_LENGTH]}…"

@@ -1,4 +1,4 @@
-"""How a run tells whoever started it what it is doing, and how long each part took. Standard library only."""
+"""Report what a run does, and measure the time and memory of each stage. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Progress(Protocol):
     """Shows stages and notes; the command line has one."""
 
     def stage(self, title: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
-        """A stage of `total` units; the value is called with units done. Only a normal exit is success."""
+        """Show a stage of `total` units; call the yielded function with the units done. A normal exit means success."""
         ...
 
     def note(self, text: str) -> None:
-        """One fact worth a line, such as a choice and its reason."""
+        """Show a fact in one line, such as a choice and its reason."""
         ...
 
 
@@ -27,17 +27,17 @@ class Meter(Protocol):
     kind: str  # "host" or "device"
 
     def reset(self) -> None:
-        """Begin a stage."""
+        """Start measuring a stage."""
         ...
 
     def peak(self) -> int | None:
-        """Bytes, or None where the machine does not tell."""
+        """Return the peak in bytes; None if the machine does not provide it."""
         ...
 
 
 @dataclass
 class Stage:
-    """One stage: wall time, and the peak of the memory that was in use while it lasted, in bytes."""
+    """A stage with its wall time, and its peak memory in bytes."""
 
     title: str
     seconds: float
@@ -47,7 +47,7 @@ class Stage:
 
 @dataclass
 class StageTimer:
-    """Time and memory by stage, in the order of their first end; a stage that comes again adds to itself."""
+    """Time and memory by stage, in the order in which stages first end; a repeated stage is accumulated."""
 
     progress: Progress
     meter: Meter | None = None
@@ -66,9 +66,9 @@ class StageTimer:
             stage.peak_bytes, stage.memory = max(peak, stage.peak_bytes or 0), self.meter.kind
 
     def note(self, text: str) -> None:
-        """One fact worth a line."""
+        """Show a fact in one line."""
         self.progress.note(text)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """For run.json."""
+        """Return the stages as in run.json."""
         return [asdict(stage) for stage in self.stages.values()]

@@ -38,7 +38,9 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(
         main([command[0], str(recipe_file), *command[1:]])
     assert caught.value.code == 2
     talk = capfd.readouterr().err
-    assert f"error: this is one of 4 processes ({variable}=4), and folora-q works in one, on one GPU\n" in talk
+    assert (
+        f"error: this is one of 4 processes ({variable}=4), but folora-q runs as a single process on one GPU\n" in talk
+    )
     assert "without torchrun" in talk and "✓" not in talk
     assert everything(tmp_path) == before
     assert (tmp_path / "run" / "run.json").read_text() == '{"status": "failed"}'
@@ -124,7 +126,7 @@ def test_a_launcher_that_changes_how_is_trained_is_refused_before_anything_is_wr
         main(["train", str(recipe_file)])
     assert caught.value.code == 2
     talk = capfd.readouterr().err
-    assert f"error: the environment sets {variable}={value}, by which accelerate would train otherwise" in talk
+    assert f"error: the environment sets {variable}={value}, which makes accelerate train differently" in talk
     assert f"or unset {variable}\n" in talk and not (tmp_path / "run").exists()
 
 

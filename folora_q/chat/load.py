@@ -25,16 +25,16 @@ FIRST_ROWS = 20
 
 
 def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = False, trust: Trust = NOTHING) -> Chatter:
-    """Load what a name stands for.
+    """Load a target for a chat.
 
     Args:
         name: a run folder, an adapter's folder, or a model: a folder, a .gguf file or a hub id.
-        dtype: compute dtype; auto is the recipe's where the name is a run's, else the hardware's.
-        bits: of the model's weights, 4 as in training or 16.
-        compare: there must be a base to compare with. A merged model's, named in its merge.json, is loaded besides it.
+        dtype: compute dtype; auto is the recipe's for a run, else the hardware's.
+        bits: weight precision, 4 as in training or 16.
+        compare: require a base to compare with; a merged model's, named in its merge.json, is loaded in addition.
 
     Raises:
-        UserError: there is no such thing, it cannot or must not be loaded, or there is nothing to compare it with.
+        UserError: it is not found, cannot or must not be loaded, or has no base to compare with.
     """
     loaded = load_target(find_target(name), dtype, bits, compare=compare, trust=trust)
     target, tokenizer = loaded.target, loaded.tokenizer
@@ -55,16 +55,16 @@ def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = Fal
 
 
 def _thoughtless(run: RunFolder) -> bool:
-    """Whether all rows of a run had answers without thoughts on a template that has a place for them."""
+    """Whether a run trained on answers without thoughts only, with a template that has a place for thoughts."""
     try:
         counts = parse_json(read_text(run.manifest, MIB))["data"]["train"]
         return counts["given"] >= max(counts["sequences"], 1)
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # a run of before this was counted, or none that can be read
+        return False  # an unreadable run, or one of a version that did not count this
 
 
 def _system_prompt(run: RunFolder) -> str | None:
-    """The one that a run's answers share, else its first training rows, if they do and are still there."""
+    """Return the system prompt shared by the run's answers or, if there are none, by its first training rows."""
     prompt = _shared(_asked(run))
     return _shared(_trained(run)) if prompt is None else prompt
 

@@ -1,16 +1,16 @@
-"""Stream the answers of a model, and keep one conversation with it. Nothing prints.
+"""Stream the answers of a model, and keep one conversation with it. Prints nothing.
 
-Prompts are made as the evaluation makes them, so a greedy answer is the one that stands in answers.jsonl.
+Prompts are rendered as in the evaluation, so a greedy answer equals the one in answers.jsonl.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -25,18 +25,18 @@ from folora_q.errors import RunError, UserError, first_line
 from folora_q.models.adapters import adapter_off
 from folora_q.targets.load import nothing_to_compare
 
-# Below this, sampling is greedy: the most likely token has all of the probability, if the division can be made at all.
+# Below this, decoding is greedy: the most likely token has nearly all the probability, and the division may overflow.
 MIN_TEMPERATURE = 1e-3
-# What bytes that are no whole character yet are decoded to.
+# What the bytes of an incomplete character are decoded to.
 INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn: temperature 0 is greedy; what is not said here is as the model's authors set it.
+    """Sampling settings; all others are from the model's generation config. Temperature 0 is greedy.
 
     Attributes:
-        think: whether it may think first; otherwise the place that its chat template has for thoughts is left empty.
+        think: whether the model may think first; if not, the place for thoughts in its chat template is left empty.
     """
 
     temperature: float = 0.7
@@ -46,15 +46,15 @@ class Sampling:
 
 @dataclass
 class Chatter:
-    """A model that answers, with its adapter and without.
+    """A model that answers, with and without its adapter.
 
     Attributes:
-        name: as it was asked for.
-        origin: what was loaded, for people.
+        name: as the user gave it.
+        origin: what was loaded, for display.
         stops: the tokens that end an answer.
-        base: the model to compare with, where the model is no adapter on one.
-        system: the system prompt that it was trained with, where that is known and always the same.
-        thoughtless: whether it is known to be trained on answers without thoughts, whose place was given.
+        base: a second model to compare with, if there is no adapter to switch off.
+        system: the system prompt that it was trained with, if known and always the same.
+        thoughtless: whether it is known to be trained on answers with empty thoughts only.
     """
 
     model: PreTrainedModel | PeftModel
@@ -69,12 +69,12 @@ class Chatter:
 
     @cached_property
     def renderer(self) -> Renderer:
-        """What renders its conversations."""
+        """The renderer of its conversations."""
         return Renderer(self.tokenizer)
 
     @property
     def has_template(self) -> bool:
-        """Whether it takes conversations; without a chat template it continues plain text."""
+        """Whether it has a chat template; without one it continues plain text."""
         return self.tokenizer.chat_template is not None
 
     @property
@@ -84,18 +84,18 @@ class Chatter:
 
     def reply(
         self, messages: Sequence[Message], base: bool, settings: Sampling, written: list[int] | None = None
-    ) -> Iterator[str]:
-        """Answer, piece by piece as it is written. Closing the iterator ends the writing.
+    ) -> Generator[str, None, None]:
+        """Yield the answer in pieces as it is generated. Closing the generator stops it.
 
         Args:
-            messages: the conversation, the user's turn last; without a chat template that turn alone is continued.
-            base: answer as the base does.
-            written: gets the answer's tokens.
+            messages: the conversation, ending with the user's turn, which alone is continued without a chat template.
+            base: answer with the base model.
+            written: a list to which the answer's tokens are added.
 
         Raises:
-            UserError: there is no base, the chat template does not take the conversation, or it is longer than the
-                model's context.
-            RunError: the device's memory does not hold it.
+            UserError: there is no base, the chat template rejects the conversation, or it is longer than the model's
+                context.
+            RunError: the device runs out of memory.
         """
         if base and not self.can_compare:
             raise nothing_to_compare(self.name)
@@ -105,16 +105,16 @@ class Chatter:
         if room < 1:
             raise UserError(
                 f"the conversation has {len(ids):,} tokens, and the context of {self.name} is {context:,}",
-                "begin a new one: /reset forgets what was said",
+                "start a new one with /reset",
             )
         sampled = settings.temperature >= MIN_TEMPERATURE
         how: dict[str, Any] = {"do_sample": sampled, "max_new_tokens": room}
-        # Greedy with settings of sampling left over from the model's configuration would only be warned of.
+        # transformers warns of sampling settings that the model's configuration leaves in greedy decoding.
         how |= {"temperature": settings.temperature} if sampled else dict.fromkeys(("temperature", "top_p", "top_k"))
         return self._stream(ids, base, how, [] if written is None else written)
 
     def remembered(self, messages: Sequence[Message], settings: Sampling, written: Sequence[int], text: str) -> Message:
-        """An answer as a turn of its conversation, apart from its thought, since templates drop those of the past."""
+        """Return an answer as a turn, its thought separate, since templates drop the thoughts of earlier turns."""
         turn: Message = {"role": "assistant", "content": text}
         if not self.has_template or not self.renderer.thinks:
             return turn
@@ -133,14 +133,16 @@ class Chatter:
             except TEMPLATE_ERRORS as error:
                 roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
                 raise UserError(
-                    f"the chat template of {self.name} does not take this conversation ({roles}): {first_line(error)}",
-                    "many templates take no system turn: leave out --system" if "system" in roles else None,
+                    f"the chat template of {self.name} rejects this conversation ({roles}): {first_line(error)}",
+                    "many templates accept no system turn: leave out --system" if "system" in roles else None,
                 ) from error
         if not ids:
             raise UserError("there is nothing to continue: the text has no tokens")
         return ids
 
-    def _stream(self, ids: list[int], base: bool, how: dict[str, Any], written: list[int]) -> Iterator[str]:
+    def _stream(
+        self, ids: list[int], base: bool, how: dict[str, Any], written: list[int]
+    ) -> Generator[str, None, None]:
         stop, failures = Event(), []
         streamer = Pieces(self.tokenizer, written, skip_prompt=True, skip_special_tokens=True)
         model = self.base if base and self.base is not None else self.model
@@ -150,9 +152,9 @@ class Chatter:
         def write() -> None:
             try:
                 bare = adapter_off(model) if base and isinstance(model, PeftModel) else nullcontext()
-                # One at a time: an answer that was given up may still be at its last token, without its adapter.
+                # One at a time: an abandoned answer may still generate its last token, with the adapter off.
                 with self._turn, bare:
-                    model.generate(
+                    cast(Any, model).generate(  # of a mixin that PreTrainedModel does not declare
                         input_ids=inputs,
                         attention_mask=torch.ones_like(inputs),
                         streamer=streamer,
@@ -177,13 +179,13 @@ class Chatter:
             if isinstance(failures[0], torch.OutOfMemoryError):
                 raise RunError(
                     f"out of memory on {model.device} at a conversation of {len(ids):,} tokens",
-                    "begin a new one, or let it write less: --max-new-tokens",
+                    "start a new one, or lower --max-new-tokens",
                 ) from failures[0]
             raise failures[0]
 
 
 class Conversation:
-    """One model's side of a talk: it remembers what it was asked and what it answered itself."""
+    """One model's conversation: it remembers its questions and its own answers."""
 
     def __init__(self, chatter: Chatter, base: bool, settings: Sampling, system: str | None = None) -> None:
         if system is not None and not chatter.has_template:
@@ -198,8 +200,8 @@ class Conversation:
         """Forget all but the system prompt."""
         self.messages = list(self._start)
 
-    def ask(self, question: str) -> Iterator[str]:
-        """The answer in pieces. What was said until then is remembered if it is cut short, too."""
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """Yield the answer in pieces. If it is interrupted, the part so far is remembered."""
         asked = [*self.messages, {"role": "user", "content": question}]
         answer = ""
         written: list[int] = []
@@ -214,7 +216,7 @@ class Conversation:
 
 
 class _Stopped(StoppingCriteria):
-    """Ends the writing when nobody reads any more."""
+    """Stops the generation when its reader has closed it."""
 
     def __init__(self, stop: Event) -> None:
         self.stop = stop
@@ -224,17 +226,17 @@ class _Stopped(StoppingCriteria):
 
 
 class Pieces(TextIteratorStreamer):
-    """Text as soon as its characters are whole.
+    """Streams text as soon as its characters are complete.
 
-    The parent waits for a space, and after each line decodes anew, where many tokenizers drop the first space. Here a
-    token is decoded behind those of the piece before it.
+    The parent class waits for a space, and restarts decoding after each line, where many tokenizers drop the first
+    space. Here each token is decoded together with those of the previous piece.
     """
 
     def __init__(self, tokenizer: Tokenizer, written: list[int] | None = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
-        self.written = [] if written is None else written  # all tokens, for who passed a list
-        self._tokens: list[int] = []  # those of the last piece, and what is not written yet
-        self._written = 0  # so many of them are
+        self.written = [] if written is None else written  # all tokens, for the caller
+        self._tokens: list[int] = []  # tokens of the last piece, and those not yet written
+        self._written = 0  # number of those that are written
 
     def put(self, value: torch.Tensor) -> None:
         if self.skip_prompt and self.next_tokens_are_prompt:
@@ -254,9 +256,12 @@ class Pieces(TextIteratorStreamer):
         self._tokens, self._written = [], 0
 
     def finish(self) -> None:
-        """Let the reader go, also where generation failed before its end."""
+        """Release the reader, also if the generation failed."""
         self.text_queue.put(self.stop_signal)
 
     def _unwritten(self) -> str:
-        before = self.tokenizer.decode(self._tokens[: self._written], **self.decode_kwargs)
-        return self.tokenizer.decode(self._tokens, **self.decode_kwargs)[len(before) :]
+        before = self._decoded(self._tokens[: self._written])
+        return self._decoded(self._tokens)[len(before) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(tokens, **self.decode_kwargs))

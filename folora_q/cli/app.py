@@ -1,4 +1,4 @@
-"""The command group: imports a command when it is called, and turns errors into one line, a hint and an exit code."""
+"""The command group: import commands lazily, and turn errors into one line, a hint and an exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import sys
 from contextlib import suppress
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Any, cast
 
 import rich_click as click
 
@@ -16,7 +18,7 @@ from folora_q.cli.console import concealing, print_error
 from folora_q.errors import FoloraError, RunError, Terminated
 from folora_q.storage.files import NoCacheError, cache_folder
 
-# Name of the command: its module in this folder. The command is the module's attribute `command`.
+# Command names and their modules in this folder. The command is the module's attribute `command`.
 COMMANDS = {
     "train": "train",
     "init": "init",
@@ -34,11 +36,11 @@ COMMANDS = {
     "doctor": "doctor",
 }
 UNEXPECTED = "give --debug to see where it happened"
-INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT and SIGTERM, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT and 128 + SIGTERM, as in shells
 
 
 class LazyGroup(click.RichGroup):
-    """A group that knows its commands' names without importing them: torch stays out of `--help`."""
+    """A group that lists its commands without importing them, so that `--help` does not import PyTorch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -63,10 +65,10 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the run failed, 2 the user's mistake, 130 or 143 interrupted.
+    """Run the command line and exit: 0 success, 1 failure, 2 user's mistake, 130 or 143 interrupted.
 
     Args:
-        arguments: None takes this process's, and conceals tokens until its end, in a traceback too.
+        arguments: None uses this process's, and redacts secrets until it ends, also in tracebacks.
     """
     with concealing(stay=arguments is None):
         _run(sys.argv[1:] if arguments is None else arguments)
@@ -74,11 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     debug = "--debug" in arguments
-    # --debug is the group's, but people put it last.
+    # --debug is the group's option, but users put it last.
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # there is none, or it is somebody's own
-            stream.reconfigure(errors="backslashreplace")  # a locale, or a file's name, may hold what cannot be written
+        with suppress(AttributeError):  # a missing or replaced stream
+            # A locale may lack characters, and a file's name may hold bytes, that cannot be written.
+            cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     try:
         code = group.main(arguments, prog_name="folora-q", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -102,7 +105,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _in_words(error: Exception) -> tuple[str, str]:
-    """What is wrong, and what to do about it, of an error that nothing else has put into words."""
+    """Return message and hint for an unexpected error."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         cache = isinstance(error, NoCacheError) or _is_of_the_cache(error.filename)
@@ -117,8 +120,8 @@ def _in_words(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__}: {error}", UNEXPECTED
 
 
-def _is_of_the_cache(name: object) -> bool:
-    """Whether a file lies in the cache, or on the way to it."""
+def _is_of_the_cache(name: Any) -> bool:
+    """Whether a path is in the cache folder, or one of its parents."""
     try:
         path, cache = Path(os.fsdecode(name)), cache_folder()
     except (TypeError, OSError):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BASE, TUNED = "base", "tuned"
 PROMPT = "> "
-# Two answers stand beside each other from this width on.
+# Minimum width to show two answers side by side.
 SIDE_BY_SIDE = 100
 GAP = 3
 REFRESHES_PER_SECOND = 8
@@ -99,15 +99,15 @@ def command(
         chatter = load_chat(name, "auto", int(bits), compare, trust)
     progress.note(chatter.origin)
     if think is None and chatter.thoughtless:
-        progress.note("it was trained on answers without thoughts, so its thought is left empty: --think lets it think")
+        progress.note("it was trained on answers without thoughts, so its thought is left empty; --think lets it think")
     sampling = Sampling(temperature, max_new_tokens, not chatter.thoughtless if think is None else think)
     sides = {TUNED: Conversation(chatter, False, sampling, system and _clean(system))}
     if compare:
         sides = {BASE: Conversation(chatter, True, sampling, system and _clean(system))} | sides
     if not chatter.has_template:
-        progress.note("it has no chat template: it continues plain text, each question's alone")
+        progress.note("it has no chat template: it continues each question as plain text")
     elif chatter.system is not None and system is None:
-        progress.note(f"it was trained with a system prompt, so give it: --system {shlex.quote(chatter.system)}")
+        progress.note(f"it was trained with a system prompt; set it with --system {shlex.quote(chatter.system)}")
 
     if prompts:
         _ask_all(iter(prompts), sides)
@@ -115,15 +115,19 @@ def command(
         _talk(sides)
     else:
         if sys.stdin.isatty():
-            progress.note("one question a line, Ctrl-D ends")
-        _ask_all(click.get_text_stream("stdin", encoding="utf-8", errors="replace"), sides)
+            progress.note("one question per line, Ctrl-D ends")
+        # click 8.5 provides this lazily, without a type.
+        lines = click.get_text_stream("stdin", encoding="utf-8", errors="replace")  # pyright: ignore[reportCallIssue]
+        _ask_all(lines, sides)
 
 
 def _talk(sides: dict[str, Conversation]) -> None:
-    """The loop in a terminal."""
+    """Run the loop in a terminal."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` a line to edit, and a history)
-    err.print(f"[dim]{FORGET} forgets what was said, {END} or Ctrl-D ends, Ctrl-C stops an answer[/]", soft_wrap=True)
+        import readline  # noqa: F401  (line editing and history for `input`)
+    err.print(
+        f"[dim]{FORGET} starts a new conversation, {END} or Ctrl-D quits, Ctrl-C stops an answer[/]", soft_wrap=True
+    )
     while True:
         try:
             question = _clean(input(PROMPT)).strip()
@@ -142,9 +146,9 @@ def _talk(sides: dict[str, Conversation]) -> None:
             return
         if question == FORGET:
             _forget(sides)
-            err.print("[dim]forgotten[/]")
+            err.print("[dim]new conversation[/]")
         elif COMMAND_WORD.fullmatch(question):
-            print_error(f"there is no {question}", f"{FORGET} forgets what was said, {END} ends")
+            print_error(f"there is no command {question}", f"{FORGET} starts a new conversation, {END} quits")
         elif question:
             try:
                 _ask(question, sides, can_be_stopped=True)
@@ -156,7 +160,7 @@ def _talk(sides: dict[str, Conversation]) -> None:
 
 
 def _ask_all(questions: Iterator[str], sides: dict[str, Conversation]) -> None:
-    """Questions from the command line, or from a file; answers alone go to stdout."""
+    """Ask questions from the command line or a file; only answers go to stdout."""
     asked = 0
     for line in questions:
         question = _clean(line).strip()
@@ -179,7 +183,7 @@ def _ask(question: str, sides: dict[str, Conversation], can_be_stopped: bool) ->
 
 
 def _answer_below(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
-    """One answer after the other, as they come."""
+    """Print one answer after the other, as they are generated."""
     for number, (label, side) in enumerate(sides.items()):
         if len(sides) > 1:
             click.echo(("\n" if number else "") + click.style(label, **{"dim" if label == BASE else "bold": True}))
@@ -188,7 +192,7 @@ def _answer_below(question: str, sides: dict[str, Conversation], can_be_stopped:
             with _stopping(can_be_stopped), closing(side.ask(question)) as pieces:
                 for piece in pieces:
                     shown = visible(piece)
-                    # Not through rich, which would make spaces of tabs.
+                    # Not through rich, which would replace tabs by spaces.
                     click.echo(click.style(shown, dim=True) if label == BASE else shown, nl=False)
         except BaseException:
             if shown and not shown.endswith("\n"):
@@ -199,7 +203,7 @@ def _answer_below(question: str, sides: dict[str, Conversation], can_be_stopped:
 
 
 def _answer_beside(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
-    """Both answers in columns; there is one model, so they come one after the other."""
+    """Print both answers in columns, generated one after the other."""
     columns = _Columns(dict.fromkeys(sides, ""))
     with Live(columns, console=out, refresh_per_second=REFRESHES_PER_SECOND):
         try:
@@ -213,7 +217,7 @@ def _answer_beside(question: str, sides: dict[str, Conversation], can_be_stopped
 
 @dataclass
 class _Columns:
-    """Answers beside each other: while they come, as much of their ends as the screen holds."""
+    """Answers side by side; while they are generated, as much of their ends as fits on the screen."""
 
     said: dict[str, str]
     whole: bool = False
@@ -226,7 +230,7 @@ class _Columns:
             style = "dim" if label == BASE else ""
             table.add_column(label, width=width, header_style=style or "bold")
             lines = Text(said, style=style).wrap(console, width, tab_size=console.tab_size)
-            # The header, and the line of the cursor below, need room too.
+            # The header and the cursor's line need space too.
             cells.append(Text("\n").join(lines if self.whole else lines[-max(console.height - 2, 1) :]))
         table.add_row(*cells)
         yield table
@@ -234,7 +238,7 @@ class _Columns:
 
 @contextlib.contextmanager
 def _stopping(allowed: bool) -> Iterator[None]:
-    """Ctrl-C ends the answer, not the talk."""
+    """Let Ctrl-C stop the answer instead of the program, if allowed."""
     try:
         yield
     except KeyboardInterrupt:
@@ -248,10 +252,10 @@ def _forget(sides: dict[str, Conversation]) -> None:
 
 
 def _typed() -> str:
-    """What stood in the line when Ctrl-C was pressed, where that can be known."""
+    """Return the line as it was when Ctrl-C was pressed; empty if unknown."""
     return sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
 
 
 def _clean(text: str) -> str:
-    """Bytes that are no UTF-8, which came as half characters, as a replacement that a tokenizer takes."""
+    """Replace lone surrogates, which stand for bytes that are not UTF-8 and which tokenizers reject."""
     return text.encode("utf-8", "replace").decode("utf-8")

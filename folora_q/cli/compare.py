@@ -44,7 +44,7 @@ def command(folders: tuple[Path, ...], output: Path) -> None:
     names, notes = names_of(runs), _notes(runs)
     for note in notes:
         err.print(f"[yellow]note:[/] {escape(visible(note))}", soft_wrap=True)
-    out.print("[bold]At their ends[/]")
+    out.print("[bold]At the end of training[/]")
     print_table(_ends_table(at_ends(runs), names))
     _print_equal(at_equal_loss(runs), names)
     with ConsoleProgress().stage("drawing the comparison", None):
@@ -56,26 +56,26 @@ def command(folders: tuple[Path, ...], output: Path) -> None:
 
 def _load(folders: Sequence[Path]) -> list[Run]:
     if len(folders) < 2:
-        raise UserError("name two runs or more", "of one alone: folora-q report RUN")
+        raise UserError("name two runs or more", "for a single run: folora-q report RUN")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice")
     runs = [load_run(folder) for folder in folders]
     if same_base(runs) is False:
         bases = "; ".join(f"{run.folder.path}: {run.base_model or 'unknown'}" for run in runs)
         raise UserError(
-            f"these runs were trained on different base models, so their numbers say nothing of each other ({bases})",
+            f"these runs were trained on different base models, so their numbers cannot be compared ({bases})",
             "name runs whose run.json has the same model.fingerprint",
         )
     return runs
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know of how far they can be compared."""
+    """Return the limits of the comparison that a reader must know."""
     notes = []
     if same_base(runs) is None:
-        notes.append("not every run says which base model it was trained on: whether it is the same is not known")
+        notes.append("not every run records its base model, so it is unknown whether it is the same")
     if not same_data(runs):
-        notes.append("these runs had different data: their losses may not be of the same text")
+        notes.append("these runs had different data, so their losses may be of different texts")
     notes += [
         f"{run.folder.path} has no evaluation; it is marked as {run.status}" for run in runs if not run.evaluation
     ]
@@ -98,9 +98,9 @@ def _ends_table(rows: Sequence[TableRow], names: Sequence[str]) -> Table:
 def _print_equal(equal: AtEqualLoss | None, names: Sequence[str]) -> None:
     if equal is None or not equal.learned:
         why = "one of the runs has no held-out task loss" if equal is None else "one of the runs learned nothing"
-        out.print(f"\nThe runs have no task loss in common to compare at: {why}.", soft_wrap=True)
+        out.print(f"\nThere is no task loss at which the runs can be compared: {why}.", soft_wrap=True)
         return
-    out.print(f"\n[bold]At task loss {number(equal.loss)}[/], the least that all of them reached", soft_wrap=True)
+    out.print(f"\n[bold]At task loss {number(equal.loss)}[/], the lowest that all of them reached", soft_wrap=True)
     table = Table()
     table.add_column("run", overflow="fold")
     for heading in ("KL, own text", "same top token"):
@@ -114,4 +114,4 @@ def _print_equal(equal: AtEqualLoss | None, names: Sequence[str]) -> None:
             table.add_row(label, number(reached.kl), number(reached.agreement, ".1%"), where(reached))
     print_table(table)
     if None in equal.reached:
-        out.print(f"{NONE} measured at its end only: {NO_TRAJECTORY}", soft_wrap=True)
+        out.print(f"{NONE} measured only at its end: {NO_TRAJECTORY}", soft_wrap=True)

@@ -25,12 +25,12 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 MAX_WIDTH = 1000
-# Without a terminal a stage says how far it is at least this often.
+# Interval of progress lines without a terminal.
 SECONDS_BETWEEN_LINES = 15.0
 
 
 class Concealing:
-    """A stream that shows no token or password, whoever writes to it: we, a library's log, or a traceback."""
+    """A stream that redacts secrets, whoever writes to it: we, a library's log, or a traceback."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -49,7 +49,7 @@ class Concealing:
 
 @contextmanager
 def concealing(stay: bool) -> Iterator[None]:
-    """Conceal what is written to stdout and stderr, in the block or, with `stay`, until this process ends."""
+    """Redact secrets in stdout and stderr, in the block or, with `stay`, until this process ends."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Concealing, before)
     try:
@@ -60,40 +60,40 @@ def concealing(stay: bool) -> Iterator[None]:
 
 
 def print_table(table: Table) -> None:
-    """A table, in a narrow terminal wider than that: numbers and names that are cut off would be others."""
+    """Print a table, wider than a narrow terminal if necessary, since truncated numbers would be wrong."""
     least = out.measure(table, options=out.options.update(width=MAX_WIDTH)).minimum
     options = out.options.update(width=max(out.width, least))
     out.print(Segments(out.render(table, options)), crop=False, end="")
 
 
 def print_error(message: str, hint: str | None = None) -> None:
-    """What is wrong, and after a blank line what to do."""
+    """Print an error and, after a blank line, its hint."""
     err.print(f"[bold red]error:[/] {escape(visible(message))}", soft_wrap=True)
     if hint:
         err.print(f"\n[cyan]hint:[/] {escape(visible(hint))}", soft_wrap=True)
 
 
 def visible(text: str) -> str:
-    """Control characters as their codes: what stands in data and recipes must not steer a terminal."""
+    """Escape control characters, so that text from data and recipes cannot control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def quiet_libraries() -> None:
-    """Silence what the libraries say that no user can act on: progress bars, notices, deprecations among themselves.
+    """Silence messages of libraries that users cannot act on: progress bars, notices, deprecations.
 
-    Must run before they are imported. `--debug` leaves them as they are.
+    Call this before they are imported. `--debug` does not.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
-    # bitsandbytes tells once that it could not fetch CPU kernels from a hub; its own kernels are used.
+    # bitsandbytes warns once that it could not fetch CPU kernels from a hub; its own kernels are used.
     for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "trl", "accelerate", "peft", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_progress_bars() -> None:
-    """Turn off the libraries' own bars, once they are imported: ours shows every stage."""
+    """Turn off the progress bars of imported libraries: ours shows every stage."""
     import datasets
     import transformers
     from transformers import modeling_gguf_pytorch_utils as gguf_reader
@@ -104,7 +104,7 @@ def quiet_progress_bars() -> None:
 
 
 class ConsoleProgress:
-    """Shows a run's stages (`folora_q.workflows.train.Progress`): bars with their time left, or plain lines."""
+    """Shows a run's stages (`folora_q.progress.Progress`): bars with the time left, or plain lines."""
 
     def __init__(self, console: Console = err) -> None:
         self.console = console
@@ -139,7 +139,7 @@ class ConsoleProgress:
             nonlocal finished, first, last
             finished += count
             now = time.perf_counter()
-            # The first step waits for what comes before it, and a resumed run begins with many at once: no speeds.
+            # The first call does not count: it includes setup, or in a resumed run many steps at once.
             first = first or (now, finished)
             if total and 0 < finished < total and now - last >= SECONDS_BETWEEN_LINES:
                 last = now
@@ -151,7 +151,7 @@ class ConsoleProgress:
 
 
 def duration(seconds: float) -> str:
-    """A wall time for people: 12s, 3:05, 1:02:03."""
+    """Format a wall time: 12s, 3:05, 1:02:03."""
     if seconds < 60:
         return f"{seconds:.0f}s"
     return str(timedelta(seconds=round(seconds))).removeprefix("0:")
@@ -159,10 +159,10 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def starting(debug: bool, what: str = "PyTorch and Transformers") -> Iterator[ConsoleProgress]:
-    """The slow imports of a command stand in this block; the libraries are quieted around them, unless `debug`.
+    """Run a command's slow imports in this block, with the libraries silenced unless `debug`.
 
     Yields:
-        The progress display, for what the command does afterwards.
+        The progress display, for the rest of the command.
     """
     if not debug:
         quiet_libraries()

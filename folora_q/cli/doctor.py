@@ -46,7 +46,7 @@ def command(settings: dict[str, bool], as_json: bool) -> int:
 def _examine(debug: bool) -> Iterator[Finding]:
     with Examiner(verbose=debug) as examiner:
         for check in CHECKS:
-            with err.status(f"[dim]looking at {check.name}[/]"):  # nothing without a terminal
+            with err.status(f"[dim]checking {check.name}[/]"):  # nothing without a terminal
                 findings = examiner.make(check)
             yield from findings
 
@@ -61,7 +61,7 @@ def _print(finding: Finding) -> None:
 def _conclude(findings: list[Finding]) -> None:
     wrong = sum(finding.state is State.FAILURE for finding in findings)
     if wrong:
-        out.print(f"\n[bold red]Not ready to train:[/] {wrong} {'thing' if wrong == 1 else 'things'} to mend (✗)")
+        out.print(f"\n[bold red]Not ready to train:[/] {wrong} {'problem' if wrong == 1 else 'problems'} to fix (✗)")
     else:
         out.print("\n[bold]Training can work on this machine.[/]")
 

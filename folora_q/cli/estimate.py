@@ -39,8 +39,8 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
     Exit code 1: it does not fit the GPU of --gpu. Then it proposes changes, the least harmful first.
     """
     shape, stored = _shape(recipe, ctx.obj["debug"])
-    model = examined(recipe, path, overrides, ctx.obj["debug"], ask_the_hub=False)  # config.json is here by now
-    if stored is not None:  # what the recipe says of quantization is for models in 16 bits
+    model = examined(recipe, path, overrides, ctx.obj["debug"], ask_the_hub=False)  # config.json is local by now
+    if stored is not None:  # the recipe's quantization settings are for models in 16 bits
         held = {"bnb_4bit_quant_type": stored.quant_type, "bnb_4bit_use_double_quant": stored.double_quant}
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=held)})
     found = estimate(recipe, shape)
@@ -56,9 +56,11 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
 
 
 def _shape(recipe: Recipe, debug: bool) -> tuple[ModelShape, StoredQuantization | None]:
-    """The model's shapes, and how it was saved, if that was in 4 bits."""
+    """Return the model's shapes and, if it was saved in 4 bits, its quantization."""
     name = recipe.model.model_name_or_path
-    with err.status(f"looking for config.json of {escape(name)}"):  # without a network the hub's client tries for long
+    with err.status(
+        f"looking for config.json of {escape(name)}"
+    ):  # without a network the hub's client keeps trying for long
         config = read_config(name, recipe.model.revision)
     refuse_unsupported(name, config)
     stored = stored_quantization(config)
@@ -86,7 +88,7 @@ def _print_head(recipe: Recipe, shape: ModelShape, found: MemoryEstimate) -> Non
 
 
 def _table(found: MemoryEstimate) -> Table:
-    """Parts by stage, in GiB; a dot is less than 5 MiB."""
+    """Return the table of components by stage, in GiB; a dot is less than 5 MiB."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("GiB")
     for stage in found.stages:
@@ -107,7 +109,7 @@ def _gib(size: int) -> str:
 
 
 def _print_cards(found: MemoryEstimate, cards: Sequence[float]) -> None:
-    """A bar of the card for each: frozen weights, what else stands, and what passes."""
+    """Print a bar for each card: frozen weights, and all other memory at the peak."""
     out.print()
     frozen = sum(found.largest.device[name] for name in FROZEN)
     for card in cards:
@@ -136,14 +138,13 @@ def _print_host_and_disk(found: MemoryEstimate) -> None:
 
 def _print_advice(advice: Advice, card: float, path: Path, overrides: Sequence[str]) -> None:
     if advice.changes:
-        out.print(f"\n[bold]To fit {card:g} GB[/], least harm first" if advice.fits else "\n[bold]What helps[/]")
+        out.print(f"\n[bold]To fit {card:g} GB[/], least harmful first" if advice.fits else "\n[bold]What helps[/]")
     for change in advice.changes:
         out.print(f"  [cyan]{_settings(change.overrides)}[/]", soft_wrap=True)
         out.print(f"      {change.saves / GIB:,.2f} GiB less; {change.cost}", style="dim", soft_wrap=True)
     if not advice.fits:
         out.print(
-            f"\n[bold]Even so it takes {advice.after.peak / GIB:,.1f} GiB[/]: "
-            "it needs a smaller model, or a larger card.",
+            f"\n[bold]Even so it takes {advice.after.peak / GIB:,.1f} GiB[/]: use a smaller model, or a larger card.",
             soft_wrap=True,
         )
         return
@@ -158,7 +159,7 @@ def _settings(overrides: Mapping[str, object]) -> str:
 
 
 def _written(value: object) -> str:
-    """As a shell takes it."""
+    """Format a value for a shell."""
     if isinstance(value, list):
         return shlex.quote(f"[{', '.join(map(str, value))}]")
     return str(value).lower() if isinstance(value, bool) else f"{value}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import rich_click as click
 from rich.markup import escape
@@ -45,7 +45,7 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option(
     "--bits",
-    type=click.Choice(["4", "16"]),
+    type=click.Choice([4, 16]),
     help="Weight precision in bits. Default: 4 for an adapter, 16 for a merged model.",
 )
 @click.option(
@@ -71,7 +71,7 @@ def command(
     path: Path | None,
     text: tuple[Path, ...],
     samples: int,
-    bits: str | None,
+    bits: Literal[4, 16] | None,
     dtype: str,
     tasks: str | None,
     tasks_folder: Path | None,
@@ -104,7 +104,7 @@ def command(
         recipe=recipe,
         general_text=text,
         samples=samples,
-        bits=None if bits is None else int(bits),
+        bits=bits,
         dtype=dtype,
         allow_code=allow_code,
         harness=harness,
@@ -115,7 +115,7 @@ def command(
     if output is not None:
         _write(outcome, output)
         line = f"folora-q report {shlex.quote(str(output))}"
-        out.print(f"\n[bold]Next[/]\n  [dim]# the same as one page[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
+        out.print(f"\n[bold]Next[/]\n  [dim]# these results as one page[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
 
 
 def _print_outcome(outcome: EvaluationResult) -> None:

@@ -12,7 +12,7 @@ ANSWER_LENGTH = 200
 
 
 def print_evaluation(found: Evaluation, title: str) -> None:
-    """One section for the task, one for the base's own text, one for general text, each with 95 % intervals."""
+    """Print a table with sections for the task, model-generated text and general text, with 95 % intervals."""
     table = Table(title=escape(visible(title)), title_justify="left")
     table.add_column("held-out text")
     for heading in ("base", "tuned", "change", "95 % interval"):
@@ -49,7 +49,7 @@ def print_evaluation(found: Evaluation, title: str) -> None:
 
 
 def print_harness(found: list[HarnessResult]) -> None:
-    """Base and tuned side by side, with the standard error of their difference where it is known."""
+    """Print lm-eval results of base and tuned model, with the standard error of their difference if known."""
     table = Table(title="lm-eval-harness", title_justify="left")
     table.add_column("task")
     table.add_column("metric")
@@ -69,7 +69,7 @@ def print_harness(found: list[HarnessResult]) -> None:
 
 
 def print_answer(answer: AnswerResult) -> None:
-    """What was asked, and what both say, each on one line."""
+    """Print a prompt and both answers, each on one line."""
     said = (("asked", answer.asked), ("base", answer.base), ("tuned", answer.tuned))
     out.print()
     for name, text in said:

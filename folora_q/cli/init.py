@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import rich_click as click
 from rich.markup import escape
@@ -44,7 +44,7 @@ def command(
     data = data or _ask("Your data (file, folder, glob or hub id)", None, "--data")
     shape, written = _look_at(data, path.parent)
     model = model or _ask("Model", MODEL, "--model")
-    gpu = gpu or _ask("Memory of your GPU in GB, or cpu", _card(), "--gpu", click.Choice(CARDS))
+    gpu = gpu or cast(Card, _ask("Memory of your GPU in GB, or cpu", _card(), "--gpu", click.Choice(CARDS)))
     output_dir = output_dir or _ask("Run folder", f"runs/{path.stem}", "--output-dir")
     recipe = new_recipe(Answers(model, written, shape, gpu, output_dir))
     try:
@@ -62,7 +62,7 @@ def command(
 
 
 def _look_at(data: str, folder: Path) -> tuple[Shape, str]:
-    """The shape of the rows, and the path as the recipe should have it: relative to its own folder."""
+    """Return the shape of the rows, and the path relative to the recipe's folder."""
     if is_remote(data):
         return examine(Source(path=data), FIRST_ROWS, "raise").shape, data
     path = Path(data).expanduser().resolve()
@@ -81,7 +81,7 @@ def _ask(question: str, default: str | None, flag: str, kind: click.ParamType | 
 
 
 def _card() -> Card:
-    """The card's memory as the driver tells it, rounded down to a size that has recipes; 8 where nothing is known."""
+    """Return the card's memory from the driver, rounded down to a size with recipes; 8 if unknown."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "8"
@@ -90,5 +90,5 @@ def _card() -> Card:
         megabytes = int(subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.split()[0])
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         return "8"
-    # A card of 8 GB says 8,188 MiB or less.
-    return next((card for card in ("24", "16", "12") if megabytes >= int(card) * 1000), "8")
+    # Drivers report slightly less than the nominal size, e.g. 8,188 MiB for 8 GB.
+    return cast(Card, next((card for card in ("24", "16", "12") if megabytes >= int(card) * 1000), "8"))

@@ -19,12 +19,12 @@ from folora_q.report.run_record import Run, load_run
 from folora_q.report.text import number, short, visible
 from folora_q.runs.results import GateResult, LayerResult
 
-# Heights tell the level without colour, colours without good eyes.
+# Both heights and colours show the level.
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = ("bright_black", "bright_black", "cyan", "cyan", "blue", "blue", "magenta", "bold red")
 LABEL_WIDTH = 16
 RANGE_WIDTH = 20
-# Of a gate's directions: the first and the last, unless all are asked for.
+# Number of first and last directions of a gate to show, without --all.
 FIRST, LAST = 24, 4
 BAR_WIDTH = 24
 # Above this ratio of held-out to in-sample penalty the directions are overfitted to the sampled text.
@@ -55,12 +55,12 @@ def command(folder: Path, module: str | None, everything: bool) -> None:
 def _no_gates(run: Run) -> UserError:
     if run.gated is False:
         return UserError(
-            f"{run.folder.path} is plain QLoRA: it has no gate to look at",
-            f"what it moved: folora-q report {shlex.quote(str(run.folder.path))}",
+            f"{run.folder.path} is plain QLoRA: it has no gates",
+            f"for its drift by layer: folora-q report {shlex.quote(str(run.folder.path))}",
         )
     return UserError(
         f"{run.folder.path} has no gates in {run.folder.gate_results.name}; the run is marked as {run.status}",
-        "they are written when a gated run has trained",
+        "a gated run writes them before it trains",
     )
 
 
@@ -104,7 +104,7 @@ def _print_overview(run: Run, layers: Sequence[LayerResult]) -> None:
 
 
 def _print_grid(quantity: Quantity, scale: Scale) -> None:
-    """A character for each layer, as high as the number; beside it the range of the row."""
+    """Print a character for each layer, whose height is its value, and the range of each row."""
     levels = f"{BARS[0]} {short(scale.low)} to {BARS[-1]} {short(scale.high)}"
     levels += ", logarithmic" * quantity.logarithmic
     title = Text(f"\n{quantity.title}", style="bold")
@@ -133,7 +133,7 @@ def _cell(value: float | None, scale: Scale) -> tuple[str, str]:
 
 
 def _ruler(columns: Sequence[int | None]) -> str:
-    """The numbers of the layers above their characters, as many as fit; a dot for modules outside of all layers."""
+    """Return a ruler of layer numbers, as many as fit; a dot is for modules outside of all layers."""
     line = ""
     for place, column in enumerate(columns):
         if column is None:
@@ -144,7 +144,7 @@ def _ruler(columns: Sequence[int | None]) -> str:
 
 
 def _print_gate(gate: GateResult, layers: Sequence[LayerResult], everything: bool, rows: int | None) -> None:
-    """Its directions and what they pass; or which of them A reads, where it stays in the first `rows`."""
+    """Print a gate's directions and the share that each passes or, for a frozen A, whether A reads it."""
     out.print(f"[bold]{escape(visible(', '.join(gate.modules)))}[/]", soft_wrap=True)
     rest = gate.dim - len(gate.quotients)
     how = f"λ = {gate.gate_lambda:.4g}" if rows is None else f"A reads the first {rows}"
@@ -175,7 +175,7 @@ def _print_gate(gate: GateResult, layers: Sequence[LayerResult], everything: boo
 
 
 def _passes(value: float, number_of: int, rows: int | None) -> tuple[str, str]:
-    """What a direction passes, with a bar; or whether it is one of A's rows."""
+    """Return the share that a direction passes, with a bar; or whether a frozen A reads it."""
     return (number(value, ".1%"), _bar(value)) if rows is None else ("yes" if number_of < rows else "no", "")
 
 

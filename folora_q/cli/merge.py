@@ -17,6 +17,7 @@ from folora_q.errors import UserError
 from folora_q.models.trust import Trust
 
 if TYPE_CHECKING:
+    from folora_q.export.merge import BaseWeights
     from folora_q.workflows.merge import MergeResult
 
 
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 def command(
     settings: dict[str, bool],
     sources: tuple[Path, ...],
-    weights: str,
+    weights: BaseWeights,
     dtype: str | None,
     output: Path | None,
     base_model: str | None,

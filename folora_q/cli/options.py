@@ -14,7 +14,7 @@ from folora_q.recipe import load_recipe
 
 
 def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
-    """RECIPE, overrides and --set; the command gets `path`, `overrides` and the checked `recipe`."""
+    """Add RECIPE, overrides and --set; the command receives `path`, `overrides` and the validated `recipe`."""
 
     @click.argument(
         "path", metavar="RECIPE", type=click.Path(path_type=Path), help="A YAML file, e.g. recipes/demo.yaml."
@@ -35,7 +35,7 @@ CODE_OPTION = click.option(
 
 
 def code_option(command: Callable[..., None]) -> Callable[..., None]:
-    """--trust-remote-code, for a command that loads no weights; it gets `trust`."""
+    """Add --trust-remote-code, for a command that loads no weights; it receives `trust`."""
 
     @CODE_OPTION
     @wraps(command)
@@ -46,7 +46,7 @@ def code_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def trust_options(command: Callable[..., None]) -> Callable[..., None]:
-    """--trust-remote-code and --allow-pickle; the command gets `trust`."""
+    """Add --trust-remote-code and --allow-pickle; the command receives `trust`."""
 
     @CODE_OPTION
     @click.option(PICKLE_FLAG, "pickle", is_flag=True, help="Load pickled weights (.bin); only their tensors are read.")

@@ -1,4 +1,4 @@
-"""Shared by commands that write a page: check where it may go, and print where it went."""
+"""Shared by commands that write a page: check its target, write it, and print its location."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from folora_q.cli.console import out, visible
 from folora_q.errors import UserError
 from folora_q.storage.files import atomic_write
 
-# Every page of ours has it near its beginning.
+# Present near the beginning of every page of ours.
 OURS = b'name="generator" content="folora-q"'
 BEGINNING = 2048
 
 
 def check_target(path: Path) -> None:
-    """See whether a page may be written there, before it is made.
+    """Check whether a page may be written to a path.
 
     Raises:
-        UserError: it is a folder, or a file that is no page of ours.
+        UserError: it is a folder, or an existing file that is not a folora-q page.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder", f"name a file in it: --output {path / 'report.html'}")
@@ -33,7 +33,7 @@ def check_target(path: Path) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a page or a figure whole.
+    """Write a page or a figure atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -43,7 +43,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def print_page(path: Path) -> None:
-    """Where a page is, and a link that terminals open."""
+    """Print the path of a page, and a link that terminals open."""
     out.print(f"[bold]{escape(visible(str(path)))}[/]", soft_wrap=True)
     out.print(f"[cyan]{escape(path.resolve().as_uri())}[/]", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""The check of the base model with which `validate`, `estimate` and `train` begin."""
+"""Check the base model, for `validate`, `estimate` and `train`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from folora_q.recipe.target_modules import Modules
 
 
 def examined(recipe: Recipe, path: Path, overrides: Sequence[str], debug: bool, ask_the_hub: bool) -> Examined:
-    """Look at the recipe's model; transformers is imported only where our table does not have it.
+    """Check the recipe's model; transformers is imported only for architectures missing from our table.
 
     Raises:
-        UserError: it cannot be trained as the recipe says.
+        UserError: it cannot be trained according to the recipe.
     """
 
     def build(config: Mapping[str, Any]) -> Modules:

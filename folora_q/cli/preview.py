@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BINS = 10
 BAR = 40
-# An example's text is cut to so many characters, half at its beginning and half at its end.
+# Longer texts are shortened to this length, half from their beginning and half from their end.
 MAX_SHOWN_CHARACTERS = 3000
 MAX_REASONS = 5
 
@@ -77,7 +77,7 @@ def command(
 
 
 def _runs(tokenizer, ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[str, bool]]:
-    """The text in pieces that are learned, or not."""
+    """Yield the text in pieces, each with whether it is trained."""
     pairs = zip(ids, [label >= 0 for label in labels], strict=True)
     for learned, run in groupby(pairs, key=lambda pair: pair[1]):
         yield visible(tokenizer.decode([token for token, _ in run])), learned
@@ -92,7 +92,7 @@ def _shortened(runs: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
 
 
 def _coloured(runs: Iterator[tuple[str, bool]]) -> Text:
-    """Learned text in green and the rest dim; where there is no colour, learned text in ⟦ ⟧."""
+    """Color trained text green and the rest dim; without colours, mark trained text by ⟦ ⟧."""
     colour = out.color_system is not None
     text = Text()
     for piece, learned in runs:

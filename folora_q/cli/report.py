@@ -12,7 +12,7 @@ from folora_q.cli.pages import check_target, print_page, write
 from folora_q.errors import UserError
 from folora_q.report.run_record import Run, load_run, same_base
 
-# What `folora-q train` proposes for the plain run.
+# Suffix of the run folder that `folora-q train` proposes for a plain run.
 PLAIN_SUFFIX = "-plain"
 
 
@@ -40,7 +40,7 @@ def command(folder: Path, baseline: Path | None, output: Path | None) -> None:
     check_target(page_file)
     progress = ConsoleProgress()
     if beside is not None:
-        progress.note(f"beside {beside.folder.path}, {beside.method}")
+        progress.note(f"compared with {beside.folder.path}, {beside.method}")
     with progress.stage("drawing the report", None):
         from folora_q.report.page import report_page
         from folora_q.report.render import png
@@ -60,13 +60,13 @@ def _named_baseline(run: Run, path: Path) -> Run:
     if same_base([run, baseline]) is False:
         raise UserError(
             f"{path} was trained on another base model than {run.folder.path}: {baseline.base_model}, {run.base_model}",
-            "their numbers cannot be compared; name a run on the same one",
+            "name a run of the same base model",
         )
     return baseline
 
 
 def _usual_baseline(run: Run) -> Run | None:
-    """The run that `folora-q train` proposes to make beside this one, if it can be compared."""
+    """Return the plain run that `folora-q train` proposes, if it exists and can be compared."""
     path = run.folder.path.resolve()
     beside = path.with_name(path.name + PLAIN_SUFFIX)
     if not path.name or not (beside / "run.json").is_file():

@@ -78,7 +78,7 @@ def command(
         )
         result = run_training(request, progress)
     except KeyboardInterrupt as stop:
-        if not str(stop):  # nothing had been written
+        if not str(stop):  # nothing has been written
             raise
         options = [*["--allow-code"] * allow_code, *trust.flags(), "--resume"]
         line = f"{_program()} {shlex.join(['train', str(path), *overrides, *options])}"
@@ -92,7 +92,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _program() -> str:
-    """How this program is called, for lines to copy."""
+    """Return how this program is called, for lines to copy."""
     program = "folora-q" if shutil.which("folora-q") else sys.argv[0]
     return shlex.join([sys.executable, program] if program.endswith(".py") else [program])
 
@@ -113,7 +113,7 @@ def _print_result(result: TrainingResult, recipe: Recipe) -> None:
 
 
 def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, trust: Trust) -> None:
-    """What to type next, in a form that works in the same shell."""
+    """Print commands to run next, quoted for the shell."""
     program = _program()
     folder = Path(recipe.training.output_dir)
     quoted = shlex.quote(str(folder))

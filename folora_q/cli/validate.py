@@ -23,7 +23,7 @@ from folora_q.recipe.dataset import DataSection, Source
 from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.size_advice import heldout_advice, step_advice
 
-# Enough rows to know a file's shape by; reading all is --all-rows.
+# Number of rows to check without --all-rows.
 FIRST_ROWS = 1000
 
 
@@ -52,12 +52,12 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of a source.
+    """The result of reading a data source.
 
     Attributes:
-        text: for people.
-        facts: None where it was not looked at.
-        whole: all of its rows were read.
+        text: a description for display.
+        facts: None if it was not read.
+        whole: whether all of its rows were read.
     """
 
     text: str
@@ -71,10 +71,10 @@ def _sources(data: DataSection) -> tuple[list[Source], list[Source] | None]:
 
 def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
     if is_hub_dataset(source):
-        return Look(f"{source.path} ({source.split or TRAIN}) from the hub, not looked at")
+        return Look(f"{source.path} ({source.split or TRAIN}) from the hub, not checked")
     if is_remote(source.path):
-        return Look(f"{source.path}, not looked at: `folora-q preview` reads it")
-    facts = examine(source, rows, data.on_error)
+        return Look(f"{source.path}, not checked: `folora-q preview` reads it")
+    facts = examine(source, rows, data.on_error)  # pyright: ignore[reportArgumentType]  (None reads all rows)
     remarks = "".join(f"; {remark}" for remark in facts.remarks)
     if facts.read != rows:
         return Look(f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{remarks}", facts, whole=True)
@@ -109,12 +109,12 @@ def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> It
         f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )
     yield "gate", gate.words if gate.enabled else "off: plain QLoRA"
-    taken = " (holds a run already: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
+    taken = " (already holds a run: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
     yield "run", training.output_dir + taken
 
 
 def _size_warnings(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> list[str]:
-    """Warnings about few rows, where a row is a sequence and all of them were read; `preview` and `train` know more."""
+    """Return warnings about too few rows, if each is a sequence and all were read; `preview` and `train` know more."""
     looks = [*train, *heldout]
     if recipe.training.packing or not all(look.whole and look.facts and look.facts.shape != "text" for look in looks):
         return []
@@ -135,7 +135,7 @@ def _size_warnings(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look
 
 
 def _held(recipe: Recipe) -> str:
-    """How the model is held in training; of a local one, as its own config.json says."""
+    """Describe the model's quantization in training; for a local model, from its config.json."""
     name = recipe.model.model_name_or_path
     config = read_config(name) if Path(name).is_dir() else {}
     stored = stored_quantization(config)

@@ -1,4 +1,4 @@
-"""All checks, in the order in which their findings help."""
+"""The list of all checks, in the order in which their findings help most."""
 
 from __future__ import annotations
 

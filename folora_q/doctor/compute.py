@@ -8,7 +8,7 @@ from folora_q.doctor.findings import Finding, State
 
 
 def check_compute() -> list[Finding]:
-    """What `dtype: auto` comes to on this machine, and on a CPU whether a stray setting leaves its cores idle."""
+    """Report what `dtype: auto` chooses on this machine and, on a CPU, whether OMP_NUM_THREADS leaves cores idle."""
     import torch
 
     from folora_q.models.hardware import choose_hardware
@@ -16,7 +16,7 @@ def check_compute() -> list[Finding]:
     hardware = choose_hardware()
     findings = [Finding("precision", State.GOOD, str(hardware))]
     if hardware.dtype == torch.float16:
-        fix = "nothing at first; if the loss is ever not a number, train with model.dtype=float32"
+        fix = "nothing for now; if the loss ever becomes NaN, train with model.dtype=float32"
         findings = [Finding("precision", State.WARNING, str(hardware), fix)]
     threads, cores = torch.get_num_threads(), _cores()
     if hardware.device.type == "cpu" and "OMP_NUM_THREADS" in os.environ and 2 * threads <= cores:
@@ -26,5 +26,5 @@ def check_compute() -> list[Finding]:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

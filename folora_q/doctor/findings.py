@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """GOOD and NOTE ask for nothing, WARNING may, and with a FAILURE training cannot work."""
+    """GOOD and NOTE require no action, WARNING may, and with a FAILURE training cannot work."""
 
     GOOD = "good"
     NOTE = "note"
@@ -21,9 +21,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
-        fact: what is the case, without a full stop.
-        fix: what to do, with a command to type where there is one; a WARNING or FAILURE always has it.
+        name: what was checked.
+        fact: what was found, without a full stop.
+        fix: what to do, with a command if there is one; always set for a WARNING or FAILURE.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look at.
+    """A check with its name.
 
     Attributes:
-        needed: training cannot work without it, so that a check that fails itself is a FAILURE.
+        needed: whether training requires it, so that an error in the check itself is a FAILURE.
     """
 
     name: str
@@ -51,7 +51,7 @@ def can_train(findings: Iterable[Finding]) -> bool:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error behind an error: lazy modules hide what is really missing behind a sentence of their own."""
+    """Return the innermost cause of an error: lazy modules hide what is really missing behind their own messages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

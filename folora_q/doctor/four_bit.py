@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from folora_q.doctor.findings import Finding, State
 from folora_q.doctor.pip import pip_install
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 NAME = "4-bit layers"
 ROWS, INPUTS, OUTPUTS = 8, 128, 256  # two blocks of quantization constants, as double quantization needs
 WEIGHTS = "weights"
-# Relative to the norm. Half precision rounds to 2^-8; NF4 keeps a Gaussian weight to within 0.1.
+# Relative to the norm. Half precision rounds to 2^-8; NF4 represents Gaussian weights to within 0.1.
 CLOSE_IN_16_BITS, CLOSE_IN_32_BITS, CLOSE_TO_WEIGHTS = 2e-2, 1e-3, 0.15
 
 
 def check_four_bit() -> list[Finding]:
-    """Do what training does to a base layer, where it would do it: forward, backward, evaluate, backward again."""
+    """Run a base layer as training does, on the same device: forward, backward, evaluation, backward again."""
     import torch
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
 
@@ -38,7 +38,7 @@ def check_four_bit() -> list[Finding]:
     except torch.OutOfMemoryError:
         fix = "end the programs that hold the GPU's memory: nvidia-smi lists them"
         return [Finding(NAME, State.FAILURE, f"{held}: no memory for one small layer", fix)]
-    except ImportError:  # of another package, which has a line of its own
+    except ImportError:  # of another package, which has its own check
         raise
     except Exception as error:
         return [Finding(NAME, State.FAILURE, f"{held}: {first_line(error)}", _reinstall())]
@@ -49,21 +49,21 @@ def check_four_bit() -> list[Finding]:
         if not error <= (CLOSE_TO_WEIGHTS if name == WEIGHTS else close)  # NaN is not
     ]
     if wrong:
-        fact = f"{held}: not what the dense product gives: {', '.join(wrong)}"
+        fact = f"{held}: differs from the dense product: {', '.join(wrong)}"
         return [Finding(NAME, State.FAILURE, fact, _reinstall())]
     if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
-        fact = f"{held}: right, but slow, as its native library does not load"
+        fact = f"{held}: correct, but slow, as its native library does not load"
         return [Finding(NAME, State.WARNING, fact, _reinstall())]
     largest = max(error for name, error in errors.items() if name != WEIGHTS)
-    fact = f"{held}: outputs and gradients right to {largest:.1g}, after an evaluation too"
+    fact = f"{held}: outputs and gradients correct to {largest:.1g}, also after an evaluation"
     return [Finding(NAME, State.GOOD, fact)]
 
 
 def _errors(hardware: Hardware) -> dict[str, float]:
-    """How far a 4-bit layer is from the dense product, relative to it, at every step of a run."""
+    """Return the relative error of a 4-bit layer against the dense product, at each step of a run."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     from folora_q.models.load import guard_cpu_kernels
 
@@ -74,15 +74,15 @@ def _errors(hardware: Hardware) -> dict[str, float]:
     layer = Linear4bit(INPUTS, OUTPUTS, bias=False, compute_dtype=hardware.dtype, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer = layer.to(hardware.device).requires_grad_(False)  # the move quantizes
-    guard_cpu_kernels(layer)
+    guard_cpu_kernels(layer)  # pyright: ignore[reportArgumentType]  (any module will do)
 
-    dense = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    dense = dequantize_4bit(layer.weight.data, cast(Params4bit, layer.weight).quant_state).float()
     right_output, right_gradient = x.float() @ dense.T, pull.float() @ dense
     output, gradient = _train_step(layer, x, pull)
     layer.eval()
     with torch.no_grad():
-        evaluated, token = layer(x), layer(x[:1])  # one row is a token of generation, with a kernel of its own
-    # Where evaluation repacks the weights, only now the gradient is missing (folora_q.models.load).
+        evaluated, token = layer(x), layer(x[:1])  # one row, as in generation, has its own kernel
+    # If evaluation repacks the weights, the gradient is missing only now (folora_q.models.load).
     output_after, gradient_after = _train_step(layer, x, pull)
     return {
         WEIGHTS: _distance(dense, weight),
@@ -98,7 +98,7 @@ def _errors(hardware: Hardware) -> dict[str, float]:
 def _train_step(
     layer: torch.nn.Module, x: torch.Tensor, pull: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The output, and the gradient that adapters of earlier layers would get; None where there is none."""
+    """Return the output and the gradient of the input, which adapters of earlier layers would get; None if missing."""
     import torch
 
     layer.train()
@@ -111,7 +111,7 @@ def _train_step(
 
 
 def _distance(found: torch.Tensor | None, expected: torch.Tensor) -> float:
-    """Relative to what is expected; infinite where it is missing, NaN where it is not finite."""
+    """Return the relative distance; infinite if the value is missing, NaN if it is not finite."""
     if found is None:
         return math.inf
     error = float((found.float().cpu() - expected.cpu()).norm() / expected.cpu().norm())
@@ -126,7 +126,7 @@ def _told(name: str, error: float) -> str:
 
 def _reinstall() -> str:
     command = pip_install("--force-reinstall", "--no-deps", requirement("bitsandbytes"))
-    # It names the build of the library to load, and outlives the CUDA that it was set for.
+    # It selects the build of the library, and may be left over from another CUDA version.
     if "BNB_CUDA_VERSION" in os.environ:
         command = f"unset BNB_CUDA_VERSION; then {command}"
     return f"{command}; if that does not help, python -m bitsandbytes says more"

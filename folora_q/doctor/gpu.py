@@ -11,7 +11,7 @@ from folora_q.doctor.requirements import requirement
 from folora_q.errors import first_line
 
 NAME = "gpu"
-# Less than this share free, and other programs hold what a recipe was sized to have.
+# With a smaller share free, other programs hold memory that a recipe expects to have.
 MOSTLY_FREE = 0.75
 ON_THE_CPU = "training runs on the CPU, which is enough for the demo"
 
@@ -19,7 +19,7 @@ IN_A_CONTAINER = "a container needs docker run --gpus all"
 
 
 def check_gpu() -> list[Finding]:
-    """The GPU that training would use, or why it uses none."""
+    """Report the GPU that training would use, or why it uses none."""
     import torch
 
     driver = ask_driver()
@@ -29,10 +29,10 @@ def check_gpu() -> list[Finding]:
         return [_unused(driver)]
     build = f"torch is {_build()}"
     if driver is not None:
-        fact = f"none to use: nvidia-smi fails ({driver.trouble}); {build}"
-        fix = f"restart the machine, as after a driver's update, or install the driver again; {IN_A_CONTAINER}"
+        fact = f"none usable: nvidia-smi fails ({driver.trouble}); {build}"
+        fix = f"restart the machine (necessary after a driver update), or reinstall the driver; {IN_A_CONTAINER}"
         return [Finding(NAME, State.WARNING, fact, fix)]
-    fix = f"nothing: {ON_THE_CPU}; for a GPU that is there, install its driver"
+    fix = f"nothing: {ON_THE_CPU}; if there is a GPU, install its driver"
     return [Finding(NAME, State.WARNING, f"none found; {build}", fix)]
 
 
@@ -41,10 +41,10 @@ def _seen(driver: Driver | None) -> Finding:
 
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if torch.version.hip is None and not _built_for(major, minor):
-        # Asked for by what torch sees: of several cards it may use another than nvidia-smi names first.
+        # By what torch sees: with several cards it may use another than nvidia-smi lists first.
         card = Card(name, driver.cards[0].driver, float(f"{major}.{minor}")) if driver and driver.cards else None
         fix = _reinstall(Driver((card,))) if card else "install a torch that was built for it: https://pytorch.org"
-        fact = f"torch, {_build()}, holds no code for {name}, compute capability {major}.{minor}"
+        fact = f"torch, {_build()}, has no code for {name}, compute capability {major}.{minor}"
         return Finding(NAME, State.FAILURE, fact, fix)
     free, total = torch.cuda.mem_get_info()
     memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
@@ -60,7 +60,7 @@ def _seen(driver: Driver | None) -> Finding:
 
 
 def _unused(driver: Driver) -> Finding:
-    """A GPU that the driver lists and torch does not use."""
+    """Report a GPU that the driver lists but torch does not use."""
     import torch
 
     card = driver.cards[0]
@@ -91,7 +91,7 @@ def _build() -> str:
 
 
 def _built_for(major: int, minor: int) -> bool:
-    """Compiled code runs on later GPUs of one generation, intermediate code on all later ones."""
+    """Whether torch has code for a GPU. Machine code runs on later GPUs of its generation, PTX on all later ones."""
     import torch
 
     targets = [

@@ -11,37 +11,37 @@ from folora_q.errors import first_line
 SECONDS = 3.0
 NAME = "hub"
 WITHOUT = "local models and the demo still work"
-REFUSED = {403, 407, 429}  # by a proxy on the way, or by the hub itself
+REFUSED = {403, 407, 429}  # by a proxy, or by the hub itself
 LOG_IN = "hf auth login"
 
 
 def check_hub() -> list[Finding]:
-    """Whether models and data can be fetched. The token is sent to the hub, as every download does, and never shown."""
+    """Check whether models and data can be fetched. The token is sent to the hub, as in downloads, and never shown."""
     from huggingface_hub import constants, get_token, is_offline_mode
 
     token = get_token()
-    held = "a token is there" if token else "no token"
+    held = "a token is set" if token else "no token"
     if is_offline_mode():
         fact = f"HF_HUB_OFFLINE is set, so nothing is downloaded; {held}"
         return [Finding(NAME, State.WARNING, fact, f"unset HF_HUB_OFFLINE to download; {WITHOUT}")]
     host = urlsplit(constants.ENDPOINT).hostname or "the hub"
     status = _ask(f"{constants.ENDPOINT}/api/whoami-v2", token)
     if isinstance(status, str):
-        fix = f"look at the network, or at HTTPS_PROXY; {WITHOUT}"
-        return [Finding(NAME, State.WARNING, f"{host} is not reached ({status}); {held}", fix)]
+        fix = f"check the network, or HTTPS_PROXY; {WITHOUT}"
+        return [Finding(NAME, State.WARNING, f"{host} cannot be reached ({status}); {held}", fix)]
     if status in REFUSED or status >= 500:
-        fact, fix = f"{host} answers with HTTP {status}; {held}", f"try again later, or look at HTTPS_PROXY; {WITHOUT}"
+        fact, fix = f"{host} answers with HTTP {status}; {held}", f"try again later, or check HTTPS_PROXY; {WITHOUT}"
         return [Finding(NAME, State.WARNING, fact, fix)]
     if token is None:
-        fact = f"{host} is reached; {held}, which only gated and private models, and pushing, need: {LOG_IN}"
+        fact = f"{host} can be reached; {held}, which only gated and private models, and pushing, require: {LOG_IN}"
         return [Finding(NAME, State.GOOD, fact)]
     if status == 401:
-        return [Finding(NAME, State.WARNING, f"{host} is reached and does not accept the token", LOG_IN)]
-    return [Finding(NAME, State.GOOD, f"{host} is reached; {held if status != 200 else 'it accepts the token'}")]
+        return [Finding(NAME, State.WARNING, f"{host} can be reached but does not accept the token", LOG_IN)]
+    return [Finding(NAME, State.GOOD, f"{host} can be reached; {held if status != 200 else 'it accepts the token'}")]
 
 
 def _ask(url: str, token: str | None) -> int | str:
-    """The HTTP status, or why there is none, within SECONDS: looking up a name obeys no timeout of a client's."""
+    """Return the HTTP status, or why there is none, within SECONDS: a client's timeout does not cover name lookup."""
     answer: list[int | str] = []
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""Read GPUs and driver from nvidia-smi, and which build of PyTorch suits them."""
+"""Read GPUs and driver from nvidia-smi, and choose the build of PyTorch that suits them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from folora_q.doctor.pip import pip_install
 
 SECONDS = 15
 WHEELS = "https://download.pytorch.org/whl"
-# The builds of torch 2.11 and newer: CUDA 13 needs this driver and GPUs from Turing on; CUDA 12.6, to be had up to
-# torch 2.14, takes older ones, and none newer than Hopper. https://github.com/pytorch/pytorch/issues/190355
+# Builds of torch 2.11 and newer: CUDA 13 requires this driver and Turing or newer GPUs; CUDA 12.6, available up to
+# torch 2.14, supports older ones, up to Hopper. https://github.com/pytorch/pytorch/issues/190355
 CUDA_13, CUDA_13_DRIVER, CUDA_13_FIRST = "cu130", 580, 7.5
 CUDA_12, CUDA_12_DRIVER, CUDA_12_LAST = "cu126", 525, 9.0
 
@@ -23,7 +23,7 @@ class Card:
 
     Attributes:
         driver: its version, e.g. "580.65.06".
-        capability: its compute capability, e.g. 8.9; None where an old driver does not tell.
+        capability: its compute capability, e.g. 8.9; None if an old driver does not report it.
     """
 
     name: str
@@ -33,17 +33,17 @@ class Card:
 
 @dataclass(frozen=True)
 class Driver:
-    """What nvidia-smi answered: the cards, or why there are none."""
+    """The answer of nvidia-smi: the cards, or why there are none."""
 
     cards: tuple[Card, ...] = ()
     trouble: str | None = None
 
 
 def ask_driver() -> Driver | None:
-    """The GPUs that nvidia-smi lists; None if there is no nvidia-smi, and so most likely no NVIDIA GPU."""
+    """Return the GPUs that nvidia-smi lists; None if there is no nvidia-smi, so probably no NVIDIA GPU."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
-    trouble = "it says nothing"
+    trouble = "it prints nothing"
     for fields in ("name,driver_version,compute_cap", "name,driver_version"):  # old drivers do not know the third
         command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
         try:
@@ -60,17 +60,17 @@ def ask_driver() -> Driver | None:
 
 
 def torch_install(driver: Driver | None, wanted: str) -> str:
-    """What to type for a torch that can use this machine's GPU, or its CPU if there is none.
+    """Return the command that installs a torch for this machine's GPU, or for its CPU if there is none.
 
     Args:
-        wanted: torch and the range of versions, e.g. "torch>=2.11".
+        wanted: torch with its range of versions, e.g. "torch>=2.11".
     """
-    # Without --force-reinstall pip finds the torch that is there good enough, whatever it was built for.
+    # Without --force-reinstall pip keeps an installed torch of this version, whatever it was built for.
     words = ["--force-reinstall", wanted, "--index-url"]
     if driver is None or not driver.cards:
         return pip_install(*words, f"{WHEELS}/cpu")
     card = driver.cards[0]
-    major = int(re.match(r"\d*", card.driver)[0] or 0)
+    major = int(re.split(r"\D", card.driver, maxsplit=1)[0] or 0)
     modern = card.capability is None or card.capability >= CUDA_13_FIRST
     if modern and major >= CUDA_13_DRIVER:
         return pip_install(*words, f"{WHEELS}/{CUDA_13}")

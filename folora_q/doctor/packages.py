@@ -13,7 +13,7 @@ from folora_q.doctor.pip import install_missing, pip_install
 from folora_q.doctor.requirements import ordered, ranges, requirement, within
 from folora_q.errors import first_line
 
-# The libraries that training runs on, and of each a name that it cannot do without: some load nothing before that.
+# The libraries that training requires, each with a name to import from it: some load nothing until then.
 STACK = {
     "torch": "Tensor",
     "bitsandbytes": "nn",
@@ -26,33 +26,33 @@ STACK = {
 
 
 def check_python() -> list[Finding]:
-    """The interpreter's version, and pip, by which the demo fetches its model."""
+    """Check the interpreter's version, and pip, by which the demo fetches its model."""
     from packaging.specifiers import SpecifierSet
 
     running = platform.python_version()
     try:
         needed = metadata("folora-q")["Requires-Python"]
     except PackageNotFoundError:
-        fact = f"{running}; folora-q is not installed here, so the versions that it needs are not known"
+        fact = f"{running}; folora-q is not installed here, so the versions that it requires are unknown"
         return [Finding("python", State.WARNING, fact, pip_install("-e", "."))]
     if not within(running, SpecifierSet(needed)):
-        fix = "make an environment with a newer one: python3.12 -m venv .venv"
+        fix = "create an environment with a newer one: python3.12 -m venv .venv"
         return [Finding("python", State.FAILURE, f"{running}, outside {needed}", fix)]
     findings = [Finding("python", State.GOOD, f"{running} (needs {needed})")]
     if find_spec("pip") is None:
-        fact = "not in this environment; the demo fetches its model by it"
+        fact = "not in this environment; the demo fetches its model with it"
         findings.append(Finding("pip", State.WARNING, fact, pip_install("pip")))
     return findings
 
 
 def check_package(name: str) -> list[Finding]:
-    """One library of STACK."""
+    """Check one library of STACK."""
     specifier = ranges().get(name)
     try:
         found = version(name)
     except PackageNotFoundError:
         return [Finding(name, State.FAILURE, "not installed", _install(name))]
-    if not within(found, specifier):
+    if specifier is not None and not within(found, specifier):
         return [Finding(name, State.FAILURE, f"{found}, outside {ordered(specifier)}", _install(name))]
     try:
         getattr(import_module(name), STACK[name])
@@ -63,7 +63,7 @@ def check_package(name: str) -> list[Finding]:
 
 
 def check_other_packages() -> list[Finding]:
-    """Everything else that folora-q needs; a line for each that is wrong, or one for all."""
+    """Check all other requirements; return a finding for each problem, or one for all."""
     others = {name: specifier for name, specifier in ranges().items() if name not in STACK}
     findings = []
     for name, specifier in others.items():
@@ -84,9 +84,9 @@ def _install(name: str) -> str:
 
 
 def _mend(name: str, cause: BaseException) -> str:
-    """A package that is there and does not load lacks another, or is broken."""
+    """Return the fix for an installed package that does not load: it lacks another package, or is broken."""
     if isinstance(cause, ModuleNotFoundError) and cause.name in STACK and cause.name != name:
-        return f"mend {cause.name} first"
+        return f"fix {cause.name} first"
     if install := install_missing(cause):
         return install
     return _install(name) if name == "torch" else pip_install("--force-reinstall", "--no-deps", requirement(name))

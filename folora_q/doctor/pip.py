@@ -1,4 +1,4 @@
-"""Commands that install into the running environment, and no other."""
+"""Commands that install into the running environment."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# Modules that are installed by another name.
+# Modules whose package has another name.
 DISTRIBUTIONS = {"yaml": "pyyaml", "google": "protobuf", "PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def pip_install(*arguments: str) -> str:
-    """A line to type: `python -m pip install ...`, or uv's where the environment was made without pip."""
+    """Return the command `python -m pip install ...`, or uv's if the environment has no pip."""
     words = (
         [_interpreter(), "-m", "pip", "install"]
         if find_spec("pip")
@@ -24,21 +24,21 @@ def pip_install(*arguments: str) -> str:
 
 
 def install_missing(error: BaseException) -> str | None:
-    """The line that installs the module that an import did not find; None if it found all and failed otherwise."""
+    """Return the command that installs the module that an import did not find; None for other errors."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     module = error.name.split(".")[0]
-    # A part that is missing of a package that is there is another version's.
+    # If the package is installed and only a submodule is missing, the version is wrong.
     return None if find_spec(module) else pip_install(DISTRIBUTIONS.get(module, module))
 
 
 def quoted(word: str) -> str:
-    """Double quotes, which both a Unix shell and Windows take, around what a shell would read otherwise."""
+    """Put double quotes, for Unix shells and Windows, around a word that a shell would interpret."""
     return f'"{word}"' if re.search(r"[\s<>=,;*\[\]()&|]", word) else word
 
 
 def _interpreter() -> str:
-    """The shortest name of this Python that is right where the command is typed."""
+    """Return the shortest name of this Python that is valid in the working directory."""
     if (on_path := shutil.which("python")) and os.path.abspath(on_path) == os.path.abspath(sys.executable):
         return "python"
     executable = Path(sys.executable)

@@ -1,6 +1,6 @@
-"""Redact reports that are made to be shared: no token, no password, no user name.
+"""Redact tokens, passwords and user names from reports that are meant to be shared.
 
-More is hidden here than in what a run says (`folora_q.storage.redaction`): everything that begins with hf_.
+This is stricter than `folora_q.storage.redaction`: everything that begins with hf_ is hidden.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ HUB_TOKEN = re.compile(r"hf_\w{6,}")
 
 
 def without_secrets(finding: Finding) -> Finding:
-    """The finding without tokens and passwords, which errors of the network quote, and with ~ for the home folder."""
+    """Return the finding without tokens and passwords, which network errors quote, and with ~ for the home folder."""
     return _each(finding, _conceal)
 
 
 def without_user(finding: Finding) -> Finding:
-    """The finding without the user's name as a folder, as in /data/NAME/models."""
+    """Return the finding without folders named like the user, as in /data/NAME/models."""
     try:
         user = re.compile(rf"(?<=[/\\]){re.escape(getpass.getuser())}(?=[/\\):\s]|$)")
-    except (OSError, KeyError, ImportError):  # a container's user may have no name
+    except (OSError, KeyError, ImportError):  # in a container the user may have no name
         return finding
     return _each(finding, lambda text: user.sub("USER", text))
 
 
 def _conceal(text: str) -> str:
-    with suppress(Exception):  # of a broken huggingface_hub
+    with suppress(Exception):  # huggingface_hub may be broken
         from huggingface_hub import get_token
 
         if token := get_token():

@@ -1,4 +1,4 @@
-"""Version ranges that the installed folora-q requires; none in a checkout that is not installed."""
+"""Read the version ranges that the installed folora-q requires; none if it is not installed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def ranges(extra: str = "") -> dict[str, SpecifierSet]:
-    """The packages that folora-q needs, or that an extra of it adds."""
-    from packaging.requirements import Requirement  # which the libraries bring, not we
+    """Return the packages that folora-q requires, or that an extra adds, with their version ranges."""
+    from packaging.requirements import Requirement  # a dependency of our dependencies
 
     try:
         lines = requires("folora-q") or []
@@ -19,24 +19,25 @@ def ranges(extra: str = "") -> dict[str, SpecifierSet]:
         return {}
     found = {}
     for requirement in map(Requirement, lines):
-        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        wanted = not always and requirement.marker.evaluate({"extra": extra}) if extra else always
-        if wanted:
+        marker = requirement.marker
+        always = marker is None or marker.evaluate({"extra": ""})
+        in_extra = marker is not None and not always and marker.evaluate({"extra": extra})
+        if in_extra if extra else always:
             found[requirement.name] = requirement.specifier
     return found
 
 
 def requirement(name: str, extra: str = "") -> str:
-    """A package with its range, for pip, e.g. "trl>=1.16,<2"."""
+    """Return a package with its range, for pip, e.g. "trl>=1.16,<2"."""
     specifier = ranges(extra).get(name)
     return name if specifier is None else name + ordered(specifier)
 
 
 def ordered(specifier: SpecifierSet) -> str:
-    """A range as people write it, e.g. ">=5.17,<6"."""
+    """Format a range with its lower bound first, e.g. ">=5.17,<6"."""
     return ",".join(sorted(map(str, specifier), reverse=True))
 
 
-def within(version: str, specifier: SpecifierSet | None) -> bool:
-    """Nightly builds count as the version that they are of."""
-    return specifier is None or specifier.contains(version, prereleases=True)
+def within(version: str, specifier: SpecifierSet) -> bool:
+    """Whether a version is in a range; prereleases such as nightly builds are allowed."""
+    return specifier.contains(version, prereleases=True)

@@ -1,4 +1,4 @@
-"""Run checks in a process of their own: a broken native library can end or hang a process."""
+"""Run checks in a separate process: a broken native library can crash or hang it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import cast
 
 from folora_q.doctor.findings import Check, Finding, State, root_cause
 from folora_q.doctor.pip import install_missing
@@ -19,18 +21,17 @@ SECONDS = 300.0
 
 
 class Examiner:
-    """Makes checks one after the other, in one process while that lives: libraries are loaded once.
+    """Runs checks one after the other in one process, restarted if it ends: libraries are loaded once.
 
     Args:
-        verbose: let through what the libraries say, and tracebacks, on stderr.
-        seconds: how long one check may take.
+        verbose: show the libraries' output and tracebacks on stderr.
+        seconds: timeout of one check.
     """
 
     def __init__(self, verbose: bool = False, seconds: float = SECONDS) -> None:
         self.verbose = verbose
         self.seconds = seconds
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection | None = None
+        self._running: tuple[BaseProcess, Connection] | None = None
 
     def __enter__(self) -> Examiner:
         return self
@@ -39,39 +40,40 @@ class Examiner:
         self._end()
 
     def make(self, check: Check) -> list[Finding]:
-        """What a check finds; what goes wrong in it is a finding too."""
-        if self._process is None:
-            self._begin()
+        """Run a check and return its findings; an error in it is a finding too."""
+        process, pipe = self._running = self._running or self._begin()
         try:
-            self._pipe.send(check)
-            if self._pipe.poll(self.seconds):
-                return self._pipe.recv()
-            fact = f"no end within {self.seconds:g} s"
-            fix = "try again; if it is the GPU that does not answer, restart the machine"
+            pipe.send(check)
+            if pipe.poll(self.seconds):
+                return pipe.recv()
+            fact = f"not finished within {self.seconds:g} s"
+            fix = "try again; if the GPU does not respond, restart the machine"
         except (EOFError, OSError):
-            self._process.join(self.seconds)
-            fact = f"the check ended its process, by {_ending(self._process.exitcode)}"
-            fix = "install torch and bitsandbytes again; folora-q --debug doctor shows the last words"
+            process.join(self.seconds)
+            fact = f"the check ended its process, by {_ending(process.exitcode)}"
+            fix = "reinstall torch and bitsandbytes; folora-q --debug doctor shows the last output"
         self._end()
         return [Finding(check.name, State.FAILURE if check.needed else State.WARNING, fact, fix)]
 
-    def _begin(self) -> None:
-        spawning = multiprocessing.get_context("spawn")  # nothing of ours is carried over
-        self._pipe, theirs = spawning.Pipe()
-        self._process = spawning.Process(target=_serve, args=(theirs, self.verbose), daemon=True)
-        self._process.start()
-        theirs.close()  # or its end would not be seen
+    def _begin(self) -> tuple[BaseProcess, Connection]:
+        spawning = multiprocessing.get_context("spawn")  # inherits no state of this process
+        ours, theirs = spawning.Pipe()
+        process = spawning.Process(target=_serve, args=(theirs, self.verbose), daemon=True)
+        process.start()
+        theirs.close()  # otherwise its end would not be detected
+        return process, cast(Connection, ours)  # on Windows a PipeConnection, with the same methods
 
     def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = self._pipe = None
+        if self._running is not None:
+            process, pipe = self._running
+            process.kill()
+            process.join()
+            pipe.close()
+            self._running = None
 
 
 def attempt(check: Check, verbose: bool = False) -> list[Finding]:
-    """Make a check here, in this process."""
+    """Run a check in this process."""
     try:
         findings = check.look()
     except Exception as error:
@@ -79,7 +81,7 @@ def attempt(check: Check, verbose: bool = False) -> list[Finding]:
             traceback.print_exc()
         cause = root_cause(error)
         if isinstance(cause, ImportError):
-            fact, fix = f"not tested: {first_line(cause)}", install_missing(cause) or "mend the packages first"
+            fact, fix = f"not tested: {first_line(cause)}", install_missing(cause) or "fix the packages first"
         else:
             fact, fix = f"{type(cause).__name__}: {first_line(cause)}", "folora-q --debug doctor shows where"
         findings = [Finding(check.name, State.FAILURE if check.needed else State.WARNING, fact, fix)]
@@ -87,8 +89,8 @@ def attempt(check: Check, verbose: bool = False) -> list[Finding]:
 
 
 def _serve(pipe: Connection, verbose: bool) -> None:
-    """The other process: answer until it is ended. Its stdout is nobody's, for ours holds data alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this
+    """Answer requests in the other process until it is killed. Its stdout is closed, as ours is for data only."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     if verbose:
         os.dup2(2, 1)
         faulthandler.enable()

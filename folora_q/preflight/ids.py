@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import pyarrow.compute as pc
 from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -13,15 +16,15 @@ from folora_q.preflight.model import no_row
 
 
 def require_rows(data: TaskTokens, tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
-    """See that the embedding has a row for every token that the run reads.
+    """Check that the embedding has a row for every token of the run's data.
 
     Raises:
-        UserError: it has none for a token of a row, or for the one that batches are padded with.
+        UserError: it has none for a token of the data, or for the padding token.
     """
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(rows, int):
         return
-    padding = tokenizer.pad_token_id
+    padding = cast(int | None, tokenizer.pad_token_id)
     if padding is not None and padding >= rows:
         raise UserError(f"batches are padded, but {no_row({padding: str(tokenizer.pad_token)}, rows)}")
     for half, examples in ((data.train, data.task.train), (data.heldout, data.task.heldout)):
@@ -32,11 +35,12 @@ def require_rows(data: TaskTokens, tokenizer: Tokenizer, config: PreTrainedConfi
 
 
 def _first_beyond(half: Tokenized, rows: int) -> tuple[int, int] | None:
-    """The example, and the number, of the first token beyond the rows."""
+    """Return example and id of the first token beyond the embedding's rows."""
     ids = half.sequences.data.column("input_ids")
-    if (pc.max(pc.list_flatten(ids)).as_py() or 0) < rows:
+    largest = pc.call_function("max", [pc.call_function("list_flatten", [ids])]).as_py()
+    if (largest or 0) < rows:
         return None
-    for row in half.sequences:
+    for row in cast(Iterable[dict[str, Any]], half.sequences):
         for number in row["input_ids"]:
             if number >= rows:
                 return row["example"], number

@@ -25,19 +25,19 @@ from folora_q.recipe.target_modules import Modules, adapter_findings
 Config = Mapping[str, Any]
 KeyPath = Callable[[tuple[str | int, ...]], str]
 MODEL, LENGTH = ("model", "model_name_or_path"), ("training", "max_length")
-# A message names no more tokens.
+# Maximum number of tokens that a message names.
 MAX_NAMED_TOKENS = 4
 DEFAULT_NAMES = AdapterSection()
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found of a base model that can be used.
+    """Findings on a base model that can be used.
 
     Attributes:
-        notes: sentences, for somebody who may want to change the recipe.
-        rows: of its embedding; 0 where that is not known.
-        beyond: tokens that no row of it is for, by their number.
+        notes: sentences for the user, who may want to change the recipe.
+        rows: number of rows of its embedding; 0 if unknown.
+        beyond: tokens beyond the embedding's rows, by id.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -46,26 +46,26 @@ class Examined:
 
 
 def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modules], ask_the_hub: bool) -> Examined:
-    """Look through the recipe and the files of the model that are no weights.
+    """Check the recipe against the files of the model other than its weights.
 
     Args:
-        place: where a key stands.
-        build: gives the modules of a model that is not in our table, from its config.json.
-        ask_the_hub: fetch config.json where it is neither here nor in the cache.
+        place: returns the location of a key in the recipe.
+        build: returns the modules of a model that is not in our table, from its config.json.
+        ask_the_hub: fetch config.json if it is neither local nor in the cache.
 
     Raises:
-        UserError: the model is of a kind that cannot be fine-tuned or put into 4 bits, is shorter than the recipe's
-            texts, lacks a layer that the recipe names or a row for a token that every text has; the message lists
-            every finding.
+        UserError: the model cannot be fine-tuned or quantized to 4 bits, has fewer positions than the recipe's texts,
+            or lacks a layer that the recipe names or a row for a token that every text has. The message lists all
+            findings.
     """
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
     config = config_here(name, revision)
     if config is None:
         if not ask_the_hub:
-            return Examined([f"the files of {name} are not in the hub's cache, so the model was not looked at"])
+            return Examined([f"the files of {name} are not in the hub's cache, so the model was not checked"])
         try:
             config = read_config(name, revision)
-        except UserError:  # whoever loads it says what is wrong
+        except UserError:  # loading the model will report it
             return Examined()
     refuse_unsupported(name, config)
     folder, notes = files_here(name, revision), []
@@ -82,14 +82,14 @@ def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modu
         raise UserError(listed(findings))
     if beyond:
         notes.append(
-            f"{_named(beyond)} {'has' if len(beyond) == 1 else 'have'} no row in the model's embedding, so no text can "
-            "be trained on that holds one"
+            f"{_named(beyond)} {'has' if len(beyond) == 1 else 'have'} no row in the model's embedding, so text that "
+            "contains one cannot be trained on"
         )
     return Examined(notes, rows, beyond)
 
 
 def _lengths(recipe: Recipe, config: Config, place: KeyPath, notes: list[str]) -> list[str]:
-    """Texts that are longer than the model's positions."""
+    """Return findings on texts that are longer than the model's positions."""
     positions = positions_of(config)
     if positions is None:
         return []
@@ -110,14 +110,14 @@ def _lengths(recipe: Recipe, config: Config, place: KeyPath, notes: list[str]) -
             )
         else:
             notes.append(
-                f"{setting} is {length:,}, and the model was made for {most}{reason}: beyond them it was not trained, "
-                f"and its predictions get worse ({place(key)})"
+                f"{setting} is {length:,}, but the model was trained for {most}{reason}: beyond that its predictions "
+                f"get worse ({place(key)})"
             )
     return findings
 
 
 def _tokens(recipe: Recipe, folder: Path | None, rows: int, beyond: dict[int, str], place: KeyPath) -> list[str]:
-    """Tokens that every text has and the model no row for."""
+    """Return findings on tokens that every text has and the embedding lacks."""
     template = None if recipe.data.chat_template is None else read_template(recipe.data.chat_template)
     needed = {} if folder is None or not beyond else needed_tokens(folder, beyond, template)
     if not needed:
@@ -126,13 +126,13 @@ def _tokens(recipe: Recipe, folder: Path | None, rows: int, beyond: dict[int, st
 
 
 def examine_rows(recipe: Recipe, model: Examined, rows: int | None) -> None:
-    """Look for tokens that the model cannot read in the beginning of the recipe's data.
+    """Check the first rows of the recipe's data for tokens that the embedding lacks.
 
     Args:
-        rows: so many of each source; None looks at all.
+        rows: number of rows of each source; None checks all.
 
     Raises:
-        UserError: a row holds one, or cannot be used.
+        UserError: a row contains one, or cannot be used.
     """
     if not model.beyond:
         return
@@ -143,7 +143,7 @@ def examine_rows(recipe: Recipe, model: Examined, rows: int | None) -> None:
 
 
 def no_row(tokens: Mapping[int, str], rows: int) -> str:
-    """What is wrong with tokens that text holds and the embedding has no row for."""
+    """Describe the problem of tokens that the data contains and the embedding lacks."""
     return (
         f"the model's embedding has {rows:,} rows, none of them for {_named(tokens)}: resize it "
         "(`resize_token_embeddings`) and save the model before it is fine-tuned, or use tokens that it has"
@@ -159,7 +159,7 @@ def _named(tokens: Mapping[int, str]) -> str:
 def _layers(
     recipe: Recipe, config: Config, place: KeyPath, build: Callable[[Config], Modules], notes: list[str]
 ) -> Sequence[str]:
-    """Names in the section `adapter` that no layer of the model has."""
+    """Return findings on names in the section `adapter` that match no layer of the model."""
     section = recipe.adapter
     keys = ("target_modules", "exclude_modules", "modules_to_save")
     if all(getattr(section, key) == getattr(DEFAULT_NAMES, key) for key in keys):

@@ -10,28 +10,28 @@ from typing import Any
 from folora_q.data.formats import Example, content_of
 from folora_q.storage.untrusted import MIB, read_json, read_text
 
-# A tokenizer of 260,000 tokens with their merges has 33 MiB.
+# A tokenizer of 260,000 tokens with merges takes 33 MiB.
 MAX_TOKENIZER_BYTES = 128 * MIB
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token")
 
 
 def tokens_beyond(folder: Path, rows: int) -> dict[int, str]:
-    """Tokens of a model's folder whose number no row of the embedding has, by that number."""
+    """Return the tokens of a model's folder beyond the embedding's rows, by id."""
     return {number: token for number, token in sorted(_tokens(folder)) if number >= rows}
 
 
 def new_tokens(adapter: Path, base: Path | None, rows: int) -> dict[int, str]:
-    """Tokens of an adapter's own tokenizer that no row is for, without those of which its base has none either."""
+    """Return the tokens of an adapter's tokenizer beyond the embedding's rows, except those of the base's tokenizer."""
     beyond = tokens_beyond(adapter, rows)
     known = tokens_beyond(base, rows) if beyond and base is not None else {}
     return {number: token for number, token in beyond.items() if number not in known}
 
 
 def needed_tokens(folder: Path, beyond: Mapping[int, str], template: str | None) -> dict[int, str]:
-    """Of these the ones that every run would use: named as special tokens, or written in the chat template.
+    """Return those of `beyond` that every run would use: special tokens, or tokens in the chat template.
 
     Args:
-        template: Jinja that takes the place of the model's own.
+        template: Jinja template to use instead of the model's own.
     """
     config = _object(folder / "tokenizer_config.json")
     named = [config.get(name) for name in NAMED]
@@ -41,7 +41,7 @@ def needed_tokens(folder: Path, beyond: Mapping[int, str], template: str | None)
 
 
 def tokens_in(example: Example, tokens: Mapping[int, str]) -> dict[int, str]:
-    """The tokens that an example's text holds, by their number."""
+    """Return those of `tokens` that an example's text contains."""
     content = content_of(example)
     return {number: token for number, token in tokens.items() if json.dumps(token, ensure_ascii=False)[1:-1] in content}
 
@@ -55,7 +55,7 @@ def _tokens(folder: Path) -> Iterator[tuple[int, str]]:
     if isinstance(vocabulary, Mapping):
         for token, number in vocabulary.items():
             yield from _pair(number, token)
-    elif isinstance(vocabulary, list):  # of a unigram model: tokens and their scores, in order
+    elif isinstance(vocabulary, list):  # a unigram model: tokens with scores, in order of ids
         for number, entry in enumerate(vocabulary):
             yield from _pair(number, entry[0] if isinstance(entry, list) and entry else None)
     decoder = _object(folder / "tokenizer_config.json").get("added_tokens_decoder")
@@ -81,7 +81,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _object(path: Path) -> Mapping[str, Any]:
-    """The object in a JSON file; nothing where there is none, which whoever loads the tokenizer will say."""
+    """Read an object from a JSON file; empty if that fails, which loading the tokenizer will report."""
     try:
         value = read_json(path, MAX_TOKENIZER_BYTES)
     except (OSError, ValueError):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
-from folora_q.runs.results import Evaluation, Interval, TextResult
+from folora_q.runs.results import Evaluation, Interval, TextKind, TextResult
 
-# What a run without measurements along training lacks.
-NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to know where a run stood at another loss"
+# Hint for a run without measurements during training.
+NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to compare a run at other losses"
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class TableRow:
     """One number of every run.
 
     Attributes:
-        form: how it is written; "time" and "memory" have forms of their own.
-        base: the base model's. estimates: the tuned models', None where there is none; without an interval where both
-            of its ends are the value.
-        lower_is_better: None where neither is.
+        form: format of the number; "time" and "memory" have their own.
+        base: the number of the base model.
+        estimates: the numbers of the tuned models; None if unknown. Exact numbers have an interval of width zero.
+        lower_is_better: None if neither direction is better.
     """
 
     label: str
@@ -34,7 +34,7 @@ class TableRow:
 
     @property
     def best(self) -> int | None:
-        """Which run has the best number, if its interval lies apart from all others'."""
+        """Index of the run with the best number, if its interval does not overlap any other."""
         known = [(estimate, n) for n, estimate in enumerate(self.estimates) if estimate is not None]
         known = [(estimate, n) for estimate, n in known if math.isfinite(estimate.value)]
         if self.lower_is_better is None or len(known) < 2:
@@ -47,7 +47,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class AtEqualLoss:
-    """Every run when it first had a task loss that all of them reached; None for one whose points do not tell."""
+    """Every run when it first reached a task loss that all of them reached; None for a run not measured there."""
 
     loss: float
     reached: list[Reached | None]
@@ -55,12 +55,12 @@ class AtEqualLoss:
 
     @property
     def learned(self) -> bool:
-        """Whether the loss lies below the base's: else one of the runs learned nothing."""
+        """Whether the loss is below the base's; otherwise one of the runs learned nothing."""
         return self.base_loss is None or self.loss < self.base_loss
 
 
 def at_ends(runs: Sequence[Run]) -> list[TableRow]:
-    """What every run has at its end, a number a row; numbers that no run has are left out."""
+    """Return the rows of the comparison at the end of training; numbers that no run has are left out."""
     evaluations = [run.evaluation for run in runs]
     rows: list[TableRow] = []
 
@@ -110,7 +110,7 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
 
 
 def at_equal_loss(runs: Sequence[Run]) -> AtEqualLoss | None:
-    """None where a run has neither an evaluation nor measurements along training."""
+    """Compare runs at equal task loss; None if a run has no held-out task loss."""
     courses = [run.course for run in runs]
     loss = equal_loss(courses)
     if loss is None:
@@ -121,13 +121,13 @@ def at_equal_loss(runs: Sequence[Run]) -> AtEqualLoss | None:
 
 
 def where(reached: Reached) -> str:
-    """How a number at equal loss is known: measured, or interpolated between two moments."""
+    """Describe how a number at equal loss is known: measured, or interpolated between two steps."""
     moments = ["the end" if point.step is None else f"step {point.step:,}" for point in reached.between]
     return f"interpolated, {moments[0]} to {moments[1]}" if reached.interpolated else f"measured at {moments[0]}"
 
 
 def written(value: float | None, form: str) -> str:
-    """A number of a row in its form."""
+    """Format a number of a row."""
     if value is None:
         return text.NONE
     if form == "time":
@@ -136,12 +136,12 @@ def written(value: float | None, form: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """The task's metric for people."""
+    """Return a metric's name for display."""
     return metric.replace("_", " ")
 
 
 def update_norm(found: Evaluation) -> Interval | None:
-    """‖ΔW‖ over all layers."""
+    """Return ‖ΔW‖ over all layers; None if unknown."""
     norms = [layer.update_norm for layer in found.layers if layer.update_norm is not None]
     total = math.sqrt(sum(norm * norm for norm in norms))
     return Interval(total, total, total) if norms else None
@@ -153,7 +153,7 @@ def total_seconds(run: Run) -> float | None:
 
 
 def peak_stage(run: Run) -> StageTime | None:
-    """The stage that took most memory; of the device, where that was measured."""
+    """Return the stage with the highest peak memory, of the device if that was measured."""
     known = [stage for stage in run.stages if stage.peak_bytes]
     of_device = [stage for stage in known if stage.memory == "device"]
     return max(of_device or known, key=lambda stage: stage.peak_bytes or 0, default=None)
@@ -166,10 +166,10 @@ def peak_bytes(run: Run) -> float | None:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """What to call them: their folders' names, or as much of the paths as tells them apart."""
+    """Return names for display: of the folders, or their paths if names are not unique."""
     names = [run.name for run in runs]
     return [name if names.count(name) == 1 else str(run.folder.path) for name, run in zip(names, runs, strict=True)]
 
 
-def _names(evaluations: Sequence[Evaluation | None], kind: str) -> list[str]:
+def _names(evaluations: Sequence[Evaluation | None], kind: TextKind) -> list[str]:
     return list(dict.fromkeys(result.name for found in evaluations if found for result in found.of_kind(kind)))

@@ -11,15 +11,15 @@ from folora_q.errors import UserError
 from folora_q.report.layers import joint_name, place_of, short_names
 from folora_q.runs.results import GateResult
 
-# More are too many to look at one by one.
+# Maximum number of gates to show in detail.
 MAX_NAMED_LAYERS = 4
 
 
 def find_gates(gates: Sequence[GateResult], asked: str) -> list[GateResult]:
-    """The gates of the modules whose name is `asked`, ends so, or matches it as a pattern with * and ?.
+    """Return the gates of the modules whose name is `asked`, ends with it, or matches it as a pattern with * and ?.
 
     Raises:
-        UserError: there is none, or more than a few.
+        UserError: none matches, or too many do.
     """
     found = [gate for gate in gates if any(_matches(name, asked) for name in gate.modules)]
     if not found:
@@ -32,12 +32,12 @@ def find_gates(gates: Sequence[GateResult], asked: str) -> list[GateResult]:
     if len(found) > MAX_NAMED_LAYERS:
         middle = found[len(found) // 2].modules
         one = next(name for name in middle if _matches(name, asked))
-        raise UserError(f"{asked} stands for {len(found)} gates", f"name one, e.g. --module {one}")
+        raise UserError(f"{asked} matches {len(found)} gates", f"name one, e.g. --module {one}")
     return found
 
 
 def shared_by(gates: Sequence[GateResult]) -> list[str]:
-    """The kinds of module that share gates, in short: q/k/v_proj."""
+    """Return the kinds of module that share gates, in short: q/k/v_proj."""
     short = short_names(name for gate in gates for name in gate.modules)
     found = []
     for gate in gates:
@@ -48,7 +48,7 @@ def shared_by(gates: Sequence[GateResult]) -> list[str]:
 
 
 def passing(gates: Sequence[GateResult]) -> tuple[int, int]:
-    """How many directions pass more than half of their step, and how many there are; the unresolved ones count too."""
+    """Return the number of directions that pass more than half of their step, and of all, including unresolved ones."""
     over = sum(
         sum(value > 0.5 for value in gate.values) + (gate.dim - len(gate.values) if gate.complement_value > 0.5 else 0)
         for gate in gates
@@ -57,13 +57,13 @@ def passing(gates: Sequence[GateResult]) -> tuple[int, int]:
 
 
 def mean_value(gates: Sequence[GateResult]) -> float:
-    """The share of a step that passes, over all directions of all gates."""
+    """Return the mean share of a step that passes, over all directions of all gates."""
     known = [gate for gate in gates if gate.dim > 0]
     return sum(gate.mean_value * gate.dim for gate in known) / sum(gate.dim for gate in known)
 
 
 def heldout_penalties(gates: Sequence[GateResult]) -> tuple[float, float] | None:
-    """The penalty of A's rows summed over all gates, in sample and held out; None if it was not measured."""
+    """Return the penalty of A's rows summed over all gates, in sample and held out; None if not measured."""
     known = [gate for gate in gates if gate.penalty is not None and gate.heldout_penalty is not None]
     inside, outside = (sum(getattr(gate, name) for gate in known) for name in ("penalty", "heldout_penalty"))
     return (inside, outside) if 0 < inside < math.inf and 0 < outside < math.inf else None

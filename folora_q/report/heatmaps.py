@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
@@ -17,13 +18,13 @@ from folora_q.report.style import ACCENT, MUTED, RAMP, SECOND, SURFACE
 from folora_q.report.text import short, tick
 from folora_q.runs.results import GateResult
 
-# Beside each other in one figure of spectra: the first, the middle and the last layer.
+# Panels in a figure of spectra: the first, the middle and the last layer.
 PANELS = 3
 
 
 @in_our_style
 def heat_map(quantity: Quantity, scale: Scale | None = None) -> Figure:
-    """One quantity; with `scale` instead of its own range, so that two maps can be compared."""
+    """Draw a quantity by layer; a common `scale` makes several maps comparable."""
     grid, scale = quantity.grid, scale or quantity.scale
     figure = Figure(figsize=(WIDTH, 0.72 + 0.17 * len(grid.rows)), layout="constrained")
     titled(figure, quantity.title)
@@ -40,7 +41,7 @@ def heat_map(quantity: Quantity, scale: Scale | None = None) -> Figure:
     shown = [n for n, column in enumerate(grid.columns) if column is None or n % every == 0]
     names = ["other" if grid.columns[n] is None else str(grid.columns[n]) for n in shown]
     axes.set_xticks([n + 0.5 for n in shown], names)
-    left = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+    left: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
     axes.annotate("layer", (0, 0), xytext=(-3.5, -3.5), color=MUTED, fontsize=8, **left)
     axes.grid(False)
     for spine in axes.spines.values():
@@ -57,11 +58,12 @@ def heat_map(quantity: Quantity, scale: Scale | None = None) -> Figure:
 
 @in_our_style
 def spectrum(kind: str, gates: Sequence[tuple[str, GateResult]], rows: int | None = None) -> Figure:
-    """Quotients of some gates by rank, and the share of a step that each direction passes.
+    """Draw the quotients of some gates by rank, and the share of a step that each direction passes.
 
     Args:
-        kind: which modules' inputs these are. gates: with what the panel is called.
-        rows: so many directions are A's, which stays there: they are shaded, and no step passes a gate.
+        kind: the modules whose inputs these are.
+        gates: each with the title of its panel.
+        rows: number of directions that a frozen A reads, which are shaded instead of drawing shares.
     """
     figure = Figure(figsize=(WIDTH, 2.1), layout="constrained")
     titled(figure, f"Input of {label_of(kind)}")
@@ -84,7 +86,7 @@ def spectrum(kind: str, gates: Sequence[tuple[str, GateResult]], rows: int | Non
 
 
 def spectra(gates: Sequence[GateResult]) -> list[tuple[str, list[tuple[str, GateResult]]]]:
-    """For each kind of input, the gates of the first, middle and last layer that have one."""
+    """Return for each kind of input the gates of the first, middle and last layer that have one."""
     usable = [gate for gate in gates if gate.modules and _pairs(gate)]
     short_name = short_names(name for gate in usable for name in gate.modules)
     kinds: dict[str, list[tuple[int | None, GateResult]]] = {}
@@ -102,7 +104,7 @@ def spectra(gates: Sequence[GateResult]) -> list[tuple[str, list[tuple[str, Gate
 
 
 def _pairs(gate: GateResult) -> list[tuple[float, float]]:
-    """Quotients that a logarithmic axis can show, with their values."""
+    """Return the quotients that a logarithmic axis can show, with their values."""
     return [(q, value) for q, value in zip(gate.quotients, gate.values, strict=False) if isfinite(q) and q > 0]
 
 
@@ -118,7 +120,7 @@ def _quotients(axes: Axes, gate: GateResult) -> None:
 
 
 def _shares(axes: Axes, gate: GateResult, labelled: bool) -> None:
-    """The share of a step that passes, on an axis of its own at the right; and the quotient at which it is a half."""
+    """Draw the share of a step that passes on a second axis at the right, and the quotient at which it is a half."""
     if gate.gate_lambda > 0:
         axes.axhline(gate.gate_lambda, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
     values = [value for _, value in _pairs(gate)]

@@ -9,17 +9,17 @@ from os.path import commonprefix
 
 from folora_q.runs.results import GateResult, LayerResult
 
-# Longer numbers in names are no layers.
+# Longer numbers in names are not layer indices.
 MAX_INDEX_DIGITS = 6
-# Of a logarithmic scale: what lies further below the largest is as good as nothing, and would take the contrast away.
+# Range of a logarithmic scale; smaller values are negligible, and would reduce the contrast.
 DECADES = 5
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a module stands: `model.layers.11.mlp.down_proj` is `mlp.down_proj` of 11 in `model.layers`.
+    """The position of a module: `model.layers.11.mlp.down_proj` is `mlp.down_proj` of 11 in `model.layers`.
 
-    Numbers further on, of experts, are a `*`: they are one kind.
+    Later numbers, as of experts, become `*`, so that experts are one kind.
     """
 
     stem: str
@@ -33,8 +33,8 @@ class Grid:
 
     Attributes:
         rows: kinds of module, or several that share a gate.
-        columns: layers; None, which comes last, are modules that stand in no numbered layer.
-        cells: by row; None where there is nothing. Several modules of one kind (experts) are averaged.
+        columns: layers; None, at the end, is for modules outside of numbered layers.
+        cells: by row; None if empty. Several modules of one kind (experts) are averaged.
     """
 
     rows: list[str]
@@ -48,7 +48,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scale:
-    """From a quantity to a share of its range, from 0 to 1."""
+    """Maps a quantity to a share of its range, from 0 to 1."""
 
     low: float
     high: float
@@ -66,7 +66,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that is known of layers or of gates, and what it is called."""
+    """A quantity of layers or gates, with its title and meaning."""
 
     key: str
     title: str
@@ -90,7 +90,7 @@ def place_of(name: str) -> LayerPlace:
 
 
 def short_names(names: Iterable[str]) -> dict[tuple[str, str], str]:
-    """For every (stem, kind) among the names, as much of its end as tells it from the others."""
+    """Return for every (stem, kind) among the names its shortest unique ending."""
     kinds = list(dict.fromkeys((place.stem, place.kind) for place in map(place_of, names)))
     wholes = {key: ".".join(filter(None, key)).split(".") for key in kinds}
     ends = {key: key[1].split(".") for key in kinds}
@@ -106,7 +106,7 @@ def short_names(names: Iterable[str]) -> dict[tuple[str, str], str]:
 
 
 def joint_name(names: Sequence[str]) -> str:
-    """Names of modules that share something, in short: q/k/v_proj."""
+    """Abbreviate the names of modules that share a gate: q/k/v_proj."""
     end = commonprefix([name[::-1] for name in names])[::-1]
     end = end[end.find("_") :] if "_" in end else ""
     if len(names) < 2 or not all(name.removesuffix(end) for name in names):
@@ -115,7 +115,7 @@ def joint_name(names: Sequence[str]) -> str:
 
 
 def grid_of(values: Iterable[tuple[Sequence[str], float]]) -> Grid:
-    """Order values by the kind and the layer of the modules that each belongs to; what is not finite is left out."""
+    """Arrange values by kind and layer of their modules; non-finite values are left out."""
     entries = [(list(names), value) for names, value in values if names and math.isfinite(value)]
     short = short_names(name for names, _ in entries for name in names)
     found: dict[str, dict[int | None, list[float]]] = {}
@@ -124,7 +124,7 @@ def grid_of(values: Iterable[tuple[Sequence[str], float]]) -> Grid:
         row = joint_name(list(dict.fromkeys(short[place.stem, place.kind] for place in places)))
         found.setdefault(row, {}).setdefault(places[0].index, []).append(value)
     indices = {index for row in found.values() for index in row}
-    columns: list[int | None] = sorted(index for index in indices if index is not None)
+    columns: list[int | None] = [*sorted(index for index in indices if index is not None)]
     if None in indices:
         columns.append(None)
     means = {row: {i: sum(values) / len(values) for i, values in cells.items()} for row, cells in found.items()}
@@ -132,7 +132,7 @@ def grid_of(values: Iterable[tuple[Sequence[str], float]]) -> Grid:
 
 
 def scale_of(values: Iterable[float], logarithmic: bool) -> Scale:
-    """The range of the values; from 0 where it is not logarithmic."""
+    """Return the range of the values; a linear scale starts at 0."""
     if not logarithmic:
         return Scale(0.0, max(values, default=0.0), False)
     positive = [value for value in values if value > 0]
@@ -143,7 +143,7 @@ def scale_of(values: Iterable[float], logarithmic: bool) -> Scale:
 
 
 def layer_quantities(layers: Sequence[LayerResult]) -> list[Quantity]:
-    """How far every layer moved; what is not known of any is left out."""
+    """Return how far every layer moved; unknown quantities are left out."""
     return _known(
         [
             *(_drift(layers, kind, text) for kind, text in (("own", "the base’s own text"), ("task", "task text"))),
@@ -159,7 +159,7 @@ def layer_quantities(layers: Sequence[LayerResult]) -> list[Quantity]:
 
 
 def gate_quantities(gates: Sequence[GateResult], layers: Sequence[LayerResult], steps: bool = True) -> list[Quantity]:
-    """Where the gate bites: what the gates are, and how much of the steps they let pass, if `steps` go through them."""
+    """Return what the gates are and, if `steps` go through them, how much of each step they let pass."""
     return _known(
         [
             Quantity(

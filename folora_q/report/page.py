@@ -26,9 +26,9 @@ from folora_q.report.style import css_variables
 from folora_q.runs.results import AnswerResult, Interval
 from folora_q.storage.redaction import conceal
 
-# Answers on a page: right, wrong and unscored ones, and answers to prompts that have nothing to do with the task.
+# Number of answers on a page: right, wrong and unscored ones, and answers to general prompts.
 RIGHT, WRONG, UNSCORED, GENERAL = 3, 3, 4, 6
-# A page stays a page: the files have all of it.
+# Limits of a page; the files have everything.
 MAX_TABLE_ROWS = 2000
 MAX_ANSWER_LENGTH = 8000
 FIRST_GLANCE = 320
@@ -36,7 +36,7 @@ FIRST_GLANCE = 320
 
 @dataclass(frozen=True)
 class Page:
-    """A page, and its figures."""
+    """An HTML page and its figures."""
 
     html: str
     pictures: list[Picture]
@@ -44,7 +44,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with both answers, as much as is shown of them."""
+    """A prompt with both answers, as shown on a page."""
 
     answer: AnswerResult
     heading: str
@@ -53,7 +53,7 @@ class Sample:
 
 
 def report_page(run: Run, baseline: Run | None = None) -> Page:
-    """The report of a run, finished or not, beside a baseline where there is one."""
+    """Return the report of a run, finished or not, compared with a baseline if given."""
     runs = [run] if baseline is None else [run, baseline]
     names = names_of(runs)
     equal = at_equal_loss(runs) if baseline else None
@@ -86,10 +86,10 @@ def report_page(run: Run, baseline: Run | None = None) -> Page:
 
 
 def comparison_page(runs: Sequence[Run], notes: Sequence[str] = ()) -> Page:
-    """Several runs of one base model beside each other.
+    """Return the comparison of several runs of one base model.
 
     Args:
-        notes: what a reader must know of how far they can be compared.
+        notes: limits of the comparison that a reader must know.
     """
     names = names_of(runs)
     equal = at_equal_loss(runs)
@@ -106,12 +106,12 @@ def comparison_page(runs: Sequence[Run], notes: Sequence[str] = ()) -> Page:
 
 
 def samples(answers: Sequence[AnswerResult]) -> list[Sample]:
-    """A few of them: held-out prompts that the tuned model answers right, and wrong, and general prompts."""
+    """Select answers: held-out prompts that the tuned model answers right and wrong, and general prompts."""
     task = [answer for answer in answers if answer.kind == "task"]
-    scored = [answer for answer in task if answer.tuned_score is not None]
+    scored = [(answer, answer.tuned_score) for answer in task if answer.tuned_score is not None]
     groups = [
-        ("right", [answer for answer in scored if answer.tuned_score >= 1][:RIGHT]),
-        ("not right", [answer for answer in scored if answer.tuned_score < 1][:WRONG]),
+        ("right", [answer for answer, score in scored if score >= 1][:RIGHT]),
+        ("not right", [answer for answer, score in scored if score < 1][:WRONG]),
         ("held out", [answer for answer in task if answer.tuned_score is None][:UNSCORED]),
         ("general", [answer for answer in answers if answer.kind == "general"][:GENERAL]),
     ]
@@ -163,7 +163,7 @@ def _environment() -> Environment:
 
 
 def direction(change: Interval) -> str:
-    """What a change is in words, as far as its interval tells."""
+    """Describe the direction of a change, if its interval excludes zero."""
     if not all(map(math.isfinite, (change.value, change.low, change.high))):
         return "could not be measured"
     if change.low <= 0 <= change.high:
@@ -172,7 +172,7 @@ def direction(change: Interval) -> str:
 
 
 def factor(equal: AtEqualLoss) -> str | None:
-    """The second run's KL at equal loss in terms of the first's, where both are known and differ."""
+    """Express the second run's KL at equal loss as a multiple of the first's; None if either is unknown or zero."""
     first, second = ((reached.kl or 0.0) if reached else 0.0 for reached in equal.reached[:2])
     if first <= 0 or second <= 0:
         return None
@@ -181,7 +181,7 @@ def factor(equal: AtEqualLoss) -> str | None:
 
 
 def _clipped(said: str, longest: int) -> str:
-    """Its beginning, cut between words where it is much too long."""
+    """Shorten text between words if it is much too long."""
     if len(said) <= longest * 1.25:
         return said
     start = said[:longest]

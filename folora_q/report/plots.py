@@ -15,7 +15,7 @@ from folora_q.report.style import ACCENT, INK, LINE, MARKERS, MUTED, SERIES, SUR
 from folora_q.report.text import memory, short, tick, visible, wall_time
 from folora_q.runs.results import LayerResult
 
-WIDTH = 4.9  # inches: half of a page, all of a telephone
+WIDTH = 4.9  # inches: half of a page, or a phone's full width
 # Losses that fall by more than this factor are drawn on a logarithmic scale, which shows their end.
 LOG_FROM = 8.0
 MAX_LABEL_LENGTH = 44
@@ -23,14 +23,14 @@ NATS = "nats per token"
 
 
 def label_of(text: str) -> str:
-    """A name from a file, fit for a figure."""
+    """Return a name from a file as a figure's label, shortened."""
     text = visible(text)
     return text if len(text) <= MAX_LABEL_LENGTH else text[: MAX_LABEL_LENGTH - 1] + "…"
 
 
 @in_our_style
 def training_curves(run: Run) -> Figure:
-    """Task loss, in training and held out, over KL to the base, by step."""
+    """Draw training loss and held-out task loss by step, above the KL from the base."""
     with_kl = [point for point in run.points if point.kl is not None]
     figure = Figure(figsize=(WIDTH, 3.9 if with_kl else 2.6), layout="constrained")
     titled(figure, "Loss and forgetting over steps")
@@ -57,21 +57,21 @@ def training_curves(run: Run) -> Figure:
 
 @in_our_style
 def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | None = None) -> Figure:
-    """Forgetting against task loss, a line for each run; its end by the final evaluation is a star."""
+    """Draw forgetting against task loss, one line per run; a star marks the final evaluation."""
     figure = Figure(figsize=(WIDTH, 3.9 + 0.17 * (len(runs) // 2)), layout="constrained")
     titled(figure, "What the task cost")
     axes = figure.subplots()
     losses: list[float] = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        points = [point for point in run.points if point.kl is not None]
+        points = [(point.loss, point.kl) for point in run.points if point.kl is not None]
         style = _line(number, len(points))
-        axes.plot([p.loss for p in points], [p.kl for p in points], label=label_of(name), **style)
+        axes.plot([loss for loss, _ in points], [kl for _, kl in points], label=label_of(name), **style)
         end = run.end
         if end is not None and end.kl is not None:
             star = {"marker": "*", "markersize": 12, "markeredgecolor": SURFACE, "markeredgewidth": 0.8}
             axes.plot([end.loss], [end.kl], color=style["color"], linestyle="none", zorder=5, **star)
             losses.append(end.loss)
-        losses += [point.loss for point in points]
+        losses += [loss for loss, _ in points]
     if equal_loss is not None:
         axes.axvline(equal_loss, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         axes.annotate(
@@ -93,7 +93,7 @@ def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | Non
 
 @in_our_style
 def costs(stages: Sequence[StageTime]) -> Figure:
-    """Time and peak memory of every stage, as bars with their numbers."""
+    """Draw time and peak memory of every stage as bars with numbers."""
     has_memory = any(stage.peak_bytes for stage in stages)
     figure = Figure(figsize=(WIDTH, 0.45 + 0.35 * len(stages)), layout="constrained")
     titled(figure, "Time and peak memory by stage" if has_memory else "Time by stage")
@@ -119,7 +119,7 @@ def costs(stages: Sequence[StageTime]) -> Figure:
 
 @in_our_style
 def predicted_drift(layers: Sequence[LayerResult]) -> Figure:
-    """Every layer's drift, as the gate's sketches predict it and as it was measured."""
+    """Draw every layer's drift, by the gate's statistics against measured."""
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     titled(figure, "Drift, by the statistics and measured")
     axes = figure.subplots()
@@ -146,7 +146,7 @@ def predicted_drift(layers: Sequence[LayerResult]) -> Figure:
 
 
 def _line(number: int, points: int) -> dict[str, Any]:
-    """The look of the n-th line; markers where they can be told apart."""
+    """Return the style of the n-th line, with markers if there are few points."""
     style: dict[str, Any] = {"color": SERIES[number % len(SERIES)]}
     if number >= len(SERIES):
         style["linestyle"] = (0, (4, 2))
@@ -157,7 +157,7 @@ def _line(number: int, points: int) -> dict[str, Any]:
 
 
 def _legend_above(axes: Axes) -> None:
-    """The legend over the panel, where it hides nothing; long names one below the other."""
+    """Put the legend above the panel; long names in one column."""
     labels = axes.get_legend_handles_labels()[1]
     columns = 1 if any(len(label) > MAX_LABEL_LENGTH // 2 for label in labels) else 3
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec, cast
 from xml.etree import ElementTree
 
 import matplotlib
@@ -20,7 +20,7 @@ from folora_q.report.text import visible
 
 PNG_DPI = 150
 P = ParamSpec("P")
-# A figure in a PNG has its title in it; on a page the title stands above it, as text.
+# A PNG includes the figure's title; a page has it as text above the figure.
 TITLE = "title"
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 LINK = re.compile(r"^#\w+$|(?<=url\()#\w+")
@@ -29,11 +29,12 @@ COLOUR = re.compile(r"#[0-9a-f]{6}")
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with what is said of it.
+    """A figure with its texts.
 
     Attributes:
-        name: of its PNG, and of its place on the page.
-        caption: what it shows and how to read it. alt: what there is to see, for who cannot.
+        name: of its PNG file, and of its anchor on the page.
+        caption: what it shows and how to read it.
+        alt: alternative text.
     """
 
     name: str
@@ -45,16 +46,16 @@ class Picture:
 
 @contextmanager
 def our_style() -> Iterator[None]:
-    """matplotlib as it comes, whatever the user's matplotlibrc says, in our look; without its remarks."""
+    """Use our style on matplotlib's defaults, independent of the user's matplotlibrc, without warnings."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(FIGURE)
+        matplotlib.rcParams.update(cast(Any, FIGURE))  # its keys are literal types
         yield
 
 
 def in_our_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """For functions that draw."""
+    """Decorate a function that draws a figure to use our style."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -65,12 +66,12 @@ def in_our_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def titled(figure: Figure, title: str) -> None:
-    """Give a figure the title that its PNG shows."""
+    """Set the figure's title, which its PNG shows."""
     figure.suptitle(title, x=0.012, ha="left", fontsize=9.5, fontweight="bold", gid=TITLE)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure on white, with its title."""
+    """Render the figure as PNG on white, with its title."""
     with our_style(), io.BytesIO() as file:
         _show_title(figure, True)
         figure.savefig(file, format="png", dpi=PNG_DPI, facecolor=SURFACE, metadata={"Software": None})
@@ -78,7 +79,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(picture: Picture) -> str:
-    """An <svg> element for a page, whose colours are the page's variables and whose text has the page's font."""
+    """Render an <svg> element with the page's colour variables and font."""
     with our_style(), io.StringIO() as file:
         matplotlib.rcParams["svg.hashsalt"] = picture.name
         _show_title(picture.figure, False)
@@ -95,7 +96,7 @@ def svg(picture: Picture) -> str:
             attributes.pop("id", None)
         element.attrib = {key: _attribute(key, value, picture.name) for key, value in attributes.items()}
         if element.tag == "style":
-            element.text = None  # it would hold for the whole page
+            element.text = None  # it would apply to the complete page
         if element.attrib.get("transform", "").startswith("rotate(-0 "):
             del element.attrib["transform"]
     size = root.attrib["viewBox"]
@@ -110,7 +111,7 @@ def _attribute(key: str, value: str, prefix: str) -> str:
     elif key in ("d", "x", "y", "width", "height", "transform"):
         value = re.sub(r"(\d\.\d\d)\d+", r"\1", " ".join(value.split()))  # a hundredth of a point is enough
     elif key == "id":
-        value = f"{prefix}-{value}"  # ids hold for a page, and two figures may have the same marker or frame
+        value = f"{prefix}-{value}"  # ids must be unique on a page, and two figures may have the same marker or frame
     return LINK.sub(lambda found: found[0].replace("#", f"#{prefix}-"), value)
 
 

@@ -44,12 +44,12 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Run:
-    """What is there of a run.
+    """The files of a run, as far as they exist.
 
     Attributes:
-        name: for people: its folder's name.
-        manifest: run.json, empty where there is none.
-        recipe_text: recipe.resolved.yaml; `recipe` is the same parsed, empty where it cannot be.
+        name: of its folder, for display.
+        manifest: run.json; empty if missing.
+        recipe_text: recipe.resolved.yaml; `recipe` is the parsed content, empty if invalid.
     """
 
     folder: RunFolder
@@ -63,7 +63,7 @@ class Run:
     answers: list[AnswerResult] = field(default_factory=list)
 
     def fact(self, *keys: str) -> str | None:
-        """Text or a number of run.json, by its path of keys."""
+        """Return a text or number of run.json by its keys."""
         value: Any = self.manifest
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def gated(self) -> bool | None:
-        """Whether the gate was on, or None where nothing says."""
+        """Whether the gate was on; None if unknown."""
         if self.gates:
             return True
         gate = self.recipe.get("gate")
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all is there that was to be: a run, or the evaluation of an adapter from elsewhere."""
+        """Whether the run, or the evaluation of another adapter, is complete."""
         return self.status in ("complete", "evaluation") and self.evaluation is not None
 
     @property
@@ -118,13 +118,13 @@ class Run:
 
     @property
     def base_label(self) -> str | None:
-        """A hub id as it is; of a path, which can be long, the last part."""
+        """The base model for display: a hub id, or the last part of a path."""
         name = self.base_model
         return Path(name).name if name and Path(name).is_absolute() else name
 
     @cached_property
     def points(self) -> list[Point]:
-        """What was measured along training."""
+        """The measurements during training."""
         return trajectory(self.metrics)
 
     @cached_property
@@ -137,14 +137,14 @@ class Run:
 
     @property
     def own_text(self) -> TextResult | None:
-        """The base's own text as it was sampled; cuts of it come after."""
+        """The result on model-generated text in full; cropped text comes after it."""
         return next(iter(self.evaluation.of_kind("own")), None) if self.evaluation else None
 
     @cached_property
     def end(self) -> Point | None:
-        """Where the run ended in the plane of task loss and forgetting, by its final evaluation.
+        """Task loss and forgetting at the end of the run, from its final evaluation.
 
-        KL and agreement are over all of the base's own text, whole and cut, as they are during training.
+        KL and agreement are over all model-generated text, in full and cropped, as during training.
         """
         if self.task_text is None or not math.isfinite(self.task_text.loss.tuned.value):
             return None
@@ -158,9 +158,9 @@ class Run:
 
     @cached_property
     def course(self) -> list[Point]:
-        """The points along training; the final evaluation too where the last steps came after the last of them.
+        """The points during training, and the final evaluation if there were steps after the last point.
 
-        Elsewhere it would be the same moment twice, on other texts: during training only some are measured.
+        Otherwise it would be the same step twice, on different texts: during training only some are measured.
         """
         steps = [line["step"] for line in self.metrics if isinstance(line.get("step"), int)]
         if self.end is None or (self.points and max(steps) == self.points[-1].step):
@@ -169,7 +169,7 @@ class Run:
 
     @cached_property
     def stages(self) -> list[StageTime]:
-        """Times and peaks by stage, in the order of time; runs of earlier versions have times alone."""
+        """Time and peak memory by stage, in order of time; runs of earlier versions have only times."""
         listed, older = self.manifest.get("stages"), self.manifest.get("seconds")
         if isinstance(listed, list):
             return [stage for entry in listed if (stage := _stage(entry)) is not None]
@@ -179,7 +179,7 @@ class Run:
 
 
 def load_run(path: Path) -> Run:
-    """Read a run, finished or not, or an evaluation's folder.
+    """Read a run, finished or not, or the folder of an evaluation.
 
     Raises:
         UserError: there is no run, or one of its files is damaged.
@@ -205,20 +205,20 @@ def load_run(path: Path) -> Run:
 
 
 def same_base(runs: Iterable[Run]) -> bool | None:
-    """Whether all of them started from one base model; None where one of them does not say."""
+    """Whether all runs started from one base model; None if one does not record it."""
     prints = {run.fact("model", "fingerprint") for run in runs}
     return False if len(prints - {None}) > 1 else None if None in prints else True
 
 
 def same_data(runs: Iterable[Run]) -> bool:
-    """Whether all of them were measured on files of the same content, by what they say."""
+    """Whether all runs recorded data files of the same content."""
     found = [run.manifest.get("data_sha256") for run in runs]
     sums = [sorted(map(str, checksums.values())) for checksums in found if isinstance(checksums, dict)]
     return all(one == sums[0] for one in sums)
 
 
 def _mean(texts: Sequence[TextResult], of: Callable[[TextResult], Interval]) -> float | None:
-    """The mean over the tokens of all texts."""
+    """Return the mean over the tokens of all texts."""
     tokens = sum(text.tokens for text in texts)
     value = sum(of(text).value * text.tokens for text in texts) / tokens if tokens > 0 else math.nan
     return value if math.isfinite(value) else None
@@ -247,7 +247,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text for people; what it says only as far as it can be read."""
+    """Return the recipe's text, and its parsed content, empty if invalid."""
     try:
         text = read_text(path, 4 * MAX_RECIPE_LENGTH, errors="replace")
     except FileNotFoundError:

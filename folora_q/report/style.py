@@ -1,7 +1,7 @@
 """One style for figures and pages, light and dark.
 
-Figures are drawn in the light colours, each of which stands for one thing only; in SVG they become CSS variables of the
-page, so that both follow the reader's setting. PNG keeps the light ones.
+Figures are drawn in the light colours. In SVG these become CSS variables of the page, so that figures follow the
+reader's setting, which requires unique colours. PNG keeps the light ones.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ COLOURS = {
 }
 SURFACE, INK, MUTED, LINE = (COLOURS[name][0] for name in ("surface", "ink", "muted", "line"))
 ACCENT, SECOND = COLOURS["accent"][0], COLOURS["second"][0]
-# Of runs beside each other; their markers differ as well.
+# Colours of several runs; their markers differ as well.
 SERIES = [COLOURS[name][0] for name in ("accent", "second", "third", "fourth", "fifth", "sixth")]
 MARKERS = ["o", "s", "D", "^", "v", "P"]
 
-# Levels of the heat maps, from least to most: quiet beside the page, then strong.
+# Levels of the heat maps, from least to most: close to the page's background, then strong.
 LEVELS = 16
 _ANCHORS = (("#e8eff0", "#69b2bf", "#083f4c"), ("#212b30", "#2d8496", "#c4f4fa"))
 

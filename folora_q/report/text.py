@@ -9,25 +9,25 @@ from folora_q.runs.results import Interval
 
 NONE = "–"
 MINUS = "−"
-# Control characters, and halves of surrogate pairs, which no file can hold.
+# Control characters, and lone surrogates, which UTF-8 cannot represent.
 UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """Text on one line of a figure or a terminal: what cannot be seen as its code, so that it steers nothing."""
+    """Escape unprintable characters for one line of a figure or a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def readable(text: str) -> str:
-    """Text of a page, whose lines, tabs and joined signs stay; other control characters as their codes."""
+    """Escape control characters for a page, except line breaks, tabs and joiners."""
     return UNREADABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def number(value: float | None, form: str = ".4f", signed: bool = False) -> str:
-    """With a true minus, or a dash for what is not there or not finite.
+    """Format a number with a true minus; a dash if it is missing or not finite.
 
     Args:
-        form: Python's, or "points": hundredths without a sign for them.
+        form: a Python format, or "points": percent without the sign.
     """
     if value is None or not math.isfinite(value):
         return NONE
@@ -39,7 +39,7 @@ def number(value: float | None, form: str = ".4f", signed: bool = False) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits that count: 12,300, 3.14, 0.00217, 2.2e−06."""
+    """Format a number with three significant digits: 12,300, 3.14, 0.00217, 2.2e−06."""
     if value is None or not math.isfinite(value):
         return NONE
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -49,18 +49,18 @@ def short(value: float | None) -> str:
 
 
 def tick(value: float, _: object = None) -> str:
-    """A number on an axis: 0.05, 1000, 1e−6."""
+    """Format a number on an axis: 0.05, 1000, 1e−6."""
     text = f"{value:.0e}" if value and not 1e-4 < abs(value) < 1e5 else f"{value:g}"
     return text.replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS)
 
 
 def interval(estimate: Interval, form: str = ".4f", signed: bool = False) -> str:
-    """The 95 % interval in words: 0.11 to 0.14."""
+    """Format a 95 % interval: 0.11 to 0.14."""
     return f"{number(estimate.low, form, signed)} to {number(estimate.high, form, signed)}"
 
 
 def wall_time(seconds: float) -> str:
-    """1.2 s, 12 s, 3 min 05 s, 1 h 02 min."""
+    """Format a duration: 1.2 s, 12 s, 3 min 05 s, 1 h 02 min."""
     whole = round(seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s"
@@ -73,5 +73,5 @@ def wall_time(seconds: float) -> str:
 
 
 def memory(size: int | None) -> str:
-    """1.91 GiB."""
+    """Format a size: 1.91 GiB."""
     return NONE if size is None else f"{size / (1 << 30):.2f} GiB"

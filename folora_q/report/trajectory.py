@@ -1,4 +1,4 @@
-"""Task loss and forgetting along training, and the state of a run at a given loss."""
+"""Task loss and forgetting during training, and the state of a run at a given loss."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from folora_q.storage.untrusted import finite
 
 @dataclass(frozen=True)
 class Point:
-    """A moment of training.
+    """The measurements at one step of training.
 
     Attributes:
         step: None for the final evaluation.
-        loss: of the held-out rows of the task.
-        kl, agreement: on held-out text of the base's own.
+        loss: on held-out rows of the task.
+        kl, agreement: on held-out model-generated text.
     """
 
     step: int | None
@@ -29,10 +29,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Reached:
-    """A run at a given task loss.
+    """The state of a run at a given task loss.
 
     Attributes:
-        between: the points that it was interpolated from; one of them where that point has the very loss.
+        between: the points that it was interpolated from; one point if that has exactly this loss.
     """
 
     kl: float | None
@@ -45,7 +45,7 @@ class Reached:
 
 
 def trajectory(metrics: Iterable[dict[str, Any]]) -> list[Point]:
-    """The measurements of a run, by step; a step that was measured again after a resume counts as measured last."""
+    """Return the measurements of a run by step; of a step measured again after a resume, the last."""
     found: dict[int, Point] = {}
     for line in metrics:
         step, loss = line.get("step"), finite(line.get("eval_loss"))
@@ -55,7 +55,7 @@ def trajectory(metrics: Iterable[dict[str, Any]]) -> list[Point]:
 
 
 def train_losses(metrics: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, training loss), by step."""
+    """Return (step, training loss) in order of steps."""
     found: dict[int, float] = {}
     for line in metrics:
         step, loss = line.get("step"), finite(line.get("loss"))
@@ -65,17 +65,17 @@ def train_losses(metrics: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 def equal_loss(runs: Sequence[Sequence[Point]]) -> float | None:
-    """The least loss that all of them reached; None where one has no points."""
+    """Return the lowest loss that all runs reached; None if one has no points."""
     if not runs or not all(runs):
         return None
     return max(min(point.loss for point in points) for points in runs)
 
 
 def at_loss(points: Sequence[Point], loss: float) -> Reached | None:
-    """A run when it first reached a loss, or None if its points do not tell.
+    """Return a run's state when it first reached a loss; None if its points do not include it.
 
-    Between two points everything is taken to be a function of the loss: the agreement linear, KL exponential, since it
-    grows by factors while the loss falls by amounts; linear where it starts from 0.
+    Between two points the agreement is interpolated linearly in the loss, and the KL geometrically, since it grows by
+    factors while the loss falls by amounts; linearly if it starts at 0.
     """
     if points and points[0].loss == loss:
         return Reached(points[0].kl, points[0].agreement, (points[0],))

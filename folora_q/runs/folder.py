@@ -19,7 +19,7 @@ from folora_q.storage.untrusted import finite, read_text
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that holds one run and nothing else of ours."""
+    """A folder with the files of one run."""
 
     path: Path
 
@@ -30,12 +30,12 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The recipe with its defaults and overrides, which does the same again."""
+        """The recipe with its defaults and overrides, which reproduces the run."""
         return self.path / "recipe.resolved.yaml"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line, in the order of time."""
+        """One JSON object per line, in order of time."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -50,22 +50,22 @@ class RunFolder:
 
     @property
     def gate_results(self) -> Path:
-        """Quotients and values of the gates, readable."""
+        """Quotients and values of the gates, as JSON."""
         return self.path / "gates.json"
 
     @property
     def evaluation(self) -> Path:
-        """Every number that was measured of the tuned model against its base."""
+        """All measurements of the tuned model against its base."""
         return self.path / "evaluation.json"
 
     @property
     def answers(self) -> Path:
-        """Prompts with the answers of base and tuned model."""
+        """Prompts with the answers of the base and the tuned model."""
         return self.path / "answers.jsonl"
 
     @property
     def report(self) -> Path:
-        """The report, one HTML file, where it was asked for."""
+        """The report as one HTML file, if it was written."""
         return self.path / "report.html"
 
     @property
@@ -75,25 +75,25 @@ class RunFolder:
 
     @property
     def skipped(self) -> Path:
-        """Rows of the data that could not be used, with the reason."""
+        """Rows of the data that could not be used, with reasons."""
         return self.path / "skipped.jsonl"
 
     @property
     def adapter(self) -> Path:
-        """The adapter, as PEFT loads it."""
+        """The adapter, in PEFT's format."""
         return self.path / "adapter"
 
     @property
     def merged(self) -> Path:
-        """The merged model, where it was merged."""
+        """The merged model, if it was merged."""
         return self.path / "merged"
 
     def read_recipe(self) -> Recipe:
-        """The recipe that the run was begun with.
+        """Read the recipe that the run was started with.
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it is no YAML, or no recipe.
+            ValueError: it is not YAML, or not a recipe.
         """
         return Recipe.model_validate(parse_yaml(read_text(self.recipe, 4 * MAX_RECIPE_LENGTH))[0])
 
@@ -103,29 +103,29 @@ class RunFolder:
         atomic_write(self.manifest, text.encode("utf-8", "backslashreplace"))  # as in `write_lines`
 
     def remember(self, manifest: dict[str, Any], path: Path) -> None:
-        """Put the checksum of a finished part into run.json, so that it is known to be whole should the run go on."""
+        """Record the checksum of a finished file in run.json, so that a resumed run can verify it."""
         manifest.setdefault("files_sha256", {})[path.name] = sha256(path)
         self.write_manifest(manifest)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def cut_metrics(self, step: int) -> None:
-        """Leave the lines of metrics.jsonl until a step, from which training goes on."""
-        # The summary at the end of training is of its last step, too.
+        """Keep the lines of metrics.jsonl up to the step from which training resumes."""
+        # The summary at the end of training has the last step's number, too.
         lines = [(finite(line.get("step")), line) for line in read_metrics(self.metrics) if "train_runtime" not in line]
         kept = [line for reached, line in lines if reached is not None and reached <= step]
         self.write_lines(self.metrics, kept if step else [])
 
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
-        """Write one of the folder's JSONL files whole."""
+        """Write one of the folder's JSONL files atomically."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         atomic_write(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes JSON's own escape
 
     def clear(self) -> None:
-        """Remove the run and nothing else; run.json goes last, so that a clearing cut short still looks like a run."""
+        """Remove the files of the run only; run.json last, so that an interrupted removal can be repeated."""
         self.discard_unfinished()
         for folder in (self.merged, self.figures, *self.path.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -135,7 +135,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def discard_unfinished(self) -> None:
-        """Remove what a killed process had not finished, which is hidden, and the adapter, which is made again."""
+        """Remove hidden files that a killed process left unfinished, and the adapter, which will be saved again."""
         hidden = (*self.path.glob(".checkpoint-*"), *self.path.glob(".adapter.*"), self.path / ".rehearsal")
         for folder in (self.adapter, *hidden):
             shutil.rmtree(folder, ignore_errors=True)
@@ -150,15 +150,15 @@ class RunFolder:
 
 
 def check_run_folder(path: Path, overwrite: bool) -> None:
-    """See whether a new run can have this folder, without touching it.
+    """Check whether a new run can use this folder, without changing it.
 
     Raises:
-        UserError: something else is there, or a run and not `overwrite`.
+        UserError: it contains other files, or a run without `overwrite`.
     """
     try:
         if RunFolder(path).manifest.exists():
             if not overwrite:
-                raise UserError(f"{path} holds a run already", "add --overwrite, or name another training.output_dir")
+                raise UserError(f"{path} already holds a run", "add --overwrite, or name another training.output_dir")
         elif path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise UserError(f"{path} holds files that are not a run", "name another training.output_dir")
     except OSError as error:
@@ -166,13 +166,13 @@ def check_run_folder(path: Path, overwrite: bool) -> None:
 
 
 def open_run_folder(path: Path, overwrite: bool) -> RunFolder:
-    """An empty folder for a new run.
+    """Create or clear the folder for a new run.
 
     Args:
-        overwrite: remove the run that already exists. Files that are no part of a run are never removed.
+        overwrite: remove an existing run. Files that are not part of a run are never removed.
 
     Raises:
-        UserError: as `check_run_folder`, or the folder cannot be made.
+        UserError: as `check_run_folder`, or the folder cannot be created.
     """
     check_run_folder(path, overwrite)
     folder = RunFolder(path)

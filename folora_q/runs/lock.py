@@ -18,24 +18,24 @@ from folora_q.storage.untrusted import parse_json
 
 try:
     import fcntl
-except ImportError:  # not on Windows; there, two runs that start in the same instant are not told apart
+except ImportError:  # on Windows, two runs that start at the same instant are not detected
     fcntl = None
 
 NAME = ".lock"
 # With less than this, not even the first files of a run can be written.
 MIN_FREE_BYTES = 1_000_000
-# The system tells the start of a process in ticks since its boot, and when it booted to about a second.
+# The start of a process is known in ticks since boot, and the time of boot to about a second.
 SAME_START_SECONDS = 2.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
-        started: when the process was started, in seconds of the epoch: a later process with its number has another.
-        boot: names the boot of the machine, where the system tells it.
+        started: start time of the process in seconds since the epoch, which distinguishes reused process ids.
+        boot: id of the machine's boot, if available.
     """
 
     pid: int
@@ -44,12 +44,12 @@ class Holder:
     boot: str | None
 
     def gone(self) -> str | None:
-        """Why this process cannot be running any more; None if it may be."""
+        """Return why this process cannot be running any more; None if it may be."""
         here = _myself()
         if self.host != here.host:
-            return None  # from here, a process of another machine cannot be seen
+            return None  # processes of other machines cannot be checked
         if self.boot != here.boot:
-            return "the machine was started anew since"
+            return "the machine has been restarted since"
         try:
             process = psutil.Process(self.pid)
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -59,18 +59,20 @@ class Holder:
             return "it is gone"
         except psutil.AccessDenied:
             return None
-        return "its number is another process's now" if abs(began - self.started) > SAME_START_SECONDS else None
+        return (
+            "its process id now belongs to another process" if abs(began - self.started) > SAME_START_SECONDS else None
+        )
 
 
 @contextmanager
 def locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """Hold a run folder for this process; it is made if need be, and removed again if it is empty at the end.
+    """Lock a run folder for this process. It is created if needed, and removed if it is empty at the end.
 
     Args:
-        tell: takes a line where a lock was left by a process that is gone.
+        tell: receives a line if a process that is gone left a lock.
 
     Raises:
-        UserError: another process writes there, or this one cannot: no permission, no space, no folder.
+        UserError: another process writes there, or this one cannot: no permission, no space, not a folder.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -88,7 +90,7 @@ def locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # what a full or vanished disk does here is no news
+        with suppress(OSError):  # errors of a full or missing disk have already been reported
             (folder / NAME).unlink()
         _remove_empty(made)
 
@@ -96,13 +98,13 @@ def locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
 def _require_space(folder: Path) -> None:
     if (free := free_bytes(folder)) < MIN_FREE_BYTES:
         raise UserError(
-            f"no space is left for the run folder {folder}: {free / 1e6:.1f} MB",
-            "free some, or name another training.output_dir",
+            f"not enough disk space for the run folder {folder}: {free / 1e6:.1f} MB",
+            "free some space, or name another training.output_dir",
         )
 
 
 def _acquire(path: Path, tell: Callable[[str], None]) -> None:
-    """Write ourselves into the lock file, under the system's own lock on it, so that of two that try one succeeds."""
+    """Record this process in the lock file, under the system's file lock, so that only one of two succeeds."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -128,7 +130,7 @@ def _see_through(path: Path, content: bytes, tell: Callable[[str], None]) -> Non
     """Return if the lock's holder is gone.
 
     Raises:
-        UserError: it is not, as far as can be seen from here.
+        UserError: the holder may still be running.
     """
     try:
         holder = Holder(**parse_json(content.decode("utf-8")))
@@ -142,7 +144,7 @@ def _see_through(path: Path, content: bytes, tell: Callable[[str], None]) -> Non
             f"process {holder.pid}{where} is writing in {path.parent}",
             f"wait for it, or name another training.output_dir; if it is gone, remove {path}",
         )
-    tell(f"took {path.parent} over from process {holder.pid}: {reason}")
+    tell(f"took over {path.parent} from process {holder.pid}: {reason}")
 
 
 def _myself() -> Holder:
@@ -155,7 +157,7 @@ def _myself() -> Holder:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, innermost first, that hold nothing."""
+    """Remove empty folders, innermost first."""
     for folder in folders:
         try:
             folder.rmdir()

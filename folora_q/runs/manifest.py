@@ -1,4 +1,4 @@
-"""The record of where a run's numbers came from: versions, seeds, checksums."""
+"""The provenance of a run's results: versions, seeds, checksums."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"
 
 
 def new_manifest(recipe: Recipe, data: Mapping[str, Path]) -> dict[str, Any]:
-    """The content of run.json when a run begins: its status, time, seeds, versions and the SHA-256 of its data.
+    """Return the content of run.json when a run starts: status, time, seeds, versions and SHA-256 of its data.
 
     Args:
-        data: the files that the recipe's data come from, by name.
+        data: the recipe's data files, by name.
 
     Raises:
         UserError: a file that the recipe names cannot be read.
@@ -29,13 +29,14 @@ def new_manifest(recipe: Recipe, data: Mapping[str, Path]) -> dict[str, Any]:
     evaluation = recipe.evaluation
     named = [*(evaluation.general_text or []), evaluation.general_prompts]
     if evaluation.metric == "function":
+        assert evaluation.metric_function is not None
         named.append(evaluation.metric_function.rpartition(":")[0])
     files = {**data, **{name: Path(name) for name in named if name is not None}}
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": {"training": recipe.training.seed, "proxy": recipe.proxy.seed},
-        # Our own from here: a checkout that is not installed has no metadata.
+        # Our own version from the package: a checkout that is not installed has no metadata.
         "versions": {"python": platform.python_version(), "folora-q": __version__}
         | {name: version(name) for name in PACKAGES},
         "data_sha256": {name: _checksum(name, path) for name, path in files.items()},

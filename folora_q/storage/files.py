@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 class NoCacheError(OSError):
-    """This user has no folder of their own, as in a container that knows no such user."""
+    """The user has no home folder, as in a container without an entry for that user."""
 
 
 def cache_folder() -> Path:
-    """Where converted models and sampled text are kept: $FOLORA_Q_CACHE, else folora-q in the user's cache folder.
+    """Return the cache of converted models and sampled text: $FOLORA_Q_CACHE, else folora-q in the user's cache.
 
     Raises:
-        NoCacheError: there is no such place.
+        NoCacheError: there is no home folder.
     """
     if named := os.environ.get("FOLORA_Q_CACHE"):
         return Path(named).expanduser()
@@ -28,25 +28,25 @@ def cache_folder() -> Path:
         return Path(named) / "folora-q"
     try:
         return Path.home() / ".cache" / "folora-q"
-    except RuntimeError:  # no HOME, and a number that is in no list of users
-        raise NoCacheError(errno.ENOENT, "no home folder is known, so there is nowhere to put the cache") from None
+    except RuntimeError:  # no HOME, and no entry for the user
+        raise NoCacheError(errno.ENOENT, "no home folder is known for the cache") from None
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space where a folder is, or will be."""
+    """Return the free space of the disk where a folder is, or will be."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, or a power cut, sees the old content or the new, never a part."""
+    """Write a file so that readers, even after a power cut, see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -63,9 +63,9 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def commit_file(target: Path) -> Iterator[Path]:
-    """An empty file beside `target`, to be filled, that takes its name if the block ends well.
+    """Yield an empty file next to `target`, which is renamed to `target` if the block succeeds.
 
-    It replaces a file that was there, and may itself be replaced in the block.
+    It replaces an existing file, and may itself be replaced in the block.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -84,9 +84,9 @@ def commit_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def commit_directory(target: Path) -> Iterator[Path]:
-    """A staging folder beside `target` that takes its name, replacing what was there, if the block ends well.
+    """Yield a staging folder next to `target`, which replaces `target` if the block succeeds.
 
-    Should another process have made `target` meanwhile, the newer content wins.
+    If another process creates `target` meanwhile, the newer content wins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -94,8 +94,8 @@ def commit_directory(target: Path) -> Iterator[Path]:
         yield staging
         os.chmod(staging, 0o755)
         for path in staging.rglob("*"):
-            if path.is_file():  # what the rename shows must be on the disk, also after a power cut
-                os.chmod(path, 0o644)  # safetensors writes for its user alone
+            if path.is_file():  # before the rename, so that a power cut leaves no partial files
+                os.chmod(path, 0o644)  # safetensors makes files readable for their owner only
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         _sync_folder(staging)
@@ -115,17 +115,17 @@ def commit_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder that may be there: under its own name it is whole, and then gone, also if we are killed.
+    """Remove a folder if it exists. Under its name it is complete or gone, even if the process is killed.
 
     Raises:
-        OSError: it cannot be renamed, so it is still there.
+        OSError: it cannot be renamed, so it still exists.
     """
     if path.is_dir():
         _delete(_set_aside(path))
 
 
 def _set_aside(path: Path) -> Path:
-    """A folder under a hidden name beside it; renaming takes no room, on a full disk neither."""
+    """Rename a folder to a hidden name next to it, which needs no space even on a full disk."""
     aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     os.replace(path, aside)
     return aside
@@ -136,13 +136,15 @@ def _delete(folder: Path) -> None:
         folder.unlink()
         return
     with suppress(OSError):
-        for path in folder.glob("*.json"):  # first: with its config.json and half of the weights it would look like one
+        for path in folder.glob(
+            "*.json"
+        ):  # first: with a config.json and part of the weights it would look like a model
             path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """The names in a folder, on the disk; where a file system has no such thing, nothing."""
+    """Flush a folder's entries to the disk, if the file system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
 """Read untrusted files with a size limit and one kind of error.
 
-Standard library only. A file that is damaged, or made to do harm, costs a sentence: Python's own readers raise a
-RecursionError for deep nesting, and take the memory of the machine for a large file.
+Standard library only. A damaged or malicious file leads to an error of one sentence, whereas Python's own readers raise
+a RecursionError for deep nesting, and fill the memory for a large file.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-# A value takes up to twenty times the bytes of its text.
+# A parsed value takes up to twenty times the memory of its text.
 MAX_JSON_BYTES = 2 * MIB
-# Python itself follows about a thousand, which is more than a function of its own can.
+# Python's parser allows about a thousand levels, more than a recursive function can follow.
 MAX_DEPTH = 100
 
 
 def read_text(path: Path, most: int, errors: str = "strict") -> str:
-    """A text file.
+    """Read a text file.
 
     Args:
-        most: so many bytes may it have.
-        errors: what is done with bytes that are no UTF-8, as `bytes.decode` has it.
+        most: maximum size in bytes.
+        errors: how bytes that are not UTF-8 are handled, as in `bytes.decode`.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it has more bytes, or is no UTF-8; the message is the end of a sentence.
+        ValueError: it is larger, or not UTF-8; the message is the end of a sentence.
     """
     with path.open("rb") as file:
         content = file.read(most + 1)
@@ -41,14 +41,14 @@ def read_text(path: Path, most: int, errors: str = "strict") -> str:
 
 
 def read_lines(path: Path, longest: int = MAX_JSON_BYTES) -> Iterator[str]:
-    """The lines of a text file that hold more than white space, one at a time.
+    """Yield the lines of a text file that are not blank.
 
     Args:
-        longest: so many bytes may a line have.
+        longest: maximum size of a line in bytes.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: a line has more bytes, or is no UTF-8; the message is the end of a sentence.
+        ValueError: a line is longer, or not UTF-8; the message is the end of a sentence.
     """
     with path.open("rb") as file:
         number = 0
@@ -67,10 +67,10 @@ def read_lines(path: Path, longest: int = MAX_JSON_BYTES) -> Iterator[str]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is none, or none that Python can hold; the message is the end of a sentence.
+        ValueError: the text is not JSON, or exceeds a limit; the message is the end of a sentence.
     """
     try:
         value = json.loads(text)
@@ -79,7 +79,7 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"it is not JSON: {what} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except ValueError:  # the only other one: Python reads no whole number of more than 4,300 digits
+    except ValueError:  # the only other one: Python rejects integers of more than 4,300 digits
         raise ValueError("it holds a number of thousands of digits") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
         raise ValueError("it is nested too deeply")
@@ -87,7 +87,7 @@ def parse_json(text: str) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether more is nested in it than whoever walks through it can be asked to follow."""
+    """Whether a value is nested too deeply for recursive functions."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -101,7 +101,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON file.
+    """Read a JSON file.
 
     Raises:
         OSError, ValueError: as `read_text` and `parse_json`.
@@ -110,10 +110,10 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
 
 
 def read_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that contains an object.
 
     Raises:
-        OSError, ValueError: as `read_json`, or it holds something else.
+        OSError, ValueError: as `read_json`, or it contains something else.
     """
     value = read_json(path, most)
     if not isinstance(value, dict):
@@ -122,7 +122,7 @@ def read_object(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def finite(value: object) -> float | None:
-    """A finite number of a JSON file, or None for anything else; whole numbers may be larger than any float."""
+    """Return a JSON value as a finite float; None if it is not a number, or not representable."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

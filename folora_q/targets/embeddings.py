@@ -1,11 +1,13 @@
-"""Adapters trained after the embedding was resized: resize the base before they are loaded."""
+"""Resize the base's embedding for adapters that were trained on a resized one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from folora_q.models.meta import modules_of
 from folora_q.models.trust import SAFE_ADAPTER
 from folora_q.preflight.tokens import new_tokens
 
-# What PEFT puts between a module's name and `weight`.
+# Name parts that PEFT inserts between a module's name and `weight`.
 BETWEEN = (".modules_to_save", ".base_layer", "")
 
 
@@ -34,18 +36,23 @@ class _Saved:
             return file.get_tensor(self.name)
 
 
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
+    """Return the number of rows of the input embedding."""
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+
+
 def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, compare: bool) -> None:
-    """Give the model as many rows as the adapter has, which brings them.
+    """Resize the model's embedding to the size of the one in the adapter.
 
     Args:
-        base: the folder with the base's files, where it is known.
-        compare: the model with the adapter off is to be the base.
+        base: the folder with the base's files, if known.
+        compare: whether the model with the adapter off must equal the base.
 
     Raises:
-        UserError: the adapter was trained with rows that it does not hold; or switching it off would not be the base,
-            since it holds another embedding too.
+        UserError: the adapter was trained with rows that it does not contain; or it replaces the embedding, so that
+            switching it off does not give the base.
     """
-    modules, before = modules_of(model), model.get_input_embeddings().weight.shape[0]
+    modules, before = modules_of(model), embedding_rows(model)
     saved = {name: _saved(adapter / SAFE_ADAPTER, name) for name in (modules.embeddings[0], modules.head)}
     found = [one for one in saved.values() if one is not None]
     rows = max((one.rows for one in found), default=before)
@@ -53,8 +60,8 @@ def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, comp
         if new := new_tokens(adapter, base, rows):
             number, token = next(iter(new.items()))
             raise UserError(
-                f"the tokenizer of the adapter {adapter} has the token {token!r} ({number}), and the model's embedding "
-                f"{rows:,} rows: it was resized in training, and its new rows are not in the adapter",
+                f"the tokenizer of the adapter {adapter} has the token {token!r} ({number}), but the model's embedding "
+                f"has only {rows:,} rows: it was resized in training, and its new rows are not in the adapter",
                 SAVE_BOTH,
             )
         return
@@ -67,9 +74,9 @@ def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, comp
         )
     if compare and (name := _changed(model, found, before)) is not None:
         raise UserError(
-            f"the adapter {adapter} holds another {name} than the base, which stays when it is switched off: base and "
-            "tuned model cannot be compared so",
-            "`folora-q chat` talks to it, without --base; `folora-q merge` makes one model of it",
+            f"the adapter {adapter} replaces {name} of the base, also when it is switched off, so base and tuned model "
+            "cannot be compared",
+            "chat with it by `folora-q chat` without --base, or merge it with `folora-q merge`",
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -81,19 +88,20 @@ def _saved(path: Path, module: str) -> _Saved | None:
             for between in BETWEEN:
                 if (name := f"{PREFIX}{module}{between}.weight") in names:
                     return _Saved(path, name, file.get_slice(name).get_shape()[0])
-    except (SafetensorError, OSError):  # a pickle, or one that cannot be read, of which PEFT says more
+    except (SafetensorError, OSError):  # a pickle, or an unreadable file, which PEFT will report
         pass
     return None
 
 
 def _changed(model: PreTrainedModel, found: list[_Saved], before: int) -> str | None:
-    """A weight of which a row that the base has is another one in the adapter, and is no module of PEFT's own."""
+    """Return a weight, outside `modules_to_save`, whose rows differ between the adapter and the base."""
     ends = modules_of(model)
     for one in found:
         if ".modules_to_save." in one.name:
             continue
         head = one.name.startswith(f"{PREFIX}{ends.head}.")
-        own = (model.get_output_embeddings() if head else model.get_input_embeddings()).weight
+        module = model.get_output_embeddings() if head else model.get_input_embeddings()
+        own = cast(torch.nn.Embedding | torch.nn.Linear, module).weight
         if not torch.equal(one.read()[:before].to(own.dtype), own.detach().cpu()[: len(one.read())]):
             return one.name.removeprefix(PREFIX)
     return None

@@ -22,22 +22,22 @@ from folora_q.runs.folder import RunFolder
 from folora_q.storage.untrusted import read_object, read_text
 from folora_q.training.checkpoints import checkpoints
 
-# Folders in a run's that can be named themselves.
+# Folders inside a run folder that can be named as targets.
 INSIDE_A_RUN = re.compile(r"adapter|merged|checkpoint-\d+")
 WHAT_TO_NAME = "name a run folder, an adapter's folder, a model's folder, a .gguf file or a hub id"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a name stands for.
+    """A run, an adapter or a model.
 
     Attributes:
-        name: as it was given.
-        kind: for people.
-        section: the model to load; of an adapter its base.
-        adapter: the folder of the adapter on it.
-        base: what a merged model says, in its merge.json, that it was made of.
-        run: the run itself, or the one in whose folder the adapter, checkpoint or merged model lies.
+        name: as the user gave it.
+        kind: a description for display.
+        section: the model to load; for an adapter, its base.
+        adapter: the folder of the adapter, if any.
+        base: the base of a merged model, from its merge.json.
+        run: the run itself, or the run whose folder contains the adapter, checkpoint or merged model.
     """
 
     name: str
@@ -52,11 +52,11 @@ def find_target(name: str) -> Target:
     """Find what a name stands for.
 
     Args:
-        name: a run folder, an adapter's folder, or a model: a folder, a .gguf file or a hub id. Whether a hub has it
-            is only known when it is loaded.
+        name: a run folder, an adapter's folder, or a model: a folder, a .gguf file or a hub id. Whether the
+            hub has it is known only when it is loaded.
 
     Raises:
-        UserError: there is no such thing, or what it says of itself cannot be read.
+        UserError: nothing is found, or its description cannot be read.
     """
     path = Path(name)
     there = os.path.exists(name)  # False too for a name that is too long, or holds a NUL
@@ -75,7 +75,7 @@ def find_target(name: str) -> Target:
             _hint_inside(path),
         )
     if there and path.suffix != ".gguf":
-        raise UserError(f"{path} is a file, but no .gguf file", WHAT_TO_NAME)
+        raise UserError(f"{path} is a file, but not a .gguf file", WHAT_TO_NAME)
     is_hub_name = HUB_MODEL.fullmatch(name) and not ("/" in name and path.parent.is_dir())
     if name != DEMO_MODEL and not there and (path.suffix == ".gguf" or not is_hub_name):
         raise UserError(f"there is no run, adapter or model at {short(name)!r}{_near(path)}", WHAT_TO_NAME)
@@ -88,7 +88,7 @@ def _find_run(name: str, run: RunFolder) -> Target:
         newest = next((saved for saved in checkpoints(run.path) if (saved / ADAPTER_CONFIG).is_file()), None)
         raise UserError(
             f"the run in {run.path} has no adapter" + (f": it is marked as {status}" if status else ""),
-            f"a checkpoint of it can be asked: folora-q chat {newest}" if newest else None,
+            f"chat with a checkpoint of it: folora-q chat {newest}" if newest else None,
         )
     if not run.recipe.is_file():
         return replace(_find_adapter(name, run.adapter), run=run)
@@ -112,9 +112,7 @@ def _find_adapter(name: str, folder: Path) -> Target:
     config = _read_json(folder / ADAPTER_CONFIG)
     section = _section_of(config.get("base_model_name_or_path"), config.get("revision"))
     if section is None:
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG} names no base model", "write its name there as base_model_name_or_path"
-        )
+        raise UserError(f"{folder / ADAPTER_CONFIG} names no base model", "add it there as base_model_name_or_path")
     mapping = config.get("auto_mapping")
     held = mapping.get("quantization_config") if isinstance(mapping, dict) else None
     if isinstance(held, dict):  # as folora-q writes how the base was held in training
@@ -129,15 +127,15 @@ def _find_adapter(name: str, folder: Path) -> Target:
 
 
 def _run_around(folder: Path) -> RunFolder | None:
-    """The run in whose folder this one lies."""
-    for place in (folder, folder.resolve()):  # as it was named, or what a link or a dot stands for
+    """Return the run whose folder contains this one."""
+    for place in (folder, folder.resolve()):  # as it was given, or with links and dots resolved
         if INSIDE_A_RUN.fullmatch(place.name) and RunFolder(place.parent).manifest.is_file():
             return RunFolder(place.parent)
     return None
 
 
 def _section_of(name: object, revision: object) -> ModelSection | None:
-    """The model that a JSON file names, if it does."""
+    """Return the model that a JSON file names, if any."""
     if not isinstance(name, str) or not name:
         return None
     return ModelSection(model_name_or_path=name, revision=revision if isinstance(revision, str) else None)
@@ -151,7 +149,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hint_inside(path: Path) -> str:
-    """The first run, adapter or model in a folder that is none, which is perhaps what was meant."""
+    """Suggest the first run, adapter or model inside a folder that is not one itself."""
     for name in ("run.json", ADAPTER_CONFIG, "config.json"):
         if inside := sorted(path.glob(f"*/{name}")):
             return f"did you mean {inside[0].parent}?"

@@ -30,7 +30,7 @@ from folora_q.targets.embeddings import fit_embedding
 from folora_q.targets.find import WHAT_TO_NAME, Target, find_target
 
 ADAPTER_WEIGHTS = (SAFE_ADAPTER, PICKLED_ADAPTER)
-# Of a hub's adapter, what is fetched besides its configuration.
+# Files that are fetched of a hub adapter, besides its configuration.
 ADAPTER_FILES = (
     SAFE_ADAPTER,
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
@@ -45,14 +45,14 @@ ADAPTER_ERRORS = (
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A model, frozen, and what it is compared with.
+    """A frozen model, and the base to compare it with.
 
     Attributes:
-        model: with the adapter where there is one; switching that off makes it the base.
-        base: a second model, where one was asked for and there is no adapter to switch off.
+        model: with its adapter, if any; switching the adapter off gives the base.
+        base: a second model, if a comparison was asked for and there is no adapter to switch off.
         bits: 4 or 16.
-        held: how the weights are held and computed with, for people.
-        fingerprint: of the base, or else of the only model, as it was loaded; keys the cache of text sampled from it.
+        held: weight precision and compute dtype, for display.
+        fingerprint: of the base (or of the only model) as loaded; the key of the cache of sampled text.
     """
 
     target: Target
@@ -73,18 +73,18 @@ def load_target(
     compare: bool = False,
     trust: Trust = NOTHING,
 ) -> LoadedTarget:
-    """Load what a name stands for.
+    """Load a target.
 
     Args:
-        dtype: compute dtype; auto is the recipe's where the name is a run's, else the hardware's.
-        bits: of the model's weights, 4 as in training or 16.
-        against: a base that takes the place of the one that an adapter or a merged model names. Only its name and
-            revision count: it is held as the model is.
-        compare: there must be a base to compare with; that of a model is loaded besides it.
+        dtype: compute dtype; auto is the recipe's for a run, else the hardware's.
+        bits: weight precision, 4 as in training or 16.
+        against: a base to use instead of the one that an adapter or a merged model names. Only its name and revision
+            are used; its precision is the model's.
+        compare: require a base to compare with; the base of a merged model is loaded as a second model.
 
     Raises:
-        UserError: it cannot be loaded, `trust` does not allow what it needs, or there is nothing to compare it with.
-        RunError: nothing of it could be put into 4 bits, or the demo's model could not be fetched.
+        UserError: it cannot be loaded, `trust` does not allow what it needs, or there is no base to compare with.
+        RunError: no layer could be quantized to 4 bits, or the demo's model could not be fetched.
     """
     target = fetched(target)
     adapter, section, base_section = target.adapter, target.section, against or target.base
@@ -94,9 +94,9 @@ def load_target(
         check_adapter(adapter, trust)
     if compare and adapter is not None and _learns_a_prompt(adapter):
         raise UserError(
-            f"the adapter {adapter} is a learned prompt, and base and tuned model are compared by switching an adapter"
-            " off layer by layer",
-            "`folora-q chat` talks to it, without --base",
+            f"the adapter {adapter} is a learned prompt, which cannot be switched off layer by layer to compare it with"
+            " its base",
+            "chat with it by `folora-q chat` without --base",
         )
     if against is not None and adapter is not None:
         section = _instead(section, against)
@@ -118,7 +118,7 @@ def load_target(
                 raise
             reason = f"{Path(target.name) / MERGE_REPORT} names a base: {error.message}"
             raise UserError(reason, "leave out --base") from error
-        base.generation_config = model.generation_config  # they stop alike
+        base.generation_config = model.generation_config  # so that both stop at the same tokens
     return LoadedTarget(
         target=target,
         tokenizer=tokenizer,
@@ -132,15 +132,15 @@ def load_target(
 
 
 def fetched(target: Target) -> Target:
-    """A hub id that is an adapter's, as the folder that the hub's client keeps it in; all else as it is.
+    """Download a hub adapter, and return the target with its cache folder; return other targets unchanged.
 
     Raises:
-        UserError: the adapter names a folder of this machine as its base: what is downloaded chooses no files here.
+        UserError: the adapter names a folder of this machine as its base, which a download may not do.
     """
     name, revision = target.section.model_name_or_path, target.section.revision
     if target.adapter is not None or name == DEMO_MODEL or os.path.exists(name):
         return target
-    with suppress(OSError, ValueError):  # it is no adapter, or not there; loading it as a model says so
+    with suppress(OSError, ValueError):  # not an adapter, or not found, which loading it as a model reports
         if (config := cached_file(name, ADAPTER_CONFIG, revision=revision, **IF_THERE)) is None:
             return target
         folder = Path(config).parent
@@ -161,28 +161,28 @@ def fetched(target: Target) -> Target:
 
 
 def nothing_to_compare(name: str) -> UserError:
-    """What to raise where there is neither an adapter to switch off nor a base."""
+    """Return the error for a target with neither an adapter to switch off nor a base."""
     return UserError(
         f"{name} is not an adapter, so there is nothing to compare it with",
-        "`folora-q chat`: leave out --base; `folora-q eval`: name what it was made of with --against",
+        "with `folora-q chat`, leave out --base; with `folora-q eval`, name its base with --against",
     )
 
 
 def _instead(section: ModelSection, other: ModelSection) -> ModelSection:
-    """Another model, held as this one is."""
+    """Return a section for another model with the precision and settings of this one."""
     return section.model_copy(update={"model_name_or_path": other.model_name_or_path, "revision": other.revision})
 
 
 def _learns_a_prompt(adapter: Path) -> bool:
-    """Whether it is virtual tokens before the text, known before gigabytes are loaded for it."""
-    with warnings.catch_warnings(), suppress(*ADAPTER_ERRORS):  # told of where it is put on the model
+    """Whether the adapter is a learned prompt, checked before any weights are loaded."""
+    with warnings.catch_warnings(), suppress(*ADAPTER_ERRORS):  # errors are reported when it is loaded
         warnings.simplefilter("ignore")
         return PeftConfig.from_pretrained(str(adapter)).is_prompt_learning
     return False
 
 
 def _tokenizer(adapter: Path | None, section: ModelSection, trust: Trust) -> Tokenizer:
-    """The adapter's own where it has one, with the base's chat template if it has none."""
+    """Load the adapter's own tokenizer if it has one, else the base's; the chat template likewise."""
     if adapter is None:
         return load_tokenizer(section, trust=trust)
     own = (adapter / "tokenizer_config.json").is_file()
@@ -201,7 +201,7 @@ def _tokenizer(adapter: Path | None, section: ModelSection, trust: Trust) -> Tok
 def _load(
     section: ModelSection, hardware: Hardware, tokenizer: Tokenizer, bits: int, trust: Trust
 ) -> tuple[PreTrainedModel, str, Quantization | None]:
-    """The model, its fingerprint, and how it is held in 4 bits."""
+    """Load a model; return it with its fingerprint and its 4-bit quantization, if any."""
     if bits == 16:
         return *load_unquantized(section, hardware, trust), None
     loaded = load_model(section, hardware, tokenizer, trust)
@@ -219,10 +219,10 @@ def _with_adapter(model: PreTrainedModel, folder: Path, section: ModelSection, c
             tuned = PeftModel.from_pretrained(model, folder).eval()
         except ADAPTER_ERRORS as error:
             raise UserError(
-                f"cannot put the adapter {folder} on {base}: {first_line(error)}",
+                f"cannot load the adapter {folder} on {base}: {first_line(error)}",
                 "is it damaged, or was it trained on another model?",
             ) from error
-    # PEFT goes on without the weights that it does not find, which is an adapter that does nothing there.
+    # PEFT only warns of missing weights, and the adapter would have no effect there.
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         raise UserError(
             f"the adapter {folder} does not fit {base}: it lacks weights for some of its layers",
@@ -232,7 +232,7 @@ def _with_adapter(model: PreTrainedModel, folder: Path, section: ModelSection, c
 
 
 def _explained(target: Target, error: UserError) -> UserError:
-    """What cannot be loaded, in the words of what was asked for."""
+    """Rephrase a loading error in terms of the target that the user named."""
     if target.adapter is not None:
         return UserError(f"the adapter {target.adapter} needs its base and tokenizer: {error.message}", error.hint)
     name = target.section.model_name_or_path

@@ -17,7 +17,7 @@ Metrics = dict[str, float | int]
 
 
 class BeforeTraining(TrainerCallback):
-    """Does something when all is set up for the first step."""
+    """Runs an action right before the first step."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action
@@ -48,7 +48,7 @@ class Reporting(TrainerCallback):
 
 
 class SavedAtTheEnd(TrainerCallback):
-    """A checkpoint of the last step, also where nothing else saves: the evaluation can be stopped, and takes long."""
+    """Always saves a checkpoint of the last step: the evaluation that follows takes long and can be interrupted."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_save = control.should_save or state.global_step >= state.max_steps
@@ -60,7 +60,7 @@ class Stopping(TrainerCallback):
     Before the first step, when there is nothing to save, the first one stops at once as well.
 
     Args:
-        tell: takes a line when the first one comes.
+        tell: receives a line at the first signal.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -70,12 +70,12 @@ class Stopping(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Heed signals in this block.
+        """Handle signals in this block.
 
         Raises:
-            KeyboardInterrupt: one came; `Terminated` if it was SIGTERM.
+            KeyboardInterrupt: a signal was received; `Terminated` if it was SIGTERM.
         """
-        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
             yield
             return
         before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -90,7 +90,7 @@ class Stopping(TrainerCallback):
         again, self.received = self.received is not None, number
         if again or not self.stepping:
             self._stop_if_asked()
-        with suppress(RuntimeError):  # it came in the middle of another line
+        with suppress(RuntimeError):  # the signal interrupted the printing of another line
             self.tell("stopping after this step and a checkpoint; a second signal stops immediately")
 
     def _stop_if_asked(self) -> None:
@@ -103,7 +103,7 @@ class Stopping(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_save = control.should_save or self.received is not None
 
-    # A signal may also come while a step is being logged or measured.
+    # A signal may also arrive while a step is logged or evaluated.
     on_log = on_evaluate = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

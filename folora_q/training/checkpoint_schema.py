@@ -9,22 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from folora_q.storage.untrusted import MIB, read_text
 
-# What the Trainer does not save and an exact continuation needs: see `folora_q.training.fault_tolerant_trainer`.
+# What exact resumption needs and the Trainer does not save: see `folora_q.training.fault_tolerant_trainer`.
 PROGRESS = "progress.json"
 TRAINER_STATE = "trainer_state.json"
-# A line of metrics takes 200 bytes, and the state has all of them.
+# The state holds all lines of metrics, of about 200 bytes each.
 MAX_STATE_BYTES = 64 * MIB
 Count = Annotated[int, Field(ge=0)]
 
 
 class Saved(BaseModel):
-    """A file of ours or of the Trainer's: a number is no text, and the other way round."""
+    """Base class with strict types: text is not accepted as a number, nor a number as text."""
 
     model_config = ConfigDict(strict=True)
 
 
 class SavedProgress(Saved):
-    """progress.json."""
+    """Content of progress.json."""
 
     loss_sum: float
     loss_total: float
@@ -39,14 +39,14 @@ class SavedProgress(Saved):
 
 
 class Callback(Saved):
-    """A callback's own state: what it is made with, and what it has counted."""
+    """State of a callback: its arguments, and its counters."""
 
     args: dict[str, float | bool | None]
     attributes: dict[Literal["early_stopping_patience_counter"], Count]
 
 
 class SavedState(Saved):
-    """trainer_state.json, as far as the Trainer computes with it; versions of transformers differ in the rest."""
+    """The fields of trainer_state.json that the Trainer computes with; the others differ between versions."""
 
     epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     global_step: Count
@@ -69,11 +69,11 @@ Kind = TypeVar("Kind", bound=Saved)
 
 
 def read_saved(path: Path, kind: type[Kind]) -> Kind:
-    """One of a checkpoint's files.
+    """Read and validate one JSON file of a checkpoint.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it holds something else than what is saved there; the message begins with its name.
+        OSError: the file cannot be read.
+        ValueError: the content is invalid; the message begins with the file's name.
     """
     try:
         return kind.model_validate_json(read_text(path, MAX_STATE_BYTES))

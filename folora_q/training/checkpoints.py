@@ -1,7 +1,7 @@
 """Checkpoints with a manifest of SHA-256 checksums, written last; which are complete, and which are kept.
 
-A checkpoint is gathered in a hidden folder beside its place and takes its name when it is whole and on the disk
-(`folora_q.storage.files.commit_directory`). Their order comes from the steps in their names, never from the clock.
+A checkpoint is written to a hidden folder next to its target and renamed once it is complete and on the disk
+(`folora_q.storage.files.commit_directory`). Checkpoints are ordered by the steps in their names, never by the clock.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from folora_q.storage.untrusted import read_object
 from folora_q.training.checkpoint_schema import MAX_STATE_BYTES, PROGRESS, TRAINER_STATE
 
 MANIFEST = "manifest.json"
-# Without one of these, training would begin anew in part, and silently.
+# Without one of these, part of the training state would silently start from scratch.
 REQUIRED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE, PROGRESS}
-# Weights of a whole model, which the Trainer would load in place of the adapter's.
+# Weights of a complete model, which the Trainer would load instead of the adapter's.
 PLACELESS = {
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors", "model.safetensors.index.json"),
     *("adapter_model.bin", "pytorch_model_fsdp.bin"),
 }
-# The settings as a pickle, which the Trainer writes and nobody reads back.
+# The settings as a pickle, which the Trainer writes and nothing reads.
 UNREAD = "training_args.bin"
 NAME = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, in transformers' way."""
+    """Return the path of a step's checkpoint, by transformers' convention."""
     return run / f"checkpoint-{step}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step at which a checkpoint was saved, by its name."""
+    """Return the step of a checkpoint, from its name."""
     found = NAME.fullmatch(checkpoint.name)
     assert found is not None, checkpoint
     return int(found[1])
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the latest step first."""
+    """List a run's checkpoints, complete or not, the latest step first."""
     found = [path for path in run.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def seal(folder: Path, step: int) -> None:
-    """Write the manifest of a checkpoint, whose files are all there; what nobody reads back is removed."""
+    """Write the manifest of a checkpoint whose other files are complete, and remove the file that nothing reads."""
     (folder / UNREAD).unlink(missing_ok=True)
     files = {
         str(path.relative_to(folder)): {"sha256": sha256(path), "size": path.stat().st_size}
@@ -63,10 +63,10 @@ def seal(folder: Path, step: int) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, as the end of a sentence; None if every file is as it was saved.
+    """Describe what is wrong with a checkpoint, as the end of a sentence; None if every file is as it was saved.
 
-    A manifest is no signature: whoever can write in the folder can write one. So no file is welcome that has no place
-    there: the Trainer would load a whole model's weights, or an adapter in a folder below, if it found them.
+    A manifest is not a signature: whoever can write to the folder can write one. So unexpected files are refused: the
+    Trainer would load the weights of a complete model, or an adapter in a subfolder, if it found them.
     """
     try:
         manifest = read_object(checkpoint / MANIFEST)
@@ -78,14 +78,14 @@ def damage(checkpoint: Path) -> str | None:
     if type(step) is not int or files is None:
         return f"its {MANIFEST} cannot be read"
     if step != step_of(checkpoint):
-        return f"its {MANIFEST} is of step {step}"
+        return f"its {MANIFEST} belongs to step {step}"
     if missing := sorted(REQUIRED - files.keys()):
         return f"its {MANIFEST} does not name {missing[0]}"
     if outside := [name for name in files if not is_inside(name) or "/" in name]:
         return f"its {MANIFEST} names {outside[0]!r}, which is not a file in its folder"
     present = {path.name for path in checkpoint.iterdir() if path.is_dir() or not path.name.startswith(".")}
     if odd := sorted(present - files.keys() - {MANIFEST}) or sorted(files.keys() & PLACELESS):
-        return f"it holds {odd[0]}, which has no place in it"
+        return f"it contains an unexpected file, {odd[0]}"
     for name, (expected, size) in files.items():
         try:
             found = (checkpoint / name).stat().st_size
@@ -99,23 +99,22 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def _files_of(manifest: dict[str, Any]) -> dict[str, tuple[str, int]] | None:
-    """SHA-256 and size by name; None where it says anything else."""
+    """Return SHA-256 and size by file name; None if the manifest is malformed."""
     files = manifest.get("files")
-    entries = files.values() if isinstance(files, dict) else [None]
-    if not all(
+    if not isinstance(files, dict) or not all(
         isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
-        for entry in entries
+        for entry in files.values()
     ):
         return None
     return {name: (entry["sha256"], entry["size"]) for name, entry in files.items()}
 
 
 def newest_whole(run: Path, needs_best: bool, tell: Callable[[str], None]) -> Path | None:
-    """The latest checkpoint that training can go on from.
+    """Return the latest checkpoint from which training can resume.
 
     Args:
-        needs_best: the run ends with its best checkpoint, so that the best one so far must be whole too.
-        tell: takes a line for each later one that is not.
+        needs_best: the run keeps its best checkpoint, so the best one so far must be complete too.
+        tell: receives a line for each later checkpoint that is not used.
     """
     for checkpoint in checkpoints(run):
         problem = damage(checkpoint) or (damage_of_best(checkpoint) if needs_best else None)
@@ -126,27 +125,27 @@ def newest_whole(run: Path, needs_best: bool, tell: Callable[[str], None]) -> Pa
 
 
 def damage_of_best(checkpoint: Path) -> str | None:
-    """What is wrong with the step that had the least held-out loss until a checkpoint was saved; None if nothing is."""
+    """Describe what is wrong with the best checkpoint that `checkpoint` refers to; None if nothing is."""
     try:
         best = read_object(checkpoint / TRAINER_STATE, MAX_STATE_BYTES).get("best_global_step") or None
     except (OSError, ValueError) as error:
         return f"{TRAINER_STATE} cannot be read: {first_line(error)}"
-    if best is None:  # nothing had been measured
+    if best is None:  # nothing had been evaluated yet
         return None
     if type(best) is not int or not 0 < best <= step_of(checkpoint):
-        return f"its {TRAINER_STATE} names no step as the best one"
+        return f"its {TRAINER_STATE} has an invalid best_global_step"
     problem = damage(checkpoint_path(checkpoint.parent, best))
-    return problem and f"the best step before it, checkpoint-{best}, is incomplete: {problem}"
+    return problem and f"the best checkpoint before it, checkpoint-{best}, is incomplete: {problem}"
 
 
 def rotate(run: Path, kept: int, needed: Iterable[Path]) -> None:
     """Remove all but the latest checkpoints.
 
-    Call it when the newest is complete, and not before: what is removed is what one would otherwise go back to.
+    Call this only once the newest checkpoint is complete: the removed ones are the fallback until then.
 
     Args:
-        kept: how many remain, at least one.
-        needed: checkpoints that stay in any case, and are counted.
+        kept: number of checkpoints to keep, at least one.
+        needed: checkpoints that are kept in any case; they count towards `kept`.
     """
     found = checkpoints(run)
     stay = {*found[:1], *(path for path in needed if path in found)}
@@ -158,11 +157,11 @@ def rotate(run: Path, kept: int, needed: Iterable[Path]) -> None:
 
 
 def discard_after(run: Path, step: int) -> None:
-    """Remove the checkpoints after a step, from which nothing goes on."""
+    """Remove the checkpoints after a step, which are no longer needed."""
     _remove(path for path in checkpoints(run) if step_of(path) > step)
 
 
 def _remove(unneeded: Iterable[Path]) -> None:
     for path in unneeded:
-        with suppress(OSError):  # it takes room, and does no harm
+        with suppress(OSError):  # a leftover takes space, but does no harm
             remove_directory(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,10 +13,10 @@ from folora_q.errors import UserError
 from folora_q.models.hardware import Hardware
 from folora_q.recipe.schema import Recipe
 
-# Its name in transformers before 5.20 and since.
+# The option's name since transformers 5.20, and before.
 FIELDS = SFTConfig.__dataclass_fields__
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
-# What the best checkpoint has the least of: the held-out loss of those within the limit.
+# The metric that the best checkpoint minimizes: the held-out loss, infinite where the KL limit is exceeded.
 BEST = "loss_within_limit"
 
 
@@ -23,16 +24,17 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
     """Return the configuration of a run's trainer, on one device.
 
     Raises:
-        UserError: a combination of settings is not one that transformers takes, or one that this model has no use for.
+        UserError: transformers rejects a combination of settings, or this model does not support it.
     """
     training, every = recipe.training, recipe.evaluation.steps
     if training.router_aux_loss_coef and not hasattr(model.config.get_text_config(), "output_router_logits"):
         raise UserError(
             "`training.router_aux_loss_coef` is for mixtures of experts, and this model has no router to balance",
-            "leave it out",
+            "remove it from the recipe",
         )
     save_steps = training.save_steps or (every if recipe.keeps_best else None)
     on_gpu = hardware.device.type == "cuda"
+    checkpointing: dict[str, Any] = {CHECKPOINTING: training.recomputes_on(on_gpu)}
     try:
         config = SFTConfig(
             output_dir=str(output_dir),
@@ -45,29 +47,29 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
             warmup_steps=training.warmup_steps,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
-            optim=training.optimizer_on(on_gpu),  # rule spectral is its own, and makes none of this name
+            optim=training.optimizer_on(on_gpu),  # rule `spectral` brings its own optimizer and ignores this
             adam_beta1=training.adam_beta1,
             adam_beta2=training.adam_beta2,
             adam_epsilon=training.adam_epsilon,
-            **{CHECKPOINTING: training.recomputes_on(on_gpu)},
+            **checkpointing,
             seed=training.seed,
-            router_aux_loss_coef=training.router_aux_loss_coef,  # left out, TRL would take the configuration's own
+            router_aux_loss_coef=training.router_aux_loss_coef,  # if omitted, TRL would use the model configuration's
             max_length=training.max_length,
             packing=training.packing,
-            dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared
+            dataset_kwargs={"skip_prepare_dataset": True},  # already prepared
             eval_strategy="steps" if every else "no",
             eval_steps=every,
             eval_on_start=every is not None,
             save_strategy="steps" if save_steps else "no",
             save_steps=save_steps or 1,
-            save_total_limit=None,  # it would remove the last good one before the next is known to be whole
+            save_total_limit=None,  # the Trainer would remove the last good one before the next is known to be complete
             restore_callback_states_from_checkpoint=True,
             load_best_model_at_end=recipe.keeps_best,
             metric_for_best_model=f"eval_{BEST}",
             greater_is_better=False,
             logging_steps=recipe.logging.logging_steps,
             logging_first_step=True,
-            logging_nan_inf_filter=False,  # it would show a running average in place of a NaN
+            logging_nan_inf_filter=False,  # it would show a running average instead of a NaN
             report_to=list(recipe.logging.report_to) or "none",
             run_name=recipe.logging.run_name or output_dir.name,
             bf16=on_gpu and hardware.dtype == torch.bfloat16,
@@ -83,6 +85,6 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
 
 
 def on_one_device(config: SFTConfig) -> None:
-    """Keep transformers from using every GPU that it sees: it would copy the model, and train on larger batches."""
-    _ = config.device  # counts them
+    """Keep transformers from using all visible GPUs, which would replicate the model and enlarge the batches."""
+    _ = config.device  # counts the GPUs
     config._n_gpu = min(config.n_gpu, 1)

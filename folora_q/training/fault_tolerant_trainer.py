@@ -1,6 +1,6 @@
 """A fault-tolerant SFTTrainer: pre-flight check, batch splitting, skipped steps, atomic checkpoints, exact resume.
 
-What it overrides are the Trainer's own steps, in transformers 5.17 to 5.23; the loop stays its own.
+It overrides single steps of the Trainer, of transformers 5.17 to 5.23; the training loop is the Trainer's own.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -38,7 +41,7 @@ RELIED_ON = (
     *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens", "_metrics"),
     *("_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"),
 )
-# What torch, safetensors and transformers raise for something else than what was saved, until the first step is taken.
+# What torch, safetensors and transformers raise for invalid checkpoint content, before the first step.
 UNFIT = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, EOFError),
     SafetensorError,
@@ -47,13 +50,13 @@ UNFIT = (
 
 @dataclass
 class FaultTolerance:
-    """What a run does about faults.
+    """How a run reacts to faults.
 
     Attributes:
         micro_batches, measuring: split batches that do not fit into memory.
-        skipped: finds and counts the steps that are skipped.
-        kept: how many checkpoints are kept.
-        needs_saves: a checkpoint that cannot be written ends the run.
+        skipped: detects and counts skipped steps.
+        kept: number of checkpoints to keep.
+        needs_saves: whether a checkpoint that cannot be written ends the run.
     """
 
     micro_batches: MicroBatches
@@ -65,11 +68,11 @@ class FaultTolerance:
 
 @dataclass(frozen=True)
 class Monitored:
-    """What is measured during training, besides the loss on held-out rows.
+    """Texts that are evaluated during training, in addition to the held-out rows.
 
     Attributes:
-        own_text: model-generated text for the KL from the base; None measures no KL.
-        real_text: general text for the rise of its loss.
+        own_text: model-generated text for the KL from the base; None skips the KL.
+        real_text: general texts whose loss is compared with the base's.
     """
 
     own_text: HeldOutText | None = None
@@ -77,16 +80,19 @@ class Monitored:
 
 
 class FaultTolerantTrainer(SFTTrainer):
-    """Keeps a run from dying, or from losing more than the steps since its last checkpoint when it does.
+    """A trainer that survives faults, or loses no more than the steps since its last checkpoint.
 
     Args:
-        tolerance: what it does about faults.
-        heldout: the task's rows that `evaluate` takes the loss of.
-        monitored: what else it measures.
+        tolerance: how it reacts to faults.
+        heldout: the task's held-out rows, for the loss in `evaluate`.
+        monitored: other texts to evaluate on.
 
     Attributes:
-        exceeded: the step and the KL at which training stopped for its limit.
+        exceeded: the step and the KL at which training stopped because the KL exceeded its limit.
     """
+
+    model: PeftModel
+    train_dataset: Dataset
 
     def __init__(
         self, *args: Any, tolerance: FaultTolerance, heldout: Sequence[Batch], monitored: Monitored, **kwargs: Any
@@ -104,26 +110,26 @@ class FaultTolerantTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
-        """Train, or go on from a checkpoint, as if it had never stopped.
+        """Train, or resume from a checkpoint as if training had never stopped.
 
         Args:
-            resume_from_checkpoint: one that is whole (`folora_q.training.checkpoints.newest_whole`).
+            resume_from_checkpoint: a complete checkpoint (`folora_q.training.checkpoints.newest_whole`).
         """
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         self.continued = checkpoint = Path(resume_from_checkpoint)
-        self.args.eval_on_start = False  # it was measured at the real start
+        self.args.eval_on_start = False  # it was evaluated at the first start
         try:
             for name, kind in ((TRAINER_STATE, SavedState), (PROGRESS, SavedProgress)):
                 read_saved(checkpoint / name, kind)
             return super().train(resume_from_checkpoint=str(resume_from_checkpoint), **kwargs)
-        except UnpicklingError as error:  # torch builds nothing but tensors and numbers
+        except UnpicklingError as error:  # torch loads nothing but tensors and numbers
             raise RunError(
                 f"{resume_from_checkpoint} holds more than tensors and numbers, which can be code; it was not loaded",
-                "training saves no such thing; delete this checkpoint, and --resume falls back to the previous one",
+                "training saves no other objects; delete this checkpoint, and --resume falls back to the previous one",
             ) from error
         except UNFIT as error:
-            if self.state.global_step > step_of(checkpoint):  # then it is not what was saved
+            if self.state.global_step > step_of(checkpoint):  # then the checkpoint is not the cause
                 raise
             raise RunError(
                 f"cannot resume from {checkpoint}: {first_line(error)}",
@@ -131,23 +137,29 @@ class FaultTolerantTrainer(SFTTrainer):
             ) from error
 
     @property
+    def run(self) -> Path:
+        """The run folder."""
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
+    @property
     def saves(self) -> bool:
-        """Whether checkpoints were asked for, and stay."""
+        """Whether the recipe asks for checkpoints, which are then kept after training."""
         return self.args.save_strategy != "no"
 
     def before_first_step(self) -> None:
-        """Rehearse, and bring back what only a running Trainer can take."""
+        """Run the pre-flight check, and restore the state that needs a running Trainer."""
         self.rehearse()
         if self.continued is not None:
             self._bring_back(self.continued)
 
     def rehearse(self) -> None:
-        """Before the first step: the longest batch forth and back, a batch of each measurement, and a save.
+        """Run the pre-flight check: a step on the longest batch, a batch of each evaluation, and a save.
 
-        Memory, a disk or a folder that will not do is found now. Nothing is changed by it: no weight, no random state.
+        This finds too little memory or disk space early. It changes neither weights nor random states.
 
         Raises:
-            RunError: a single sequence does not fit, or nothing can be saved.
+            RunError: a single sequence does not fit into memory, or nothing can be saved.
         """
         device = self.args.device
         tokens = self._total_train_tokens
@@ -156,27 +168,31 @@ class FaultTolerantTrainer(SFTTrainer):
             self.training_step(self.model, inputs, (inputs["labels"] != IGNORED).sum().to(device))
             self.model.zero_grad(set_to_none=True)
             if self.args.eval_strategy != "no":
-                self.model.eval()  # where B is no longer zero, dropout shows
-                mean_loss(self.model.get_base_model(), self.heldout[:1], splitter=self.measuring)
+                self.model.eval()  # once B is not zero, dropout has an effect
+                self.loss_of(self.heldout[:1])
                 for text in (*([self.own_text] if self.own_text is not None else []), *self.real_text):
                     first = replace(text, batches=text.batches[:1])
                     compare(ModelPair(self.model), first, splitter=self.measuring)
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            rehearse_saving(self.save_model, Path(self.args.output_dir), trained, self.kept if self.saves else 0)
+            rehearse_saving(self.save_model, self.run, trained, self.kept if self.saves else 0)
         self.step_in_hand = None
         self._total_train_tokens = tokens
         for kind in self._metrics.values():
             kind.clear()
 
+    def loss_of(self, rows: Sequence[Batch]) -> float:
+        """Return the mean loss per token of held-out batches."""
+        return mean_loss(cast(PreTrainedModel, self.model.get_base_model()), rows, splitter=self.measuring)
+
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """A micro-batch, in parts where memory does not do for all of it."""
+        """Compute a micro-batch, split into parts if it does not fit into memory."""
         compute = super().training_step
         first, self.step_in_hand = self.step_in_hand != self.state.global_step, self.state.global_step
         if first:
             self.loss_before = self._tr_loss.clone()
-        if num_items_in_batch is None:  # then parts would not add up
+        if num_items_in_batch is None:  # then the losses of parts would not add up
             loss = compute(model, inputs, num_items_in_batch)
         else:
             loss = self.micro_batches.add(
@@ -189,51 +205,52 @@ class FaultTolerantTrainer(SFTTrainer):
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The Trainer asks once per optimizer step, right before it: here a step that would do harm is skipped.
+        """Return the gradient norm, and skip a harmful step. The Trainer calls this right before each optimizer step.
 
         Raises:
-            RunError: it was one too many in a row.
+            RunError: too many steps in a row were skipped.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None
         seen = torch.stack([torch.as_tensor(each, device=self.args.device).float() for each in (self.step_loss, norm)])
         loss, size = seen.tolist()  # the one synchronization with the device in a step
-        # In float16 the loss scaler finds its scale by gradients that overflow, and skips those steps itself.
+        # In float16 the loss scaler finds its scale from overflowing gradients, and skips those steps itself.
         reason = self.skipped.reason(loss, 0.0 if scaled else size)
         if reason is None:
             self.skipped.taken(loss)
             return norm
         if not scaled:
             model.zero_grad(set_to_none=True)
-            # accelerate's way to let `optimizer.step()` pass without a step; set anew before every micro-batch.
+            # Makes accelerate's `optimizer.step()` do nothing; accelerate sets it again before every micro-batch.
             self.accelerator.gradient_state._set_sync_gradients(False)
-        # Out of the running mean too: what is not finite would never leave it (`tr_loss -= tr_loss`).
+        # Remove it from the running mean too, in which a non-finite value would stay (`tr_loss -= tr_loss`).
+        assert self.loss_before is not None  # set by the step's first micro-batch
         self._tr_loss.copy_(self.loss_before)
         self._globalstep_last_logged += 1
         self.skipped.add(self.state.global_step + 1, loss, size, reason, self.last_good)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # of all steps that were taken, also those before a continuation
+        if "train_loss" in logs:  # over all steps taken, including those before a resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.skipped.total, 1)
         if not math.isfinite(logs.get("grad_norm", 0.0)):
-            del logs["grad_norm"]  # a skipped step's, which has a line of its own
+            del logs["grad_norm"]  # of a skipped step, which has its own line
         super().log(logs, start_time)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The Trainer would take one more step after a checkpoint of the last one.
+        # Resumed from a checkpoint of the last step, the Trainer would take one more.
         if self.ended or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As the Trainer does it, but whole or not at all, and older ones are removed only afterwards.
+        """Save a checkpoint atomically, and remove older ones only afterwards.
 
         Raises:
-            RunError: it cannot be written, and the run needs it; those before it are still there.
+            RunError: it cannot be written and the run requires it; earlier checkpoints are kept.
         """
-        run, step = Path(self.args.output_dir), self.state.global_step
+        run, step = self.run, self.state.global_step
         target = checkpoint_path(run, step)
         self.store_flos()
         best, best_before = self.state.best_global_step, self.state.best_model_checkpoint
@@ -245,15 +262,16 @@ class FaultTolerantTrainer(SFTTrainer):
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
+                states = cast(dict[str, Any], self.state.stateful_callbacks)  # since it is constructed
                 for callback in (*self.callback_handler.callbacks, self.control):
                     if isinstance(callback, ExportableState):
-                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                        states[type(callback).__name__] = callback.state()
                 self.state.save_to_json(str(folder / TRAINER_STATE))
                 atomic_write(folder / PROGRESS, json.dumps(self._in_progress(), indent=1) + "\n")
                 seal(folder, step)
         except FoloraError:
             raise
-        except Exception as error:  # a full disk is an OSError, a RuntimeError or safetensors' own, by who meets it
+        except Exception as error:  # a full disk raises OSError, RuntimeError or SafetensorError
             what = f"cannot save {target}: {first_line(error)}"
             if self.needs_saves or (self.args.load_best_model_at_end and best == step):
                 raise RunError(what, "is the disk full? `--resume` continues from the previous checkpoint") from error
@@ -268,6 +286,7 @@ class FaultTolerantTrainer(SFTTrainer):
         rotate(run, self.kept, needed)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # the Trainer checks this first
         best = Path(self.state.best_model_checkpoint)
         if problem := damage(best):
             raise RunError(
@@ -277,7 +296,7 @@ class FaultTolerantTrainer(SFTTrainer):
         super()._load_best_model()
 
     def _in_progress(self) -> dict[str, Any]:
-        """What the Trainer, and what is ours, hold between two steps and save nowhere."""
+        """Return the state between two steps, the Trainer's and ours, that no other file holds."""
         return {
             "loss_sum": self._tr_loss.item(),
             "loss_total": self._total_loss_scalar,
@@ -302,7 +321,8 @@ class FaultTolerantTrainer(SFTTrainer):
         self._total_train_tokens = saved.tokens
         self._metrics = {kind: defaultdict(list, saved.metrics.get(kind, {})) for kind in ("train", "eval")}
         self.last_good = checkpoint if self.skipped.in_a_row == 0 else None
-        # The folder may have been moved since, or named from elsewhere.
+        # The run folder may have been moved, or be named by another path.
         run, best = checkpoint.parent, self.state.best_global_step
-        known = best and (best == step_of(checkpoint) or checkpoint_path(run, best).is_dir())
-        self.state.best_model_checkpoint = str(checkpoint_path(run, best)) if known else None
+        self.state.best_model_checkpoint = None
+        if best and (best == step_of(checkpoint) or checkpoint_path(run, best).is_dir()):
+            self.state.best_model_checkpoint = str(checkpoint_path(run, best))

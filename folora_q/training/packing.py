@@ -11,20 +11,20 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from folora_q.errors import UserError
 
-# So many tokens of each sample are enough to see it.
+# Number of tokens of each sample, enough to detect an influence.
 PROBE_LENGTH = 32
-# What packing may change, relative to what reading the neighbour would change: rounding, not content.
+# Largest change of logits by packing, relative to the change from really attending to the neighbour: rounding only.
 TOLERANCE = 0.1
 
 
 def check_packing(model: PeftModel, first: Sequence[int], second: Sequence[int]) -> None:
-    """Compare what the model makes of `second` alone, packed behind `first`, and as a continuation of `first`.
+    """Compare the logits of `second` alone, packed behind `first`, and as a continuation of `first`.
 
     Args:
         first, second: token ids of two training examples.
 
     Raises:
-        UserError: packed, the second sample sees the first.
+        UserError: when packed, the second sample attends to the first.
     """
     before, after = list(first)[:PROBE_LENGTH], list(second)[:PROBE_LENGTH]
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)

@@ -17,19 +17,19 @@ from folora_q.storage.files import sha256
 from folora_q.storage.untrusted import read_object
 from folora_q.training.checkpoints import discard_after, newest_whole, step_of
 
-# Another version of one of these may compute something else.
+# Packages whose version can change results.
 COMPARED_VERSIONS = ("folora-q", "torch", "transformers", "peft", "trl", "bitsandbytes")
-# What the sampled text and the gates are made from, by the first word of a change.
+# The inputs of the sampled text and of the gates, by the first word of a change.
 OF_TEXT = {"proxy", "model", "recipe"}
 MADE_FROM = {"proxy.jsonl": OF_TEXT, "gates.safetensors": OF_TEXT | {"gate", "data", "adapter"}}
-# A checkpoint's weights have other shapes after these.
+# Changes of these settings change the shapes of a checkpoint's tensors.
 MAKE_SHAPES = (
     *("adapter.r:", "adapter.target_modules:", "adapter.exclude_modules:", "adapter.modules_to_save:"),
     *("gate.rule:", "gate.enabled:", "training.optim:"),
 )
-# Of the hardware: what makes other numbers, and what only rounds sums in another order.
+# Hardware facts that change results, and those that only change the order in which sums are rounded.
 RESULT_CHANGING_HARDWARE, ROUNDING_ONLY_HARDWARE = ("device", "dtype"), ("name", "threads")
-# What is read of run.json: objects, of which each value is one of these.
+# The objects of run.json that are read, and the types of their values.
 OBJECTS, SCALARS = ("model", "data_sha256", "versions", "computing", "files_sha256"), (str, int, float, type(None))
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = 60
@@ -37,13 +37,13 @@ SHORT.maxstring = SHORT.maxother = 60
 
 @dataclass
 class Resumption:
-    """A run that goes on.
+    """A run that is resumed.
 
     Attributes:
         earlier: its run.json as it was found.
-        checkpoint: what training goes on from; None begins it anew.
-        changes: what is not as it was, a line each, the first word of it naming what it touches.
-        force: go on all the same.
+        checkpoint: the checkpoint to resume from; None starts training again.
+        changes: differences from the earlier run, one line each; the first word names what is affected.
+        force: resume in spite of changes.
     """
 
     earlier: dict[str, Any]
@@ -56,13 +56,13 @@ class Resumption:
         return step_of(self.checkpoint) if self.checkpoint is not None else 0
 
     def require_model(self, fingerprint: str) -> dict[str, str]:
-        """See that the base model is the same one.
+        """Check that the base model is the same as before.
 
         Returns:
-            Checksums of the parts that are still the right ones, now that everything is known.
+            Checksums of the files that remain valid.
 
         Raises:
-            UserError: it is another one, and nothing is forced.
+            UserError: the base model differs, without `force`.
         """
         before = self.earlier.get("model", {}).get("fingerprint")
         if before is not None and before != fingerprint:
@@ -71,10 +71,10 @@ class Resumption:
         return self._right_parts()
 
     def require_gates(self, path: Path) -> None:
-        """See that gates which had to be made again are those that the checkpoint was trained with.
+        """Check that recomputed gates equal those that the checkpoint was trained with.
 
         Raises:
-            RunError: they came out otherwise, and nothing is forced.
+            RunError: they differ, without `force`.
         """
         expected = self._right_parts().get(path.name)
         if self.checkpoint is not None and not self.force and expected not in (None, sha256(path)):
@@ -84,26 +84,26 @@ class Resumption:
             )
 
     def keeps(self, path: Path) -> bool:
-        """Whether the sampled text, or the gates, of the run are whole and still the right ones."""
+        """Whether a file of the run (sampled text or gates) is complete and still valid."""
         expected = self._right_parts().get(path.name)
         return expected is not None and path.is_file() and sha256(path) == expected
 
     def manifest(self, new: Mapping[str, Any]) -> dict[str, Any]:
-        """run.json of the run that goes on: what it had, when and from where it went on, and what was forced."""
+        """Return run.json of the resumed run, with time and step of each resume and the changes that were forced."""
         entry = {"at": new["started"], "step": self.step, **({"forced": self.changes} if self.changes else {})}
         kept = {key: self.earlier[key] for key in ("started", "model") if key in self.earlier}
         resumed = [*self.earlier.get("resumed", []), entry]
         return {**new, **kept, "files_sha256": self._right_parts(), "resumed": resumed}
 
     def _right_parts(self) -> dict[str, str]:
-        """Checksums of the parts that no change has touched; a change that was forced once is none the next time."""
+        """Return checksums of the files that no change affects; a change once forced does not count again."""
         touched = {re.split(r"[.: ]", change)[0] for change in self.changes}
         known = self.earlier.get("files_sha256", {})
         return {name: known[name] for name, makers in MADE_FROM.items() if name in known and not touched & makers}
 
 
 def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
-    """run.json of a run that can go on; None if there is no run.
+    """Read run.json of a run that can be resumed; None if there is no run.
 
     Raises:
         UserError: the run is complete, or its run.json cannot be read.
@@ -120,19 +120,19 @@ def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
     if earlier["status"] == "complete":
         raise UserError(
             f"the run in {folder.path} is complete: there is nothing to resume",
-            "`folora-q report` shows it; --overwrite instead of --resume starts it again",
+            "`folora-q report` shows it; to train again, replace --resume with --overwrite",
         )
     return earlier
 
 
 def _check(earlier: dict[str, Any]) -> None:
-    """See that what is read of run.json here is of the kind that is written there.
+    """Check the types of the values in run.json that are used here.
 
     Raises:
-        ValueError: it is not; the message is the end of a sentence.
+        ValueError: a type is wrong; the message is the end of a sentence.
     """
     if not isinstance(earlier.get("status"), str):
-        raise ValueError("it says no status")
+        raise ValueError("it has no status")
     for key in OBJECTS:
         found = earlier.get(key, {})
         if not isinstance(found, dict) or not all(isinstance(value, SCALARS) for value in found.values()):
@@ -149,15 +149,15 @@ def prepare_resume(
     force: bool,
     tell: Callable[[str], None],
 ) -> Resumption:
-    """What to go on from; what came after it is removed from the folder.
+    """Choose the checkpoint to resume from, and remove what was written after it.
 
     Args:
-        earlier, new: run.json as it was, and as it would be for a run that begins now.
-        force: go on in spite of changes.
-        tell: takes a line for the checkpoint that is used, and for each that is not.
+        earlier, new: run.json as it was, and as it would be for a run that starts now.
+        force: resume in spite of changes.
+        tell: receives a line for the checkpoint that is used, and for each that is not.
 
     Raises:
-        UserError: something changed since and nothing is forced, or it fits no checkpoint.
+        UserError: something changed without `force`, or no checkpoint fits the changed recipe.
     """
     changes = [*_recipe_changes(folder, recipe), *_other_changes(earlier, new)]
     resumption = Resumption(earlier, None, changes, force)
@@ -181,7 +181,7 @@ def prepare_resume(
 
 
 def _making_shapes(recipe: Recipe) -> tuple[str, ...]:
-    """How changes begin after which no checkpoint fits; `optim: auto` is another optimizer on another device."""
+    """Return prefixes of changes after which no checkpoint fits; `optim: auto` depends on the device."""
     by_device = recipe.training.optimizer_on(True) != recipe.training.optimizer_on(False)
     return (*MAKE_SHAPES, "hardware device:") if by_device else MAKE_SHAPES
 
@@ -195,7 +195,7 @@ def _refuse(resumption: Resumption) -> None:
 
 
 def _recipe_changes(folder: RunFolder, recipe: Recipe) -> Iterator[str]:
-    """Keys of the recipe with another value than a run was begun with; its folder may have been moved."""
+    """Yield the recipe's keys whose values changed since the run started, except its folder, which may be moved."""
     try:
         before = folder.read_recipe().model_dump(mode="json")
     except FileNotFoundError:  # killed before it was written: nothing had been done

@@ -7,23 +7,23 @@ from math import ceil
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-# So many times the warm-up is the least of a run.
+# A run has at least this many times its warm-up steps.
 TIMES_WARMUP = 3
 
 
 def warmup_of(asked: float, steps: int) -> int:
-    """Steps of warm-up in a run of so many steps: those that are asked for, below 1 as a share, but at most a third."""
+    """Return the number of warm-up steps: the number asked for, or a share if below 1, at most a third of `steps`."""
     wanted = int(asked) if asked >= 1 else ceil(asked * steps)
     return min(wanted, steps // TIMES_WARMUP)
 
 
 def rising_from_the_first_step(scheduler: LRScheduler, warmup: int) -> LRScheduler:
-    """The schedule with a warm-up of equal steps, of which the first is not zero, as it is in transformers' own.
+    """Return the schedule with a linear warm-up whose first rate is above zero.
 
-    There the first step of every run has rate 0, and a run of one step learns nothing at all.
+    In transformers' schedules the first step has rate 0, so a run of one step learns nothing.
 
     Args:
-        scheduler: just made; a schedule without warm-up stays as it is.
+        scheduler: newly created; a schedule without warm-up is returned as it is.
     """
     if not isinstance(scheduler, LambdaLR) or not warmup:
         return scheduler

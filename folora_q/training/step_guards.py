@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -19,16 +19,16 @@ from folora_q.storage.files import free_bytes
 Inputs = dict[str, Any]
 # A checkpoint holds the adapter and, with Adam, two moments of its size.
 CHECKPOINT_COPIES = 3
-# The measure of a blow-up: so many losses, the first and the last ones; there are none before the least of them.
+# Losses to detect a loss spike by: the first and the last of a run; with fewer than the minimum, none is detected.
 MEASURE, MIN_MEASURED_LOSSES = 32, 10
 
 
 class MicroBatches:
-    """The micro-batches of one optimizer step, computed again in halves where memory runs out.
+    """The micro-batches of one optimizer step, split and recomputed if memory runs out.
 
-    The loss of a part is a sum over its tokens, divided by the number of all tokens of the step, so that the parts add
-    up to the whole. An error in the middle of a backward pass leaves half of a gradient: all that the step has gathered
-    is cleared and computed again.
+    The loss of a part is a sum over its tokens, divided by the number of tokens in the complete step, so that the parts
+    add up. An error during a backward pass leaves a partial gradient: the step's gradients are then cleared, and all
+    its micro-batches recomputed.
     """
 
     def __init__(self, splitter: BatchSplitter) -> None:
@@ -42,12 +42,12 @@ class MicroBatches:
 
         Args:
             inputs: tensors (rows, ...).
-            first: it is the first of its step.
-            compute: does one part.
-            clear: puts the step's gradients back to nothing.
+            first: whether it is the first of its step.
+            compute: forward and backward of one part.
+            clear: clears the step's gradients.
 
         Raises:
-            RunError: memory runs out with one sequence.
+            RunError: a single sequence does not fit into memory.
         """
         if first:
             self.gathered.clear()
@@ -56,7 +56,7 @@ class MicroBatches:
         while True:
             try:
                 losses = [sum(compute(part) for part in self._parts(each)) for each in todo]
-                return losses[-1]
+                return cast(Tensor, losses[-1])
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
@@ -76,17 +76,17 @@ class MicroBatches:
 
 
 class SkippedSteps:
-    """Finds and counts optimizer steps to leave out: their loss or gradient is not finite, or the loss has blown up.
+    """Detects and counts optimizer steps to skip: non-finite loss or gradient, or a loss spike.
 
-    A loss has blown up if it is over `factor` times the largest of the last ones (of the first, if those were less) and
-    over half of what guessing every token alike costs, which one hard example in an easy task is not.
+    A loss spike exceeds `factor` times the largest of the recent losses (or of the first losses, if that is lower), and
+    half the loss of a uniform guess, so that one hard example in an easy task does not count.
 
     Args:
-        most: so many in a row end the run.
-        factor: of a blow-up; None looks for none.
-        vocabulary: how many tokens there are; guessing costs its logarithm.
-        tell: takes one line for each.
-        record: takes one line of metrics for each.
+        most: number of skipped steps in a row that ends the run.
+        factor: threshold of a loss spike; None disables the detection.
+        vocabulary: number of tokens; a uniform guess has the loss log(vocabulary).
+        tell: receives a line for each skipped step.
+        record: receives a line of metrics for each skipped step.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class SkippedSteps:
         self.last: list[float] = []
 
     def reason(self, loss: float, norm: float) -> str | None:
-        """Why to leave a step out, as the end of a sentence that begins with its loss; None to take it."""
+        """Return why to skip a step, as the end of a sentence that begins with its loss; None to take it."""
         if not math.isfinite(loss + norm):
             return "not finite"
         if self.factor is None or len(self.first) < MIN_MEASURED_LOSSES:
@@ -113,20 +113,20 @@ class SkippedSteps:
         return f"over {bound:.4g}, training.max_loss_factor" if loss > bound else None
 
     def taken(self, loss: float) -> None:
-        """A step was not left out."""
+        """Record the loss of a step that was taken."""
         self.in_a_row = 0
         if len(self.first) < MEASURE:
             self.first.append(loss)
         self.last = [*self.last, loss][-MEASURE:]
 
     def add(self, step: int, loss: float, norm: float, reason: str, last_good: Path | None) -> None:
-        """One more was left out; `record` gets its line of metrics.
+        """Count a skipped step, and report it.
 
         Args:
-            last_good: the checkpoint to go back to, for the error.
+            last_good: the checkpoint that the error names.
 
         Raises:
-            RunError: it is the last one in a row that is allowed.
+            RunError: the number of skipped steps in a row reached its limit.
         """
         self.in_a_row += 1
         self.total += 1
@@ -142,27 +142,27 @@ class SkippedSteps:
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """The rows that take the most memory."""
+    """Return the longest rows, which take the most memory."""
     column = dataset.with_format("arrow").select_columns(["input_ids"])[:]["input_ids"]
-    lengths = pc.list_value_length(column).to_pylist()
+    lengths = pc.call_function("list_value_length", [column]).to_pylist()
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [dataset[index] for index in order[:count]]
 
 
 def rehearse_saving(save: Callable[[str], None], folder: Path, parameters: Sequence[Tensor], kept: int) -> None:
-    """Save what a checkpoint holds once, and remove it again.
+    """Save the adapter as a trial, remove it, and check the disk space for the checkpoints.
 
     Args:
         save: writes the adapter to a folder.
-        kept: how many checkpoints will be kept; 0 for one that is removed in the end.
+        kept: number of checkpoints to keep; 0 for a single one that is removed at the end.
 
     Raises:
-        RunError: the folder cannot be written, or the disk has no room for the checkpoints.
+        RunError: the folder cannot be written, or the disk space does not suffice.
     """
     target = folder / ".rehearsal"
     try:
         save(str(target))
-    except Exception as error:  # safetensors raises its own for a full disk
+    except Exception as error:  # for a full disk safetensors raises its own
         raise RunError(f"cannot save a checkpoint in {folder}: {error}", "is the disk full or read-only?") from error
     finally:
         shutil.rmtree(target, ignore_errors=True)

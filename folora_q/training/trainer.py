@@ -25,7 +25,6 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch, batches
 from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
-from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.recipe.schema import Recipe
@@ -41,11 +40,11 @@ class GatedTrainer(FaultTolerantTrainer):
     """A trainer whose optimizer is built by the recipe's gate rule.
 
     Args:
-        recipe: its sections `gate`, `evaluation` and `training` say what the gate does and when to stop.
-        gates: by adapted layer, those of one input space one object; None is plain QLoRA.
+        recipe: its sections `gate`, `evaluation` and `training` are used.
+        gates: by adapted layer; layers with the same input share one object. None is plain QLoRA.
 
     Attributes:
-        means_batches: the model's own loss is a mean over a batch, whatever it holds, as that of models that also see.
+        means_batches: the model's own loss is a mean over each batch, as in vision-language models.
     """
 
     def __init__(self, *args: Any, recipe: Recipe, gates: Mapping[str, SpectralGate] | None, **kwargs: Any) -> None:
@@ -56,7 +55,7 @@ class GatedTrainer(FaultTolerantTrainer):
         super().__init__(*args, **kwargs)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # the pre-flight check's
         self.means_batches = not self.model_accepts_loss_kwargs
-        self.model_accepts_loss_kwargs = True  # every token counts alike, in whichever batch it is
+        self.model_accepts_loss_kwargs = True  # every token has the same weight, in whichever batch it is
         self.remove_callback(PrinterCallback)  # it prints every line of metrics
         self.add_callback(BeforeTraining(self.before_first_step))
 
@@ -93,7 +92,7 @@ class GatedTrainer(FaultTolerantTrainer):
         return self._with_rate_of_whole(self.optimizer) if rule.facts.optimizer == "own" else self.optimizer
 
     def _with_rate_of_whole(self, optimizer: Optimizer) -> Optimizer:
-        """The optimizer with groups of their own for what is trained whole, whose rate is no adapter's."""
+        """Give modules that are trained in full parameter groups with their own learning rate."""
         whole = {id(p) for wrapper in wrappers(self.model).values() for p in wrapper.parameters() if p.requires_grad}
         for group in [*optimizer.param_groups] if whole else []:
             apart = [p for p in group["params"] if id(p) in whole]
@@ -111,14 +110,14 @@ class GatedTrainer(FaultTolerantTrainer):
         return scheduler
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """The held-out loss, KL from the base and rise of the loss on real text, as they are measured after training.
+        """Measure held-out loss, KL from the base, and change of loss on real text, as after training.
 
-        All are in nats per token. Where real text got worse beyond doubt (95 %), a line says so.
+        All are in nats per token. A significant increase (95 % interval) on real text is reported in a line.
 
-        The Trainer's own loss is a mean over batches, whatever they hold, and keeps their logits.
+        The Trainer's own evaluation averages over batches, whatever their size, and keeps all logits in memory.
         """
         self.model.eval()
-        loss = mean_loss(self.model.get_base_model(), self.heldout, splitter=self.measuring)
+        loss = self.loss_of(self.heldout)
         metrics = {f"{metric_key_prefix}_loss": loss}
         within = True
         if self.own_text is not None:
@@ -135,7 +134,7 @@ class GatedTrainer(FaultTolerantTrainer):
                     f"{rise.value:.4f} nats per token (95 % interval {rise.low:.4f} to {rise.high:.4f})"
                 )
         self.log(dict(metrics))
-        # The Trainer keeps the checkpoint with the least of this: one over the limit never is.
+        # The Trainer keeps the checkpoint with the lowest value: never one over the limit.
         metrics[f"{metric_key_prefix}_{BEST}"] = loss if within else math.inf
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if not within:
@@ -144,13 +143,13 @@ class GatedTrainer(FaultTolerantTrainer):
         return metrics
 
     def conclude(self, steps: int, tell: Callable[[str], None]) -> None:
-        """Say where training stopped, and what was kept of it.
+        """Report where training stopped, and which step was kept.
 
         Args:
-            steps: as many as there were to be.
+            steps: the planned number of steps.
 
         Raises:
-            RunError: the KL went over its limit before any step within it was saved.
+            RunError: the KL exceeded its limit before any step within it was saved.
         """
         state = self.state
         if self.exceeded is not None:
@@ -170,10 +169,10 @@ class GatedTrainer(FaultTolerantTrainer):
             tell(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
 
     def require_learned(self) -> None:
-        """See that the adapter is no longer what it was: B begins at zero.
+        """Check that training changed the adapter.
 
         Raises:
-            RunError: nothing was learned.
+            RunError: B is still zero in every layer.
         """
         if any(bool(pair.b.detach().any()) for pair in adapter_pairs(self.model)):
             return
@@ -198,24 +197,24 @@ class GatedTrainer(FaultTolerantTrainer):
             ) from error
 
     def energy_kept(self) -> dict[str, dict[str, float]]:
-        """By layer, the share of its steps' energy that the gate let pass, of "a" and "b"; empty if none was."""
+        """Return by layer the share of A's and B's step energy that the gate let pass; empty if ungated."""
         if self.gated is None or self.gates is None:
             return {}
         names = [pair.name for pair in adapter_pairs(self.model) if pair.name in self.gates]
         return dict(zip(names, self.gated.energy_kept(), strict=True))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None beside a checkpoint: the card with the numbers is written with the adapter."""
+        """Write no card for checkpoints; the card with the results is written with the adapter."""
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        # TRL's chunked head is made for Triton; without it, it scores ignored positions too and takes half of the step.
-        # It multiplies with the head's weight and asks no module, so an adapter on the head would learn nothing.
+        # TRL's chunked head is made for Triton; without it, it also scores ignored positions, for half of the step.
+        # It uses the head's weight directly and bypasses the module, so an adapter on the head would learn nothing.
         if self.args.device.type == "cuda" and not trains_head(self.model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.means_batches and not self.aux_loss_enabled:
@@ -231,14 +230,14 @@ class GatedTrainer(FaultTolerantTrainer):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSetup:
-    """What a trainer is built from.
+    """Everything that a trainer is built from.
 
     Attributes:
-        train, heldout: columns `input_ids` and `labels`; `training.packing` packs the first.
-        config: by `trainer_config`.
+        train, heldout: columns `input_ids` and `labels`; `training.packing` packs `train`.
+        config: from `trainer_config`.
         gates: by adapted layer, after `Rule.before_training`; None is plain QLoRA.
-        notify: takes a line each time that memory runs out, or a step is skipped.
-        record: takes a line of metrics for each skipped step.
+        notify: receives a line whenever memory runs out or a step is skipped.
+        record: receives a line of metrics for each skipped step.
     """
 
     model: PeftModel
@@ -264,7 +263,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
     if training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
     start = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    with patch.object(sft_trainer, "BaseTunerLayer", ()):  # it refuses an adapter on the head, which it is not asked to
+    with patch.object(sft_trainer, "BaseTunerLayer", ()):  # TRL refuses any adapter on the head
         trainer = GatedTrainer(
             model=model,
             args=setup.config,
@@ -278,7 +277,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
             heldout=_heldout_batches(setup),
             monitored=setup.monitored,
         )
-    # TRL leaves it on in the configuration, for every pass that comes; a step of training asks for it.
+    # TRL enables it for every forward pass; only training steps need it, and ask for it.
     model.config.get_text_config().output_router_logits = False
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     return trainer
@@ -286,7 +285,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
 
 def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
     training = setup.recipe.training
-    factor = None if setup.config.fp16 else training.max_loss_factor  # where the loss scaler says which steps are taken
+    factor = None if setup.config.fp16 else training.max_loss_factor  # the loss scaler decides then
     vocabulary = setup.model.get_input_embeddings().weight.shape[0]
     return FaultTolerance(
         micro_batches=MicroBatches(BatchSplitter("training on", setup.notify, training.auto_batch_size)),

@@ -24,24 +24,25 @@ from folora_q.progress import Progress, Stage, StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
+from folora_q.targets.embeddings import embedding_rows
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, fetched, load_target
 
-# Of text that is sampled for an evaluation alone.
+# Length of texts that are sampled for an evaluation only.
 SAMPLE_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What somebody wants measured.
+    """What to evaluate, and how.
 
     Attributes:
         name: a run, an adapter, or a merged model.
-        against: the base, where it is not the one that `name` says it was made of.
-        recipe: says the task, its metric and the settings; a run has its own.
-        general_text: text files in place of the recipe's.
-        samples: texts to sample from the base, where there is no run that has some.
-        bits: of the weights; None is 4 for an adapter, as it was trained, and 16 for a model, as it will be used.
+        against: the base to compare with; None is the one recorded in `name`.
+        recipe: task, metric and settings; None is the run's own.
+        general_text: text files instead of the recipe's.
+        samples: number of texts to sample from the base, if there is no run with samples.
+        bits: weight precision; None is 4 for an adapter, as it was trained, and 16 for a model, as it will be used.
         trust: what the models may do.
     """
 
@@ -70,7 +71,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     """Measure a tuned model against its base.
 
     Raises:
-        UserError: there is no such thing, no base to compare it with, or a text cannot be read.
+        UserError: the target is not found, has no base to compare with, or a text cannot be read.
         RunError: the model could not be loaded or sampled from.
     """
     clock = StageTimer(progress)
@@ -110,7 +111,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
 
 
 def _recipe_of(target: Target) -> Recipe | None:
-    """The recipe of the run that a target belongs to."""
+    """Return the recipe of the run that a target belongs to, if any."""
     if target.run is None or not target.run.recipe.is_file():
         return None
     try:
@@ -122,9 +123,9 @@ def _recipe_of(target: Target) -> Recipe | None:
 def _task(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> TaskTokens | None:
-    """The recipe's rows; a run's may be gone, and then the rest is measured."""
+    """Read and tokenize the task's rows. If a run's data is gone, only the rest is measured."""
     if recipe is None:
-        clock.note("no recipe says what the task is (--recipe), so only forgetting is measured")
+        clock.note("there is no recipe for the task (--recipe), so only forgetting is measured")
         return None
     try:
         task = read_task(recipe, clock)
@@ -143,11 +144,11 @@ def _task(
 def _own_text(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> tuple[list[list[int]], int]:
-    """What the base wrote: the run's held-out samples, or new ones; and the seed that cuts them."""
+    """Return model-generated text of the base (the run's held-out samples, or new ones), and the seed that crops it."""
     run = loaded.target.run
     if run is not None and recipe is not None and request.against is None:
-        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-        if kept := (read_samples(run.proxy, vocabulary) or [])[recipe.proxy.num_samples :]:
+        samples = read_samples(run.proxy, embedding_rows(loaded.model)) or []
+        if kept := samples[recipe.proxy.num_samples :]:
             return [sample.ids for sample in kept], recipe.proxy.seed
     section = ProxySection(
         source="bos" if loaded.tokenizer.chat_template is None else "mixed",
@@ -164,10 +165,10 @@ def _own_text(
 def _layers(
     request: EvaluationRequest, loaded: LoadedTarget, model_pair: ModelPair, on: HeldOut, clock: StageTimer
 ) -> list[LayerResult]:
-    """Drift by layer; for the adapter of a run with what its gates predict, and what they let pass."""
+    """Measure drift by layer; for a run's adapter also the predicted drift and the energy kept."""
     run = loaded.target.run
     own = run is not None and loaded.target.adapter == run.adapter and request.against is None
-    if not own or not run.gates.is_file():
+    if run is None or model_pair.adapted is None or not own or not run.gates.is_file():
         return evaluate_layers(model_pair, on, clock)
     predicted = predicted_drift(adapter_pairs(model_pair.adapted), load_gates(run.gates, model_pair.device))
     earlier = read_evaluation(run.evaluation)

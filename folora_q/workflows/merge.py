@@ -32,26 +32,26 @@ from folora_q.progress import Progress, StageTimer
 from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
 
-# Lies in a merged folder whose verification failed.
+# A file in a merged folder whose verification failed.
 UNVERIFIED = "UNVERIFIED"
-# Bytes a weight that comparing in float32 takes: the weights, and what loading and computing add.
+# Bytes per weight for comparing in float32: the weights, and the overhead of loading and computing.
 FLOAT32_MEMORY = 5
 
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What somebody wants merged.
+    """What to merge, and how.
 
     Attributes:
         sources: run folders or adapter folders, of one base.
-        shares: an adapter's weight each.
-        dtype: None takes the base's own, if it has 16 bits, else bfloat16.
-        output: None is `merged` in the run folder, or beside the adapter's.
-        base_model: takes the place of the base that the adapter names.
-        gguf: also write a GGUF file of this type, beside the output.
-        converter: llama.cpp's converter, where it is not found by itself.
+        shares: weight of each adapter.
+        dtype: None is the base's own if it has 16 bits, else bfloat16.
+        output: None is `merged` in the run folder, or a folder next to the adapter's.
+        base_model: the base to use instead of the one that the adapter names.
+        gguf: also write a GGUF file of this type, next to the output.
+        converter: path of llama.cpp's converter, if it is not found.
         push_to_hub: the repository to push the merged model to.
-        private: what to make that repository, if it is new.
+        private: whether to create that repository as private.
         trust: what base and adapters may do.
     """
 
@@ -72,12 +72,12 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written, and what was found of it.
+    """What was written, and how it was verified.
 
     Attributes:
-        verification: None where nothing was verified.
-        gguf: the GGUF file and what it holds.
-        url: of the repository that it was pushed to.
+        verification: None if it was not asked for.
+        gguf: the GGUF file, and its content.
+        url: the repository that the model was pushed to.
     """
 
     folder: Path
@@ -88,7 +88,7 @@ class MergeResult:
 
     @property
     def loader(self) -> str:
-        """The class of transformers that loads the model."""
+        """Name of the transformers class that loads the model."""
         return auto_class(
             AutoConfig.from_pretrained(self.folder, trust_remote_code=self.merge.trust.remote_code)
         ).__name__
@@ -98,8 +98,8 @@ def run_merge(request: MergeRequest, progress: Progress) -> MergeResult:
     """Merge adapters into their base, and verify the result.
 
     Raises:
-        UserError: an adapter or its base cannot be merged, or the output is taken.
-        RunError: what was written is not the adapter; the folder is there and marked.
+        UserError: an adapter or its base cannot be merged, or the output already exists.
+        RunError: the verification failed; the folder is kept and marked.
     """
     return MergeRun(request, StageTimer(progress)).run()
 
@@ -114,7 +114,7 @@ class MergeRun:
         self.failures: list[str] = []
 
     def run(self) -> MergeResult:
-        """Do it all."""
+        """Run all steps."""
         request, target = self.request, self.target
         converter = find_converter(request.converter) if request.gguf else []
         if request.push_to_hub:
@@ -160,7 +160,7 @@ class MergeRun:
         """Write the merged model, and verify it before it gets its name.
 
         Raises:
-            RunError: it is not the adapter on its base; the folder is marked.
+            RunError: the verification failed; the folder is marked.
         """
         with ExitStack() as writing:
             done = writing.enter_context(self.timer.stage("merging", len(merge.base.tensors)))
@@ -177,7 +177,7 @@ class MergeRun:
             )
 
     def report(self, merge: Merge, folder: Path) -> dict[str, Any]:
-        """Verify what was written, and return the content of merge.json; the card and a mark are written."""
+        """Verify the merged model, write its card and, on failure, the mark. Return the content of merge.json."""
         adapters, named = [adapter for adapter, _ in merge.adapters], self.request.base_model
         report: dict[str, Any] = {
             "folora_q": __version__,
@@ -202,7 +202,7 @@ class MergeRun:
 
 
 def adapter_folder(source: Path) -> Path:
-    """The adapter of a run folder, or the folder itself.
+    """Return the adapter of a run folder, or the folder itself if it is an adapter.
 
     Raises:
         UserError: it is neither.
@@ -220,7 +220,7 @@ def adapter_folder(source: Path) -> Path:
 
 
 def _adapter_name(folder: Path) -> str:
-    """A run's name, or the folder's own; the path to it is nobody's business."""
+    """Return the name of the run, or of the folder; the path to it stays private."""
     folder = folder.resolve()
     return folder.parent.name if (folder.parent / "run.json").exists() else folder.name
 
@@ -238,7 +238,7 @@ def _verify(merge: Merge, folder: Path, clock: StageTimer) -> Verification:
 
 
 def _compute_dtype(merge: Merge) -> tuple[torch.dtype, str]:
-    """Float32 if the model fits in memory so, else the merged model's own."""
+    """Choose float32 if the model then fits into memory, else the dtype of the merged model, with the reason."""
     needed = FLOAT32_MEMORY * sum(stored.numel for stored in merge.base.tensors.values())
     free = psutil.virtual_memory().available
     if needed <= free:
@@ -260,10 +260,10 @@ def _base(adapters: Sequence[AdapterFile], request: MergeRequest, clock: StageTi
 
 
 def _trained_on(adapters: Sequence[AdapterFile], request: MergeRequest, clock: StageTimer) -> Path | None:
-    """The checkpoint in 4 bits that an adapter was trained on, where it is merged into another one.
+    """Return the 4-bit checkpoint that an adapter was trained on, if it is merged into another base.
 
     Raises:
-        UserError: it is needed for the proof and cannot be found.
+        UserError: the verification needs it, and it cannot be found.
     """
     found = next((each for each in adapters if each.quantization and each.quantization.prequantized), None)
     if found is None or request.base_model is None or not request.verify:

@@ -29,7 +29,7 @@ from folora_q.training.resume import Resumption, prepare_resume
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
-    """A run to make.
+    """A run to start or resume.
 
     Attributes:
         overwrite: replace an earlier run in `training.output_dir`.
@@ -49,7 +49,7 @@ class TrainingRequest:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What is known before the model is loaded.
+    """Everything that is prepared before the model is loaded.
 
     Attributes:
         scorer: scores answers; None where the recipe has no metric.
@@ -112,7 +112,7 @@ def _data_files(recipe: Recipe) -> dict[str, Path]:
 
 
 def _try(scorer: Scorer | None, heldout: Sequence[Example]) -> None:
-    """Score one reference against itself: a function that fails on it is found before anything is trained."""
+    """Score one reference against itself, so that a metric function that fails is found before training."""
     prompts = (example for example in heldout if not isinstance(example, Text))
     if scorer is not None and (first := next(prompts, None)) is not None and first.reference is not None:
         said = Said(first.reference)

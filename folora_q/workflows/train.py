@@ -17,12 +17,12 @@ __all__ = ["TrainingRequest", "TrainingResult", "run_training"]
 
 
 def run_training(request: TrainingRequest, progress: Progress) -> TrainingResult:
-    """Do everything that a recipe says.
+    """Run a recipe from its data to its evaluation.
 
     Raises:
-        UserError: the recipe, the data or the folder is wrong; found before the model is loaded where that is possible.
-            Or this is one of several processes; found before anything is written.
-        RunError: the run could not go on. Where its evaluation failed, the adapter that was trained is kept.
+        UserError: the recipe, the data or the folder is wrong (found before the model is loaded, where possible), or
+            this is one of several processes (found before anything is written).
+        RunError: the run failed. If only its evaluation failed, the trained adapter is kept.
     """
     require_one_process()
     timer = StageTimer(progress)
@@ -32,15 +32,15 @@ def run_training(request: TrainingRequest, progress: Progress) -> TrainingResult
         if earlier is None:
             check_run_folder(target, request.overwrite)
         if request.resume and earlier is None:
-            timer.note(f"there is no run in {target} to resume: it starts")
+            timer.note(f"there is no run in {target} to resume: a new run starts")
         prepared = prepare(request, earlier, timer)
         try:
             return TrainingRun(prepared, timer).run()
         except BaseException as error:
-            interrupted = not isinstance(error, Exception)  # or whoever read our output has gone
+            interrupted = not isinstance(error, Exception)  # or the reader of our output has closed it
             prepared.manifest.update(status="interrupted" if interrupted else "failed", error=conceal(str(error)))
             prepared.manifest["stages"] = timer.to_list()
             prepared.folder.write_manifest(prepared.manifest)
             if isinstance(error, KeyboardInterrupt):
-                raise type(error)(f"what had been written is in {target}, marked as interrupted") from None
+                raise type(error)(f"the run is in {target}, marked as interrupted") from None
             raise

@@ -39,6 +39,7 @@ from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
 from folora_q.runs.results import AnswerResult, Evaluation, answer_lines, to_json
 from folora_q.storage.files import atomic_write, commit_directory
+from folora_q.targets.embeddings import embedding_rows
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.config import trainer_config
@@ -53,7 +54,7 @@ Samples = Sequence[ProxySample]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run learned, forgot and cost, and why its numbers may say little."""
+    """What a run learned, forgot and cost, with warnings about the reliability of its numbers."""
 
     folder: Path
     evaluation: Evaluation
@@ -64,17 +65,17 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Text sampled from the base model: for the statistics, and held out from them."""
+    """Text sampled from the base model: for the statistics, and held out."""
 
     seen: Samples
     held_out: Samples
 
 
 class TrainingRun:
-    """A run from its prepared data to its results. Every file that it writes is in its folder.
+    """A run from its prepared data to its results. It writes to its folder only.
 
     Args:
-        prepared: what is known before the model is loaded.
+        prepared: everything that is known before the model is loaded.
         timer: times the stages, and passes notes on.
     """
 
@@ -85,7 +86,7 @@ class TrainingRun:
         timer.meter = PeakMemory(self.hardware.device)
 
     def run(self) -> TrainingResult:
-        """Do it all."""
+        """Run all steps."""
         self.write_inputs()
         base = self.load_base()
         text = self.sample(base)
@@ -118,7 +119,7 @@ class TrainingRun:
         atomic_write(self.folder.recipe, dump_yaml(self.recipe.model_dump(mode="json")))
 
     def load_base(self) -> LoadedModel:
-        """Load the base model in 4 bits, and check that it is the one that a resumed run began with."""
+        """Load the base model in 4 bits, and check that a resumed run started with the same one."""
         recipe, note = self.recipe, self.timer.note
         note(f"computing in {self.hardware}")
         if self.hardware.others is not None:
@@ -137,10 +138,10 @@ class TrainingRun:
         return base
 
     def sample(self, base: LoadedModel) -> CalibrationText:
-        """Take the sampled text from the run that is resumed, from the cache, or from the model."""
+        """Get the sampled text from the resumed run, from the cache, or from the model."""
         section, path, samples = self.recipe.proxy, self.folder.proxy, None
         if self.resumed is not None and self.resumed.keeps(path):
-            samples = read_samples(path, _vocabulary(base))
+            samples = read_samples(path, embedding_rows(base.model))
         if samples is None:
             dtype = str(self.hardware.dtype)
             samples = load_or_sample(base.model, base.tokenizer, base.fingerprint, dtype, section, self.timer)
@@ -149,7 +150,7 @@ class TrainingRun:
         return CalibrationText(samples[: section.num_samples], samples[section.num_samples :])
 
     def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
-        """Gather what is measured on after training."""
+        """Gather the texts for the evaluation after training."""
         return held_out(
             self.prepared.tokenizer,
             self.recipe.evaluation,
@@ -161,7 +162,7 @@ class TrainingRun:
         )
 
     def monitored(self, base: LoadedModel, text: CalibrationText, measured_on: HeldOut) -> Monitored:
-        """Choose what is measured during training: some held-out samples, whole and cut, and windows of real text."""
+        """Choose the texts to monitor in training: held-out samples, in full and cropped, and windows of real text."""
         section = self.recipe.evaluation
         ids = [sample.ids for sample in text.held_out[: section.num_proxy_samples]]
         both = [*ids, *crops(ids, self.recipe.proxy.seed)]
@@ -171,7 +172,7 @@ class TrainingRun:
         return Monitored(own, [replace(each, batches=first_rows(each.batches, windows)) for each in general])
 
     def attach_adapter(self, base: LoadedModel) -> PeftModel:
-        """Put the adapter on the base model."""
+        """Attach the adapter to the base model."""
         model = attach_adapter(base, self.recipe.adapter, self.recipe.training.seed)
         parts = without_adapter(model)
         left_out = f"; none on {listed(parts)} of the weights" if parts else ""
@@ -182,10 +183,10 @@ class TrainingRun:
         return model
 
     def configure(self, model: PeftModel) -> SFTConfig:
-        """Configure the trainer, and advise on settings that are allowed and seldom meant.
+        """Configure the trainer, and report settings that are allowed but rarely intended.
 
         Raises:
-            UserError: a combination of settings is not one that transformers takes, or of no use for this model.
+            UserError: transformers rejects a combination of settings, or this model does not support it.
         """
         config = trainer_config(model, self.recipe, self.hardware, self.folder.path)
         for advice in self.recipe.advice:
@@ -193,7 +194,7 @@ class TrainingRun:
         return config
 
     def calibrate(self, base: LoadedModel, model: PeftModel, text: CalibrationText) -> Gates:
-        """Make the gates, or take those of the run that is resumed; initialize A from them."""
+        """Compute the gates, or load those of the resumed run, and initialize A from them."""
         pairs, path, section = adapter_pairs(model), self.folder.gates, self.recipe.gate
         if self.resumed is not None and self.resumed.keeps(path):
             gates = load_gates(path, base.model.device)
@@ -204,14 +205,14 @@ class TrainingRun:
                 self.resumed.require_gates(path)
         self.timer.note(f"{len({id(gate) for gate in gates.values()})} gates for {len(gates)} adapted layers")
         rule = rule_of(section)
-        rule.initialize(pairs, gates, section)  # a checkpoint then brings its own A
+        rule.initialize(pairs, gates, section)  # a checkpoint later restores its own A
         penalties = self._row_penalties(model, pairs, gates, text)
         atomic_write(self.folder.gate_results, to_json(gate_results(gates, penalties)))
         self.folder.remember(self.manifest, path)
         return rule.before_training(pairs, gates)
 
     def train(self, trainer: GatedTrainer) -> None:
-        """Train to the end, from a checkpoint where a run is resumed.
+        """Train to the end, from a checkpoint if the run is resumed.
 
         Raises:
             KeyboardInterrupt: a signal asked to stop.
@@ -236,7 +237,7 @@ class TrainingRun:
         trainer.require_learned()
 
     def save(self, base: LoadedModel, model: PeftModel) -> None:
-        """Save the adapter, with a card that has no numbers yet."""
+        """Save the adapter, with a card that has no results yet."""
         with commit_directory(self.folder.adapter) as staging:
             save_adapter(model, base, self.recipe.export, staging)
             base.tokenizer.save_pretrained(staging)
@@ -268,7 +269,7 @@ class TrainingRun:
         self.manifest.update(status="complete", stages=self.timer.to_list())
         folder.write_manifest(self.manifest)
         if not trainer.saves:
-            discard_after(folder.path, 0)  # the one at the end of training, or those of a signal
+            discard_after(folder.path, 0)  # the checkpoint at the end of training, or of a signal
         stages = list(self.timer.stages.values())
         return TrainingResult(folder.path, evaluation, answers, stages, self.manifest["warnings"])
 
@@ -278,13 +279,13 @@ class TrainingRun:
     def _collected_gates(
         self, base: LoadedModel, model: PeftModel, pairs: Sequence[AdapterPair], samples: Samples
     ) -> dict[str, SpectralGate]:
-        """Collect the statistics of the penalty's text and of the task's, and solve for the gates."""
+        """Collect statistics of the penalty's text and of the task's, and compute the gates."""
         recipe, device = self.recipe, base.model.device
         size, task = recipe.statistics_batch_size, self.data.train.sequences
         count = min(recipe.gate.num_task_samples, len(task))
         rows = task[random.Random(recipe.training.seed).sample(range(len(task)), count)]
         task_text = list(batches(rows["input_ids"], size, device, rows["labels"]))
-        # Another seed than the held-out crops': the same offsets would be no error, but need not be.
+        # A different seed than for the held-out crops, so that their offsets differ.
         whole = [sample.ids for sample in samples]
         penalty = penalty_text(
             written=list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device)),
@@ -297,7 +298,7 @@ class TrainingRun:
     def _row_penalties(
         self, model: PeftModel, pairs: Sequence[AdapterPair], gates: Gates, text: CalibrationText
     ) -> dict[str, tuple[float, float]]:
-        """Measure what A's rows cost on text that the gates were made from, and on as much that was held out."""
+        """Measure the penalty of A's rows on text that the gates were computed from, and on as much held-out text."""
         size, device = self.recipe.statistics_batch_size, model.device
         both = text.seen[: len(text.held_out)], text.held_out
         seen, unseen = (list(batches([sample.ids for sample in of], size, device)) for of in both)
@@ -310,7 +311,7 @@ class TrainingRun:
         return penalties
 
     def _evaluation_failed(self, error: Exception) -> RunError:
-        """Return what to raise: what is kept, and how to repeat the evaluation without training again."""
+        """Return the error to raise: what is kept, and how to repeat the evaluation without training again."""
         folder, request = self.folder, self.prepared.request
         reason = error.message if isinstance(error, FoloraError) else f"{type(error).__name__}: {first_line(error)}"
         options = [*["--allow-code"] * (self.recipe.evaluation.metric == "function"), *request.trust.flags()]
@@ -320,7 +321,3 @@ class TrainingRun:
             f"the evaluation failed: {reason}; the adapter that was trained is in {folder.adapter}",
             f"{helps}`{line}` repeats the evaluation alone; `folora-q train` with --resume repeats it and ends the run",
         )
-
-
-def _vocabulary(base: LoadedModel) -> int:
-    return base.model.get_input_embeddings().weight.shape[0]

@@ -171,7 +171,7 @@ def test_without_a_chat_template_text_is_continued_and_each_question_stands_alon
     assert run("chat", folder, "--prompt", "x", "--prompt", "the thing", *SHORT) == 0
     text, talk = capfd.readouterr()
     assert text.endswith(chat_cli.visible(expected) + "\n" * (not expected.endswith("\n")))
-    assert talk.count("no chat template: it continues plain text") == 1
+    assert talk.count("no chat template: it continues each question as plain text") == 1
     assert run("chat", folder, "--system", "be brief", "--prompt", "x") == 2
     assert "has no chat template, so it takes no system prompt" in capfd.readouterr().err
 
@@ -181,7 +181,7 @@ def test_without_a_chat_template_text_is_continued_and_each_question_stands_alon
     [
         ("{run}/adaptr", "there is no run, adapter or model at '{run}/adaptr'; did you mean {run}/adapter?"),
         ("{run}/..", "is not a run, adapter or model: it holds no run.json, adapter_config.json or config.json"),
-        ("{run}/run.json", "{run}/run.json is a file, but no .gguf file"),
+        ("{run}/run.json", "{run}/run.json is a file, but not a .gguf file"),
         ("{tmp}/gone.gguf", "there is no run, adapter or model at '{tmp}/gone.gguf'"),
         ("no/such-model", "no/such-model is neither a run or adapter here nor a model that can be loaded: "),
         ("", "there is no run, adapter or model at ''"),
@@ -313,7 +313,7 @@ def test_a_conversation_may_not_be_longer_than_the_context(tuned: Chatter) -> No
 
 def test_what_the_template_refuses_is_the_users_mistake(tuned: Chatter, monkeypatch) -> None:
     monkeypatch.setattr(tuned.tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
-    with pytest.raises(UserError, match=r"does not take this conversation \(system, user\): System role") as caught:
+    with pytest.raises(UserError, match=r"rejects this conversation \(system, user\): System role") as caught:
         tuned.reply([SYSTEM, user("hi")], False, GREEDY)
     assert "leave out --system" in caught.value.hint
 
@@ -392,7 +392,7 @@ def test_prompts_are_one_conversation_and_answers_alone_go_to_stdout(tuned: Chat
     side = Conversation(tuned, False, GREEDY)
     expected = [chat_cli.visible("".join(side.ask(question))) for question in ("hello", "a b c")]
     assert text == "".join(answer if answer.endswith("\n") else f"{answer}\n" for answer in expected)
-    assert "it was trained with a system prompt, so give it: --system 'be brief'" in talk
+    assert "it was trained with a system prompt; set it with --system 'be brief'" in talk
     assert "adapter of a run on" in talk and "Loading weights" not in talk
 
 
@@ -528,8 +528,8 @@ def test_ctrl_c_ends_an_answer_and_then_the_talk(width: int, parrot, monkeypatch
         assert f"{label} 1: three" in text, "forgotten"
     assert "never" not in text and "not reached" not in text
     assert "error: it is too long\n\nhint: say less" in talk
-    assert "error: there is no /nonsense\n\nhint: /reset forgets what was said, /exit ends" in talk
-    assert "/exit or Ctrl-D ends" in talk
+    assert "error: there is no command /nonsense\n\nhint: /reset starts a new conversation, /exit quits" in talk
+    assert "/exit or Ctrl-D quits" in talk
 
 
 def test_ctrl_c_ends_it_all_where_nobody_types(parrot, monkeypatch, capfd) -> None:
@@ -567,7 +567,7 @@ def test_a_talk_in_a_terminal(run_folder: Path) -> None:
         see("hello")
         see("> ")
         type_keys("/reset\n")
-        see("forgotten")
+        see("new conversation")
         see("> ")
         type_keys("half a line")
         see("half a line")

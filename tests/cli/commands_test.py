@@ -101,14 +101,14 @@ def test_what_cannot_work_is_found_without_a_model(
 def test_a_hub_dataset_is_not_looked_at(recipe_file: Path, capfd) -> None:
     changes = ["data.train_dataset={path: org/name, split: 'train[:5%]'}", "data.eval_dataset=null"]
     assert run("validate", recipe_file, *changes) == 0
-    assert "org/name (train[:5%]) from the hub, not looked at" in capfd.readouterr().out
+    assert "org/name (train[:5%]) from the hub, not checked" in capfd.readouterr().out
 
 
 def test_a_run_that_is_there_is_mentioned(recipe_file: Path, tmp_path: Path, capfd) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     assert run("validate", recipe_file) == 0
-    assert "holds a run already: --overwrite" in capfd.readouterr().out
+    assert "already holds a run: --overwrite" in capfd.readouterr().out
 
 
 # recipes

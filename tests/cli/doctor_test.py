@@ -37,7 +37,7 @@ def test_this_machine_can_train(tmp_path: Path) -> None:
     assert {"python", "torch", "trl", "gpu", "precision", "4-bit layers", "memory", "disk", "hub"} <= set(lines)
     assert all(line["fix"] for line in lines.values() if line["state"] in ("warning", "failure"))
     assert lines["4-bit layers"]["state"] == "good"
-    assert "a token is there" in lines["hub"]["fact"]
+    assert "a token is set" in lines["hub"]["fact"]
     assert "hf_" not in done.stdout and str(tmp_path) not in done.stdout and str(Path.cwd()) not in done.stdout
 
 
@@ -56,7 +56,7 @@ def test_a_missing_torch_leaves_the_other_checks(broken) -> None:
     done = broken("torch", "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     assert done.returncode == 1
     assert "✗ torch         2." in done.stdout and "does not load: No module named 'torch'" in done.stdout
-    assert "✗ bitsandbytes  " in done.stdout and "→ mend torch first" in done.stdout
+    assert "✗ bitsandbytes  " in done.stdout and "→ fix torch first" in done.stdout
     assert "✗ 4-bit layers  not tested: No module named 'torch'" in done.stdout
     assert "✓ memory" in done.stdout and "disk" in done.stdout
     assert "Not ready to train: " in done.stdout
@@ -87,7 +87,7 @@ def test_exit_codes_and_lines(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     text = capfd.readouterr().out
     assert "✗ fails         [bold]broken[/]\\x1b[2J\n" in text
     assert '→ pip install "x>=1"\n' in text
-    assert text.endswith("Not ready to train: 1 thing to mend (✗)\n")
+    assert text.endswith("Not ready to train: 1 problem to fix (✗)\n")
     assert run("--json") == 1
     report = json.loads(capfd.readouterr().out)
     assert report["can_train"] is False

@@ -67,7 +67,7 @@ def test_a_list_in_the_advice_can_be_pasted_too(model: str, capfd) -> None:
 
 def test_a_card_that_nothing_helps(model: str, capfd) -> None:
     assert run("estimate", RECIPE, model, "--gpu", 4) == 1
-    assert "it needs a smaller model, or a larger card" in capfd.readouterr().out
+    assert "use a smaller model, or a larger card" in capfd.readouterr().out
 
 
 def test_a_family_that_is_not_in_the_table_takes_longer_and_says_so(tmp_path: Path, capfd) -> None:

@@ -46,7 +46,7 @@ def test_the_report_lies_in_the_run_and_says_where(demo: Path, capfd) -> None:
     assert {path.name for path in (demo / "figures").iterdir()} == figures
     link = (demo / "report.html").resolve().as_uri()
     assert text == f"3 figures in demo/figures\ndemo/report.html\n{link}\n"
-    assert "drawing the report" in talk and "beside" not in talk
+    assert "drawing the report" in talk and "compared with" not in talk
     assert run("report", demo, "--output", "there/page.html") == 0
     assert Path("there/page.html").read_bytes() == (demo / "report.html").read_bytes()
     assert {path.name for path in Path("there/page-figures").iterdir()} == figures
@@ -55,20 +55,20 @@ def test_the_report_lies_in_the_run_and_says_where(demo: Path, capfd) -> None:
 def test_the_plain_run_that_train_proposes_is_the_usual_baseline(demo: Path, tmp_path: Path, capfd) -> None:
     write_run(tmp_path / "demo-plain", PLAIN)
     assert run("report", demo) == 0
-    assert "beside demo-plain, plain QLoRA" in capfd.readouterr().err
-    assert "Beside demo-plain" in (demo / "report.html").read_text("utf-8")
+    assert "compared with demo-plain, plain QLoRA" in capfd.readouterr().err
+    assert "Compared with demo-plain" in (demo / "report.html").read_text("utf-8")
     write_run(tmp_path / "demo-plain", replace(PLAIN, fingerprint="another"))
     assert run("report", demo) == 0
     write_run(tmp_path / "demo-plain", PLAIN).evaluation.unlink()
     assert run("report", demo) == 0
-    assert "beside" not in capfd.readouterr().err
+    assert "compared with" not in capfd.readouterr().err
 
 
 def test_a_baseline_can_be_named_and_must_fit(demo: Path, tmp_path: Path, capfd) -> None:
     write_run(tmp_path / "slow", PLAIN)
     write_run(tmp_path / "other", replace(PLAIN, fingerprint="another"))
     assert run("report", demo, "--baseline", "slow") == 0
-    assert "Beside slow" in (demo / "report.html").read_text("utf-8")
+    assert "Compared with slow" in (demo / "report.html").read_text("utf-8")
     for name, message in (
         ("other", "other was trained on another base model than demo"),
         ("demo", "the baseline is the run itself"),
@@ -125,7 +125,7 @@ def test_runs_are_compared_at_their_ends_and_at_equal_loss(demo: Path, tmp_path:
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     assert ["task: loss", "2.8330", "0.0430", "0.1100", "0.0800"] in rows
     assert ["own text: KL from the base", "0.0000", "0.1250", "0.3000", "0.1250"] in rows
-    assert "At task loss 0.1100, the least that all of them reached" in text
+    assert "At task loss 0.1100, the lowest that all of them reached" in text
     demo_row = next(row for row in rows if row[0] == "demo")
     assert 0.07 < float(demo_row[1]) < 0.1125 and demo_row[3].startswith("interpolated")
     assert next(row for row in rows if row[0] == "slow")[1:] == ["0.2700", "68.5%", "measured at step 200"]
@@ -153,12 +153,12 @@ def test_what_cannot_be_compared_is_refused_and_what_is_not_known_is_said(demo: 
     write_run(tmp_path / "old", PLAIN, model=None, data_sha256={"train.jsonl": "0"})
     assert run("compare", demo, "old") == 0
     talk = capfd.readouterr().err
-    assert "whether it is the same is not known" in talk and "these runs had different data" in talk
+    assert "so it is unknown whether it is the same" in talk and "these runs had different data" in talk
     (tmp_path / "old" / "evaluation.json").unlink()
     (tmp_path / "old" / "metrics.jsonl").unlink()
     assert run("compare", demo, "old") == 0
     text, talk = capfd.readouterr()
-    assert "old has no evaluation" in talk and "The runs have no task loss in common" in text
+    assert "old has no evaluation" in talk and "There is no task loss at which the runs can be compared" in text
 
 
 # inspect
@@ -239,14 +239,14 @@ def test_where_a_is_frozen_no_share_of_a_step_is_told(tmp_path: Path, capfd) -> 
     assert ["the", "other", "1,426"] in [line[:3] for line in lines] and "%" not in text.partition("drift")[0]
     assert run("report", folder.path) == 0
     page = (folder.path / "report.html").read_text("utf-8")
-    assert "A’s rows were put into the first 16" in page and "A reads the first 16 directions, shaded." in page
+    assert "A’s rows are frozen to the first 16" in page and "A reads the first 16 directions, shaded." in page
     assert "share that passes" not in page and "pass more than half" not in page
 
 
 def test_inspect_of_a_run_without_gates_is_a_sentence(demo: Path, tmp_path: Path, capfd) -> None:
     write_run(tmp_path / "plain", PLAIN)
     assert run("inspect", "plain") == 2
-    assert "error: plain is plain QLoRA: it has no gate to look at" in capfd.readouterr().err
+    assert "error: plain is plain QLoRA: it has no gates" in capfd.readouterr().err
     (demo / "gates.json").unlink()
     assert run("inspect", demo) == 2
     assert "demo has no gates in gates.json; the run is marked as complete" in capfd.readouterr().err

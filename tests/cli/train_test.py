@@ -230,7 +230,7 @@ def test_a_finished_run_is_not_overwritten_unasked_and_foreign_files_never(
     assert run("train", *quick) == 0
     before = (tmp_path / "run" / "run.json").read_bytes()
     assert run("train", *quick) == 2
-    assert "holds a run already" in capfd.readouterr().err
+    assert "already holds a run" in capfd.readouterr().err
     assert (tmp_path / "run" / "run.json").read_bytes() == before
     assert run("train", *quick, "--overwrite") == 0
     (tmp_path / "mine").mkdir()
@@ -465,7 +465,7 @@ def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path, sent: sig
         assert process.exitcode == code
     said = output.read_text("utf-8")
     assert "error: interrupted\n" in said and "Traceback" not in said
-    assert f"hint: what had been written is in {tmp_path / 'run'}, marked as interrupted; resume it with\n" in said
+    assert f"hint: the run is in {tmp_path / 'run'}, marked as interrupted; resume it with\n" in said
     assert said.rstrip().endswith("--resume")
     assert manifest(tmp_path / "run")["status"] == "interrupted"
 

@@ -226,6 +226,6 @@ def test_validation_asks_no_server_and_a_run_reads_and_remembers_the_file(
             main([command, path, *more])
         assert caught.value.code == 0
         if command == "validate":
-            assert not asked and f"{web}/r.jsonl, not looked at" in capfd.readouterr().out
+            assert not asked and f"{web}/r.jsonl, not checked" in capfd.readouterr().out
     saved = json.loads((tmp_path / "run" / "run.json").read_text())
     assert f"{web}/r.jsonl" in saved["data_sha256"]

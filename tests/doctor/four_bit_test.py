@@ -23,7 +23,7 @@ def test_the_layer_is_right_in_every_precision(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bf16)
     found = check()
     assert found.state is State.GOOD, found
-    assert "gradients right to" in found.fact
+    assert "gradients correct to" in found.fact
 
 
 def wrap_backward(monkeypatch: pytest.MonkeyPatch, change) -> None:
@@ -40,7 +40,7 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = check()
     assert found.state is State.FAILURE
     assert found.fact.endswith(
-        "not what the dense product gives: gradient off by 5%, gradient after an evaluation off by 5%"
+        "differs from the dense product: gradient off by 5%, gradient after an evaluation off by 5%"
     )
     assert '--no-deps "bitsandbytes>=0.50"; if' in found.fix
 

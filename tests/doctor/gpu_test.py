@@ -87,7 +87,7 @@ def test_a_gpu_that_is_hidden_is_a_warning(machine, monkeypatch: pytest.MonkeyPa
 def test_a_driver_that_fails_is_a_warning(machine) -> None:
     found = machine(Driver(trouble="Driver/library version mismatch"), "13.0")
     assert found.state is State.WARNING and "restart" in found.fix
-    assert found.fact == "none to use: nvidia-smi fails (Driver/library version mismatch); torch is built for CUDA 13.0"
+    assert found.fact == "none usable: nvidia-smi fails (Driver/library version mismatch); torch is built for CUDA 13.0"
 
 
 def test_a_gpu_is_described(machine) -> None:
@@ -120,7 +120,7 @@ def test_a_gpu_that_torch_was_not_built_for_is_a_failure(machine, capability, ta
     found = machine(ADA, "13.0", get_device_capability=capability, get_arch_list=targets)
     assert (found.state is State.GOOD) == runs
     if not runs:
-        assert f"holds no code for RTX 4090, compute capability {capability[0]}.{capability[1]}" in found.fact
+        assert f"has no code for RTX 4090, compute capability {capability[0]}.{capability[1]}" in found.fact
         assert WHEELS in found.fix
 
 

@@ -69,7 +69,7 @@ def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / "memory.max").write_text("2000000000\n")
     (found,) = check_memory()
     assert found.state is State.WARNING
-    assert found.fact == "20.0 of 32.0 GB free, of which this container may have 2.0"
+    assert found.fact == "20.0 of 32.0 GB free, of which this container may use 2.0"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32e9, available=1e9))
     assert check_memory()[0].state is State.WARNING
 
@@ -99,9 +99,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, answer: int | Exception | float, token:
 
 def test_a_token_is_tried_and_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
     good, refused = ask(monkeypatch, 200), ask(monkeypatch, 401)
-    assert (good.state, good.fact) == (State.GOOD, "huggingface.co is reached; it accepts the token")
+    assert (good.state, good.fact) == (State.GOOD, "huggingface.co can be reached; it accepts the token")
     assert (refused.state, refused.fix) == (State.WARNING, "hf auth login")
-    assert ask(monkeypatch, 404).fact == "huggingface.co is reached; a token is there"  # a mirror without accounts
+    assert ask(monkeypatch, 404).fact == "huggingface.co can be reached; a token is set"  # a mirror without accounts
     assert TOKEN not in repr((good, refused))
 
 

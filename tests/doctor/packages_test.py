@@ -74,7 +74,7 @@ def test_a_missing_torch_is_installed_for_the_hardware(versions, monkeypatch: py
     ("error", "fact", "fix"),
     [
         (ImportError("undefined symbol: x\nsecond line"), "undefined symbol: x", '--no-deps "trl>=1.16,<2"'),
-        (ModuleNotFoundError("No module named 'torch'", name="torch"), "No module named 'torch'", "mend torch first"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), "No module named 'torch'", "fix torch first"),
         (ModuleNotFoundError("No module named 'yaml'", name="yaml_"), "No module named 'yaml'", "pip install yaml_"),
         (ModuleNotFoundError("No module named 'trl.x'", name="trl.x"), "No module named 'trl.x'", '"trl>=1.16,<2"'),
         (OSError("libcudart.so.13: cannot open"), "libcudart.so.13: cannot open", '--no-deps "trl>=1.16,<2"'),

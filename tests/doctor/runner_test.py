@@ -26,7 +26,7 @@ def test_a_check_that_hangs_is_ended() -> None:
     with Examiner(seconds=1.5) as examiner:
         (hung,) = examiner.make(Check("hub", faulty.hangs, needed=False))
         assert examiner.make(Check("warns", faulty.warns)) == faulty.warns()
-    assert (hung.state, hung.fact) == (State.WARNING, "no end within 1.5 s")
+    assert (hung.state, hung.fact) == (State.WARNING, "not finished within 1.5 s")
 
 
 def test_an_exception_is_a_finding_with_its_cause() -> None:

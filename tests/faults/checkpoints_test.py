@@ -61,7 +61,7 @@ def test_any_byte_that_is_flipped_or_lost_is_found(tmp_path: Path, seed: int) ->
         ("[]", "cannot be read"),
         ('{"step": 3}', "cannot be read"),
         ('{"step": 3, "files": {}}', "does not name adapter_model.safetensors"),
-        ('{"step": 4, "files": {}}', "is of step 4"),
+        ('{"step": 4, "files": {}}', "belongs to step 4"),
     ],
 )
 def test_a_manifest_that_says_nothing_is_no_manifest(tmp_path: Path, content: str | None, reason: str) -> None:
@@ -95,7 +95,7 @@ def test_the_newest_whole_one_needs_its_best_where_that_is_kept(tmp_path: Path) 
     assert newest_whole(tmp_path, False, told.append).name == "checkpoint-6" and not told
     assert newest_whole(tmp_path, True, told.append).name == "checkpoint-2"
     assert told[0].startswith(
-        "checkpoint-6 is not used: the best step before it, checkpoint-4, is incomplete: progress"
+        "checkpoint-6 is not used: the best checkpoint before it, checkpoint-4, is incomplete: progress"
     )
     assert told[1].startswith("checkpoint-4 is not used: progress.json has 1 bytes")
 

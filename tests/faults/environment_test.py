@@ -101,9 +101,7 @@ def test_without_a_place_for_the_cache_it_says_how_to_name_one(
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory")))
     assert run(recipe_file) == 1
     talk = capfd.readouterr().err
-    assert (
-        "error: no home folder is known, so there is nowhere to put the cache" in talk and "set FOLORA_Q_CACHE" in talk
-    )
+    assert "error: no home folder is known for the cache" in talk and "set FOLORA_Q_CACHE" in talk
 
 
 def test_text_that_cannot_be_kept_in_the_cache_is_the_runs_all_the_same(

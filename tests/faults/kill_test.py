@@ -72,7 +72,7 @@ def test_a_killed_run_is_continued_by_a_fresh_process(saving: list[object], fini
         resumed.join(100)
     said = output.read_text("utf-8")
     assert resumed.exitcode == 0, said
-    assert f"took {folder} over from process {process}: it is gone" in said
+    assert f"took over {folder} from process {process}: it is gone" in said
     assert f"resuming from checkpoint-{manifest(folder)['resumed'][0]['step']}" in said
     assert_the_same_run(finished, folder)
 

@@ -59,7 +59,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path: Path) 
     told: list[str] = []
     with locked(tmp_path, told.append):
         pass
-    assert told == [f"took {tmp_path} over from process {process.pid}: it is gone"]
+    assert told == [f"took over {tmp_path} from process {process.pid}: it is gone"]
 
 
 def stale(tmp_path: Path, **changes: object) -> list[str]:
@@ -75,12 +75,12 @@ def stale(tmp_path: Path, **changes: object) -> list[str]:
 
 def test_another_process_with_the_same_number_is_not_taken_for_it(tmp_path: Path) -> None:
     [line] = stale(tmp_path, started=psutil.Process().create_time() - 3600)
-    assert line.endswith("its number is another process's now")
+    assert line.endswith("its process id now belongs to another process")
 
 
 def test_a_lock_from_before_a_restart_of_the_machine_is_stale(tmp_path: Path) -> None:
     [line] = stale(tmp_path, boot="another")
-    assert line.endswith("the machine was started anew since")
+    assert line.endswith("the machine has been restarted since")
 
 
 def test_a_lock_of_another_machine_is_never_broken(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_no_space_at_all_is_found_at_once(recipe_file: Path, tmp_path: Path, cap
     monkeypatch.setattr(lock, "free_bytes", lambda folder: 0)
     assert run(recipe_file) == 2
     talk = capfd.readouterr().err
-    assert f"no space is left for the run folder {tmp_path / 'run'}: 0.0 MB" in talk and "loading" not in talk
+    assert f"not enough disk space for the run folder {tmp_path / 'run'}: 0.0 MB" in talk and "loading" not in talk
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="takes root, to become somebody else")

@@ -66,9 +66,9 @@ def test_the_layers_of_a_model_that_is_in_no_table_are_known_too(recipe: Path, o
 
 def test_rotary_positions_are_a_note_and_a_table_of_positions_an_error(recipe: Path, own_model: Path, capfd) -> None:
     assert run("validate", recipe, "max_length=512") == 0
-    assert "made for" not in capfd.readouterr().out
+    assert "was trained for" not in capfd.readouterr().out
     assert run("validate", recipe, "max_length=600") == 0
-    noted = "training.max_length is 600, and the model was made for 512 tokens"
+    noted = "training.max_length is 600, but the model was trained for 512 tokens"
     assert noted in capfd.readouterr().out
     gpt2 = {"model_type": "gpt2", "vocab_size": 261, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
     (own_model / "config.json").write_text(json.dumps(gpt2))
@@ -124,7 +124,7 @@ def test_a_token_beyond_the_embedding_that_every_text_has_is_an_error(
 
 def test_a_model_of_the_hub_that_is_not_here_is_not_looked_at(recipe: Path, capfd) -> None:
     assert run("validate", recipe, "model.model_name_or_path=org/nothing-here", "target_modules=[q_porj]") == 0
-    assert "the files of org/nothing-here are not in the hub's cache, so the model was not looked at" in (
+    assert "the files of org/nothing-here are not in the hub's cache, so the model was not checked" in (
         capfd.readouterr().out
     )
 

@@ -99,7 +99,7 @@ def test_a_gate_is_found_by_the_end_of_a_name_or_a_pattern() -> None:
         ("donw_proj", "no gated module is called donw_proj", "did you mean down_proj"),
         ("layers.1.mlp.donw_proj", "no gated module", "did you mean layers.1.mlp.down_proj"),
         ("zzz", "no gated module is called zzz", "leave out --module"),
-        ("k_proj", "k_proj stands for 6 gates", "--module model.layers.3.self_attn.k_proj"),
+        ("k_proj", "k_proj matches 6 gates", "--module model.layers.3.self_attn.k_proj"),
     ],
 )
 def test_a_gate_that_is_not_found_is_answered_with_near_ones(asked: str, message: str, hint: str) -> None:

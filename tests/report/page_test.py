@@ -207,7 +207,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> No
     page = parts_of(made.html)
     text = " ".join(page.text.split())
     assert "This run is not finished: it is marked as interrupted. stopped by hand" in text
-    assert "below is what was measured along training" in text and "star" not in text
+    assert "below is what was measured during training" in text and "star" not in text
     assert [picture.name for picture in made.pictures] == ["course", "trade-off", "costs"]
     assert "full numbers" not in page.tables
 

@@ -32,7 +32,7 @@ def test_every_line_is_json_in_the_order_of_writing(tmp_path: Path) -> None:
 def test_overwriting_removes_the_run_and_leaves_what_the_user_put_beside_it(tmp_path: Path) -> None:
     folder = finished_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         open_run_folder(tmp_path, overwrite=False)
     assert folder.adapter.exists()
     open_run_folder(tmp_path, overwrite=True)

@@ -90,7 +90,7 @@ def test_a_wrong_name_says_what_is_there(run: RunFolder, tmp_path: Path) -> None
         tmp_path, "is not a run, adapter or model: it holds no run.json, adapter_config.json or config.json"
     )
     assert inside.hint == f"did you mean {run.path}?"
-    refuses(run.manifest, "is a file, but no .gguf file")
+    refuses(run.manifest, "is a file, but not a .gguf file")
     for name in ("gone.gguf", "", "/" + "x" * 5000, "a\0b", "a b"):
         assert "name a run folder" in refuses(name, "there is no run, adapter or model at").hint
 

@@ -133,7 +133,7 @@ def test_what_has_no_base_cannot_be_compared(tiny_folder: Path, tmp_path: Path) 
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     prompt = tmp_path / "prompt"
     get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).save_pretrained(prompt)
-    with pytest.raises(UserError, match="is a learned prompt, and base and tuned model are compared by switching"):
+    with pytest.raises(UserError, match="is a learned prompt, which cannot be switched off"):
         load(prompt, compare=True)
     assert load(prompt).model.active_peft_config.is_prompt_learning
 
@@ -142,9 +142,9 @@ def test_what_has_no_base_cannot_be_compared(tiny_folder: Path, tmp_path: Path) 
     ("change", "message"),
     [
         ({"base_model_name_or_path": "gone/away"}, "needs its base and tokenizer: cannot load the model"),
-        ({"target_modules": ["nothing"]}, "cannot put the adapter .* on"),
-        ({"r": 7}, "cannot put the adapter .* on"),
-        ({"peft_type": "WISHFUL"}, "cannot put the adapter .* on"),
+        ({"target_modules": ["nothing"]}, "cannot load the adapter .* on"),
+        ({"r": 7}, "cannot load the adapter .* on"),
+        ({"peft_type": "WISHFUL"}, "cannot load the adapter .* on"),
         ({"target_modules": ["q_proj", "lm_head"]}, "does not fit .*: it lacks weights for some of its layers"),
     ],
 )
