@@ -103,7 +103,7 @@ def _print_equal(equal: AtEqualLoss | None, names: Sequence[str]) -> None:
     out.print(f"\n[bold]At task loss {number(equal.loss)}[/], the lowest that all of them reached", soft_wrap=True)
     table = Table()
     table.add_column("run", overflow="fold")
-    for heading in ("KL, own text", "same top token"):
+    for heading in ("KL, generated text", "same top token"):
         table.add_column(heading, justify="right")
     table.add_column("how it is known")
     for name, reached in zip(names, equal.reached, strict=True):

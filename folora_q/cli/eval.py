@@ -17,7 +17,7 @@ from folora_q.errors import UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import load_recipe
 from folora_q.runs.folder import RunFolder
-from folora_q.runs.results import Evaluation, answer_lines, to_json
+from folora_q.runs.results import Evaluation, TextKind, answer_lines, to_json
 
 if TYPE_CHECKING:
     from folora_q.workflows.evaluate import EvaluationResult
@@ -131,9 +131,11 @@ def _print_outcome(outcome: EvaluationResult) -> None:
 
 
 def _print_layers(found: Evaluation) -> None:
-    moved = sorted(found.layers, key=lambda layer: -layer.drift.get("own", 0.0))[:MAX_MOVED_LAYERS]
+    moved = sorted(found.layers, key=lambda layer: -layer.drift.get(TextKind.GENERATED, 0.0))[:MAX_MOVED_LAYERS]
     if moved:
-        named = ", ".join(f"{escape(visible(layer.name))} ({layer.drift.get('own', 0.0):.2g})" for layer in moved)
+        named = ", ".join(
+            f"{escape(visible(layer.name))} ({layer.drift.get(TextKind.GENERATED, 0.0):.2g})" for layer in moved
+        )
         out.print(f"moved most on model-generated text, E‖ΔWx‖²/E‖Wx‖²: {named}", soft_wrap=True)
 
 

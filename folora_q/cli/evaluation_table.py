@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from folora_q.cli.console import out, print_table, visible
-from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, Interval, PairedChange
+from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, Interval, PairedChange, TextKind
 
 ANSWER_LENGTH = 200
 
@@ -34,16 +34,16 @@ def print_evaluation(found: Evaluation, title: str) -> None:
         lost = agreement.value - 1
         table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
 
-    for text in found.of_kind("task"):
+    for text in found.of_kind(TextKind.TASK):
         add("task: loss, nats per token", text.loss, ".4f", True)
     if found.score is not None:
         add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
     table.add_section()
-    for text in found.of_kind("own"):
+    for text in found.of_kind(TextKind.GENERATED):
         add_kl(f"{text.name}: KL", text.kl, text.top1_agreement)
         add("  loss", text.loss, ".4f", True)
     table.add_section()
-    for text in found.of_kind("general"):
+    for text in found.of_kind(TextKind.GENERAL):
         add(f"{text.name}: loss (forgetting)", text.loss, ".4f", True)
     print_table(table)
 

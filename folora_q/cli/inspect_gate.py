@@ -17,7 +17,7 @@ from folora_q.report.gates import find_gates, heldout_penalties, mean_value, pas
 from folora_q.report.layers import Quantity, Scale, gate_quantities, layer_quantities, place_of, scale_of
 from folora_q.report.run_record import Run, load_run
 from folora_q.report.text import number, short, visible
-from folora_q.runs.results import GateResult, LayerResult
+from folora_q.runs.results import GateResult, LayerResult, TextKind
 
 # Both heights and colours show the level.
 BARS = "▁▂▃▄▅▆▇█"
@@ -181,12 +181,12 @@ def _passes(value: float, number_of: int, rows: int | None) -> tuple[str, str]:
 
 def _layers_table(layers: Sequence[LayerResult]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    headings = ("", "drift, own text", "drift, task text", "energy kept, A", "energy kept, B", "‖ΔW‖")
+    headings = ("", "drift, generated text", "drift, task text", "energy kept, A", "energy kept, B", "‖ΔW‖")
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     for layer in layers:
         numbers = (
-            short(layer.drift.get("own")),
+            short(layer.drift.get(TextKind.GENERATED)),
             short(layer.drift.get("task")),
             number(layer.energy_kept.get("a"), ".1%"),
             number(layer.energy_kept.get("b"), ".1%"),

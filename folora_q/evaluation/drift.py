@@ -26,6 +26,7 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import AdapterPair, factors
+from folora_q.runs.results import TextKind
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def measured_drift(
 
 
 def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGate]) -> dict[str, dict[str, float]]:
-    """Predict the drift by layer for the texts that the gates were computed from: {"own": ..., "task": ...}.
+    """Predict the drift by layer for the texts that the gates were computed from, by kind of text.
 
     ‖BAx‖² needs BᵀB and AΣAᵀ, both r x r; W is dequantized, one layer at a time.
     """
@@ -99,8 +100,8 @@ def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGa
         gram_b = (pair.b.detach().T @ pair.b.detach()).double().cpu() * pair.scale**2
         penalty, utility = gate.forms(pair.a.detach())
         found[pair.name] = {
-            "own": float((gram_b * penalty).sum() / gate.penalty(weight)),
-            "task": float((gram_b * utility).sum() / gate.utility(weight)),
+            TextKind.GENERATED: float((gram_b * penalty).sum() / gate.penalty(weight)),
+            TextKind.TASK: float((gram_b * utility).sum() / gate.utility(weight)),
         }
     return found
 

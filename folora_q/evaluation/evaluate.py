@@ -30,7 +30,15 @@ from folora_q.evaluation.task import (
 )
 from folora_q.progress import StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
-from folora_q.runs.results import AnswerResult, LayerResult, ScoreResult, TextResult
+from folora_q.runs.results import (
+    GENERATED_TEXT,
+    GENERATED_TEXT_CUT,
+    AnswerResult,
+    LayerResult,
+    ScoreResult,
+    TextKind,
+    TextResult,
+)
 
 # Number of held-out prompts that are answered without a metric, for reading.
 SAMPLE_ANSWERS = 4
@@ -60,16 +68,16 @@ def held_out(
     section: EvaluationSection,
     device: torch.device,
     *,
-    own: Sequence[Sequence[int]],
-    own_seed: int,
+    generated: Sequence[Sequence[int]],
+    crop_seed: int,
     data: TaskTokens | None,
     max_length: int = GENERAL_WINDOW,
 ) -> HeldOut:
     """Prepare what a model is evaluated on.
 
     Args:
-        own: texts that the base sampled; they are used in full, and again cropped.
-        own_seed: of the crops.
+        generated: texts that the base sampled; they are used in full, and again cropped.
+        crop_seed: seed of the crops.
         data: the task; None: no task.
         max_length: the longest sequence that the model should see.
 
@@ -79,16 +87,19 @@ def held_out(
     size = section.batch_size
     rows = None if data is None else data.heldout.sequences
     ids, labels = ((), ()) if rows is None else (rows["input_ids"][:], rows["labels"][:])
-    cut = crops(own, own_seed)
-    texts = [HeldOutText("task", "task", list(batches(ids, size, device, labels)))] if ids else []
-    if own:
-        texts.append(HeldOutText("own text", "own", list(batches(own, size, device))))
-        texts.append(HeldOutText("own text, cut", "own", list(batches(cut, size, device))))
+    cut = crops(generated, crop_seed)
+    texts = [HeldOutText("task", TextKind.TASK, list(batches(ids, size, device, labels)))] if ids else []
+    if generated:
+        texts.append(HeldOutText(GENERATED_TEXT, TextKind.GENERATED, list(batches(generated, size, device))))
+        texts.append(HeldOutText(GENERATED_TEXT_CUT, TextKind.GENERATED, list(batches(cut, size, device))))
     window = min(GENERAL_WINDOW, max_length)
     for name, path in general_texts(section).items():
         windows = text_windows(path, tokenizer, window)
-        texts.append(HeldOutText(name, "general", list(batches(windows, size, device))))
-    drift = {"own": [*own[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]], "task": list(ids[:DRIFT_TEXTS])}
+        texts.append(HeldOutText(name, TextKind.GENERAL, list(batches(windows, size, device))))
+    drift = {
+        TextKind.GENERATED: [*generated[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]],
+        TextKind.TASK: list(ids[:DRIFT_TEXTS]),
+    }
     reader = Questions(Renderer(tokenizer) if data is None else data.renderer)
     return HeldOut(
         texts=texts,

@@ -83,7 +83,7 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
     def base_loss(name: str) -> Callable[[Evaluation], float | None]:
         return lambda found: None if (result := found.text(name)) is None else result.loss.base.value
 
-    for name in _names(evaluations, "task"):
+    for name in _names(evaluations, TextKind.TASK):
         label = "task: loss" if name == "task" else f"{name}: loss"
         add(label, ".4f", base_loss(name), of_text(name, lambda result: result.loss.tuned))
     for metric in dict.fromkeys(found.score.metric for found in evaluations if found and found.score):
@@ -94,11 +94,11 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
             lambda found, m=metric: found.score.score.tuned if found.score and found.score.metric == m else None,
             lower_is_better=False,
         )
-    for name in _names(evaluations, "own"):
+    for name in _names(evaluations, TextKind.GENERATED):
         add(f"{name}: KL from the base", ".4f", lambda _: 0.0, of_text(name, lambda result: result.kl))
         agreement = of_text(name, lambda result: result.top1_agreement)
         add(f"{name}: same top token", ".1%", lambda _: 1.0, agreement, lower_is_better=False)
-    for name in _names(evaluations, "general"):
+    for name in _names(evaluations, TextKind.GENERAL):
         add(f"{name}: rise of the loss", "+.4f", lambda _: 0.0, of_text(name, lambda result: result.loss.change))
     add("size of the update, ‖ΔW‖", ".3g", lambda _: None, update_norm, lower_is_better=None)
     for label, form, of in (("time", "time", total_seconds), ("peak memory", "memory", peak_bytes)):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from folora_q.runs.results import GateResult, LayerResult
+from folora_q.runs.results import GateResult, LayerResult, TextKind
 
 # Longer numbers in names are not layer indices.
 MAX_INDEX_DIGITS = 6
@@ -146,7 +146,10 @@ def layer_quantities(layers: Sequence[LayerResult]) -> list[Quantity]:
     """Return how far every layer moved; unknown quantities are left out."""
     return _known(
         [
-            *(_drift(layers, kind, text) for kind, text in (("own", "the base’s own text"), ("task", "task text"))),
+            *(
+                _drift(layers, kind, text)
+                for kind, text in ((TextKind.GENERATED, "generated text"), (TextKind.TASK, "task text"))
+            ),
             Quantity(
                 "norm",
                 "Size of the update",
@@ -165,7 +168,7 @@ def gate_quantities(gates: Sequence[GateResult], layers: Sequence[LayerResult], 
             Quantity(
                 "quotient",
                 "Top quotient γ",
-                "how much the task uses the best direction of the layer’s input, per unit of what the base’s own text "
+                "how much the task uses the best direction of the layer’s input, per unit of what model-generated text "
                 "loses",
                 True,
                 grid_of((gate.modules, max(gate.quotients)) for gate in gates if gate.quotients),

@@ -13,7 +13,7 @@ from folora_q.report.render import in_our_style, titled
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.style import ACCENT, INK, LINE, MARKERS, MUTED, SERIES, SURFACE
 from folora_q.report.text import memory, short, tick, visible, wall_time
-from folora_q.runs.results import LayerResult
+from folora_q.runs.results import LayerResult, TextKind
 
 WIDTH = 4.9  # inches: half of a page, or a phone's full width
 # Losses that fall by more than this factor are drawn on a logarithmic scale, which shows their end.
@@ -86,7 +86,7 @@ def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | Non
     _set_loss_scale(axes, "x", losses)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"held-out task loss, {NATS}")
-    axes.set_ylabel(f"KL from the base on its own text, {NATS}")
+    axes.set_ylabel(f"KL from the base on generated text, {NATS}")
     _legend_above(axes)
     return figure
 
@@ -123,7 +123,7 @@ def predicted_drift(layers: Sequence[LayerResult]) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     titled(figure, "Drift, by the statistics and measured")
     axes = figure.subplots()
-    for number, (kind, name) in enumerate((("own", "the base’s own text"), ("task", "task text"))):
+    for number, (kind, name) in enumerate(((TextKind.GENERATED, "generated text"), (TextKind.TASK, "task text"))):
         pairs = [(layer.predicted.get(kind, 0.0), layer.drift.get(kind, 0.0)) for layer in layers]
         pairs = [pair for pair in pairs if all(0 < value < float("inf") for value in pair)]
         if pairs:

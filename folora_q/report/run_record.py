@@ -23,6 +23,7 @@ from folora_q.runs.results import (
     Evaluation,
     GateResult,
     Interval,
+    TextKind,
     TextResult,
     read_answers,
     read_evaluation,
@@ -133,12 +134,12 @@ class Run:
 
     @property
     def task_text(self) -> TextResult | None:
-        return next(iter(self.evaluation.of_kind("task")), None) if self.evaluation else None
+        return next(iter(self.evaluation.of_kind(TextKind.TASK)), None) if self.evaluation else None
 
     @property
-    def own_text(self) -> TextResult | None:
+    def generated_text(self) -> TextResult | None:
         """The result on model-generated text in full; cropped text comes after it."""
-        return next(iter(self.evaluation.of_kind("own")), None) if self.evaluation else None
+        return next(iter(self.evaluation.of_kind(TextKind.GENERATED)), None) if self.evaluation else None
 
     @cached_property
     def end(self) -> Point | None:
@@ -148,12 +149,12 @@ class Run:
         """
         if self.task_text is None or not math.isfinite(self.task_text.loss.tuned.value):
             return None
-        own = self.evaluation.of_kind("own") if self.evaluation else []
+        generated = self.evaluation.of_kind(TextKind.GENERATED) if self.evaluation else []
         return Point(
             step=None,
             loss=self.task_text.loss.tuned.value,
-            kl=_mean(own, lambda text: text.kl),
-            agreement=_mean(own, lambda text: text.top1_agreement),
+            kl=_mean(generated, lambda text: text.kl),
+            agreement=_mean(generated, lambda text: text.top1_agreement),
         )
 
     @cached_property

@@ -71,11 +71,11 @@ class Monitored:
     """Texts that are evaluated during training, in addition to the held-out rows.
 
     Attributes:
-        own_text: model-generated text for the KL from the base; None skips the KL.
+        generated_text: model-generated text for the KL from the base; None skips the KL.
         real_text: general texts whose loss is compared with the base's.
     """
 
-    own_text: HeldOutText | None = None
+    generated_text: HeldOutText | None = None
     real_text: Sequence[HeldOutText] = ()
 
 
@@ -99,7 +99,7 @@ class FaultTolerantTrainer(SFTTrainer):
     ) -> None:
         self.micro_batches, self.measuring = tolerance.micro_batches, tolerance.measuring
         self.skipped, self.kept, self.needs_saves = tolerance.skipped, tolerance.kept, tolerance.needs_saves
-        self.heldout, self.own_text, self.real_text = heldout, monitored.own_text, monitored.real_text
+        self.heldout, self.generated_text, self.real_text = heldout, monitored.generated_text, monitored.real_text
         self.exceeded: tuple[int, float] | None = None
         self.last_good: Path | None = None
         self.continued: Path | None = None
@@ -170,7 +170,7 @@ class FaultTolerantTrainer(SFTTrainer):
             if self.args.eval_strategy != "no":
                 self.model.eval()  # once B is not zero, dropout has an effect
                 self.loss_of(self.heldout[:1])
-                for text in (*([self.own_text] if self.own_text is not None else []), *self.real_text):
+                for text in (*([self.generated_text] if self.generated_text is not None else []), *self.real_text):
                     first = replace(text, batches=text.batches[:1])
                     compare(ModelPair(self.model), first, splitter=self.measuring)
             trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -120,11 +120,11 @@ class GatedTrainer(FaultTolerantTrainer):
         loss = self.loss_of(self.heldout)
         metrics = {f"{metric_key_prefix}_loss": loss}
         within = True
-        if self.own_text is not None:
-            own = compare(ModelPair(self.model), self.own_text, splitter=self.measuring)
-            metrics[f"{metric_key_prefix}_kl"] = own.kl.value
-            metrics[f"{metric_key_prefix}_top1_agreement"] = own.top1_agreement.value
-            within = self.max_kl is None or own.kl.value <= self.max_kl
+        if self.generated_text is not None:
+            generated = compare(ModelPair(self.model), self.generated_text, splitter=self.measuring)
+            metrics[f"{metric_key_prefix}_kl"] = generated.kl.value
+            metrics[f"{metric_key_prefix}_top1_agreement"] = generated.top1_agreement.value
+            within = self.max_kl is None or generated.kl.value <= self.max_kl
         for text in self.real_text:
             rise = compare(ModelPair(self.model), text, splitter=self.measuring).loss.change
             metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
@@ -138,7 +138,7 @@ class GatedTrainer(FaultTolerantTrainer):
         metrics[f"{metric_key_prefix}_{BEST}"] = loss if within else math.inf
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if not within:
-            self.exceeded = self.state.global_step, own.kl.value
+            self.exceeded = self.state.global_step, generated.kl.value
             self.control.should_training_stop = True
         return metrics
 

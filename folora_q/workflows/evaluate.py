@@ -94,9 +94,11 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         loaded.tokenizer.chat_template = template
     model_pair = ModelPair(loaded.model, loaded.base)
     data = _task(request, recipe, loaded, model_pair, clock)
-    own, own_seed = _own_text(request, recipe, loaded, model_pair, clock)
+    generated, crop_seed = _generated_text(request, recipe, loaded, model_pair, clock)
     length = {"max_length": recipe.training.max_length} if recipe else {}
-    on = held_out(loaded.tokenizer, section, model_pair.device, own=own, own_seed=own_seed, data=data, **length)
+    on = held_out(
+        loaded.tokenizer, section, model_pair.device, generated=generated, crop_seed=crop_seed, data=data, **length
+    )
     texts, score, answers = evaluate(model_pair, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,
@@ -141,7 +143,7 @@ def _task(
     return data
 
 
-def _own_text(
+def _generated_text(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> tuple[list[list[int]], int]:
     """Return model-generated text of the base (the run's held-out samples, or new ones), and the seed that crops it."""

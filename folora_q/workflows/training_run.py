@@ -37,7 +37,7 @@ from folora_q.models.target_modules import in_16_bits, listed, without_adapter
 from folora_q.progress import Stage, StageTimer
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
-from folora_q.runs.results import AnswerResult, Evaluation, answer_lines, to_json
+from folora_q.runs.results import GENERATED_TEXT, AnswerResult, Evaluation, TextKind, answer_lines, to_json
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.targets.embeddings import embedding_rows
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
@@ -155,8 +155,8 @@ class TrainingRun:
             self.prepared.tokenizer,
             self.recipe.evaluation,
             base.model.device,
-            own=[sample.ids for sample in text.held_out],
-            own_seed=self.recipe.proxy.seed,
+            generated=[sample.ids for sample in text.held_out],
+            crop_seed=self.recipe.proxy.seed,
             data=self.data,
             max_length=self.recipe.training.max_length,
         )
@@ -166,10 +166,12 @@ class TrainingRun:
         section = self.recipe.evaluation
         ids = [sample.ids for sample in text.held_out[: section.num_proxy_samples]]
         both = [*ids, *crops(ids, self.recipe.proxy.seed)]
-        own = HeldOutText("own text", "own", list(batches(both, section.batch_size, base.model.device)))
-        general = [each for each in measured_on.texts if each.kind == "general"]
+        generated = HeldOutText(
+            GENERATED_TEXT, TextKind.GENERATED, list(batches(both, section.batch_size, base.model.device))
+        )
+        general = [each for each in measured_on.texts if each.kind is TextKind.GENERAL]
         windows = math.ceil(section.num_proxy_samples / max(len(general), 1))
-        return Monitored(own, [replace(each, batches=first_rows(each.batches, windows)) for each in general])
+        return Monitored(generated, [replace(each, batches=first_rows(each.batches, windows)) for each in general])
 
     def attach_adapter(self, base: LoadedModel) -> PeftModel:
         """Attach the adapter to the base model."""

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folora_q.cli.app import main
-from folora_q.runs.results import Evaluation, read_answers, read_evaluation
+from folora_q.runs.results import Evaluation, TextKind, read_answers, read_evaluation
 
 
 def run(*arguments: object) -> int:
@@ -58,7 +58,7 @@ def test_a_run_is_measured_again_as_it_measured_itself(recipe_file: Path, tmp_pa
         assert after.predicted == pytest.approx(before.predicted, rel=1e-6)
     assert read_answers(folder / "answers.jsonl") == read_answers(tmp_path / "again" / "answers.jsonl")
     text = capfd.readouterr().out
-    assert f"{folder}against" in "".join(text.split()) and "own text, cut: KL" in text
+    assert f"{folder}against" in "".join(text.split()) and "generated text, cut: KL" in text
     assert run("eval", folder, "--output", tmp_path / "again") == 2
     assert "already exists" in capfd.readouterr().err
 
@@ -70,11 +70,13 @@ def test_an_adapter_from_elsewhere_is_measured_on_text_that_its_base_writes(
     given = ("--samples", 6, "--dtype", "float32", "--text", tmp_path / "notes.txt")
     assert run("eval", foreign, *given, "--output", tmp_path / "found") == 0
     found = evaluated(tmp_path / "found")
-    assert [text.name for text in found.texts] == ["own text", "own text, cut", "notes"]
+    assert [text.name for text in found.texts] == ["generated text", "generated text, cut", "notes"]
     assert found.texts[0].texts == 6 and found.texts[0].kl.value > 0
     assert found.text("notes").loss.change.value < 0, "it was trained on such words"
     assert found.score is None
-    assert len(found.layers) == 4 and all(layer.drift["own"] > 0 and layer.update_norm > 0 for layer in found.layers)
+    assert len(found.layers) == 4 and all(
+        layer.drift[TextKind.GENERATED] > 0 and layer.update_norm > 0 for layer in found.layers
+    )
     text, talk = capfd.readouterr()
     assert "only forgetting is measured" in talk and "✓ sampling text" in talk
     assert "What is the capital of Australia" in text
@@ -101,8 +103,14 @@ def test_a_merged_model_is_measured_against_what_it_was_made_of(
     for one, other in zip(of_merged.texts, of_adapter.texts, strict=True):
         assert one.kl.value == pytest.approx(other.kl.value, rel=1e-3)
         assert one.loss.base.value == pytest.approx(other.loss.base.value, rel=1e-5)
-    moved = {layer.name: layer.drift["own"] for layer in of_merged.layers if layer.drift["own"] > 1e-9}
-    assert moved == pytest.approx({layer.name: layer.drift["own"] for layer in of_adapter.layers}, rel=1e-2)
+    moved = {
+        layer.name: layer.drift[TextKind.GENERATED]
+        for layer in of_merged.layers
+        if layer.drift[TextKind.GENERATED] > 1e-9
+    }
+    assert moved == pytest.approx(
+        {layer.name: layer.drift[TextKind.GENERATED] for layer in of_adapter.layers}, rel=1e-2
+    )
 
     capfd.readouterr()
     assert run("eval", tiny_folder) == 2
@@ -118,7 +126,11 @@ def test_when_the_rows_are_gone_the_rest_is_measured(recipe_file: Path, tmp_path
     (tmp_path / "train.jsonl").unlink()
     assert run("eval", tmp_path / "run", "--output", tmp_path / "found") == 0
     assert "the task is not measured: " in capfd.readouterr().err
-    assert [text.kind for text in evaluated(tmp_path / "found").texts] == ["own", "own", "general"]
+    assert [text.kind for text in evaluated(tmp_path / "found").texts] == [
+        TextKind.GENERATED,
+        TextKind.GENERATED,
+        "general",
+    ]
 
 
 def test_lm_eval_runs_a_task_from_a_file_on_both(foreign: Path, tmp_path: Path, capfd) -> None:

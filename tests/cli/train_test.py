@@ -24,7 +24,7 @@ from folora_q.models import logits
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
-from folora_q.runs.results import Evaluation, read_answers, read_evaluation, read_gate_results
+from folora_q.runs.results import Evaluation, TextKind, read_answers, read_evaluation, read_gate_results
 from folora_q.training import trainer
 from folora_q.workflows import train, training_run
 from tests.forked import forked, wait_until
@@ -75,14 +75,21 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert stages["training"]["seconds"] > 0
 
     found = measured(folder)
-    assert [text.name for text in found.texts] == ["task", "own text", "own text, cut", "prose", "manual", "code"]
-    assert found.text("own text").kl.value > 0 and found.text("own text").texts == 2
+    assert [text.name for text in found.texts] == [
+        "task",
+        "generated text",
+        "generated text, cut",
+        "prose",
+        "manual",
+        "code",
+    ]
+    assert found.text("generated text").kl.value > 0 and found.text("generated text").texts == 2
     assert found.text("task").loss.change.high < 0
     assert found.text("task").tokens == 40, "of four rows the completions and their end"
     assert found.score.answers == 4
     assert len(found.layers) == 14
     for layer in found.layers:
-        assert set(layer.drift) == set(layer.predicted) == {"own", "task"}
+        assert set(layer.drift) == set(layer.predicted) == {TextKind.GENERATED, "task"}
         assert layer.update_norm > 0 and 0 < layer.energy_kept["a"] < 1.5
     gates = read_gate_results(folder / "gates.json")
     assert sorted(name for gate in gates for name in gate.modules) == sorted(layer.name for layer in found.layers)
@@ -181,7 +188,7 @@ def test_held_out_text_is_never_used_for_statistics(recipe_file: Path, monkeypat
         return build_gates(model, pairs, proxy, task, *rest)
 
     def spy_evaluate(model_pair, on, *rest):
-        held_out = [text for text in on.texts if text.name in ("task", "own text")]
+        held_out = [text for text in on.texts if text.name in ("task", "generated text")]
         used["held out"] = [batch.input_ids for text in held_out for batch in text.batches]
         return evaluate(model_pair, on, *rest)
 
@@ -287,7 +294,7 @@ def test_the_best_step_is_kept_and_measured_on_the_way(recipe_file: Path, tmp_pa
     assert f"kept step {best}, with the least held-out loss: {losses[best]:.4f}" in capfd.readouterr().err
     found = measured(folder)
     assert found.text("task").loss.tuned.value == pytest.approx(losses[best], rel=1e-5)
-    assert found.text("own text").kl.value > 0
+    assert found.text("generated text").kl.value > 0
     kept, saved = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", f"checkpoint-{best}"))
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
     assert {weight.dtype for weight in kept.values()} == {torch.float32}

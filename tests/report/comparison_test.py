@@ -9,7 +9,7 @@ import pytest
 
 from folora_q.report.comparison import TableRow, at_ends, at_equal_loss, names_of, peak_stage, where, written
 from folora_q.report.run_record import load_run, same_base, same_data
-from folora_q.runs.results import Interval
+from folora_q.runs.results import Interval, TextKind
 from tests.report.run_folder import BASE_LOSS, Shape, write_run
 
 SMALL = Shape(layers=1)
@@ -27,7 +27,7 @@ def test_rows_hold_what_the_evaluations_say(tmp_path: Path) -> None:
     task = rows["task: loss"]
     assert task.base == BASE_LOSS and [found.value for found in task.estimates] == [0.043, 0.11]
     assert rows["task: exact match"].estimates[1] is None and rows["task: exact match"].base == 0.0
-    kl = rows["own text: KL from the base"]
+    kl = rows["generated text: KL from the base"]
     assert [found.value for found in kl.estimates] == [0.125, 1.5] and kl.best == 0 and kl.base == 0.0
     for run, found in zip((gated, plain), rows["code: rise of the loss"].estimates, strict=True):
         assert found == run.evaluation.text("code").loss.change
@@ -71,7 +71,7 @@ def test_at_equal_loss_kl_is_between_the_measurements_around_it(tmp_path: Path) 
 
 def test_the_end_is_measured_as_along_training_and_counts_where_it_is_another_moment(tmp_path: Path) -> None:
     run = load(tmp_path / "a")
-    own = run.evaluation.of_kind("own")
+    own = run.evaluation.of_kind(TextKind.GENERATED)
     tokens = sum(text.tokens for text in own)
     assert run.end.kl == pytest.approx(sum(text.kl.value * text.tokens for text in own) / tokens)
     assert run.end.agreement == pytest.approx(sum(text.top1_agreement.value * text.tokens for text in own) / tokens)

@@ -13,7 +13,7 @@ from folora_q.errors import UserError
 from folora_q.report.page import comparison_page, report_page, samples
 from folora_q.report.run_record import Run, load_run
 from folora_q.report.text import number, short, wall_time
-from folora_q.runs.results import AnswerResult, Interval, to_json
+from folora_q.runs.results import AnswerResult, Interval, TextKind, to_json
 from tests.report.page_parts import Cell, Parts, parts_of
 from tests.report.run_folder import Shape, answers, evaluation, gates, write_run
 
@@ -101,7 +101,12 @@ def test_the_other_tables_hold_the_files_numbers(runs: tuple[Run, Run], page: Pa
         assert row[0].text == result.task and row[2].text == str(result.samples)
         assert [float(row[n].values[0]) for n in (3, 4, 5)] == [result.base, result.tuned, result.tuned - result.base]
     for layer, row in zip(run.evaluation.layers, page.tables["dense layers"][1:], strict=True):
-        values = layer.drift["own"], layer.predicted["own"], layer.drift["task"], layer.predicted["task"]
+        values = (
+            layer.drift[TextKind.GENERATED],
+            layer.predicted[TextKind.GENERATED],
+            layer.drift["task"],
+            layer.predicted["task"],
+        )
         values += layer.energy_kept["a"], layer.energy_kept["b"], layer.update_norm
         assert [cell.text for cell in row] == [layer.name, *map(short, values)]
     for gate, row in zip(run.gates, page.tables["dense gates"][1:], strict=True):
@@ -114,8 +119,8 @@ def test_the_other_tables_hold_the_files_numbers(runs: tuple[Run, Run], page: Pa
         assert [float(cell.values[0]) for cell in row[1:]] == [point.loss, point.kl, point.agreement]
     ends = {row[0].text: row[1:] for row in page.tables["full ends"]}
     for position, one in ((1, run), (2, plain)):
-        estimate = one.evaluation.text("own text, cut").kl
-        assert float(ends["own text, cut: KL from the base"][position].values[0]) == estimate.value
+        estimate = one.evaluation.text("generated text, cut").kl
+        assert float(ends["generated text, cut: KL from the base"][position].values[0]) == estimate.value
     assert float(page.tables["full equal"][0][0].values[0]) == 0.044
 
 

@@ -19,6 +19,7 @@ from folora_q.runs.results import (
     LayerResult,
     PairedChange,
     ScoreResult,
+    TextKind,
     TextResult,
     answer_lines,
     to_json,
@@ -33,7 +34,7 @@ INPUTS = [
 ]
 BASE_LOSS = 2.833
 GATE_LAMBDA = 16.0
-# KL on own text, whole and cut, in terms of that of the whole.
+# KL on generated text, whole and cut, in terms of that of the whole.
 CUT = 0.8
 OWN_MEAN = (1 + CUT) / 2
 
@@ -140,9 +141,12 @@ def layers(shape: Shape) -> list[LayerResult]:
                 found.append(
                     LayerResult(
                         name=f"model.layers.{layer}.{kind}",
-                        drift={"own": own, "task": task},
+                        drift={TextKind.GENERATED: own, "task": task},
                         predicted=(
-                            {"own": own * math.exp(noise.gauss(0, 0.2)), "task": task * math.exp(noise.gauss(0, 0.12))}
+                            {
+                                TextKind.GENERATED: own * math.exp(noise.gauss(0, 0.2)),
+                                "task": task * math.exp(noise.gauss(0, 0.12)),
+                            }
                             if shape.gated
                             else {}
                         ),
@@ -163,12 +167,12 @@ def evaluation(path: Path, shape: Shape) -> Evaluation:
         _around(BASE_LOSS, 0.05), _around(shape.final_loss, 0.006), _around(shape.final_loss - BASE_LOSS, 0.05)
     )
     texts = [TextResult("task", "task", 96, 3021, task, _around(2.61, 0.05), _around(0.412, 0.02))]
-    for name, factor in (("own text", 1.0), ("own text, cut", CUT)):
+    for name, factor in (("generated text", 1.0), ("generated text, cut", CUT)):
         rise = PairedChange(
             _around(3.02, 0.09), _around(3.02 + factor * kl * 0.97, 0.09), _around(factor * kl * 0.97, 0.02)
         )
         agreed = _around(math.exp(-1.4 * kl * factor), 0.012)
-        texts.append(TextResult(name, "own", 32, 3712, rise, _around(factor * kl, 0.1 * kl), agreed))
+        texts.append(TextResult(name, TextKind.GENERATED, 32, 3712, rise, _around(factor * kl, 0.1 * kl), agreed))
     for name, base, factor in (("prose", 3.785, 0.115), ("code", 1.913, 1.54)):
         rise = PairedChange(_around(base, 0.12), _around(base + factor * kl, 0.12), _around(factor * kl, 0.009))
         texts.append(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from folora_q.cli.app import main
 from folora_q.report.run_record import load_run
+from folora_q.runs.results import GENERATED_TEXT, read_evaluation
 from tests.runs.earlier import FOLDERS, logits, placed, tuned
 
 VERSIONS = sorted(path.name for path in FOLDERS.iterdir())
@@ -41,9 +42,11 @@ def test_it_is_reported_and_evaluated(version: str, tmp_path: Path, capfd) -> No
     capfd.readouterr()
     assert code("eval", run, "--output", tmp_path / "again") == 0
     before, again = (
-        {text["name"]: text["loss"]["tuned"]["value"] for text in json.loads(file.read_text("utf-8"))["texts"]}
-        for file in (run / "evaluation.json", tmp_path / "again" / "evaluation.json")
+        {text.name: text.loss.tuned.value for text in found.texts}
+        for folder in (run, tmp_path / "again")
+        if (found := read_evaluation(folder / "evaluation.json"))
     )
+    assert GENERATED_TEXT in before, "0.1.0 called it own text"
     assert again.keys() - before.keys() == {"manual", "code"}, "general text that 0.1.0 did not measure"
     assert {name: again[name] for name in before} == pytest.approx(before, rel=1e-4)
 

@@ -24,6 +24,7 @@ from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import Recipe, load_recipe
 from folora_q.rules import rule_of
+from folora_q.runs.results import TextKind
 from folora_q.training.callbacks import Reporting
 from folora_q.training.checkpoints import checkpoint_path
 from folora_q.training.config import trainer_config
@@ -189,7 +190,7 @@ def frozen_run(recipe_file: Path, overrides: list[str], checkpoint: int | None =
     gradients, lines = Gradients(), []
     trainer = trainer_of(recipe, [gradients, Reporting(lambda n: None, lines.append)], gate_lambda=1.0)
     text = list(batches([row["input_ids"] for row in trainer.train_dataset], 4, CPU.device))
-    trainer.own_text = HeldOutText("own text", "own", text)
+    trainer.generated_text = HeldOutText("generated text", TextKind.GENERATED, text)
     trainer.train(checkpoint_path(Path(recipe.training.output_dir), checkpoint) if checkpoint else None)
     weights = [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)]
     return gradients.of_a, [line for line in lines if "grad_norm" in line], weights
