@@ -173,7 +173,7 @@ def test_a_rate_of_another_method_is_told(write, overrides: list[str], told: str
         ),
         (
             ["adapter.r=48", "gate.rank=8", "gate.rule=step"],
-            "other 32 rows start in random ones: remove gate.rank, .* 96",
+            "other 32 rows start in random directions: remove gate.rank, .* 96",
         ),
         (["adapter.r=48", "gate.rank=8", "gate.enabled=false"], None),
         (["adapter.r=48", "gate.rank=8", "gate.start=random"], None),

@@ -103,7 +103,7 @@ def test_the_layers_that_get_an_adapter_are_those_of_peft(settings: dict) -> Non
         ({"target_modules": "all"}, "did you mean all-linear?"),
         ({"target_modules": []}, "names no layer"),
         ({"target_modules": [3]}, "must be a list of names, or one regular expression, e.g. [q_proj, v_proj], not [3]"),
-        ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"target_modules": "(a+)+b"}, "could take forever to match"),
         ({"exclude_modules": "v_proj"}, "names go in a list: [v_proj]"),
         ({"modules_to_save": "embed_tokens"}, "must be a list of names, e.g. [embed_tokens], not 'embed_tokens'"),
