@@ -301,7 +301,7 @@ def test_a_long_value_is_not_quoted_whole(write) -> None:
         ("./gone", "no model at"),
         ("gone.gguf", "no model at"),
         ("empty", "has no config.json"),
-        ("train.jsonl", "is a file, but no .gguf file"),
+        ("train.jsonl", "is a file, but not a .gguf file"),
     ],
 )
 def test_a_local_model_is_looked_for_before_a_run(write, tmp_path: Path, name: str, message: str) -> None:

@@ -36,7 +36,7 @@ def messages(config: dict, **settings) -> list[str]:
             "mlp contains layers but is not one; name the layers: gate_proj, up_proj, down_proj",
         ),
         ({"target_modules": ["embed_tokens"]}, "`adapter.modules_to_save: [embed_tokens]` trains it in full"),
-        ({"target_modules": ["all-linear"]}, "all-linear stands alone"),
+        ({"target_modules": ["all-linear"]}, "all-linear must not be in a list"),
         ({"target_modules": [r".*\.q_proj"]}, r"a regular expression, which must not be in a list"),
         ({"target_modules": r"layers\.0\.q_proj"}, "matches no layer's full name, such as model.layers.0.self_attn.q_"),
         ({"target_modules": r".*layers\.0\..*"}, "also matches model.layers.0.self_attn, which is not a linear layer"),
