@@ -275,7 +275,7 @@ def test_gpt_oss_marks_in_a_content_are_refused_with_what_to_write() -> None:
             [user("q"), {"role": "assistant", "content": [{"type": "thinking"}]}],
             "the content of `messages[1]` has a tho",
         ),
-        ([user("q"), {"role": "assistant", "content": "", "thinking": "x"}], "the content of `messages[1]`, which the"),
+        ([user("q"), {"role": "assistant", "content": "", "thinking": "x"}], "the content of the assistant turn"),
     ],
 )
 def test_thoughts_that_cannot_be_used_are_refused(turns: list[dict[str, Any]], reason: str) -> None:

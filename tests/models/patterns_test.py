@@ -38,7 +38,7 @@ def test_what_people_write(config: dict[str, Any]) -> None:
         ({"exclude_modules": r"(\w|\.|\w)*!"}, "exclude_modules holds .* take forever to match"),
         ({"layers_pattern": "(a|a){30}b"}, "layers_pattern holds .* take forever to match"),
         ({"rank_pattern": {".*" * 20 + "!": 2}}, "rank_pattern holds .* take forever to match"),
-        ({"alpha_pattern": {"(": 2}}, r"alpha_pattern holds \(, which is no regular expression"),
+        ({"alpha_pattern": {"(": 2}}, r"alpha_pattern holds \(, which is not a regular expression"),
     ],
 )
 def test_what_would_never_end(config: dict[str, Any], reason: str) -> None:

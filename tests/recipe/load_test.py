@@ -173,7 +173,7 @@ def test_a_rate_of_another_method_is_told(write, overrides: list[str], told: str
         ),
         (
             ["adapter.r=48", "gate.rank=8", "gate.rule=step"],
-            "other 32 rows start in random ones: remove gate.rank, .* 96",
+            "other 32 rows start in random directions: remove gate.rank, .* 96",
         ),
         (["adapter.r=48", "gate.rank=8", "gate.enabled=false"], None),
         (["adapter.r=48", "gate.rank=8", "gate.start=random"], None),
@@ -301,7 +301,7 @@ def test_a_long_value_is_not_quoted_whole(write) -> None:
         ("./gone", "no model at"),
         ("gone.gguf", "no model at"),
         ("empty", "has no config.json"),
-        ("train.jsonl", "is a file, but no .gguf file"),
+        ("train.jsonl", "is a file, but not a .gguf file"),
     ],
 )
 def test_a_local_model_is_looked_for_before_a_run(write, tmp_path: Path, name: str, message: str) -> None:
