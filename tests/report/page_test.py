@@ -76,7 +76,7 @@ def test_the_headline_says_it_in_words(page: Parts) -> None:
     text = " ".join(page.text.split())
     assert "0.0430from 2.83" in text and "72.9%from 0.0%" in text
     assert "the loss fell: −2.790 nats per token (95% interval −2.840 to −2.740)" in text
-    assert "the tuned model is 0.125 nats per token away from it" in text
+    assert "the tuned model’s KL from it is 0.125 nats per token" in text
     assert "On general text (code) the loss rose: +0.1925 nats per token (+0.1835 to +0.2015)" in text
     assert (
         "At equal task loss, 0.0440, demo-plain (plain QLoRA) had 12.3 times the KL of this run: 1.38 against 0.112."
@@ -222,7 +222,7 @@ def test_a_run_that_has_only_begun_and_an_old_one_give_a_page(tmp_path: Path) ->
         '{"status": "running", "seconds": {"training": 61.2}, "versions": 3, "model": []}'
     )
     made = report_page(load_run(tmp_path))
-    assert "it is marked as running" in made.html and "holds no recipe" in made.html
+    assert "it is marked as running" in made.html and "contains no recipe" in made.html
     assert [picture.name for picture in made.pictures] == ["costs"]
     (tmp_path / "run.json").write_text("{}")
     assert "it is marked as unknown" in report_page(load_run(tmp_path)).html
