@@ -16,7 +16,7 @@ from rich.markup import escape
 from folora_q.cli.console import out
 from folora_q.data.loading import examine
 from folora_q.errors import UserError
-from folora_q.recipe.dataset import Shape, Source
+from folora_q.recipe.dataset import FormatName, Source
 from folora_q.recipe.json_schema import json_schema
 from folora_q.recipe.new import Answers, Card, new_recipe
 from folora_q.recipe.paths import HUB_ID, is_remote
@@ -42,17 +42,17 @@ def command(
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists", "add --overwrite, or name another file")
     data = data or _ask("Your data (file, folder, glob or hub id)", None, "--data")
-    shape, written = _look_at(data, path.parent)
+    format_name, written = _look_at(data, path.parent)
     model = model or _ask("Model", MODEL, "--model")
     gpu = gpu or cast(Card, _ask("Memory of your GPU in GB, or cpu", _card(), "--gpu", click.Choice(CARDS)))
     output_dir = output_dir or _ask("Run folder", f"runs/{path.stem}", "--output-dir")
-    recipe = new_recipe(Answers(model, written, shape, gpu, output_dir))
+    recipe = new_recipe(Answers(model, written, format_name, gpu, output_dir))
     try:
         atomic_write(path, recipe)
         atomic_write(path.parent / SCHEMA_FILE, json_schema())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    out.print(f"[green]✓[/] {escape(str(path))}  [dim](rows of `{shape}`)[/]", soft_wrap=True)
+    out.print(f"[green]✓[/] {escape(str(path))}  [dim](rows of `{format_name}`)[/]", soft_wrap=True)
     out.print(
         f"[green]✓[/] {escape(str(path.parent / SCHEMA_FILE))}  [dim](editors complete from it)[/]", soft_wrap=True
     )
@@ -61,8 +61,8 @@ def command(
         out.print(f"  [cyan]folora-q {verb} {escape(shlex.quote(str(path)))}[/]", soft_wrap=True)
 
 
-def _look_at(data: str, folder: Path) -> tuple[Shape, str]:
-    """Return the shape of the rows, and the path relative to the recipe's folder."""
+def _look_at(data: str, folder: Path) -> tuple[FormatName, str]:
+    """Return the format of the rows, and the path relative to the recipe's folder."""
     if is_remote(data):
         return examine(Source(path=data), FIRST_ROWS, "raise").shape, data
     path = Path(data).expanduser().resolve()

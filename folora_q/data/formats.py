@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from folora_q.data.rows import Row, RowError, kind_of
 from folora_q.data.tools import Tool, parse_tools
 from folora_q.data.turns import Message, Turn, check_order, parse_turns
-from folora_q.recipe.dataset import Shape, Source
+from folora_q.recipe.dataset import FormatName, Source
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ def content_of(example: Example) -> str:
     return json.dumps([type(example).__name__, parts], ensure_ascii=False)
 
 
-def shape_of(row: Row, source: Source) -> Shape:
-    """Return the shape that the source names, or that the row's columns imply.
+def detect_format(row: Row, source: Source) -> FormatName:
+    """Return the format that the source names, or that the row's columns imply.
 
     Raises:
-        RowError: the columns fit no shape.
+        RowError: the columns fit no format.
     """
     if source.shape != "auto":
         return source.shape
     columns = {*row.values, *source.fields}
-    fitting: list[Shape] = [shape for shape, needed in COLUMNS.items() if needed <= columns]
-    if fitting:  # shapes whose columns the recipe maps come first
-        return max(fitting, key=lambda shape: len(FIELDS[shape] & source.fields.keys()))
+    fitting = [name for name, known in FORMATS.items() if known.columns <= columns]
+    if fitting:  # formats whose columns the recipe maps come first
+        return max(fitting, key=lambda name: len(FORMATS[name].fields & source.fields.keys()))
     if {"chosen", "rejected"} <= columns:
         raise RowError(
             row.where,
@@ -108,13 +108,13 @@ def shape_of(row: Row, source: Source) -> Shape:
         )
     raise RowError(
         row.where,
-        f"its columns ({_listed(row.values)}) match no known shape",
+        f"its columns ({_listed(row.values)}) match no known format",
         "known are messages, conversations, instruction with output, prompt with completion, and text; map other names "
         "with `fields`, e.g. train_dataset: {path: ..., fields: {prompt: question, completion: answer}}",
     )
 
 
-def to_example(row: Row, shape: Shape, source: Source) -> Example:
+def to_example(row: Row, name: FormatName, source: Source) -> Example:
     """Convert a row to an example.
 
     Raises:
@@ -124,7 +124,7 @@ def to_example(row: Row, shape: Shape, source: Source) -> Example:
         if row.values[column]:
             raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained")
     try:
-        example = PARSERS[shape](Fields(row, source))
+        example = FORMATS[name].parse(Fields(row, source))
         if isinstance(example, Chat):
             content_of(example)  # tools and calls may be nested to any depth
     except RecursionError:
@@ -265,35 +265,61 @@ def _listed(columns: Mapping[str, Any]) -> str:
     return ", ".join(sorted(str(name)[:40] for name in columns)[:8]) or "none"
 
 
-# The order matters: many datasets have a `prompt` next to messages, or a rendered `text` next to other columns.
-COLUMNS: dict[Shape, set[str]] = {
-    "messages": {"messages"},
-    "sharegpt": {"conversations"},
-    "prompt_completion": {"prompt", "completion"},
-    "alpaca": {"instruction", "output"},
-    "text": {"text"},
+@dataclass(frozen=True)
+class DatasetFormat:
+    """A format of rows.
+
+    Attributes:
+        parse: makes an example of a row.
+        columns: columns by which the format is detected.
+        fields: names that a recipe's `fields` may map.
+        unmapped: further columns, which are read only under their own names.
+        turns: names of each column that holds turns; the first that a row has counts.
+    """
+
+    parse: Callable[[Fields], Example]
+    columns: frozenset[str]
+    fields: frozenset[str]
+    unmapped: frozenset[str] = frozenset()
+    turns: tuple[tuple[str, ...], ...] = ()
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The first format that fits is detected: many datasets have a `prompt` next to messages, or a rendered `text`.
+FORMATS: dict[FormatName, DatasetFormat] = {
+    "messages": DatasetFormat(
+        parse=_messages,
+        columns=_names("messages"),
+        fields=_names("messages role content system tools"),
+        unmapped=_names("functions system_prompt"),
+        turns=(("messages", "conversations"),),
+    ),
+    "sharegpt": DatasetFormat(
+        parse=_messages,
+        columns=_names("conversations"),
+        fields=_names("role content system tools"),
+        unmapped=_names("functions system_prompt"),
+        turns=(("messages", "conversations"),),
+    ),
+    "prompt_completion": DatasetFormat(
+        parse=_prompt_completion,
+        columns=_names("prompt completion"),
+        fields=_names("prompt completion tools"),
+        unmapped=_names("functions"),
+        turns=(("prompt",), ("completion",)),
+    ),
+    "alpaca": DatasetFormat(
+        parse=_alpaca,
+        columns=_names("instruction output"),
+        fields=_names("instruction input output system history"),
+        unmapped=_names("system_prompt"),
+    ),
+    "text": DatasetFormat(parse=_text, columns=_names("text"), fields=_names("text")),
 }
-# Names that `fields` may map, by shape.
-FIELDS: dict[Shape, set[str]] = {
-    "messages": {"messages", "role", "content", "system", "tools"},
-    "sharegpt": {"role", "content", "system", "tools"},
-    "prompt_completion": {"prompt", "completion", "tools"},
-    "alpaca": {"instruction", "input", "output", "system", "history"},
-    "text": {"text"},
-}
-# Further columns, which are read only under their own names.
-ALSO: dict[Shape, set[str]] = {
-    "messages": {"functions", "system_prompt"},
-    "sharegpt": {"functions", "system_prompt"},
-    "prompt_completion": {"functions"},
-    "alpaca": {"system_prompt"},
-}
+if FORMATS.keys() != set(get_args(FormatName)):
+    raise TypeError(f"FormatName has {get_args(FormatName)}, FORMATS has {tuple(FORMATS)}")
 # Columns for media; a row in which one is not empty is refused.
 MEDIA = {"image", "images", "audio", "audios", "video", "videos"}
-PARSERS: dict[Shape, Callable[[Fields], Example]] = {
-    "messages": _messages,
-    "sharegpt": _messages,
-    "alpaca": _alpaca,
-    "prompt_completion": _prompt_completion,
-    "text": _text,
-}

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from folora_q.data.formats import Example, Text, content_of, shape_of, to_example
+from folora_q.data.formats import Example, Text, content_of, detect_format, to_example
 from folora_q.data.rows import ErrorPolicy, RowError
 from folora_q.data.sources import find, read_source
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.errors import UserError
-from folora_q.recipe.dataset import DataSection, Shape, Source
+from folora_q.recipe.dataset import DataSection, FormatName, Source
 
 # The maximum number of files or columns that a line names; run.json has all files.
 MAX_NAMED = 10
@@ -25,7 +25,7 @@ class SourceFacts:
 
     Attributes:
         path: as in the recipe.
-        shape: the shape of its rows.
+        shape: the format of its rows, under the name that it has in recipes and in run.json.
         rows: the number of usable rows.
         read: the number of rows read.
         unread: files in its folder that are not read, with the reason.
@@ -33,7 +33,7 @@ class SourceFacts:
     """
 
     path: str
-    shape: Shape
+    shape: FormatName
     rows: int
     read: int
     unread: dict[str, str] = field(default_factory=dict)
@@ -130,7 +130,7 @@ def _some(names: list[str]) -> str:
 def _read(
     source: Source, error_policy: ErrorPolicy, facts: list[SourceFacts], most: int | None = None
 ) -> list[Example]:
-    found: list[Shape] = []
+    found: list[FormatName] = []
     columns: set[str] = set()
     filled: set[str] = set()
     skipped_before = len(error_policy.skipped)
@@ -140,13 +140,13 @@ def _read(
         for row in error_policy.pass_on(islice(read_source(source, there), most)):
             columns.update(row.values)
             try:
-                shape = shape_of(row, source)
-                if found and shape != found[0]:
+                name = detect_format(row, source)
+                if found and name != found[0]:
                     raise RowError(
-                        row.where, f"its columns are those of `{shape}`, but the rows before it are `{found[0]}`"
+                        row.where, f"its columns are those of `{name}`, but the rows before it are `{found[0]}`"
                     )
-                example = to_example(row, shape, source)
-                found[:] = [shape]
+                example = to_example(row, name, source)
+                found[:] = [name]
                 filled.update(filled_columns(row, source))
                 yield example
             except RowError as error:

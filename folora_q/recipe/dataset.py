@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from folora_q.recipe.section import PositiveInt, Section
 
-Shape = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Role = Literal["system", "user", "assistant", "tool"]
 FieldName = Literal[
     "messages",
@@ -42,7 +42,7 @@ class Source(Section):
     """Branch, tag or commit of a hub dataset."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each training row is used: 0.5 uses a random half, 2 uses every row twice."""
-    shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    shape: Literal["auto", FormatName] = "auto"
     """The row format. auto: detected from the columns."""
     fields: dict[FieldName, str] = {}
     """Names of columns that differ from the format's, as {ours: theirs}, e.g. {prompt: question, completion:

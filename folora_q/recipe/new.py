@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from folora_q.recipe.dataset import Shape
+from folora_q.recipe.dataset import FormatName
 from folora_q.recipe.strict_yaml import dump_yaml
 
 Card = Literal["8", "12", "16", "24", "cpu"]
@@ -28,13 +28,13 @@ class Answers:
 
     Attributes:
         data: as in the recipe.
-        shape: the shape of the rows.
+        format: the format of the rows.
         card: memory of the GPU in GB, or cpu.
     """
 
     model: str
     data: str
-    shape: Shape
+    format: FormatName
     card: Card
     output_dir: str
 
@@ -42,14 +42,14 @@ class Answers:
 def new_recipe(answers: Answers) -> str:
     """Return the text of the recipe, which can be loaded if the data are where the answers say."""
     micro_batch, accumulation, length, sampled, measured = SIZES[answers.card]
-    is_text = answers.shape == "text"
-    source = "bos" if is_text or answers.shape == "prompt_completion" else "mixed"
+    is_text = answers.format == "text"
+    source = "bos" if is_text or answers.format == "prompt_completion" else "mixed"
     on_gpu = answers.card != "cpu"
     machine = f"a {answers.card} GB card" if on_gpu else "a CPU"
     name = answers.output_dir.rstrip("/").rsplit("/", 1)[-1]
     lines = f"""\
 # yaml-language-server: $schema=recipe.schema.json
-# {name}: rows of `{answers.shape}`, for {machine}
+# {name}: rows of `{answers.format}`, for {machine}
 #   folora-q validate FILE      checks this recipe, without loading the model
 #   folora-q preview FILE       shows what would be trained, token by token
 #   folora-q train FILE         trains, and says what was learned and what was forgotten

@@ -59,7 +59,7 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str], str]] = {
         "train.csv",
         b"question,answer\n1,2\n",
         [],
-        "{path} line 2: its columns (answer, question) match no known shape",
+        "{path} line 2: its columns (answer, question) match no known format",
     ),
     "missing column": (
         "train.jsonl",
@@ -243,7 +243,7 @@ def test_skipping_trains_past_rows_that_cannot_be_used_and_lists_them(recipe_fil
     expected = [
         (train, 3, "it is not JSON: "),
         (train, 5, "`messages[1].content` is null"),
-        (heldout, 6, "its columns (none) match no known shape"),
+        (heldout, 6, "its columns (none) match no known format"),
         (train, 8, "it cannot be rendered: no 7"),
     ]
     assert [row["where"] for row in skipped] == [f"{path} line {line}" for path, line, _ in expected]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from folora_q.cli.app import COMMANDS, main
-from folora_q.data.formats import PARSERS
+from folora_q.data.formats import FORMATS
 from folora_q.recipe import load_recipe
 from folora_q.recipe.json_schema import json_schema
 from folora_q.recipe.new import SIZES, Answers, new_recipe
@@ -194,7 +194,7 @@ def test_init_asks_in_a_terminal(data: Path, tmp_path: Path) -> None:
     assert recipe.training.per_device_train_batch_size == SIZES["24"][0]
 
 
-@pytest.mark.parametrize("shape", PARSERS)
+@pytest.mark.parametrize("shape", FORMATS)
 @pytest.mark.parametrize("card", SIZES)
 def test_a_first_recipe_loads_for_every_shape_and_card(shape: str, card: str, tmp_path: Path) -> None:
     (tmp_path / "d: #.jsonl").write_text("{}\n")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from folora_q.data.formats import COLUMNS, PARSERS, Chat, Completion, Example, Text, content_of, shape_of, to_example
+from folora_q.data.formats import FORMATS, Chat, Completion, Example, Text, content_of, detect_format, to_example
 from folora_q.data.rows import Row, RowError
 from folora_q.recipe.dataset import Source
 from tests.data.rows import assistant, user
@@ -19,7 +19,7 @@ LETTERS = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 
 def parse(values: dict[str, Any], **more: Any) -> Example:
     row, source = Row(HERE, values), Source(path="rows.jsonl", **more)
-    return to_example(row, shape_of(row, source), source)
+    return to_example(row, detect_format(row, source), source)
 
 
 def chat(*messages: dict[str, str], context: int = 0) -> Chat:
@@ -120,12 +120,12 @@ def test_nulls_that_parquet_fills_in_are_ignored(values: dict[str, Any], example
     ],
 )
 def test_of_several_shapes_the_one_that_says_more_is_taken(columns: str, shape: str) -> None:
-    assert shape_of(Row(HERE, dict.fromkeys(columns.split())), Source(path="x")) == shape
+    assert detect_format(Row(HERE, dict.fromkeys(columns.split())), Source(path="x")) == shape
 
 
 def test_every_shape_has_columns_and_a_parser_and_can_be_named() -> None:
     named = Source.model_json_schema()["properties"]["shape"]["enum"]
-    assert {*COLUMNS, "auto"} == {*PARSERS, "auto"} == set(named)
+    assert {*FORMATS, "auto"} == set(named)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_what_cannot_be_used_is_refused_by_place_and_field(
 def test_columns_of_no_known_shape_are_told_with_what_to_do(values: dict[str, Any], there: str) -> None:
     with pytest.raises(RowError) as caught:
         parse(values)
-    assert caught.value.reason == f"its columns ({there}) match no known shape"
+    assert caught.value.reason == f"its columns ({there}) match no known format"
     assert caught.value.hint is not None and "fields: {prompt: question, completion: answer}" in caught.value.hint
 
 

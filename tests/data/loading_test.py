@@ -178,7 +178,7 @@ def test_rows_that_cannot_be_used_are_skipped_and_told(tmp_path: Path) -> None:
     assert {example.where for example in task.train + task.heldout} == {f"{path} line 1", f"{path} line 5"}
     assert sorted((error.where, error.reason) for error in task.skipped) == [
         (f"{path} line 2", "it is not JSON: Expecting property name enclosed in double quotes at column 2"),
-        (f"{path} line 3", "its columns (prompt) match no known shape"),
+        (f"{path} line 3", "its columns (prompt) match no known format"),
         (f"{path} line 4", "`completion` must be text, not null"),
         (f"{path} line 6", "it is not UTF-8 text: byte 12 is 0xff"),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from folora_q.data.formats import Chat, Example, shape_of, to_example
+from folora_q.data.formats import Chat, Example, detect_format, to_example
 from folora_q.data.rows import Row, RowError
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.recipe.dataset import Source
@@ -28,7 +28,7 @@ ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b"
 
 def parse(values: dict[str, Any], **more: Any) -> Example:
     row, source = Row(HERE, values), Source(path="rows.jsonl", **more)
-    return to_example(row, shape_of(row, source), source)
+    return to_example(row, detect_format(row, source), source)
 
 
 def messages_of(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def test_rows_with_images_sound_or_video_are_refused(column: str) -> None:
 def test_columns_that_are_not_used_are_named(columns: str, source: dict[str, Any], unused: list[str]) -> None:
     named = Source(path="x", **source)
     row = Row(HERE, dict.fromkeys(columns.split(), "x"))
-    assert unused_columns(row.values, shape_of(row, named), named) == unused
+    assert unused_columns(row.values, detect_format(row, named), named) == unused
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
@@ -128,7 +128,7 @@ def test_a_column_of_system_prompts_begins_the_conversation(column: str) -> None
         chat = parse({**row, column: "be a pirate"})
         assert isinstance(chat, Chat) and chat.messages[0] == {"role": "system", "content": "be a pirate"}
         assert column not in unused_columns(
-            [*row, column], shape_of(Row(HERE, row), Source(path="x")), Source(path="x")
+            [*row, column], detect_format(Row(HERE, row), Source(path="x")), Source(path="x")
         )
 
 
