@@ -27,7 +27,7 @@ from benchmarks.frontier.methods.lora import LoRA
 from benchmarks.frontier.results import Setting, digest
 from benchmarks.frontier.series import methods
 from benchmarks.frontier.training import Cost, release, train
-from benchmarks.live_tensors import GIVE_BACK
+from benchmarks.performance._process import GIVE_BACK
 from folora_q.cli.console import ConsoleProgress
 from folora_q.errors import RunError
 from folora_q.progress import StageTimer
