@@ -47,7 +47,7 @@ def main(context: click.Context, gpu: bool) -> None:
     if gpu and not torch.cuda.is_available():
         raise click.ClickException("no GPU is available")
     table = Table(title="peak memory beyond the model, MB", title_justify="left")
-    for heading in ("vocabulary", "tokens a text", "ours", "whole logits", "ratio"):
+    for heading in ("vocabulary", "tokens per text", "ours", "whole logits", "ratio"):
         table.add_column(heading, justify="right")
     for vocabulary in VOCABULARIES:
         for length in LENGTHS:
