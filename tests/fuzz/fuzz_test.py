@@ -78,9 +78,9 @@ def unpickling(folder: Path, file: str) -> None:
         (lambda folder, file: bytearray(300_000_000), "300 MB"),
         (
             lambda folder, file: (folder.parent.parent / "escaped").write_text("a"),
-            "writes a file outside of the folder",
+            "writes a file outside the folder",
         ),
-        (lambda folder, file: (folder.parent.parent / "made").mkdir(), "os.mkdir of a file outside of the folder"),
+        (lambda folder, file: (folder.parent.parent / "made").mkdir(), "os.mkdir of a file outside the folder"),
         (lambda folder, file: subprocess.run(["true"], check=True), "subprocess.Popen: "),
         (lambda folder, file: os.system("true"), "os.system: "),
         (unpickling, "pickle.find_class: "),
