@@ -74,7 +74,8 @@ def returned_by_a_child(function: Callable[..., Returned], *arguments: object) -
     """Call a function in a fork, and return what it returns.
 
     Raises:
-        ChildProcessError: it raised an exception, which the child has shown, or a signal ended it.
+        RuntimeError: the function raised an exception, which the child has printed.
+        ChildProcessError: a signal ended the child.
     """
     receiving, sending = multiprocessing.get_context("fork").Pipe(duplex=False)
 
@@ -89,7 +90,9 @@ def returned_by_a_child(function: Callable[..., Returned], *arguments: object) -
             return value
         process.join()
     code = process.exitcode or 0
-    raise ChildProcessError(f"signal {-code} ended the process" if code < 0 else f"the process exited with {code}")
+    if code < 0:
+        raise ChildProcessError(f"signal {-code} ended the process")
+    raise RuntimeError(f"{function.__name__} failed, and the process exited with {code}")
 
 
 @contextmanager

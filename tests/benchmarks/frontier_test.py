@@ -52,6 +52,8 @@ from folora_q.recipe import load_recipe
 from folora_q.recipe.gate import GateSection
 from tests.conftest import Silent, write_recipe
 
+Testbed.__test__ = False  # its name looks like that of a test class
+
 EVERY = [
     LoRA(1e-2),
     DecayedLoRA(1e-2),

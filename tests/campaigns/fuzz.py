@@ -118,9 +118,9 @@ def _explored(name: str, *, examples: int, seconds: float | None, seed: int, hos
         place.mkdir()
         try:
             tally = returned_by_a_child(_explore, name, place, examples, seconds, seed, hostile)
+        except RuntimeError as error:
+            raise click.ClickException(f"the fuzzer itself failed on {name}: {error}") from error
         except ChildProcessError as error:
-            if "signal" not in str(error):
-                raise click.ClickException(f"the fuzzer itself failed on {name}") from error
             tally = Tally(name)
             file, content = _last_input(place)
             tally.add(file, content, Verdict("finding", str(error), "the process died"))
