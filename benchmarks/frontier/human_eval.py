@@ -21,7 +21,7 @@ from importlib.resources import files
 from typing import Any, cast
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.tokens import generation_inputs
@@ -69,7 +69,7 @@ def pass_rate(
 def _completions(model: PreTrainedModel, tokenizer: Tokenizer, batch: Sequence[Problem]) -> list[str]:
     prompts = [cast("list[int]", tokenizer(problem.prompt)["input_ids"]) for problem in batch]
     inputs = generation_inputs(prompts, tokenizer, model.device)
-    output: Any = cast(GenerationMixin, model).generate(
+    output = cast(Any, model).generate(  # a subclass of PreTrainedModel has it
         **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, stop_strings=list(STOPS), tokenizer=tokenizer
     )
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
