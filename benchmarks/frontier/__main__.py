@@ -1,12 +1,12 @@
-"""Who forgets least, at equal gain on the task? Methods over their learning rates, on one 4-bit base and the same data.
+"""Compare what methods forget at equal gain on a task, over their learning rates, on one 4-bit base and the same data.
 
     .venv/bin/python -m benchmarks.frontier run --quick      one task, five runs of 19 steps
-    .venv/bin/python -m benchmarks.frontier run              everything: some 70 runs for each seed of a task
+    .venv/bin/python -m benchmarks.frontier run              everything: about 70 runs for each task and seed
     .venv/bin/python -m benchmarks.frontier costs            time and peak memory of each method's steps
     .venv/bin/python -m benchmarks.frontier table            tables of all results; --docs writes the pages
 
-Every run writes a file into --output, and a run whose file exists is not repeated. Overrides go to the task's recipe:
-`model.model_name_or_path=...` takes another model. Runs of different recipes are never mixed.
+Every run writes a file into --output, and a run whose file exists is not repeated. Overrides change the task's recipe:
+`model.model_name_or_path=...` chooses another model. Runs of different recipes are never mixed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ quiet_libraries()  # before they are imported
 
 HERE = Path(__file__).parent
 TASKS = ("skill", "style", "bookings", "code", "mathematics", "constraints")
-# Until the held-out loss stops falling, or three epochs.
+# After three epochs the held-out loss has stopped falling.
 EPOCHS, QUICK_EPOCHS = 3.0, 0.25
-# Less text to read and to measure on; in so few steps no answer comes out wholly right, so none is asked for.
+# Less text; and no generated answers, since none would be exactly right after so few steps.
 QUICK = (
     "proxy.num_samples=16",
     "proxy.num_heldout_samples=8",
@@ -47,17 +47,17 @@ def main() -> None:
 
 @main.command()
 @click.argument("overrides", nargs=-1)
-@click.option("--quick", is_flag=True, help="A few methods, a quarter of an epoch, one seed, one task, less text.")
-@click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="This task alone.")
-@click.option("--series", "wanted", multiple=True, help="These series alone, by name or a part of it.")
-@click.option("--rate", "rates", type=float, multiple=True, help="These learning rates alone, where a series has them.")
+@click.option("--quick", is_flag=True, help="Two methods, a quarter of an epoch, one seed, one task, less text.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="Only this task.")
+@click.option("--series", "wanted", multiple=True, help="Only these series, by name or a part of it.")
+@click.option("--rate", "rates", type=float, multiple=True, help="Only these learning rates, if a series has them.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--epochs", type=float, help="How often a run sees every training row.")
 @click.option("--points", default=6, show_default=True, help="How often a run is measured during training.")
 @click.option(
     "--human-eval", is_flag=True, help="Solve HumanEval's problems with each model; for models that write code."
 )
-@click.option("--workers", default=1, show_default=True, help="Processes at once; on a CPU one a core.")
+@click.option("--workers", default=1, show_default=True, help="Processes at once; on a CPU one per core.")
 @click.option("--worker", "number", type=int, hidden=True)
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
 def run(
@@ -74,7 +74,7 @@ def run(
     number: int | None,
     output: Path,
 ) -> None:
-    """Run what has not been run."""
+    """Make all runs that do not exist yet."""
     if workers > 1 and number is None:
         os.environ["OMP_NUM_THREADS"] = "1"
         again = [sys.executable, "-m", "benchmarks.frontier", *sys.argv[1:]]
@@ -111,14 +111,14 @@ def run(
 @main.command()
 @click.argument("overrides", nargs=-1)
 @click.option("--task", default=TASKS[0], type=click.Choice(TASKS), show_default=True)
-@click.option("--series", "wanted", multiple=True, help="These series alone, in this order.")
-@click.option("--one", help="This series alone, in this process; prints JSON.")
+@click.option("--series", "wanted", multiple=True, help="Only these series, in this order.")
+@click.option("--one", help="Only this series, in this process; prints JSON.")
 @click.option("--timed", is_flag=True, hidden=True)
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
 def costs(
     overrides: tuple[str, ...], task: str, wanted: tuple[str, ...], one: str | None, timed: bool, output: Path
 ) -> None:
-    """Measure time and peak memory of each method's steps, each in a process of its own; leave the machine alone."""
+    """Measure time and peak memory of each method's steps; nothing else should run on the machine."""
     from benchmarks.frontier.costs import measure, measure_all
     from benchmarks.frontier.series import methods
 
@@ -132,10 +132,10 @@ def costs(
 
 @main.command()
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-@click.option("--docs", is_flag=True, help="Write docs/frontier.md, its plots, and README's table and picture.")
-@click.option("--keep", is_flag=True, help="Add the runs to those that the repository keeps.")
+@click.option("--docs", is_flag=True, help="Write docs/frontier.md, its plots, and the README's table and picture.")
+@click.option("--keep", is_flag=True, help="Add the runs to those in the repository.")
 def table(output: Path, docs: bool, keep: bool) -> None:
-    """Show what has been run, with the runs that the repository keeps."""
+    """Show all runs, including those in the repository."""
     from benchmarks.frontier.results import KEPT, read_all
     from benchmarks.frontier.tables import show
     from folora_q.storage.files import atomic_write

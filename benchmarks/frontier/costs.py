@@ -1,9 +1,9 @@
-"""What a few steps of each method cost, in two processes of its own, one for the time and one for the memory.
+"""Measure the time and the peak memory of a few steps of each method, each in a fresh process.
 
-Runs are made on several days and beside each other, so their times do not compare, and statistics that stay in a
-process blur its memory. A machine's speed may change by a fifth within minutes, so plain LoRA is timed again before and
-after each method. What a method computes before its first step is let go of first, as the product does; only what it
-keeps for its steps counts. On a CPU the peak is the kernel's high-water mark, libraries and all.
+The times of the benchmark's own runs are not comparable: they ran on different days, and several at a time. Statistics
+that stay in a process distort its memory. A machine's speed may change by a fifth within minutes, so plain LoRA is
+timed before and after each method. Everything that a method computes before its first step and does not need afterwards
+is freed first, as in `folora-q train`. On a CPU the peak is the kernel's high-water mark, which includes the libraries.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ import dataclasses
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peft import PeftModel
 
-from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.methods.lora import LoRA
 from benchmarks.frontier.results import Setting, digest
 from benchmarks.frontier.series import methods
+from benchmarks.frontier.testbed import Testbed
 from benchmarks.frontier.training import Cost, release, train
-from benchmarks.live_tensors import GIVE_BACK
+from benchmarks.performance._process import GIVE_BACK, in_a_process
 from folora_q.cli.console import ConsoleProgress
-from folora_q.errors import RunError
 from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.storage.files import atomic_write
 
-# B's gates are solved for in every tenth step.
+# One of ten steps solves for B's gates.
 STEPS = 10
 WARM_UP = 3
-# The size of a covariance does not depend on how much text it is of.
+# The size of a covariance does not depend on the amount of text.
 LITTLE_TEXT = ("proxy.num_samples=8", "gate.num_task_samples=8")
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What ten steps of a method took, and ten of plain LoRA in the same process: the mean of before and after."""
+class ComparedCost:
+    """The cost of ten steps of a method, and of ten steps of plain LoRA in the same process.
+
+    Attributes:
+        plain_seconds: the mean of plain LoRA before and after the method.
+    """
 
     seconds: float
     plain_seconds: float
@@ -53,71 +53,69 @@ class Beside:
 def measure_all(
     names: Sequence[str], recipe: Path, overrides: Sequence[str], output: Path, tell: Callable[[str], None]
 ) -> None:
-    """Measure series, by name, and keep what was found beside the runs; what is there is not measured again.
+    """Measure series by name, and save the costs next to the runs; those that are saved are not measured again.
 
     Raises:
-        RunError: a process failed.
+        ClickException: a process failed.
     """
     on = Setting.of(recipe, load_recipe(recipe, list(overrides)))
     found = read_costs(output, on)
     for name in names:
         if name in found:
             continue
-        command = [sys.executable, "-m", "benchmarks.frontier", "costs", "--task", on.task, "--one", name]
-        command += ["--output", str(output), *overrides]
-        weighed = _child(command, GIVE_BACK)
-        found[name] = dataclasses.replace(_child([*command, "--timed"], {}), peak_bytes=weighed.peak_bytes)
+        arguments = ["costs", "--task", on.task, "--one", name, "--output", str(output), *overrides]
+        # Returning memory at once makes a process slower, so time is measured in another one.
+        peak = _in_a_process(arguments, GIVE_BACK).peak_bytes
+        found[name] = dataclasses.replace(_in_a_process([*arguments, "--timed"], {}), peak_bytes=peak)
         path = costs_path(output, on)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({name: asdict(cost) for name, cost in found.items()}, indent=1, ensure_ascii=False)
         atomic_write(path, text + "\n")
         ratio = found[name].seconds / found[name].plain_seconds
-        tell(f"{on.task}: {name}: {ratio:.2f} of plain LoRA's time, {(weighed.peak_bytes or 0) / 2**20:,.0f} MiB")
+        tell(f"{on.task}: {name}: {ratio:.2f} of plain LoRA's time, {(peak or 0) / 2**20:,.0f} MiB")
 
 
-def _child(command: list[str], settings: dict[str, str]) -> Beside:
-    """What `measure` finds in a process with these settings; those that give memory back make it slower."""
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | settings, check=False)
-    if child.returncode:
-        raise RunError(f"it could not be measured: {' '.join(command)}")
-    return Beside(**json.loads(child.stdout))
+def _in_a_process(arguments: Sequence[str], environment: Mapping[str, str]) -> ComparedCost:
+    """Return the result of `measure` in a fresh process."""
+    found = in_a_process("benchmarks.frontier", *arguments, environment=environment, show_progress=True)
+    return ComparedCost(**found)
 
 
-def read_costs(output: Path, on: Setting) -> dict[str, Beside]:
-    """Of the series that have been measured on this setting."""
+def read_costs(output: Path, on: Setting) -> dict[str, ComparedCost]:
+    """Return the saved costs of the series that have been measured on this setting."""
     path = costs_path(output, on)
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return {name: Beside(**cost) for name, cost in found.items()}
+    return {name: ComparedCost(**cost) for name, cost in found.items()}
 
 
 def costs_path(output: Path, on: Setting) -> Path:
-    """Where they are kept."""
+    """Return the file of a setting's costs."""
     return output / "costs" / f"{on.task}-{digest(asdict(on))}.json"
 
 
-def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, timed: bool) -> Beside:
-    """Of a few training steps, in this process.
+def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, timed: bool) -> ComparedCost:
+    """Measure a few training steps of a series in this process.
 
     Args:
-        timed: time plain LoRA too, after which the peak is no longer the method's alone.
+        timed: also time plain LoRA, after which the peak is no longer that of the method alone.
     """
     (series,) = [series for series in methods() if series.name == name]
-    ground = Ground(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, StageTimer(ConsoleProgress()))
+    testbed = Testbed(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, StageTimer(ConsoleProgress()))
 
-    def let_go(step: int, _: PeftModel) -> None:
+    def free_statistics(step: int, _: PeftModel) -> None:
         if step == 0:
-            ground.forget()
+            testbed.clear_statistics()
             gc.collect()
 
     def cost(method: Method, steps: int = STEPS) -> Cost:
-        model, taken = train(ground, method, seed=0, steps=steps, watch=let_go)
+        model, taken = train(testbed, method, seed=0, steps=steps, watch=free_statistics)
         release(method, model)
         return taken
 
     plain = LoRA(series.points[0].learning_rate)
     if not timed:
         found = cost(dataclasses.replace(series.points[0]))
-        return Beside(found.seconds, math.nan, found.peak_bytes)
+        return ComparedCost(found.seconds, math.nan, found.peak_bytes)
     cost(plain, WARM_UP)
     before, found, after = cost(plain), cost(dataclasses.replace(series.points[0])), cost(plain)
-    return Beside(found.seconds, (before.seconds + after.seconds) / 2, found.peak_bytes)
+    return ComparedCost(found.seconds, (before.seconds + after.seconds) / 2, found.peak_bytes)

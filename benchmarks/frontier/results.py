@@ -1,4 +1,4 @@
-"""One JSON file a run, named by everything that makes it what it is: a run that is there is not made again."""
+"""Results as one JSON file for each run, named by a digest of all its settings: a run that exists is not repeated."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 from folora_q.recipe import Recipe
 from folora_q.storage.files import atomic_write
 
-# Raised when the same settings come to give other numbers.
+# Increased when the same settings begin to give other numbers.
 FORMAT = 1
 KEPT = Path(__file__).parent / "results" / "runs.jsonl"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs must share to be compared.
+    """The setting that runs must share to be compared.
 
     Attributes:
-        model: its name, without the folder that it lies in.
-        recipe: a digest of all that the task's recipe says, the model too.
+        model: the model's name, without its folder.
+        recipe: a digest of everything in the task's recipe, including the model.
     """
 
     model: str
@@ -33,7 +33,7 @@ class Setting:
 
     @classmethod
     def of(cls, path: Path, recipe: Recipe) -> Setting:
-        """The setting of a task's recipe, read from this path; the same in another clone."""
+        """Return the setting of a task's recipe, read from this path; it is the same in another clone."""
         # The benchmark does not write the output folder.
         said = recipe.model_dump(mode="json", exclude_unset=True, exclude={"training": {"output_dir"}})
         said["model"]["model_name_or_path"] = model_name(recipe)
@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Key:
-    """What makes a run what it is: the method's settings, the seed and the number of epochs."""
+    """The identity of a run: its setting, the method's settings, the seed and the number of epochs."""
 
     on: Setting
     method: dict[str, Any]
@@ -57,13 +57,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run measured, and the base: each a `Measured` as a dict.
+    """The measurements of a run and of the base, each a `Measured` as a dict.
 
     Attributes:
-        tuned: with the adapter of the lowest held-out task loss.
-        best_step: the optimizer step that it is of.
-        path: what was measured during training, by step; losses and KL alone.
-        seconds: of the training alone.
+        tuned: measured with the adapter of the lowest held-out task loss.
+        preparing: seconds before the first step.
+        seconds: seconds of the training steps.
+        best_step: the optimizer step of `tuned`.
+        path: measurements during training by step, without scores.
     """
 
     series: str
@@ -81,7 +82,7 @@ class Result:
 
     @property
     def rate(self) -> str:
-        """The learning rate, for people."""
+        """The learning rate as text."""
         return rate_text(self.learning_rate)
 
     @property
@@ -90,11 +91,11 @@ class Result:
 
     @property
     def kl(self) -> float:
-        """From the base, on held-out text that it generated: the mean of whole and cut texts."""
+        """KL from the base on held-out text that it generated: the mean of complete and cropped texts."""
         return (self.tuned["kl"]["own text"] + self.tuned["kl"]["own text, cut"]) / 2
 
     def rise(self, text: str) -> float:
-        """Loss after - loss before."""
+        """Return the loss after training minus the loss before, on a text."""
         return self.tuned["loss"][text] - self.base["loss"][text]
 
     @property
@@ -103,33 +104,33 @@ class Result:
 
     @property
     def mean_rise(self) -> float:
-        """Over the kinds of general text; a text that got better counts as one that stayed as it was."""
+        """The mean rise over the kinds of general text; an improvement counts as zero."""
         return sum(max(self.rise(name), 0.0) for name in self.general) / len(self.general)
 
     def along(self) -> list[Result]:
-        """The run as it was at each point where it was measured."""
+        """Return the run as a result at each of its measurements during training."""
         return [replace(self, tuned=measured, best_step=int(step), path={}) for step, measured in self.path.items()]
 
 
 def rate_text(rate: float) -> str:
-    """2e-4 for 0.0002."""
+    """Return 2e-4 for 0.0002."""
     return np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
 def model_name(recipe: Recipe) -> str:
-    """The same wherever the model lies."""
+    """Return the model's name, which does not depend on its folder."""
     return Path(recipe.model.model_name_or_path).name
 
 
 def digest(settings: Any) -> str:
-    """A name for what makes a file what it is."""
+    """Return a digest of settings, for a file's name."""
     text = json.dumps([FORMAT, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is compared in one table; runs of other recipes or lengths are never mixed."""
+    """The runs of one table: those with the same recipe and number of epochs."""
 
     on: Setting
     epochs: float
@@ -147,7 +148,7 @@ def write(path: Path, key: Key, result: Result) -> None:
 
 
 def read_all(output: Path, kept: Path = KEPT) -> tuple[dict[str, str], dict[Cell, list[Result]]]:
-    """Every run in a folder, and those that the repository keeps: their lines by name, and what they measured."""
+    """Read all runs in a folder and in the repository: their lines by digest, and their results by cell."""
     lines = {}
     if kept.exists():
         for line in kept.read_text("utf-8").splitlines():

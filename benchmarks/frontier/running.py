@@ -1,4 +1,4 @@
-"""Runs what has not been run yet, one after another, seed by seed: an early stop leaves whole curves."""
+"""Run everything that has not been run, one seed after another, so that an early stop leaves complete curves."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.human_eval import problems
-from benchmarks.frontier.measuring import Measured, Yardstick
+from benchmarks.frontier.measuring import Evaluator, Measured
 from benchmarks.frontier.methods.base import Method
 from benchmarks.frontier.results import Key, Result, Setting, write
 from benchmarks.frontier.series import Series
+from benchmarks.frontier.testbed import Testbed
 from benchmarks.frontier.training import release, train
 from folora_q.data.batch_splitting import ran_out
 from folora_q.errors import RunError, first_line
@@ -27,13 +27,13 @@ from folora_q.recipe import load_recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run on a task.
+    """The runs of a task.
 
     Attributes:
         epochs: how often each run sees every training row.
         points: how often each run is measured during training, at equal distances and at the end.
-        human_eval: solve HumanEval's problems with each model too.
-        share: (n, of): every of-th run from the n-th on, so that processes can share the work.
+        human_eval: also solve HumanEval's problems with each model.
+        share: (n, k): make every k-th run, starting with the n-th, so that processes can share the work.
     """
 
     recipe: Path
@@ -50,8 +50,8 @@ class Plan:
 class BestPoint:
     """Measures a run during training, and keeps the adapter of the lowest held-out task loss."""
 
-    def __init__(self, yardstick: Yardstick, steps: int, points: int) -> None:
-        self.yardstick = yardstick
+    def __init__(self, evaluator: Evaluator, steps: int, points: int) -> None:
+        self.evaluator = evaluator
         self.at = {math.ceil(steps * (n + 1) / points) for n in range(points)}
         self.path: dict[int, Measured] = {}
         self.step, self.loss = 0, math.inf
@@ -65,7 +65,7 @@ class BestPoint:
         """
         if step not in self.at:
             return
-        self.path[step] = measured = self.yardstick.losses(model)
+        self.path[step] = measured = self.evaluator.losses(model)
         if not math.isfinite(measured.loss["task"]):
             raise RunError(f"the held-out loss is not finite after {step} steps")
         if measured.loss["task"] < self.loss:
@@ -74,7 +74,7 @@ class BestPoint:
 
     @torch.no_grad()
     def restore(self, model: PeftModel) -> None:
-        """Put the best adapter back."""
+        """Restore the adapter of the lowest loss."""
         for name, parameter in _trained(model):
             parameter.copy_(self._weights[name])
 
@@ -96,24 +96,24 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
     missing = [run for run in wanted if not run[0].exists()][plan.share[0] :: plan.share[1]]
     if not missing:
         return
-    ground = Ground(recipe, plan.output, StageTimer(progress))
-    steps = max(1, round(plan.epochs * len(ground.rows()[0]) / recipe.training.per_device_train_batch_size))
-    with ground.clock.stage("measuring the base", None):
-        yardstick = Yardstick(ground, problems() if plan.human_eval else ())
+    testbed = Testbed(recipe, plan.output, StageTimer(progress))
+    steps = max(1, round(plan.epochs * len(testbed.rows()[0]) / recipe.training.per_device_train_batch_size))
+    with testbed.clock.stage("measuring the base", None):
+        evaluator = Evaluator(testbed, problems() if plan.human_eval else ())
     for number, (path, key, series, point) in enumerate(missing, 1):
         name = f"{on.task} {number}/{len(missing)}: {series.name}, lr {point.learning_rate:g}, seed {key.seed}"
-        best = BestPoint(yardstick, steps, plan.points)
-        # A copy: a method keeps what it computes for one run.
+        best = BestPoint(evaluator, steps, plan.points)
+        # A copy: a method stores what it computes for a run.
         try:
-            model, cost = train(ground, dataclasses.replace(point), key.seed, steps, best)
+            model, cost = train(testbed, dataclasses.replace(point), key.seed, steps, best)
         except (RunError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not ran_out(error):
                 raise
             tell(f"{name}: {first_line(error)}")
-            ground.forget()  # whole covariances and gates of the methods before may be what leaves no room
+            testbed.clear_statistics()  # the covariances and gates of earlier methods may be what fills the memory
             continue
         best.restore(model)
-        measured = yardstick.measure(model, best.path[best.step])
+        measured = evaluator.measure(model, best.path[best.step])
         release(point, model)
         result = Result(
             series.name,
@@ -121,18 +121,18 @@ def run_plan(plan: Plan, progress: Progress, tell: Callable[[str], None]) -> Non
             on.task,
             key.seed,
             steps,
-            asdict(yardstick.base),
+            asdict(evaluator.base),
             asdict(measured),
             preparing=cost.preparing,
             seconds=cost.seconds,
-            device=ground.device_name,
+            device=testbed.device_name,
             best_step=best.step,
-            path={step: asdict(point) for step, point in best.path.items()},
+            path={step: asdict(found) for step, found in best.path.items()},
         )
         write(path, key, result)
         tell(
             f"{name}: best at step {best.step} of {steps}: task {result.task_loss:.4f}, KL {result.kl:.4f}, rise "
             f"{result.mean_rise:+.4f}, ‖ΔW‖ {measured.update_norm:.2f}, exact {measured.exact}, right "
-            f"{measured.accuracy:.3f}, HumanEval {measured.human_eval} (base {yardstick.base.human_eval}), "
+            f"{measured.accuracy:.3f}, HumanEval {measured.human_eval} (base {evaluator.base.human_eval}), "
             f"{cost.seconds:.0f} s"
         )

@@ -1,4 +1,4 @@
-"""The one loop that every method runs in: same rows in the same order, same schedule, same clipping."""
+"""Train a method; all methods get the same rows in the same order, the same schedule and the same clipping."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
-from benchmarks.frontier.ground import Ground
 from benchmarks.frontier.methods.base import Method, Step
+from benchmarks.frontier.testbed import Testbed
+from benchmarks.models import base_of
 from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.errors import RunError
 from folora_q.models.adapters import adapter_pairs
@@ -26,10 +27,10 @@ MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class Cost:
-    """What training took; `preparing` is what a method does before the first step.
+    """The cost of training: seconds before the first step, seconds of the steps, and peak memory.
 
-    Seconds are of the processor on a CPU, where other processes may run, else of the wall. They leave out the
-    statistics, which are collected once for all methods, and what is measured during training.
+    On a CPU, where other processes may run, seconds are processor time, otherwise wall time. They exclude the
+    statistics, which are collected once for all methods, and measurements during training.
     """
 
     preparing: float
@@ -42,38 +43,38 @@ Watch = Callable[[int, PeftModel], None]
 
 
 def train(
-    ground: Ground, method: Method, seed: int, steps: int, watch: Watch = lambda step, model: None
+    testbed: Testbed, method: Method, seed: int, steps: int, watch: Watch = lambda step, model: None
 ) -> tuple[PeftModel, Cost]:
-    """A tuned model. Where it fails, the base is as it was.
+    """Return a tuned model and its cost. If training fails, the base is left unchanged.
 
     Raises:
         RunError: the loss is not finite.
     """
-    model = method.tuned(ground, seed)
+    model = method.tuned(testbed, seed)
     try:
-        return model, _trained(ground, method, model, seed, steps, watch)
+        return model, _trained(testbed, method, model, seed, steps, watch)
     except Exception:
         release(method, model)
         raise
 
 
-def _trained(ground: Ground, method: Method, model: PeftModel, seed: int, steps: int, watch: Watch) -> Cost:
+def _trained(testbed: Testbed, method: Method, model: PeftModel, seed: int, steps: int, watch: Watch) -> Cost:
     pairs = adapter_pairs(model)
-    device = ground.base.device.type
-    meter = PeakMemory(ground.base.device)
+    device = testbed.base.device.type
+    meter = PeakMemory(testbed.base.device)
     clock = time.process_time if device == "cpu" else time.perf_counter
     began = clock()
-    method.start(ground, model, pairs)
-    optimizer = method.optimizer(ground, model, pairs)
+    method.start(testbed, model, pairs)
+    optimizer = method.optimizer(testbed, model, pairs)
     preparing, seconds = clock() - began, 0.0
     watch(0, model)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
     trained = [p for p in model.parameters() if p.requires_grad]
-    inner = model.get_base_model()
-    # Float32 adapters on a 16-bit base compute in 16 bits, as under the product's Trainer on a GPU.
-    sixteen_bit = torch.autocast(device, ground.base.dtype, enabled=ground.base.dtype != torch.float32)
+    inner = base_of(model)
+    # Float32 adapters on a 16-bit base compute in 16 bits, as in `folora-q train` on a GPU.
+    sixteen_bit = torch.autocast(device, testbed.base.dtype, enabled=testbed.base.dtype != torch.float32)
     meter.reset()
-    for number, batch in zip(range(steps), shuffled(ground, seed), strict=False):
+    for number, batch in zip(range(steps), shuffled(testbed, seed), strict=False):
         start = clock()
         targets = batch.labels[:, 1:]
         counted = targets != IGNORED
@@ -82,7 +83,7 @@ def _trained(ground: Ground, method: Method, model: PeftModel, seed: int, steps:
             logits = head_logits(inner, hidden)
             step = Step(number, batch.input_ids, batch.attention_mask, counted, targets[counted], logits)
             loss = cross_entropy(step.logits, step.wanted)
-            penalty = method.penalty(ground, model, step)
+            penalty = method.penalty(testbed, model, step)
         if penalty is not None:
             loss = loss + penalty
         if not torch.isfinite(loss):
@@ -99,17 +100,17 @@ def _trained(ground: Ground, method: Method, model: PeftModel, seed: int, steps:
 
 
 def release(method: Method, model: PeftModel) -> None:
-    """Take the adapter off the base that all runs share; a method in 16 bits has had a copy."""
+    """Remove the adapter from the base that all runs share; a 16-bit method had a copy."""
     if not method.sixteen_bit:
         model.unload()
 
 
-def shuffled(ground: Ground, seed: int) -> Iterator[Batch]:
-    """Batches of the training rows without end, in an order that depends on the seed alone."""
-    ids, labels = ground.rows()
-    size, chance = ground.recipe.training.per_device_train_batch_size, random.Random(seed)
+def shuffled(testbed: Testbed, seed: int) -> Iterator[Batch]:
+    """Yield batches of the training rows without end, in an order that depends only on the seed."""
+    ids, labels = testbed.rows()
+    size, chance = testbed.recipe.training.per_device_train_batch_size, random.Random(seed)
     while True:
         order = chance.sample(range(len(ids)), len(ids))
         for start in range(0, len(order) - size + 1, size):
             rows = order[start : start + size]
-            yield next(batches([ids[i] for i in rows], size, ground.base.device, [labels[i] for i in rows]))
+            yield next(batches([ids[i] for i in rows], size, testbed.base.device, [labels[i] for i in rows]))

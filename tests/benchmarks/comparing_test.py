@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.frontier.__main__ import HERE
 from benchmarks.frontier.comparing import Curve, Spread, gain, wanted_loss
+from benchmarks.frontier.methods.base import USUAL_RATE
 from benchmarks.frontier.results import Cell, Key, Result, Setting, read_all, write
-from benchmarks.frontier.series import USUAL_RATE
 from benchmarks.frontier.tables import BEGIN, DEFAULT_RATE, END, at_equal_loss, ends, show
 from folora_q.errors import UserError
 from folora_q.recipe import load_recipe

@@ -19,19 +19,24 @@ from torch.nn.functional import cross_entropy, log_softmax
 from benchmarks.frontier import human_eval
 from benchmarks.frontier.__main__ import HERE, TASKS
 from benchmarks.frontier.costs import measure
-from benchmarks.frontier.ground import Ground, decode, written
-from benchmarks.frontier.measuring import Measured, Yardstick, update_norm
+from benchmarks.frontier.measuring import Evaluator, Measured, update_norm
 from benchmarks.frontier.methods.base import Method
-from benchmarks.frontier.methods.gated import FoLoRA, Gated, PenaltyOnly, SharesShuffled, UtilityOnly
+from benchmarks.frontier.methods.contrastive import ContrastiveLoRA
+from benchmarks.frontier.methods.corda import DAMPING, CorDA
+from benchmarks.frontier.methods.eva import EVA
+from benchmarks.frontier.methods.folora import FoLoRA, FoLoRAStart
+from benchmarks.frontier.methods.gated import Gated, PenaltyOnly, SharesShuffled, UtilityOnly
 from benchmarks.frontier.methods.lora import DecayedLoRA, DoRA, LoRA, MLPOnlyLoRA, RankStabilizedLoRA
-from benchmarks.frontier.methods.losses import TMKL, BaseKL, Replay, non_target_kl
-from benchmarks.frontier.methods.null_space import EVA, ContrastiveLoRA, LoRANull
+from benchmarks.frontier.methods.lora_null import LoRANull
+from benchmarks.frontier.methods.oft import OFT
 from benchmarks.frontier.methods.oplora import OPLoRA
-from benchmarks.frontier.methods.orthogonal import OFT
-from benchmarks.frontier.methods.starts import DAMPING, CorDA, FoLoRAStart, SCLoRA
+from benchmarks.frontier.methods.replay import BaseKL, Replay
+from benchmarks.frontier.methods.sc_lora import SCLoRA
+from benchmarks.frontier.methods.tmkl import TMKL, non_target_kl
 from benchmarks.frontier.questions import log_likelihoods
 from benchmarks.frontier.running import BestPoint, Plan, run_plan
-from benchmarks.frontier.series import Series
+from benchmarks.frontier.series import Series, methods
+from benchmarks.frontier.testbed import Testbed, decode, generated_text_path
 from benchmarks.frontier.training import release, train
 from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import read_samples, write_samples
@@ -46,6 +51,8 @@ from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.gate import GateSection
 from tests.conftest import Silent, write_recipe
+
+Testbed.__test__ = False  # its name looks like that of a test class
 
 EVERY = [
     LoRA(1e-2),
@@ -74,8 +81,22 @@ EVERY = [
 ]
 
 
+def subclasses(kind: type) -> set[type]:
+    return {each for child in kind.__subclasses__() for each in (child, *subclasses(child))}
+
+
+def test_every_method_is_a_series_under_its_name() -> None:
+    series = {each.name: each.points for each in methods()}
+    assert len(series) == len(methods())
+    ours = {kind for kind in subclasses(Method) if kind.__module__.startswith("benchmarks.")}
+    complete = {kind for kind in ours if hasattr(kind, "name")} - {FoLoRAStart}
+    assert {type(points[0]) for points in series.values()} == complete
+    for kind in complete:
+        assert kind.paper and [point.learning_rate for point in series[kind.name]] == list(kind.learning_rates)
+
+
 @pytest.fixture(scope="module")
-def ground(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
+def testbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Testbed:
     folder = tmp_path_factory.mktemp("frontier")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FOLORA_Q_CACHE", str(folder / "cache"))
@@ -88,40 +109,40 @@ def ground(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Groun
                 "evaluation.num_answers=2",
             ],
         )
-        ground = Ground(recipe, folder, StageTimer(Silent()))
-        decode(ground.base)  # as on a CPU: what is merged is then not rounded to 4 bits
-        return ground
+        testbed = Testbed(recipe, folder, StageTimer(Silent()))
+        decode(testbed.base)  # as on a CPU: what is merged is then not rounded to 4 bits
+        return testbed
 
 
-def tuned(ground: Ground, method: Method, steps: int = 3):
+def tuned(testbed: Testbed, method: Method, steps: int = 3):
     """After a few steps, and the method that holds what it computed."""
     method = dataclasses.replace(method)
-    model, _ = train(ground, method, seed=1, steps=steps)
+    model, _ = train(testbed, method, seed=1, steps=steps)
     return method, model
 
 
 @pytest.mark.parametrize("method", EVERY, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'r', '')}")
-def test_every_method_learns_and_leaves_the_base_as_it_was(ground: Ground, method: Method) -> None:
-    before = {name: weight.clone() for name, weight in ground.base.state_dict().items()}
-    text = next(text for text in ground.on.texts if text.kind == "task")
-    fresh = Yardstick(ground)
+def test_every_method_learns_and_leaves_the_base_as_it_was(testbed: Testbed, method: Method) -> None:
+    before = {name: weight.clone() for name, weight in testbed.base.state_dict().items()}
+    text = next(text for text in testbed.heldout.texts if text.kind == "task")
+    fresh = Evaluator(testbed)
     start = fresh.base.loss[text.name]
-    method, model = tuned(ground, method, steps=12)
+    method, model = tuned(testbed, method, steps=12)
     measured = fresh.measure(model)
     assert measured.loss[text.name] < start - 0.01
     assert measured.update_norm > 0 and measured.kl["own text"] > 0
     release(method, model)
-    after = ground.base.state_dict()
+    after = testbed.base.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_ours_starts_as_the_product_does_at_any_rank(ground: Ground) -> None:
-    method, model = tuned(ground, Gated(1e-2, r=8))
+def test_ours_starts_as_the_product_does_at_any_rank(testbed: Testbed) -> None:
+    method, model = tuned(testbed, Gated(1e-2, r=8))
     pairs = adapter_pairs(model)
     scales = []
     for pair in pairs:
-        rows = method.of_layers[pair.name].gated_rows(8)
+        rows = method.layer_gates[pair.name].gated_rows(8)
         assert pair.a.shape[0] == 8 and pair.scale == 1.0 and not pair.a.requires_grad
         scales.append(float(pair.a.norm() / rows.norm()))
         assert torch.allclose(pair.a, rows * scales[-1], atol=1e-5)
@@ -129,32 +150,32 @@ def test_ours_starts_as_the_product_does_at_any_rank(ground: Ground) -> None:
     release(method, model)
 
 
-def test_humaneval_is_solved_where_it_is_asked_for(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_humaneval_is_solved_where_it_is_asked_for(testbed: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(human_eval, "MAX_NEW_TOKENS", 8)
-    assert Yardstick(ground, human_eval.problems()[:3]).base.human_eval == 0.0, "a random model writes no function"
-    assert Yardstick(ground).base.human_eval is None
+    assert Evaluator(testbed, human_eval.problems()[:3]).base.human_eval == 0.0, "a random model writes no function"
+    assert Evaluator(testbed).base.human_eval is None
 
 
-def test_numbers_are_those_of_the_product(ground: Ground) -> None:
-    yardstick = Yardstick(ground)
-    method, model = tuned(ground, LoRA(1e-2))
-    measured = yardstick.measure(model)
-    for text in ground.on.texts:
+def test_numbers_are_those_of_the_product(testbed: Testbed) -> None:
+    evaluator = Evaluator(testbed)
+    method, model = tuned(testbed, LoRA(1e-2))
+    measured = evaluator.measure(model)
+    for text in testbed.heldout.texts:
         expected = compare(ModelPair(model), text)
         assert measured.loss[text.name] == pytest.approx(expected.loss.tuned.value, rel=1e-5)
-        assert yardstick.base.loss[text.name] == pytest.approx(expected.loss.base.value, rel=1e-5)
+        assert evaluator.base.loss[text.name] == pytest.approx(expected.loss.base.value, rel=1e-5)
         if text.kind == "own":
             assert measured.kl[text.name] == pytest.approx(expected.kl.value, rel=1e-3, abs=1e-6)
-    assert all(kl == pytest.approx(0, abs=1e-6) for kl in yardstick.base.kl.values())
+    assert all(kl == pytest.approx(0, abs=1e-6) for kl in evaluator.base.kl.values())
     release(method, model)
 
 
 @pytest.mark.parametrize("method", [LoRA(1e-2), DoRA(1e-2), CorDA(1e-2), OFT(1e-2, 8)], ids=lambda m: type(m).__name__)
-def test_the_norm_of_an_update_is_that_of_the_merged_weights(ground: Ground, method: Method) -> None:
-    method, model = tuned(ground, method)
-    found = update_norm(ground, model)
+def test_the_norm_of_an_update_is_that_of_the_merged_weights(testbed: Testbed, method: Method) -> None:
+    method, model = tuned(testbed, method)
+    found = update_norm(testbed, model)
     names = [name for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer | OFTLayer)]
-    before = {name: getattr(m := ground.base.get_submodule(name), "base_layer", m).weight.clone() for name in names}
+    before = {name: getattr(m := testbed.base.get_submodule(name), "base_layer", m).weight.clone() for name in names}
     merged = model.merge_and_unload()
     total = sum(float((merged.get_submodule(name).weight - before[name]).square().sum()) for name in names)
     assert found == pytest.approx(math.sqrt(total), rel=1e-3)
@@ -163,8 +184,8 @@ def test_the_norm_of_an_update_is_that_of_the_merged_weights(ground: Ground, met
             merged.get_submodule(name).weight.data.copy_(before[name])
 
 
-def test_decoded_weights_compute_what_four_bits_do(ground: Ground, tiny_folder: Path) -> None:
-    base = load_model(ground.recipe.model, choose_hardware("float32")).model
+def test_decoded_weights_compute_what_four_bits_do(testbed: Testbed, tiny_folder: Path) -> None:
+    base = load_model(testbed.recipe.model, choose_hardware("float32")).model
     ids = torch.arange(40, device=base.device)[None]
     with torch.no_grad():
         packed = base(input_ids=ids).logits
@@ -172,9 +193,9 @@ def test_decoded_weights_compute_what_four_bits_do(ground: Ground, tiny_folder: 
         assert torch.equal(base(input_ids=ids).logits, packed)
 
 
-def test_null_space_rows_do_nothing_on_the_bases_own_text(ground: Ground) -> None:
-    method, model = tuned(ground, LoRANull(1e-2))
-    covariances = ground.covariances(model)
+def test_null_space_rows_do_nothing_on_the_bases_own_text(testbed: Testbed) -> None:
+    method, model = tuned(testbed, LoRANull(1e-2))
+    covariances = testbed.covariances(model)
     for pair in adapter_pairs(model):
         penalty, _ = covariances[pair.name]
         least = torch.linalg.eigvalsh(penalty)[: len(pair.a)].sum()
@@ -185,9 +206,9 @@ def test_null_space_rows_do_nothing_on_the_bases_own_text(ground: Ground) -> Non
     release(method, model)
 
 
-def test_contrastive_rows_have_the_largest_quotients_and_stay(ground: Ground) -> None:
-    method, model = tuned(ground, ContrastiveLoRA(1e-2))
-    covariances = ground.covariances(model)
+def test_contrastive_rows_have_the_largest_quotients_and_stay(testbed: Testbed) -> None:
+    method, model = tuned(testbed, ContrastiveLoRA(1e-2))
+    covariances = testbed.covariances(model)
     for pair in adapter_pairs(model):
         penalty, utility = covariances[pair.name]
         metric = penalty + method.ridge * torch.eye(len(penalty), dtype=torch.float64)
@@ -199,8 +220,8 @@ def test_contrastive_rows_have_the_largest_quotients_and_stay(ground: Ground) ->
     release(method, model)
 
 
-def test_oplora_stays_out_of_the_leading_singular_subspaces(ground: Ground) -> None:
-    method, model = tuned(ground, OPLoRA(1e-2, k=8))
+def test_oplora_stays_out_of_the_leading_singular_subspaces(testbed: Testbed) -> None:
+    method, model = tuned(testbed, OPLoRA(1e-2, k=8))
     for pair in adapter_pairs(model):
         u, _, vt = torch.linalg.svd(pair.module.get_base_layer().weight.float(), full_matrices=False)
         delta = pair.b.detach() @ pair.a.detach()
@@ -211,23 +232,23 @@ def test_oplora_stays_out_of_the_leading_singular_subspaces(ground: Ground) -> N
 
 
 @pytest.mark.parametrize("method", [CorDA(1e-2), SCLoRA(1e-2), FoLoRAStart(1e-2)], ids=lambda m: type(m).__name__)
-def test_a_moved_start_is_the_base(ground: Ground, method: Method) -> None:
-    model = ground.tuned(seed=0, sixteen_bit=True)
+def test_a_moved_start_is_the_base(testbed: Testbed, method: Method) -> None:
+    model = testbed.tuned(seed=0, sixteen_bit=True)
     method = dataclasses.replace(method)
-    method.start(ground, model, adapter_pairs(model))
-    ids = torch.arange(40, device=ground.base.device)[None]
+    method.start(testbed, model, adapter_pairs(model))
+    ids = torch.arange(40, device=testbed.base.device)[None]
     with torch.no_grad():
-        moved, base = (m(input_ids=ids).logits for m in (model, ground.base))
+        moved, base = (m(input_ids=ids).logits for m in (model, testbed.base))
         with model.disable_adapter():
             residual = model(input_ids=ids).logits
     assert torch.allclose(moved, base, atol=1e-3)
     assert not torch.allclose(residual, base, atol=1e-2)
 
 
-def test_corda_is_pefts(ground: Ground) -> None:
+def test_corda_is_pefts(testbed: Testbed) -> None:
     """PEFT's covariance is a sum over samples that it scales itself; here its hook is given the same covariance."""
-    model = ground.tuned(seed=0, sixteen_bit=True)
-    covariances = ground.covariances(model)
+    model = testbed.tuned(seed=0, sixteen_bit=True)
+    covariances = testbed.covariances(model)
     pairs = adapter_pairs(model)
     rank = len(pairs[0].a)
     expected = {}
@@ -235,7 +256,7 @@ def test_corda_is_pefts(ground: Ground) -> None:
         weight = pair.module.get_base_layer().weight
         a, b = CorDA(1e-2).factors(weight.double().cpu(), *covariances[pair.name], rank)
         expected[pair.name] = b @ a
-    copy = ground.tuned(seed=0, sixteen_bit=True).unload()
+    copy = testbed.tuned(seed=0, sixteen_bit=True).unload()
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -262,7 +283,7 @@ def test_corda_is_pefts(ground: Ground) -> None:
     assert DAMPING == 0.01
 
 
-def test_sc_lora_takes_the_leading_directions_of_the_contrast(ground: Ground) -> None:
+def test_sc_lora_takes_the_leading_directions_of_the_contrast(testbed: Testbed) -> None:
     weight = torch.randn(24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     penalty, utility = (torch.cov(torch.randn(16, 64, dtype=torch.float64)) for _ in range(2))
     method = SCLoRA(1e-2, beta=0.5)
@@ -273,7 +294,7 @@ def test_sc_lora_takes_the_leading_directions_of_the_contrast(ground: Ground) ->
     assert torch.trace(b.T @ contrast @ b) == pytest.approx(float(torch.linalg.eigvalsh(contrast)[-4:].sum()))
 
 
-def test_non_target_kl_ignores_the_right_token(ground: Ground) -> None:
+def test_non_target_kl_ignores_the_right_token(testbed: Testbed) -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(5, 11, generator=generator) for _ in range(2))
     wanted = torch.tensor([0, 3, 10, 7, 7])
@@ -294,16 +315,16 @@ def test_non_target_kl_ignores_the_right_token(ground: Ground) -> None:
     assert float(non_target_kl(sure, q.detach(), wanted)) < float(non_target_kl(p, q.detach(), wanted))
 
 
-def test_replay_adds_the_loss_on_the_bases_own_text(ground: Ground) -> None:
-    model = ground.tuned(seed=0)
+def test_replay_adds_the_loss_on_the_bases_own_text(testbed: Testbed) -> None:
+    model = testbed.tuned(seed=0)
     method = Replay(1e-2, weight=2.0)
-    method.start(ground, model, adapter_pairs(model))
+    method.start(testbed, model, adapter_pairs(model))
     text = method.own[1]
     logits = model(input_ids=text.input_ids, attention_mask=text.attention_mask).logits[:, :-1]
     expected = 2 * cross_entropy(logits.flatten(0, 1), text.labels[:, 1:].flatten(), ignore_index=-100)
     step = dataclasses.replace(_empty_step(), number=1 + len(method.own))
-    assert float(method.penalty(ground, model, step)) == pytest.approx(float(expected), rel=1e-5)
-    assert sum(len(text.input_ids) for text in method.own) == len(ground.own)
+    assert float(method.penalty(testbed, model, step)) == pytest.approx(float(expected), rel=1e-5)
+    assert sum(len(text.input_ids) for text in method.own) == len(testbed.generated)
     model.unload()
 
 
@@ -314,8 +335,8 @@ def _empty_step():
     return Step(0, nothing, nothing, nothing, nothing, nothing)
 
 
-def test_the_kl_to_the_base_is_added(ground: Ground) -> None:
-    method, model = tuned(ground, BaseKL(1e-2, weight=2.0))
+def test_the_kl_to_the_base_is_added(testbed: Testbed) -> None:
+    method, model = tuned(testbed, BaseKL(1e-2, weight=2.0))
     text = method.own[0]
     ids = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
     with torch.no_grad():
@@ -325,15 +346,15 @@ def test_the_kl_to_the_base_is_added(ground: Ground) -> None:
     at = text.labels[:, 1:] != -100
     expected = 2 * (log_p.exp() * (log_p - log_q)).sum(-1)[at].mean()
     step = dataclasses.replace(_empty_step(), number=len(method.own))
-    found = method.penalty(ground, model, step)
+    found = method.penalty(testbed, model, step)
     assert float(found) == pytest.approx(float(expected), rel=1e-3) and float(found) > 0 and found.requires_grad
     release(method, model)
 
 
-def test_shuffling_deals_the_same_shares_to_other_directions(ground: Ground) -> None:
+def test_shuffling_deals_the_same_shares_to_other_directions(testbed: Testbed) -> None:
     rows = []
     for kind in (Gated, SharesShuffled):
-        method, model = tuned(ground, kind(1e-2, r=8))
+        method, model = tuned(testbed, kind(1e-2, r=8))
         rows.append([pair.a.clone() for pair in adapter_pairs(model)])
         release(method, model)
     lengths = [torch.cat([a.norm(dim=1) for a in each]) for each in rows]
@@ -343,21 +364,21 @@ def test_shuffling_deals_the_same_shares_to_other_directions(ground: Ground) -> 
         assert torch.allclose(torch.nn.functional.cosine_similarity(straight, shuffled), torch.ones(8), atol=1e-5)
 
 
-def test_one_sided_gates_depend_on_one_covariance(ground: Ground) -> None:
-    model = ground.tuned(seed=0)
+def test_one_sided_gates_depend_on_one_covariance(testbed: Testbed) -> None:
+    model = testbed.tuned(seed=0)
     section = Gated(1e-2).section
-    both = ground.gates(model, section)
+    both = testbed.gates(model, section)
     for method, gram in ((PenaltyOnly, "penalty_gram"), (UtilityOnly, "utility_gram")):
-        for name, gate in ground.gates(model, section, kind=method.kind).items():
+        for name, gate in testbed.gates(model, section, kind=method.kind).items():
             kept, other = (gram, {"penalty_gram": "utility_gram", "utility_gram": "penalty_gram"}[gram])
             assert torch.equal(getattr(gate, kept), getattr(both[name], kept))
             assert torch.equal(getattr(gate, other), torch.eye(len(getattr(gate, other)), dtype=torch.float64))
     model.unload()
 
 
-def test_eva_reads_the_tasks_leading_directions_and_goes_on_learning_them(ground: Ground) -> None:
-    method, model = tuned(ground, EVA(1e-6))
-    covariances = ground.covariances(model)
+def test_eva_starts_at_the_tasks_leading_directions_and_trains_them(testbed: Testbed) -> None:
+    method, model = tuned(testbed, EVA(1e-6))
+    covariances = testbed.covariances(model)
     for pair in adapter_pairs(model):
         _, utility = covariances[pair.name]
         a = pair.a.detach().double().cpu()
@@ -367,25 +388,25 @@ def test_eva_reads_the_tasks_leading_directions_and_goes_on_learning_them(ground
     release(method, model)
 
 
-def test_choices_side_by_side_are_as_likely_as_each_alone(ground: Ground) -> None:
-    batch = ground.questions.batches[-1][:3]
-    found = log_likelihoods(ground.base, batch)
+def test_choices_side_by_side_are_as_likely_as_each_alone(testbed: Testbed) -> None:
+    batch = testbed.questions.batches[-1][:3]
+    found = log_likelihoods(testbed.base, batch)
     for question, likelihoods in zip(batch, found, strict=True):
         prompt = [token for token, owner in zip(question.ids, question.owners, strict=True) if owner == 0]
         for number, likelihood in enumerate(likelihoods, 1):
             choice = [token for token, owner in zip(question.ids, question.owners, strict=True) if owner == number]
-            ids = torch.tensor([prompt + choice], device=ground.base.device)
+            ids = torch.tensor([prompt + choice], device=testbed.base.device)
             with torch.no_grad():
-                log = log_softmax(ground.base(input_ids=ids).logits[0, :-1], -1)
+                log = log_softmax(testbed.base(input_ids=ids).logits[0, :-1], -1)
             alone = log.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
             assert likelihood == pytest.approx(float(alone), abs=1e-3)
-    accuracy = ground.questions.accuracy(ground.base)
-    answers = [question.answer for rows in ground.questions.batches for question in rows]
+    accuracy = testbed.questions.accuracy(testbed.base)
+    answers = [question.answer for rows in testbed.questions.batches for question in rows]
     assert 0 < accuracy < 1 and len(answers) == 170
 
 
-def test_sketched_statistics_are_kept_for_the_next_process(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gates(of: Ground, **settings: object) -> dict[str, SpectralGate]:
+def test_sketched_statistics_are_kept_for_the_next_process(testbed: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gates(of: Testbed, **settings: object) -> dict[str, SpectralGate]:
         model = of.tuned(0)
         found = of.gates(model, GateSection(rank=4, **settings))
         model.unload()
@@ -394,9 +415,9 @@ def test_sketched_statistics_are_kept_for_the_next_process(ground: Ground, monke
     def refuse(*_: object) -> None:
         raise AssertionError("taken again")
 
-    first = gates(ground)
-    again = Ground(ground.recipe, ground.kept.parent, ground.clock)
-    monkeypatch.setattr("benchmarks.frontier.ground.build_gates", refuse)
+    first = gates(testbed)
+    again = Testbed(testbed.recipe, testbed.kept.parent, testbed.clock)
+    monkeypatch.setattr("benchmarks.frontier.testbed.build_gates", refuse)
     second = gates(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[layer].quotients, second[layer].quotients) for layer in first)
@@ -404,27 +425,25 @@ def test_sketched_statistics_are_kept_for_the_next_process(ground: Ground, monke
         gates(again, ridge=0.5)
 
 
-def test_own_text_that_was_written_down_is_taken(
-    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("benchmarks.frontier.ground.DATA", tmp_path)
-    number = ground.recipe.proxy.num_samples + ground.recipe.proxy.num_heldout_samples
+def test_stored_generated_text_is_used(testbed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.frontier.testbed.DATA", tmp_path)
+    number = testbed.recipe.proxy.num_samples + testbed.recipe.proxy.num_heldout_samples
     samples = [ProxySample([5, 6, 7 + i], "bos") for i in range(number)]
-    write_samples(written(ground.recipe), samples, ground.tokenizer)
-    again = Ground(ground.recipe, tmp_path, ground.clock)
-    assert again.own == [sample.ids for sample in samples[: ground.recipe.proxy.num_samples]] != ground.own
+    write_samples(generated_text_path(testbed.recipe), samples, testbed.tokenizer)
+    again = Testbed(testbed.recipe, tmp_path, testbed.clock)
+    assert (
+        again.generated == [sample.ids for sample in samples[: testbed.recipe.proxy.num_samples]] != testbed.generated
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_demo_s_own_text_is_beside_the_tasks(task: str) -> None:
+def test_the_demo_models_generated_text_is_stored_for_every_task(task: str) -> None:
     recipe = load_recipe(HERE / f"{task}.yaml")
-    samples = read_samples(written(recipe), vocabulary=49152)
+    samples = read_samples(generated_text_path(recipe), vocabulary=49152)
     assert samples is not None and len(samples) == recipe.proxy.num_samples + recipe.proxy.num_heldout_samples
 
 
-def test_plain_lora_is_timed_beside_a_method(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_lora_is_timed_with_a_method(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLORA_Q_CACHE", str(tmp_path / "cache"))
     settings = ["proxy.num_heldout_samples=4", "training.max_length=64", "evaluation.num_answers=2"]
     recipe = write_recipe(tmp_path, tiny_folder)
@@ -433,9 +452,7 @@ def test_plain_lora_is_timed_beside_a_method(
     assert math.isnan(weighed.plain_seconds) and weighed.peak_bytes
 
 
-def test_a_run_that_is_there_is_not_made_again(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_exists_is_not_repeated(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLORA_Q_CACHE", str(tmp_path / "cache"))
     recipe = write_recipe(tmp_path, tiny_folder)
 
@@ -455,23 +472,23 @@ def test_a_run_that_is_there_is_not_made_again(
     assert len(list((tmp_path / "runs").glob("*.json"))) == 3
 
 
-def test_the_adapter_of_the_lowest_held_out_loss_is_restored(ground: Ground) -> None:
-    yardstick = Yardstick(ground)
+def test_the_adapter_of_the_lowest_held_out_loss_is_restored(testbed: Testbed) -> None:
+    evaluator = Evaluator(testbed)
     real: list[Measured] = []
     told = iter((3.0, 1.0, 2.0, 4.0))  # as if it rose again
 
-    class Rising(Yardstick):
+    class Rising(Evaluator):
         def losses(self, model: PeftModel) -> Measured:
-            real.append(yardstick.losses(model))
+            real.append(evaluator.losses(model))
             return dataclasses.replace(real[-1], loss=real[-1].loss | {"task": next(told, 0.0)})
 
     rising = Rising.__new__(Rising)
     best = BestPoint(rising, steps=12, points=4)
-    model, _ = train(ground, LoRA(1e-2), 0, 12, best)
+    model, _ = train(testbed, LoRA(1e-2), 0, 12, best)
     assert list(best.path) == [3, 6, 9, 12] and (best.step, best.loss) == (6, 1.0)
-    assert yardstick.losses(model) == real[3] != real[1]
+    assert evaluator.losses(model) == real[3] != real[1]
     best.restore(model)
-    assert yardstick.losses(model) == real[1]
+    assert evaluator.losses(model) == real[1]
     told = iter((math.nan,))
     with pytest.raises(RunError, match="not finite after 3 steps"):
         best(3, model)

@@ -19,7 +19,7 @@ from folora_q.cli.app import main
 from folora_q.training.checkpoints import step_of
 from tests.conftest import write_recipe
 from tests.faults.commands import assert_the_same_run, at_step, manifest, run, signalled, steps_saved
-from tests.faults.kills import in_a_child
+from tests.forked import in_a_child
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # else Python takes UTF-8 for it
 NARROW = {"COLUMNS": "40"}

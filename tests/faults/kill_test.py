@@ -1,6 +1,6 @@
 """SIGKILL, at moments chosen by what is done to files and by what is finished; and a disk that fills up.
 
-Whatever a kill leaves, `--resume` makes the same run of it. benchmarks/kills.py does it a hundred times.
+Whatever a kill leaves, `--resume` completes the same run. tests/campaigns/kills.py tries it a hundred times.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from tests.export.models import save_adapter, sharded_llama
 from tests.faults.commands import assert_the_same_run, at_step, manifest, run, steps_saved
 from tests.faults.kills import (
     SAVING,
-    assert_it_goes_on,
+    assert_it_resumes,
     assert_merged_whole_or_not,
     assert_pages_whole_or_not,
-    in_a_child,
     killed_after,
     killed_at,
     recorded,
     same_files,
     traced,
 )
-from tests.forked import forked
+from tests.forked import forked, in_a_child
 
 SEED = 7
 # Stages of a run, and how many kills each gets; what comes after training, until the last file, is one.
@@ -57,7 +56,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(
             shutil.rmtree(tmp_path / "cache")
             killed_at(["train", *demanding], trace, number)
             capfd.readouterr()
-            assert_it_goes_on(demanding, folder, straight)
+            assert_it_resumes(demanding, folder, straight)
             if SAMPLING not in stages:
                 assert "sampling text" not in capfd.readouterr().err, "what was finished is not done twice"
 

@@ -1,14 +1,13 @@
-"""SIGKILL at chosen moments of a command, and what must hold afterwards. Shared with benchmarks/kills.py.
+"""Kill commands with SIGKILL at chosen moments, and check what they left. Shared with tests/campaigns/kills.py.
 
-A moment is an operation on a file or a unit of progress: a batch of the statistics, a step, a weight that was merged.
-Each is written to a trace before it happens, so that a run that nothing stops says which moments there are, in which
-stage and when, and a killed one how far it came. The command runs in a fork of this process, which pays for no import.
+A moment is an operation on a file or a unit of progress: a batch of the statistics, a step, a merged weight. Each is
+written to a trace before it happens. The trace of an uninterrupted run lists all moments, their stages and times; the
+trace of a killed run shows how far it came.
 """
 
 from __future__ import annotations
 
 import builtins
-import gc
 import io
 import os
 import shutil
@@ -27,9 +26,10 @@ from folora_q.cli.console import ConsoleProgress
 from folora_q.training.checkpoints import checkpoints, damage
 from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
 from tests.faults.commands import assert_the_same_run, manifest
+from tests.forked import in_a_child
 
-# What is done to files, and where its function is looked up; of `open`, what opens to write.
-OPERATIONS = [
+# Operations on files, each as the module and the name of its function; `open` counts if it opens for writing.
+OPERATIONS: list[tuple[Any, str]] = [
     (os, "replace"),
     (os, "fsync"),
     (os, "ftruncate"),
@@ -45,48 +45,19 @@ STARTING, SAVING = "starting", "saving a checkpoint"
 
 @dataclass(frozen=True)
 class Moment:
-    """The stage that it falls into, and when it was, in seconds of the system's monotonic clock."""
+    """The stage that a moment belongs to, and its time in seconds of the system's monotonic clock."""
 
     stage: str
     at: float
 
 
-def in_a_child(act: Callable[[], None], timeout: float = 100.0, kill: Callable[[], bool] = lambda: False) -> int:
-    """The exit code of an act in a fork of this process, negative where a signal ended it.
-
-    Args:
-        kill: asked every millisecond whether to kill it now.
-    """
-    child = os.fork()
-    if child == 0:
-        gc.freeze()  # what was imported needs no collecting, which would take half of a second each time
-        try:
-            act()
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(end.code or 0)
-        except BaseException:
-            os._exit(99)
-    deadline = time.monotonic() + timeout
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        late = time.monotonic() > deadline
-        if late or kill():
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            if late:
-                raise TimeoutError("the child hangs")
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-
-
 def traced(arguments: Sequence[object], trace: Path, kill_at: int | None = None) -> Callable[[], None]:
-    """`folora-q` with these arguments, which writes its moments to a trace; for `in_a_child`, since it patches freely.
+    """Return a function that runs `folora-q` and writes its moments to a trace.
+
+    It patches modules without undoing that, so call it with `in_a_child`.
 
     Args:
-        kill_at: the moment right before which it dies, counted from 0.
+        kill_at: the number, from 0, of the moment right before which it kills itself.
     """
 
     def act() -> None:
@@ -118,7 +89,7 @@ def traced(arguments: Sequence[object], trace: Path, kill_at: int | None = None)
 
 
 def _watch_stages(stages: list[str], moment: Callable[[], None]) -> None:
-    """Let the last of `stages` be what the command is at; a stage lasts until the next one begins."""
+    """Keep the command's current stage as the last of `stages`; a stage lasts until the next one begins."""
     stage, save = ConsoleProgress.stage, FaultTolerantTrainer._save_checkpoint
 
     @contextmanager
@@ -142,26 +113,26 @@ def _watch_stages(stages: list[str], moment: Callable[[], None]) -> None:
 
 
 def moments(trace: Path) -> list[Moment]:
-    """What a command has done so far."""
+    """Return the moments of a command so far."""
     lines = trace.read_text().splitlines() if trace.exists() else []
     return [Moment(stage, float(at)) for at, stage in (line.split(" ", 1) for line in lines)]
 
 
 def recorded(arguments: Sequence[object], trace: Path) -> list[Moment]:
-    """The moments of a command that nothing stops."""
+    """Run a command to its end, and return its moments."""
     code = in_a_child(traced(arguments, trace))
-    assert code == 0, f"without a kill it exits with {code}"
+    assert code == 0, f"without a kill the command exits with {code}"
     return moments(trace)
 
 
 def killed_at(arguments: Sequence[object], trace: Path, number: int) -> None:
     """Kill a command right before one of its moments."""
     code = in_a_child(traced(arguments, trace, number))
-    assert code == -signal.SIGKILL, f"it came to no moment {number}, and exited with {code}"
+    assert code == -signal.SIGKILL, f"the command did not reach moment {number}; it exited with {code}"
 
 
 def killed_after(arguments: Sequence[object], trace: Path, number: int, seconds: float) -> bool:
-    """Kill a command some time after one of its moments; False if it ended before that."""
+    """Kill a command some time after one of its moments; return False if it ended before that."""
     trace.unlink(missing_ok=True)
 
     def due() -> bool:
@@ -169,16 +140,16 @@ def killed_after(arguments: Sequence[object], trace: Path, number: int, seconds:
         return len(seen) > number and time.monotonic() >= seen[number].at + seconds
 
     code = in_a_child(traced(arguments, trace), kill=due)
-    assert code in (0, -signal.SIGKILL), f"it exited with {code}"
+    assert code in (0, -signal.SIGKILL), f"the command exited with {code}"
     return code != 0
 
 
-def assert_it_goes_on(arguments: Sequence[object], folder: Path, straight: Path) -> None:
-    """Of what a killed `folora-q train` left, `--resume` makes the run that nothing stopped, and nothing else.
+def assert_it_resumes(arguments: Sequence[object], folder: Path, straight: Path) -> None:
+    """Resume a killed `folora-q train`, and check that the result equals the uninterrupted run, with no other files.
 
     Args:
-        arguments: of the run, from the recipe on.
-        straight: the run that nothing stopped.
+        arguments: those of the run, from the recipe on.
+        straight: the folder of the uninterrupted run.
     """
     for checkpoint in checkpoints(folder):
         assert damage(checkpoint) is None, f"{checkpoint.name}: {damage(checkpoint)}"
@@ -190,28 +161,28 @@ def assert_it_goes_on(arguments: Sequence[object], folder: Path, straight: Path)
 
 
 def assert_merged_whole_or_not(target: Path, wholes: Sequence[Path]) -> None:
-    """A merged folder is not there, or one of these; also of what is hidden beside it, none looks like a model.
+    """Check that a merged folder is absent or complete, and that no hidden folder next to it looks like a model.
 
     Args:
-        wholes: merged folders that nothing stopped.
+        wholes: folders of uninterrupted merges, one of which it must equal.
     """
     if target.exists():
-        assert any(same_files(target, whole) for whole in wholes), f"{target.name} is another than any whole one"
+        assert any(same_files(target, whole) for whole in wholes), f"{target.name} equals no complete merge"
     shards = {path.name for path in wholes[0].glob("*.safetensors")}
     for folder in target.parent.glob(f".{target.name}.*"):
         there = {path.name for path in folder.iterdir()}
-        assert "config.json" not in there or shards <= there, f"{folder.name} has config.json and not all of its shards"
+        assert "config.json" not in there or shards <= there, f"{folder.name} has config.json but not all shards"
 
 
 def assert_pages_whole_or_not(folder: Path, whole: Path) -> None:
-    """Every file that has its name is as it would be without a kill."""
+    """Check that every file under its final name is as an uninterrupted command writes it."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.name.startswith("."):
-            assert path.read_bytes() == (whole / path.relative_to(folder)).read_bytes(), f"{path.name} is half of one"
+            assert path.read_bytes() == (whole / path.relative_to(folder)).read_bytes(), f"{path.name} is incomplete"
 
 
 def same_files(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files, byte for byte; what is hidden is not looked at."""
+    """Return whether two folders have the same files, byte for byte; hidden files do not count."""
     found = [
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
         for folder in (one, other)

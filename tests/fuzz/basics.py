@@ -1,4 +1,4 @@
-"""What the targets share: commands in this process, a tiny model and an adapter on it."""
+"""Shared by the targets: commands in this process, a tiny model and an adapter on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 
 from tests.conftest import save_tiny_model
 
-# The step of the one checkpoint that a run has here.
+# The step of a run's only checkpoint.
 STEP = 2
 CHECKPOINT = f"checkpoint-{STEP}"
 
 
 def command(*arguments: object) -> None:
-    """A command as the command line runs it; what it raises comes through, whatever exit code it would be."""
+    """Run a command as the command line does, but let its exceptions through."""
     from folora_q.cli.app import group
 
     group.main([str(argument) for argument in arguments], standalone_mode=False)
@@ -23,11 +23,11 @@ def command(*arguments: object) -> None:
 
 @cache
 def _holder() -> TemporaryDirectory:
-    return TemporaryDirectory(prefix="fuzz-")  # which removes itself when the process ends
+    return TemporaryDirectory(prefix="fuzz-")  # removed when the process ends
 
 
 def kept(name: str) -> Path:
-    """A new folder that stays as long as the process."""
+    """Create a folder that is removed when the process ends."""
     folder = Path(_holder().name) / name
     folder.mkdir()
     return folder
@@ -35,24 +35,24 @@ def kept(name: str) -> Path:
 
 @cache
 def tiny() -> Path:
-    """The tiny model, made once."""
+    """Return the tiny model's folder; it is created once."""
     return save_tiny_model(kept("tiny") / "model")
 
 
 @cache
 def tiny_adapter() -> Path:
-    """An adapter on it, as folora-q saves one."""
+    """Return the folder of an adapter on the tiny model, as folora-q saves one."""
     from tests.targets.folders import write_adapter
 
     return write_adapter(tiny(), tiny().with_name("adapter"), 0.1)
 
 
-def beside_the_model(folder: Path) -> None:
-    """The tiny model, and the adapter on it."""
+def build_adapter(folder: Path) -> None:
+    """Copy the tiny model and the adapter on it."""
     shutil.copytree(tiny(), folder / "model")
     shutil.copytree(tiny_adapter(), folder / "adapter")
 
 
 def named(kind: str, *names: str) -> dict[str, str]:
-    """Files of one kind."""
+    """Return these files as files of one kind."""
     return dict.fromkeys(names, kind)

@@ -1,4 +1,4 @@
-"""Many inputs for one target: counted, and its findings kept, one of a kind."""
+"""Run many inputs on one target, count the outcomes, and keep one finding of each kind."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.fuzz.contract import LARGE, Bench, Verdict
 from tests.fuzz.hostile import hostile
 from tests.fuzz.mutations import inputs
 
-# Hypothesis remembers what it has tried, so it begins anew after so many.
+# Hypothesis remembers what it has tried, so a fresh run starts after this many examples.
 BATCH = 500
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An input that came to neither a value nor a clear error."""
+    """An input that gave neither a value nor a clear error."""
 
     file: str
     content: bytes
@@ -28,13 +28,14 @@ class Finding:
 
 @dataclass
 class Tally:
-    """What came of a target's inputs.
+    """The outcomes of a target's inputs.
 
     Attributes:
-        findings: the shortest of those alike.
-        count: how many inputs came to a finding.
-        slowest: seconds of the processor, and the most bytes that one took.
-        messages: a refusal for each beginning of one, to be read by people.
+        count: the number of inputs that gave a finding.
+        slowest: the largest processor time of one input, in seconds.
+        most: the largest growth in memory of one input, in bytes.
+        findings: by kind, the one with the shortest input.
+        messages: one refusal for each way that a message begins, for people to read.
     """
 
     target: str
@@ -66,11 +67,11 @@ class Tally:
 
 
 def hostile_inputs(bench: Bench, most: int = 2**40, at_most: int = 2**40) -> Iterator[tuple[str, bytes]]:
-    """The fixed list: file and content.
+    """Yield the inputs of the fixed list, as file and content.
 
     Args:
-        most: contents of more bytes are left out.
-        at_most: so many inputs, evenly taken.
+        most: leave out contents with more bytes than this.
+        at_most: yield at most this many inputs, spread evenly over the list.
     """
     if bench.target.large:
         most = min(most, LARGE)
@@ -86,18 +87,18 @@ def hostile_inputs(bench: Bench, most: int = 2**40, at_most: int = 2**40) -> Ite
 
 
 def run_hostile(bench: Bench, tally: Tally) -> None:
-    """Every input of the fixed list."""
+    """Judge every input of the fixed list."""
     for file, content in hostile_inputs(bench):
         tally.add(file, content, bench.judge(file, content))
 
 
 def run_random(bench: Bench, tally: Tally, examples: int, start: int = 0, until: float = float("inf")) -> None:
-    """Inputs that hypothesis makes.
+    """Judge inputs that hypothesis generates.
 
     Args:
-        examples: at most so many.
-        start: the seed; the same examples come of it again.
-        until: by `time.monotonic`, after which no batch is begun.
+        examples: the maximum number of inputs.
+        start: the seed; the same seed gives the same inputs.
+        until: the time, by `time.monotonic`, after which no batch is started.
     """
     made = st.sampled_from(list(bench.target.files)).flatmap(
         lambda file: st.tuples(st.just(file), inputs(bench.target.files[file], bench.seeds[file]))
@@ -123,5 +124,5 @@ def run_random(bench: Bench, tally: Tally, examples: int, start: int = 0, until:
 
 
 def _words_of(message: str) -> str:
-    """A message without what changes from input to input."""
+    """Return the beginning of a message, without the parts that change from input to input."""
     return "".join("0" if letter.isdigit() else letter for letter in message[:400]).partition("'")[0][:90]

@@ -1,7 +1,7 @@
-"""What reading any file must come to: a value, or an error of ours that says what is wrong and where.
+"""Check that reading a file gives a value, or an error of ours that says what is wrong and where.
 
-Everything else is a finding: another exception, a crash of the process, more than 2 s of computing, more than 200 MB of
-memory, a file written outside of the folder, a process started, a connection, a pickle's global looked up.
+Everything else is a finding: another exception, a crash of the process, more than 2 s of processor time, more than 200
+MB of memory, a file written outside the folder, a started process, a connection, a lookup of a pickle's global.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import Any, Literal
 from folora_q.cli.console import print_error
 from folora_q.errors import FoloraError
 
-# Of the processor's time, which is not the wall's: the machine may be shared.
+# Limits in processor time, since other programs may run on the machine.
 MOST_SECONDS = 2.0
 STOPPED_AFTER = 10.0
 MOST_BYTES = 200_000_000
 LONGEST_MESSAGE = 20_000
-# Of files that are meant to be large, by their size.
+# Limits for files that are meant to be large, per byte, and the size of such a file.
 SECONDS_A_BYTE, BYTES_A_BYTE, LARGE = 1e-6, 30, 10**7
-# At this rate, a target's own files are read once, not each in its turn.
-DEAR = 20
+# From this rate on, only the first of a target's valid files is read at the start.
+SLOW_RATE = 20
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Python's audit events that change files, with how many of their arguments are paths.
+# Python's audit events that change files, with the number of their arguments that are paths.
 CHANGING = {
     "os.mkdir": 1,
     "os.remove": 1,
@@ -45,7 +45,7 @@ CHANGING = {
     "os.link": 2,
     "os.symlink": 2,
 }
-# Those that no file may bring about.
+# Audit events that no file may cause.
 FORBIDDEN = (
     "subprocess.Popen",
     "os.system",
@@ -60,15 +60,15 @@ FORBIDDEN = (
 
 @dataclass(frozen=True)
 class Target:
-    """Something that reads files.
+    """A reader of files, to be fuzzed.
 
     Attributes:
         build: writes a valid folder.
-        files: those that are changed, by path in the folder: their kind, which says how.
-        read: reads the folder, one file of which was changed, as a command does. It must accept the valid folder.
-        rate: how dear one input is; a campaign divides its number of examples by it.
-        large: its files are meant to be large, so that time and memory may grow with them.
-        writes: reading changes the folder, so that each input gets it anew.
+        files: the files to change, by path in the folder, with their kind, which determines the changes.
+        read: reads the folder, in which one file was changed, as a command does. It must accept the valid folder.
+        rate: the cost of an input; a campaign divides its number of examples by it.
+        large: whether files may be large, so that time and memory may grow with them.
+        writes: whether reading changes the folder, so that each input needs a new copy.
     """
 
     name: str
@@ -82,13 +82,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one input came to.
+    """The outcome of an input.
 
     Attributes:
         told: the error's message, or what is wrong.
-        alike: of a finding, equal for those with one cause.
-        seconds: of the processor.
-        grown: bytes by which the process grew at its peak.
+        alike: the kind of a finding; findings with the same cause have the same one.
+        seconds: processor time.
+        grown: the bytes by which the process grew at its peak.
     """
 
     kind: Literal["accepted", "refused", "finding"]
@@ -99,10 +99,10 @@ class Verdict:
 
 
 class Bench:
-    """A target with its folder, which is valid again before each input.
+    """A target with its folder, which is restored before each input.
 
     Args:
-        place: an empty folder; nothing may be written outside of it.
+        place: an empty folder; nothing may be written outside it.
     """
 
     def __init__(self, target: Target, place: Path) -> None:
@@ -115,17 +115,17 @@ class Bench:
         self.seeds = {name: (self.valid / name).read_bytes() for name in target.files}
         usual = 0.0
         for number, name in enumerate(target.files):
-            if number and target.rate >= DEAR:
+            if number and target.rate >= SLOW_RATE:
                 break
-            for _ in range(2):  # the first imports libraries, and writes what is written once
+            for _ in range(2):  # the first time imports libraries and writes caches
                 verdict = self.judge(name, self.seeds[name])
             usual = max(usual, verdict.seconds)
             if verdict.kind != "accepted":
-                raise AssertionError(f"{target.name} does not take its own {name}: {verdict}")
+                raise AssertionError(f"{target.name} does not accept its valid {name}: {verdict}")
         self.usual = usual
 
     def judge(self, file: str, content: bytes) -> Verdict:
-        """Read the folder with other content in one of its files."""
+        """Read the folder with this content in one of its files."""
         if self.target.writes:
             shutil.rmtree(self.folder)
             shutil.copytree(self.valid, self.folder)
@@ -166,7 +166,7 @@ class Bench:
         return Verdict(kind, told, alike, seconds, grown)
 
     def _unclear(self, error: FoloraError, file: str) -> str:
-        """What a refusal lacks to be clear; nothing where it is."""
+        """Return why a refusal is unclear; empty if it is clear."""
         message = error.message
         if not message.strip() or len(message) > LONGEST_MESSAGE or "Traceback (most" in message:
             return "its message is empty, endless or a traceback"
@@ -181,12 +181,12 @@ class Bench:
 
 
 class _Stopped(BaseException):
-    """It takes too long. No `except Exception` of anybody's may catch it."""
+    """Raised after the time limit. No `except Exception` catches it."""
 
 
 @contextlib.contextmanager
 def _stopped_after(seconds: float) -> Iterator[None]:
-    """Raise once the process has computed so long; pytest's own timeout has another clock and signal."""
+    """Raise after this much processor time; pytest's own timeout uses another clock and signal."""
 
     def stop(*_: object) -> None:
         raise _Stopped(f"stopped after {seconds:.0f} s of computing")
@@ -202,7 +202,7 @@ def _stopped_after(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """What is printed must be text that a terminal takes, and is not shown."""
+    """Discard printed text, which must be encodable as UTF-8."""
     with (
         io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as out,
         contextlib.redirect_stdout(out),
@@ -212,13 +212,13 @@ def _silent() -> Iterator[None]:
 
 
 def _place_of(error: BaseException) -> str:
-    """The innermost line of ours that it came through."""
+    """Return the innermost line of folora_q in the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"{os.sep}folora_q{os.sep}" in frame.filename] or frames[-1:]
     return f"{ours[-1].filename.rpartition(f'{os.sep}folora_q{os.sep}')[2]}, {ours[-1].name}, line {ours[-1].lineno}"
 
 
-# An audit hook stays until the process ends, so there is one, which looks only while something is watched.
+# An audit hook stays until the process ends, so there is one, which is active only inside `_watched`.
 _events: list[str] | None = None
 _allowed = ""
 
@@ -245,13 +245,13 @@ def _audit(event: str, arguments: Sequence[Any]) -> None:
 
 
 def _note(what: str, path: object, folder: int | None = None) -> None:
-    """Keep what is done outside; a path may be relative to an open folder, whose number is given."""
+    """Record an operation outside the folder; a path may be relative to an open folder, given by its descriptor."""
     if not isinstance(path, str | bytes | os.PathLike):
-        return  # an open file's number
+        return  # a file descriptor
     around = os.getcwd() if folder is None else os.readlink(f"/proc/self/fd/{folder}")
     name = os.path.abspath(os.path.join(around, os.fsdecode(path)))
     if not name.startswith(_allowed) and name != os.devnull:
-        _events.append(f"{what} a file outside of the folder: {name}")
+        _events.append(f"{what} a file outside the folder: {name}")
 
 
 @contextlib.contextmanager
@@ -259,7 +259,7 @@ def _watched(place: Path) -> Iterator[list[str]]:
     global _events, _allowed
     _begin_to_audit()
     _events, _allowed = [], str(place) + os.sep
-    kept, tempfile.tempdir = tempfile.tempdir, str(place)  # libraries may have temporary files, in there
+    kept, tempfile.tempdir = tempfile.tempdir, str(place)  # libraries may write temporary files there
     try:
         yield _events
     finally:
@@ -267,7 +267,7 @@ def _watched(place: Path) -> Iterator[list[str]]:
 
 
 def _reset_peak() -> int:
-    """Begin to measure the most memory that is in use, where the system can; what is in use now."""
+    """Reset the peak of memory, if the system can, and return the memory in use."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -276,6 +276,6 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
-    """The most bytes that were in use since then."""
+    """Return the peak of memory in bytes since the last reset."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

@@ -1,4 +1,4 @@
-"""What a user writes: recipes, data and chat templates, read as `validate`, `preview` and `train` do."""
+"""Targets for files that users write: recipes, data, templates, as `validate`, `preview` and `train` read them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_recipe(folder: Path, file: str) -> None:
     command("train", folder / file, "--dry-run")
 
 
-# The data.
+# Data
 
 CHAT = [
     {"role": "system", "content": "be kind"},
@@ -97,7 +97,7 @@ def build_data(folder: Path) -> None:
 
 
 def read_data(folder: Path, file: str) -> None:
-    """As `validate`, `preview` and `train` read rows, and as they make tokens of them."""
+    """Read rows and tokenize them, as `validate`, `preview` and `train` do."""
     from folora_q.data.loading import examine, read_task_data
     from folora_q.errors import UserError
     from folora_q.recipe.dataset import DataSection
@@ -109,7 +109,7 @@ def read_data(folder: Path, file: str) -> None:
         task = None
     else:
         examples = [*task.train, *task.heldout]
-        if sum(len(str(example)) for example in examples) < 100_000:  # the time is the tokenizer's otherwise
+        if sum(len(str(example)) for example in examples) < 100_000:  # otherwise the tokenizer takes most of the time
             encode(examples)
     section = DataSection(train_dataset=[path])
     examine(section.train_dataset[0], 1000, "raise")
@@ -130,7 +130,7 @@ def encode(examples: list[Any]) -> None:
             continue
 
 
-# A chat template.
+# Chat templates
 
 
 def build_template(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files made to break whoever reads them, a fixed list by kind: those of safetensors' own tests among them."""
+"""A fixed list of malicious and broken files by kind, including those of safetensors' own tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUGE = 100_000_000
 
 
 def hostile(kind: str, seed: bytes) -> dict[str, Content]:
-    """Contents by name; large ones are made when they are called.
+    """Return contents by name; large ones are functions that create them.
 
     Args:
         seed: a valid file of this kind.
@@ -81,12 +81,12 @@ def _json(seed: bytes) -> dict[str, Content]:
 
 
 def _rows(seed: bytes) -> dict[str, Content]:
-    """JSON with data: a list of millions of things that are no rows has an error for each."""
+    """Contents for JSON data, without lists of millions of invalid rows, each of which is an error."""
     return {name: content for name, content in _json(seed).items() if not name.endswith("of lists")}
 
 
 def _patterns(seed: bytes) -> dict[str, Content]:
-    """Of an adapter's configuration."""
+    """Contents for an adapter's configuration with bad regular expressions."""
     tree = json.loads(seed)
     values = {
         "nested": "(a+)+$",

@@ -1,4 +1,4 @@
-"""What is downloaded: adapters and models, read as `merge`, `chat`, `eval`, `estimate` and `train` do."""
+"""Targets for downloaded files: adapters and models, as `merge`, `chat`, `eval`, `estimate` and `train` read them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import write_recipe
-from tests.fuzz.basics import CHECKPOINT, beside_the_model, command, named, tiny, tiny_adapter
+from tests.fuzz.basics import CHECKPOINT, build_adapter, command, named, tiny, tiny_adapter
 from tests.fuzz.contract import Target
 
 
 def read_adapter(folder: Path, file: str) -> None:
-    """As `merge` reads an adapter, and as `chat` and `eval` find one."""
+    """Read an adapter as `merge` does, and find it as `chat` and `eval` do."""
     from folora_q.export.adapter import read_adapter
     from folora_q.targets.find import find_target
 
@@ -26,7 +26,7 @@ def read_and_merge(folder: Path, file: str) -> None:
 
 
 def read_and_load(folder: Path, file: str) -> None:
-    """As `chat` and `eval` load an adapter."""
+    """Load an adapter as `chat` and `eval` do."""
     from folora_q.recipe.schema import ModelSection
     from folora_q.targets.find import find_target
     from folora_q.targets.load import load_target
@@ -40,7 +40,7 @@ def build_model(folder: Path) -> None:
 
 
 def read_model(folder: Path, file: str) -> None:
-    """As `chat`, `eval` and `train` load a model and its tokenizer."""
+    """Load a model and its tokenizer as `chat`, `eval` and `train` do."""
     from folora_q.targets.find import find_target
     from folora_q.targets.load import load_target
 
@@ -54,7 +54,7 @@ def build_gguf(folder: Path) -> None:
 
 
 def read_gguf(folder: Path, file: str) -> None:
-    """As a GGUF file is made a model of."""
+    """Convert a GGUF file to a model folder."""
     from folora_q.models.gguf import convert_gguf
 
     convert_gguf(folder / file, folder / "made")
@@ -67,7 +67,7 @@ def build_named(folder: Path) -> None:
 
 
 def read_named(folder: Path, file: str) -> None:
-    """What a name stands for, as `chat` and `eval` ask."""
+    """Find what a name stands for, as `chat` and `eval` do."""
     from folora_q.errors import UserError
     from folora_q.targets.find import find_target
 
@@ -89,7 +89,7 @@ def build_weights(folder: Path) -> None:
 
 
 def read_weights(folder: Path, file: str) -> None:
-    """As `merge` reads a base, tensor by tensor."""
+    """Read a base tensor by tensor, as `merge` does."""
     from folora_q.models.weight_files import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
@@ -97,7 +97,7 @@ def read_weights(folder: Path, file: str) -> None:
         checkpoint.read(name)
 
 
-# Models that an estimate is made for.
+# Models for estimates.
 
 SIZES = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -122,7 +122,7 @@ def build_configs(folder: Path) -> None:
 
 
 def read_config(folder: Path, file: str) -> None:
-    """As `estimate` does, for a card that is too small, so that it gives advice."""
+    """Estimate for a GPU that is too small, so that `estimate` also gives advice."""
     model = folder / (file if file.endswith(".gguf") else Path(file).parent)
     command("estimate", folder / "recipe.yaml", f"model.model_name_or_path={model}", "--gpu", "1")
 
@@ -133,9 +133,9 @@ MODEL = named("json", *(f"model/{part}.json" for part in PARTS)) | {"model/model
 NAMED = named("json", "run/run.json", "run/adapter/adapter_config.json", "run/merged/merge.json")
 WEIGHTS = named("json", "config.json", "model.safetensors.index.json")
 TARGETS = [
-    Target("adapter", beside_the_model, ADAPTER, read_adapter),
-    Target("adapter: merge", beside_the_model, ADAPTER, read_and_merge, rate=20, writes=True),
-    Target("adapter: load", beside_the_model, ADAPTER, read_and_load, rate=20),
+    Target("adapter", build_adapter, ADAPTER, read_adapter),
+    Target("adapter: merge", build_adapter, ADAPTER, read_and_merge, rate=20, writes=True),
+    Target("adapter: load", build_adapter, ADAPTER, read_and_load, rate=20),
     Target("base model", build_model, MODEL, read_model, rate=20, large=True),
     Target("base weights", build_weights, WEIGHTS | {"model-00001-of-00002.safetensors": "safetensors"}, read_weights),
     Target("GGUF model", build_gguf, {"model.gguf": "gguf"}, read_gguf, rate=20, large=True, writes=True),

@@ -1,4 +1,4 @@
-"""Files that are nearly right, for hypothesis: changed by the byte, changed in their structure, and noise."""
+"""Hypothesis strategies for nearly valid files: changed bytes, changed structures, and noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from folora_q.recipe.strict_yaml import parse_yaml
 from tests.fuzz.trees import Pairs, Raw, copied, parse, parts_of_safetensors, places, safetensors, write
 
 LONG = "a" * 100_000
-# What a value is replaced by: other types, numbers at and over every edge, paths that lead elsewhere, endless nesting.
+# Replacements for values: other types, numbers at and beyond limits, paths to other places, deep nesting.
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 7, 127, 2**16, 2**31 - 1, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**18,
     10**400, -0.0, 0.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"), "", " ", "a", "0", "nan", "1e999",
@@ -24,13 +24,13 @@ ODD: list[Any] = [
     Raw("[" * 100_000 + "]" * 100_000), Raw('{"a": ' * 900 + "1" + "}" * 900), Raw('{"a": 1, "a": 2}'),
     Raw('"\\ud800"'), Raw("undefined"), Raw("NaN"), Raw("'a'"), Raw("01"), Raw("\x00"), Raw("\ufeff1"), Raw("//"),
 ]  # fmt: skip
-# Of YAML alone.
+# More of them for YAML.
 YAML = [
     "!!python/object/apply:os.system [x]", "!!python/name:os.system", "!!binary x", "!!timestamp x", "!!set {a, b}",
     "!!int x", "!!float 1_0", "!!omap [a: 1]", "&a [*a]", "*a", "<<: {a: 1}", "? [a]", "|\n  a", ">-\n  a", "0x1F",
     "0o17", "1:30", ".inf", "-.inf", ".nan", "1e5", "---", "...", "%YAML 9.9", "\t", "@", "`", "- a", "a: b",
 ]  # fmt: skip
-# What is put between bytes, by kind of file.
+# Bytes to insert, by kind of file.
 WORDS: dict[str, Sequence[bytes]] = {
     "json": [b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\u", b"\\ud800", b"null", b"1e999", b"NaN", b"-", b"\xff"],
     "yaml": [b"\n", b"\n  ", b": ", b"- ", b"\t", b"&a ", b"*a", b"!!", b"|", b">", b"{", b"[", b"'", b'"', b"--- "],
@@ -60,12 +60,12 @@ edits = st.lists(st.tuples(st.sampled_from(EDITS), numbers, st.integers(1, 40), 
 
 
 def changes(values: st.SearchStrategy[Any] = odd) -> st.SearchStrategy[list[tuple[str, int, int, Any]]]:
-    """What to do to a tree; `values` are put in."""
+    """Return a strategy for changes to a tree, which insert `values`."""
     return st.lists(st.tuples(st.sampled_from(CHANGES), numbers, numbers, values), min_size=1, max_size=3)
 
 
 def inputs(kind: str, seed: bytes) -> st.SearchStrategy[bytes]:
-    """Contents for a file of a kind, most of them near to a valid one."""
+    """Return a strategy for contents of a kind of file, most of them close to a valid one."""
     words = _words(kind)
     bytewise = edits.map(lambda some: edited(seed, some, words))
     noise = st.binary(max_size=200) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
@@ -75,7 +75,7 @@ def inputs(kind: str, seed: bytes) -> st.SearchStrategy[bytes]:
 
 
 def edited(content: bytes, some: Sequence[tuple[str, int, int, int]], words: Sequence[bytes]) -> bytes:
-    """Bytes flipped, overwritten, inserted, cut out or doubled, or the rest left out."""
+    """Flip, overwrite, insert, remove or repeat bytes, or cut off the end."""
     data = bytearray(content)
     for what, where, length, choice in some:
         at, word = where % (len(data) + 1), words[choice % len(words)]
@@ -96,7 +96,7 @@ def edited(content: bytes, some: Sequence[tuple[str, int, int, int]], words: Seq
 
 
 def changed(tree: Any, some: Sequence[tuple[str, int, int, Any]]) -> Any:
-    """A tree with values replaced, keys left out, repeated or renamed, parts wrapped, moved or repeated."""
+    """Return a tree with values replaced, keys removed, repeated or renamed, parts wrapped, copied or repeated."""
     root = [copied(tree)]
     for what, where, other, value in some:
         known = [(root, 0), *places(root[0])]
@@ -132,7 +132,7 @@ def _words(kind: str) -> list[bytes]:
 
 
 def _shaped(kind: str, seed: bytes) -> st.SearchStrategy[bytes] | None:
-    """Contents that keep what their kind is made of; None where only bytes are known of it."""
+    """Return a strategy that changes the structure of a file; None for kinds without a known structure."""
     match kind:
         case "json" | "rows" | "adapter":
             tree = parse(seed)
@@ -152,7 +152,7 @@ def _shaped(kind: str, seed: bytes) -> st.SearchStrategy[bytes] | None:
 
 
 def _metadata(tree: Pairs) -> list[list[Any]]:
-    """Entries of a header's metadata whose text is JSON itself."""
+    """Return the entries of a header's metadata whose text is JSON."""
     entries = [pair for name, found in tree if name == "__metadata__" for pair in found]
     return [pair for pair in entries if pair[1][:1] in ("[", "{")]
 

@@ -1,4 +1,4 @@
-"""What a run keeps: its numbers, text, gates, checkpoints and lock, as `report`, `inspect` and `train` read them."""
+"""Targets for a run's files: numbers, text, gates, checkpoints, lock, as `report`, `inspect` and `train` read them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_gates(folder: Path) -> None:
 
 
 def read_gates(folder: Path, file: str) -> None:
-    """As `eval` and a run that goes on read them, and as they are used there."""
+    """Read and apply gates, as `eval` and a resumed run do."""
     import torch
 
     from folora_q.calibration.gate_store import gate_results, load_gates
@@ -41,7 +41,7 @@ def build_samples(folder: Path) -> None:
 
 
 def read_samples(folder: Path, file: str) -> None:
-    """As `train`, `eval` and `merge` read sampled text; None stands for text that is made again."""
+    """Read sampled text as `train`, `eval` and `merge` do; None means that it is sampled again."""
     from folora_q.calibration.sample_cache import read_samples
 
     for sample in read_samples(folder / file, 10) or []:
@@ -57,7 +57,7 @@ def build_run(folder: Path) -> None:
 
 
 def read_run(folder: Path, file: str) -> None:
-    """As `inspect` shows a run, and the numbers that `report` and `compare` take of it."""
+    """Show a run as `inspect` does, and compute the numbers of `report` and `compare`."""
     from folora_q.report.comparison import at_ends, at_equal_loss, names_of, where, written
     from folora_q.report.page import samples
     from folora_q.report.run_record import load_run, same_base, same_data
@@ -75,12 +75,12 @@ def read_run(folder: Path, file: str) -> None:
 
 
 def read_and_report(folder: Path, file: str) -> None:
-    """The pages."""
+    """Write the pages of `report` and `compare`."""
     command("report", folder / "run", "--baseline", folder / "other", "--output", folder / "page.html")
     command("compare", folder / "run", folder / "other", "--output", folder / "compare.html")
 
 
-# Checkpoints.
+# Checkpoints
 
 
 def recipe_of(folder: Path, steps: int) -> Any:
@@ -101,7 +101,7 @@ def recipe_of(folder: Path, steps: int) -> Any:
 
 
 def build_checkpoint(folder: Path) -> None:
-    """A run of the tiny model with one checkpoint, made by training it; without its sampled text."""
+    """Write a run of the tiny model with one checkpoint, made by training it."""
     from folora_q.calibration.gate_store import save_gates
     from folora_q.recipe.strict_yaml import dump_yaml
     from folora_q.runs.folder import RunFolder
@@ -122,7 +122,7 @@ def build_checkpoint(folder: Path) -> None:
 
 
 def new_run() -> dict[str, Any]:
-    """run.json as it begins."""
+    """Return the content of run.json at the start of a run."""
     return {
         "status": "running",
         "started": "2026-11-24T20:14:03+00:00",
@@ -146,7 +146,7 @@ def _trained() -> Path:
 
 
 def seal_again(folder: Path, file: str) -> None:
-    """Make the manifest say that a changed file is as it was saved: the readers behind it have their turn."""
+    """Update the manifest for a changed file, so that the file reaches the readers behind that check."""
     from folora_q.training.checkpoints import MANIFEST, seal
 
     checkpoint = folder / "run" / CHECKPOINT
@@ -156,7 +156,7 @@ def seal_again(folder: Path, file: str) -> None:
 
 
 def read_checkpoint(folder: Path, file: str) -> None:
-    """As `train --resume` chooses what to go on from, and what it says of it in run.json."""
+    """Choose a checkpoint as `train --resume` does, and write what it records in run.json."""
     from folora_q.runs.folder import RunFolder
     from folora_q.training.resume import prepare_resume, read_earlier
 
@@ -173,7 +173,7 @@ def read_checkpoint(folder: Path, file: str) -> None:
 
 
 def read_and_resume(folder: Path, file: str) -> None:
-    """As `train --resume` goes on from a checkpoint, one step further."""
+    """Resume from a checkpoint as `train --resume` does, for one step."""
     from folora_q.training.checkpoints import newest_whole
     from tests.training.trainer_test import trainer_of
 
@@ -186,12 +186,17 @@ def build_lock(folder: Path) -> None:
     import socket
 
     (folder / "run").mkdir()
-    holder = {"pid": 4_194_305, "host": socket.gethostname(), "started": 1.5, "boot": None}  # no process has it
+    holder = {
+        "pid": 4_194_305,
+        "host": socket.gethostname(),
+        "started": 1.5,
+        "boot": None,
+    }  # no process has this number
     (folder / "run" / ".lock").write_text(json.dumps(holder), encoding="utf-8")
 
 
 def read_lock(folder: Path, file: str) -> None:
-    """As every run begins."""
+    """Take the lock as every run does."""
     from folora_q.runs.lock import locked
 
     with locked(folder / "run", tell=lambda line: None):

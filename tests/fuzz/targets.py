@@ -1,4 +1,4 @@
-"""All that is fuzzed, by name. Imported by tests and by benchmarks/fuzz.py.
+"""All fuzz targets by name, for tests/fuzz/fuzz_test.py and tests/campaigns/fuzz.py.
 
 Libraries are imported when a target is built: a recipe is read without torch.
 """

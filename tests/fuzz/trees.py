@@ -1,4 +1,4 @@
-"""JSON as trees that can be changed into what no writer would write: keys that come twice, text that is no JSON."""
+"""JSON as trees that can hold what no library would write: duplicate keys, and text that is not JSON."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Place = tuple[list[Any], int]
 
 
 class Pairs(list):
-    """An object: [key, value] each, in order; a key may come twice."""
+    """A JSON object as a list of [key, value]; a key may occur twice."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Text that is written as it is."""
+    """Text that is written unchanged."""
 
     text: str
 
 
 def parse(text: str | bytes) -> Any:
-    """A JSON text whose objects are Pairs."""
+    """Parse a JSON text, with objects as Pairs."""
     return json.loads(text, object_pairs_hook=lambda pairs: Pairs(list(pair) for pair in pairs))
 
 
 def write(node: Any) -> str:
-    """JSON, as far as the tree is that."""
+    """Return a tree as text, which is JSON unless the tree has Raw parts."""
     match node:
         case Raw():
             return node.text
@@ -41,12 +41,12 @@ def write(node: Any) -> str:
 
 
 def copied(node: Any) -> Any:
-    """The same tree, none of whose lists is the other's."""
+    """Return a deep copy of a tree."""
     return type(node)(map(copied, node)) if isinstance(node, list) else node
 
 
 def places(node: Any) -> Iterator[Place]:
-    """Every value below a tree's root, as the list that holds it and its index there; keys are none."""
+    """Yield every value below a tree's root, as the list that contains it and its index there; keys do not count."""
     if isinstance(node, Pairs):
         for pair in node:
             yield pair, 1
@@ -58,12 +58,12 @@ def places(node: Any) -> Iterator[Place]:
 
 
 def safetensors(header: str | bytes, data: bytes, length: int | None = None) -> bytes:
-    """A safetensors file; `length` is what it says of its header's, where that is not true."""
+    """Return a safetensors file; `length` replaces the true length of the header."""
     header = header.encode("utf-8", "surrogatepass") if isinstance(header, str) else header
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
 def parts_of_safetensors(content: bytes) -> tuple[bytes, bytes]:
-    """Its header and its data."""
+    """Return the header and the data of a safetensors file."""
     end = 8 + struct.unpack_from("<Q", content)[0]
     return content[8:end], content[end:]

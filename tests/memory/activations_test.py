@@ -121,7 +121,7 @@ def test_dropout_keeps_a_mask_and_a_copy_for_every_adapted_layer() -> None:
 def test_the_peak_of_a_step_at_the_shapes_of_an_8b_model(checkpointing: bool, autocast: bool) -> None:
     from transformers import LlamaConfig
 
-    from benchmarks.live_tensors import counted_step
+    from benchmarks.performance.live_tensors import counted_step
 
     config = LlamaConfig(
         vocab_size=128,
@@ -160,7 +160,7 @@ def test_counting_leaves_autocast_as_it_was() -> None:
     import torch
     from transformers import LlamaConfig
 
-    from benchmarks.live_tensors import counted_step
+    from benchmarks.performance.live_tensors import counted_step
 
     difference(LLAMA, BatchShape(1, 16), True)
     config = LlamaConfig(

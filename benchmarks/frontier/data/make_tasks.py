@@ -1,11 +1,11 @@
-"""Makes the tasks `code`, `mathematics` and `constraints`, whose answers can be checked; nothing is downloaded.
+"""Create the tasks `code`, `mathematics` and `constraints`, whose answers can be checked, without downloads.
 
     python benchmarks/frontier/data/make_tasks.py
 
-code          functions of the standard library and of three installed packages, from their signature and docstring;
-              held out are functions of other modules
+code          write functions of the standard library and of three installed packages, from their signature and
+              docstring; held-out rows are functions of other modules
 mathematics   problems in words or numbers, answered with the working; the answers are computed
-constraints   lists of words to be rewritten under two or three constraints at once; each has one right answer
+constraints   rewrite lists of words under two or three constraints at once; each has one right answer
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TRAIN_ROWS, HELDOUT_ROWS = 400, 48
-# Characters of a function, without its docstring; longer ones take more tokens than the tasks' recipes keep.
-SHORTEST, LONGEST = 60, 420
-# By module; `ast` and `textwrap` are what the benchmark measures code on, so they are not learned.
+# Characters of a function without its docstring; longer ones exceed the recipes' `max_length`.
+MIN_CHARACTERS, MAX_CHARACTERS = 60, 420
+# The benchmark measures code on `ast` and `textwrap`, so they are not trained on.
 TRAIN_MODULES = (
     "networkx.algorithms",
     "networkx.classes",
@@ -61,7 +61,7 @@ def write(name: str, rows: list[dict]) -> None:
 
 
 def code_rows(modules: tuple[str, ...]) -> list[dict]:
-    """A row for every function with a docstring and a short body, none twice."""
+    """Return a row for every function with a docstring and a short body, without duplicates."""
     rows = {}
     for module in modules:
         for path in _files(module):
@@ -93,7 +93,7 @@ def _code_row(function: ast.FunctionDef) -> dict | None:
     if not function.body or not says.isascii() or not 20 <= len(says) <= 160:
         return None
     written = ast.unparse(function)
-    if not SHORTEST <= len(written) <= LONGEST or "NotImplemented" in written:
+    if not MIN_CHARACTERS <= len(written) <= MAX_CHARACTERS or "NotImplemented" in written:
         return None
     signature = f"{function.name}({ast.unparse(function.args)})"
     return chat(f"Write the Python function `{signature}`: {says}", f"```python\n{written}\n```")
@@ -167,7 +167,7 @@ PROBLEMS: tuple[Callable[[random.Random], tuple[str, str, int | Fraction]], ...]
 
 
 def mathematics_rows(number: int, chance: random.Random) -> list[dict]:
-    """Different problems, of every kind as many."""
+    """Return different problems, an equal number of every kind."""
     rows: dict[str, dict] = {}
     while len(rows) < number:
         question, working, answer = PROBLEMS[len(rows) % len(PROBLEMS)](chance)
@@ -180,7 +180,7 @@ def mathematics_rows(number: int, chance: random.Random) -> list[dict]:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a prompt says, and what it does to a list of words."""
+    """A constraint in words, and the function that applies it to a list of words."""
 
     says: str
     apply: Callable[[list[str]], list[str]]
@@ -210,7 +210,7 @@ LAYOUTS: dict[str, Callable[[list[str]], str]] = {
 
 
 def constraint_rows(number: int, words: list[str], chance: random.Random) -> list[dict]:
-    """Different lists, each under constraints of two or three kinds and a layout."""
+    """Return rows with different lists, each under constraints of two kinds and a layout."""
     rows: dict[str, dict] = {}
     while len(rows) < number:
         given = [word.lower() for word in chance.sample(words, chance.randint(4, 6))]
@@ -238,7 +238,7 @@ def main() -> None:
     problems = mathematics_rows(TRAIN_ROWS + HELDOUT_ROWS, chance)
     write("mathematics-heldout.jsonl", problems[:HELDOUT_ROWS])
     write("mathematics-train.jsonl", problems[HELDOUT_ROWS:])
-    # The words of the task `skill`, each half's for the same half.
+    # The words of the task `skill`: its training words for training, its held-out words for the held-out rows.
     for half, rows in (("heldout", HELDOUT_ROWS), ("train", TRAIN_ROWS)):
         lines = (HERE / f"skill-{half}.jsonl").read_text("utf-8").splitlines()
         words = [json.loads(line)["messages"][0]["content"].rpartition(" ")[2] for line in lines]

@@ -1,4 +1,4 @@
-"""What a method is: plain LoRA, of which every method changes what its paper changes, and nothing else."""
+"""The interface of methods: plain LoRA with AdamW, of which each method changes only what its paper changes."""
 
 from __future__ import annotations
 
@@ -10,50 +10,63 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.frontier.ground import Ground
+from benchmarks.frontier.testbed import Testbed
 from folora_q.models.adapters import AdapterPair
+
+# What plain QLoRA usually runs with, and larger rates, with which it learns more.
+USUAL_RATE = 2e-4
+RATES = (USUAL_RATE, 5e-4, 1e-3)
 
 
 @dataclass
 class Method:
-    """Plain LoRA with AdamW (arXiv 2106.09685), and the places where a method may differ.
+    """A method with its settings, one of which is the learning rate. A copy of it runs once.
+
+    Dataclass fields are settings, and identify a run in the results. Class attributes describe the method.
 
     Attributes:
-        sixteen_bit: it changes the base's weights, which 4 bits cannot hold.
+        name: its name in tables and plots.
+        paper: where it was published.
+        learning_rates: those that it runs with.
+        sixteen_bit: whether it changes the base's weights, which is impossible in 4 bits.
     """
 
     learning_rate: float
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    learning_rates: ClassVar[tuple[float, ...]] = RATES
     sixteen_bit: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
-        """Everything that makes one run of it differ from another."""
+        """Return everything that distinguishes its runs from others."""
         return {"method": type(self).__name__, **asdict(self)}
 
-    def lora(self, ground: Ground) -> dict[str, Any]:
-        """Settings of `peft.LoraConfig` that differ from plain LoRA's."""
+    def lora(self, testbed: Testbed) -> dict[str, Any]:
+        """Return the settings of `peft.LoraConfig` that differ from plain LoRA's."""
         return {}
 
-    def tuned(self, ground: Ground, seed: int) -> PeftModel:
-        """The base with a new adapter."""
-        return ground.tuned(seed, self.sixteen_bit, **self.lora(ground))
+    def tuned(self, testbed: Testbed, seed: int) -> PeftModel:
+        """Return the base with a new adapter."""
+        return testbed.tuned(seed, self.sixteen_bit, **self.lora(testbed))
 
-    def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
+    def start(self, testbed: Testbed, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         """Change the adapter, or the base under it, before the first step."""
 
-    def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        """The optimizer of all trained parameters."""
+    def optimizer(self, testbed: Testbed, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
+        """Return the optimizer of all trained parameters."""
         return self.adamw(model)
 
     def adamw(self, model: PeftModel, weight_decay: float = 0.0) -> AdamW:
+        """Return AdamW over all trained parameters, with the method's learning rate."""
         trained = [p for p in model.parameters() if p.requires_grad]
         return AdamW(trained, lr=self.learning_rate, weight_decay=weight_decay)
 
-    def penalty(self, ground: Ground, model: PeftModel, step: Step) -> Tensor | None:
-        """What is added to the task's loss."""
+    def penalty(self, testbed: Testbed, model: PeftModel, step: Step) -> Tensor | None:
+        """Return the term that is added to the task's loss."""
         return None
 
     def after_step(self, pairs: Sequence[AdapterPair]) -> None:
-        """What is done to the adapter after each step."""
+        """Change the adapter after each step."""
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,22 @@
-"""Ours, controls that take parts of it away, and the paper's own rule."""
+"""This project's gate, and controls that each leave out a part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.frontier.ground import ALPHA, RANK, pairs_with
-from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
-from benchmarks.frontier.methods.starts import FoLoRAStart
-from folora_q.core import SpectralAdamW, SpectralGate
+from benchmarks.frontier.methods.base import Method
+from benchmarks.frontier.testbed import ALPHA, RANK, Testbed, pairs_with
+from folora_q.core import SpectralGate
+from folora_q.models.adapters import AdapterPair
 from folora_q.recipe.gate import GateSection, sketch_rank
 from folora_q.recipe.gate_rules import DEFAULT_RULE
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
-
-# Of the mean variance; the paper gives none.
-DENSE_RIDGE = 0.01
 
 
 @dataclass
@@ -29,34 +25,39 @@ class Gated(Method):
 
     Attributes:
         gate: settings of the recipe's section `gate`.
-        r: the adapter's rank; its scale alpha / r stays as it is.
+        r: the adapter's rank; the scale alpha / r is the same for every rank.
+        kind: the class of the gates.
     """
 
+    name: ClassVar[str] = "ours"
+    paper: ClassVar[str] = "docs/method.md; the quotient and the gate are FoLoRA's, arXiv 2606.00132"
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-3, 2e-3, 4e-3, 8e-3)
     gate: dict[str, object] = field(default_factory=lambda: {"rule": DEFAULT_RULE})
     r: int = 2 * RANK
     kind: ClassVar[type[SpectralGate]] = SpectralGate
 
     @property
     def section(self) -> GateSection:
-        return GateSection(**{"rank": sketch_rank(self.r)} | self.gate)
+        """The recipe's section `gate`, with its defaults."""
+        return GateSection.model_validate({"rank": sketch_rank(self.r)} | self.gate)
 
     def settings(self) -> dict[str, Any]:
-        # The recipe's defaults too: when they change, these are other runs.
+        # With the recipe's defaults: when these change, the runs are different ones.
         return super().settings() | {"gate": self.section.model_dump()}
 
-    def lora(self, ground: Ground) -> dict[str, Any]:
+    def lora(self, testbed: Testbed) -> dict[str, Any]:
         return {"r": self.r, "lora_alpha": ALPHA * self.r // RANK}
 
-    def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
-        self.of_layers = ground.gates(model, self.section, self.kind)
+    def start(self, testbed: Testbed, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
         self.rule = rule_of(self.section)
-        self.rule.initialize(pairs, self.of_layers, self.section)
-        self.of_layers = self.rule.before_training(pairs, self.of_layers)
+        gates = testbed.gates(model, self.section, self.kind)
+        self.rule.initialize(pairs, gates, self.section)
+        self.layer_gates: Mapping[str, SpectralGate] = self.rule.before_training(pairs, gates)
 
-    def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
+    def optimizer(self, testbed: Testbed, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
         context = OptimizerContext(
             section=self.section,
-            adapters=pairs_with(self.of_layers, pairs),
+            adapters=pairs_with(self.layer_gates, pairs),
             configured=lambda: self.adamw(model),
             adam=AdamSettings(lr=self.learning_rate),
         )
@@ -65,10 +66,12 @@ class Gated(Method):
 
 @dataclass
 class SharesShuffled(Gated):
-    """The control: the same directions and the same shares of a step, but each direction gets another one's share."""
+    """The same directions and the same shares of a step as `Gated`, with the shares permuted among the directions."""
 
-    def start(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
-        super().start(ground, model, pairs)
+    name: ClassVar[str] = "control: shares shuffled"
+
+    def start(self, testbed: Testbed, model: PeftModel, pairs: Sequence[AdapterPair]) -> None:
+        super().start(testbed, model, pairs)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             lengths = torch.cat([pair.a.norm(dim=1) for pair in pairs])
@@ -78,7 +81,7 @@ class SharesShuffled(Gated):
 
 
 class PenaltyOnlyGate(SpectralGate):
-    """γ measures the penalty alone: every direction counts as equally useful."""
+    """A gate by the penalty only: every direction counts as equally useful (Σt = I)."""
 
     def __init__(self, **state: Any) -> None:
         even = torch.eye(len(state["utility_gram"]), dtype=torch.float64)
@@ -86,7 +89,7 @@ class PenaltyOnlyGate(SpectralGate):
 
 
 class UtilityOnlyGate(SpectralGate):
-    """γ measures the utility alone: every direction counts as equally costly (Σp = I)."""
+    """A gate by the utility only: every direction counts as equally costly (Σp = I)."""
 
     def __init__(self, **state: Any) -> None:
         even = torch.eye(len(state["penalty_gram"]), dtype=torch.float64)
@@ -95,49 +98,15 @@ class UtilityOnlyGate(SpectralGate):
 
 @dataclass
 class PenaltyOnly(Gated):
-    """The quotient's numerator taken away."""
+    """The gate without the quotient's numerator."""
 
+    name: ClassVar[str] = "control: Σt = I"
     kind: ClassVar[type[SpectralGate]] = PenaltyOnlyGate
 
 
 @dataclass
 class UtilityOnly(Gated):
-    """The quotient's denominator taken away."""
+    """The gate without the quotient's denominator."""
 
+    name: ClassVar[str] = "control: Σp = I"
     kind: ClassVar[type[SpectralGate]] = UtilityOnlyGate
-
-
-@dataclass
-class FoLoRA(FoLoRAStart):
-    """FoLoRA as the paper has it (arXiv 2606.00132): its start, spectral Adam on A, dense covariances, AdamW on B."""
-
-    gate_lambda: float = 1.0
-    floor: float = 0.3
-
-    def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
-        covariances = ground.covariances(model)
-        gates: dict[str, SpectralGate] = {}
-        last: tuple[Tensor, Tensor] | None = None
-        for pair in pairs:
-            if (both := covariances[pair.name]) is not last:
-                last, gate = both, dense_gate(*both, self.gate_lambda, self.floor).to(ground.base.device)
-            gates[pair.name] = gate
-        return SpectralAdamW(pairs_with(gates, pairs), lr=self.learning_rate)
-
-
-def dense_gate(penalty: Tensor, utility: Tensor, gate_lambda: float, floor: float) -> SpectralGate:
-    """A gate whose basis is the whole space; nothing lies outside, so its tails are not used."""
-    return SpectralGate.from_state_dict(
-        {
-            "basis": torch.eye(len(penalty)),
-            "penalty_gram": penalty,
-            "utility_gram": utility,
-            "penalty_tail": 1.0,
-            "utility_tail": 1.0,
-            "ridge": DENSE_RIDGE,
-            "utility_ridge": DENSE_RIDGE,
-            "gate_lambda": gate_lambda,
-            "floor": floor,
-            "sharpness": 1.0,
-        }
-    )

@@ -1,53 +1,69 @@
-"""LoRA as people run it: weight decay, rsLoRA, DoRA, MLP layers only. All but the first are PEFT's options."""
+"""Plain LoRA, and common variants of it: weight decay, rsLoRA, DoRA, MLP layers only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from torch.optim import Optimizer
 
-from benchmarks.frontier.methods.base import AdapterPair, Ground, Method
+from benchmarks.frontier.methods.base import Method
+from benchmarks.frontier.testbed import Testbed
+from folora_q.models.adapters import AdapterPair
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
 class LoRA(Method):
-    """Plain LoRA."""
+    """Plain LoRA, with which all others are compared."""
+
+    name: ClassVar[str] = "LoRA"
+    paper: ClassVar[str] = "arXiv 2106.09685"
 
 
 @dataclass
 class DecayedLoRA(Method):
-    """AdamW's decoupled decay on A and B: the cheapest control of ‖ΔW‖ (docs of the sweep: methods.md 6.2)."""
+    """LoRA with decoupled weight decay on A and B: the simplest way to limit ‖ΔW‖."""
 
+    name: ClassVar[str] = "LoRA, decay 0.1"
+    paper: ClassVar[str] = "a control of github.com/Guy-Bilitski/UIOrthoLoRA"
     weight_decay: float = 0.1
 
-    def optimizer(self, ground: Ground, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
+    def optimizer(self, testbed: Testbed, model: PeftModel, pairs: Sequence[AdapterPair]) -> Optimizer:
         return self.adamw(model, self.weight_decay)
 
 
 @dataclass
 class RankStabilizedLoRA(Method):
-    """rsLoRA, arXiv 2312.03732: the scale is α/√r in place of α/r."""
+    """rsLoRA: the scale is α/√r instead of α/r."""
 
-    def lora(self, ground: Ground) -> dict[str, Any]:
+    name: ClassVar[str] = "rsLoRA"
+    paper: ClassVar[str] = "arXiv 2312.03732"
+
+    def lora(self, testbed: Testbed) -> dict[str, Any]:
         return {"use_rslora": True}
 
 
 @dataclass
 class DoRA(Method):
-    """DoRA, arXiv 2402.09353: direction by LoRA, the norm of each row of W trained apart."""
+    """DoRA: LoRA changes the direction of each row of W, and its norm is trained separately."""
 
-    def lora(self, ground: Ground) -> dict[str, Any]:
+    name: ClassVar[str] = "DoRA"
+    paper: ClassVar[str] = "arXiv 2402.09353"
+
+    def lora(self, testbed: Testbed) -> dict[str, Any]:
         return {"use_dora": True}
 
 
 @dataclass
 class MLPOnlyLoRA(Method):
-    """LoRA on the MLP alone: the best trade-off of PEFT's own comparison (method_comparison/MetaMathQA)."""
+    """LoRA on the MLP layers only, which has the best trade-off in PEFT's comparison of methods."""
 
-    def lora(self, ground: Ground) -> dict[str, Any]:
+    name: ClassVar[str] = "LoRA, MLP only"
+    paper: ClassVar[str] = "PEFT, method_comparison/MetaMathQA"
+
+    def lora(self, testbed: Testbed) -> dict[str, Any]:
         return {"target_modules": MLP}

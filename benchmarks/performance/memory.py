@@ -1,23 +1,21 @@
-"""How far `folora-q estimate` is from what a run takes.
+"""Compare `folora-q estimate` with the memory that a run needs.
 
-    .venv/bin/python benchmarks/memory.py                  tensors at 7B shapes, then processes; minutes on a CPU
-    .venv/bin/python benchmarks/memory.py tensors          the first half, where nothing is computed
-    .venv/bin/python benchmarks/memory.py processes        the second half
-    .venv/bin/python benchmarks/memory.py --gpu            7B shapes with random weights on a GPU, stage by stage
+    .venv/bin/python -m benchmarks.performance.memory              tensors at 7B shapes, then processes: minutes
+    .venv/bin/python -m benchmarks.performance.memory tensors      the first half, in which nothing is computed
+    .venv/bin/python -m benchmarks.performance.memory processes    the second half
+    .venv/bin/python -m benchmarks.performance.memory --gpu        7B shapes, random weights, stage by stage on a GPU
 
-Tensors: all that live in a forward and a backward pass of the backbone, at its peak, beyond weights and adapter; as a
-GPU computes, under autocast, and as a CPU does. Processes: each stage in a process of its own; on a CPU the kernel's
-high-water mark, which has the libraries in it, with glibc told to give memory back at once (it may keep as much as it
-gave); on a GPU what the allocator gave out at most, to which the estimate's CUDA context does not belong.
+Tensors: the peak of all live tensors in a forward and a backward pass of the backbone, beyond weights and adapter; as
+on a GPU, under autocast, and as on a CPU. Processes: each stage in a fresh process. On a CPU, the kernel's high-water
+mark, which includes the libraries, with glibc set to return memory at once (by default it may keep as much as was
+freed); on a GPU, the allocator's peak, which does not include the estimate's CUDA context.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,14 +28,16 @@ quiet_libraries()  # before they are imported
 
 import torch
 from datasets import Dataset
-from live_tensors import GIVE_BACK, counted_step
-from shapes import SHAPES, random_4bit, random_gates
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
+from benchmarks.models import vocabulary_size
+from benchmarks.performance._process import GIVE_BACK, in_a_process
+from benchmarks.performance._trainer import gated_trainer, placeholder_tokenizer
+from benchmarks.performance.live_tensors import counted_step
+from benchmarks.performance.shapes import SHAPES, random_4bit
 from folora_q.calibration.collect import build_gates
 from folora_q.calibration.sample import sample_proxy
-from folora_q.data.tokens import batches
+from folora_q.data.tokens import Batch, batches
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.memory.activations import Arithmetic, BatchShape, at_backward
@@ -51,9 +51,6 @@ from folora_q.models.load import LoadedModel, load_model
 from folora_q.models.quantization import Quantization
 from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
-from folora_q.rules import rule_of
-from folora_q.training.config import trainer_config
-from folora_q.training.trainer import TrainerSetup, build_trainer
 
 STAGES = ("loading", "sampling", "statistics", "training", "evaluation")
 RANK = 16
@@ -73,13 +70,13 @@ TENSORS = ((1, 1024), (4, 2048), (1, 8192))
 @click.option("--gpu", is_flag=True)
 @click.option("--model", "names", multiple=True, help="demo, small, 'many words', llama-2-7b, llama-3-8b.")
 @click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES))
-@click.option("--workers", default=1, show_default=True, help="Processes at once, where a GPU has room for them.")
+@click.option("--workers", default=1, show_default=True, help="Processes at once, if the GPU has room for them.")
 @click.pass_context
 def main(context: click.Context, gpu: bool, names: tuple[str, ...], stages: tuple[str, ...], workers: int) -> None:
     if context.invoked_subcommand is not None:
         return
     if gpu and not torch.cuda.is_available():
-        raise click.ClickException("there is no GPU here")
+        raise click.ClickException("no GPU is available")
     out.width = max(out.width, 110)
     if not gpu:
         _print_tensors()
@@ -88,7 +85,7 @@ def main(context: click.Context, gpu: bool, names: tuple[str, ...], stages: tupl
 
 @main.command()
 def tensors() -> None:
-    """Counted tensors beside the formulas."""
+    """Compare counted tensors with the formulas."""
     _print_tensors()
 
 
@@ -96,7 +93,7 @@ def tensors() -> None:
 @click.option("--model", "names", multiple=True)
 @click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES))
 def processes(names: tuple[str, ...], stages: tuple[str, ...]) -> None:
-    """Stages in processes of their own."""
+    """Compare the peaks of stages, each in a fresh process, with the estimate."""
     out.width = max(out.width, 110)
     _print_processes(False, names, stages or STAGES)
 
@@ -113,7 +110,7 @@ def _print_tensors() -> None:
                     how = Arithmetic(compute=2, autocast=place == "gpu", rank=RANK)
                     _, counted = counted_step(SHAPES[name], rows, length, RANK, checkpointing, how.autocast)
                     found = sum(at_backward(shape, BatchShape(rows, length), how, checkpointing))
-                    found += _of_the_adapter(adapter_parameters(shape, how), how, checkpointing, shape.depth)
+                    found += _adapter_bytes(adapter_parameters(shape, how), how, checkpointing, shape.depth)
                     table.add_row(
                         name,
                         f"{rows} x {length:,}",
@@ -125,8 +122,8 @@ def _print_tensors() -> None:
     out.print(table)
 
 
-def _of_the_adapter(trained: int, how: Arithmetic, checkpointing: bool, depth: int) -> int:
-    """Gradients and autocast's copies that stand at the peak: the last layer's, or the copies of all layers."""
+def _adapter_bytes(trained: int, how: Arithmetic, checkpointing: bool, depth: int) -> int:
+    """Return the bytes of gradients and autocast copies at the peak: those of the last layer, or all layers' copies."""
     copies = how.compute * trained if how.autocast else 0
     return (4 * trained + copies) // depth if checkpointing else copies
 
@@ -138,10 +135,10 @@ def _print_processes(gpu: bool, names: tuple[str, ...], stages: tuple[str, ...],
         for name in names or (("llama-2-7b", "llama-3-8b") if gpu else ("demo", *SMALL))
         for size in sizes
         for stage in stages
-        if stage == "training" or size == sizes[-1]  # checkpointing and the training's rows are no matter to the others
+        if stage == "training" or size == sizes[-1]  # the other stages depend on neither checkpointing nor rows
     ]
     with ThreadPoolExecutor(workers) as together:
-        measured = list(together.map(lambda what: _in_a_process(*what), wanted))
+        measured = list(together.map(lambda what: _measure(*what), wanted))
     table = Table(title=f"peak memory by stage, GiB: {choose_hardware().reason}", title_justify="left")
     for heading in ("model", "rows x length", "checkpointing", "stage", "measured", "estimate", "error"):
         table.add_column(heading, justify="left" if heading in ("model", "stage") else "right")
@@ -156,13 +153,11 @@ def _print_processes(gpu: bool, names: tuple[str, ...], stages: tuple[str, ...],
             name, f"{rows} x {length:,}", "yes" if checkpointing else "no", stage, *shown, f"{errors[-1]:+.1%}"
         )
     out.print(table)
-    out.print(
-        f"mean of the errors' sizes {sum(map(abs, errors)) / len(errors):.1%}, largest {max(errors, key=abs):+.1%}"
-    )
+    out.print(f"mean absolute error {sum(map(abs, errors)) / len(errors):.1%}, largest {max(errors, key=abs):+.1%}")
 
 
 def _recipe(name: str, rows: int, length: int, checkpointing: bool) -> Recipe:
-    """All stages with sequences of one length, four at a time but for the training's."""
+    """Return a recipe in which all stages have sequences of one length, four at a time except in training."""
     return Recipe.model_validate(
         {
             "model": {"model_name_or_path": name},
@@ -193,12 +188,9 @@ def _shape(name: str) -> ModelShape:
     return shape_of(_config(name).to_dict())
 
 
-def _in_a_process(name: str, rows: int, length: int, checkpointing: bool, stage: str) -> int:
-    command = [sys.executable, __file__, "once", name, str(rows), str(length), str(int(checkpointing)), stage]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
-    if done.returncode:
-        raise click.ClickException(done.stderr[-800:])
-    peak = int(done.stdout.split()[-1])
+def _measure(name: str, rows: int, length: int, checkpointing: bool, stage: str) -> int:
+    arguments = (name, rows, length, int(checkpointing), stage)
+    peak: int = in_a_process("benchmarks.performance.memory", "once", *arguments, environment=GIVE_BACK)
     err.print(f"[dim]{name} {rows} x {length} {'checkpointing' * checkpointing} {stage} {peak:,} bytes[/]")
     return peak
 
@@ -210,6 +202,7 @@ def _in_a_process(name: str, rows: int, length: int, checkpointing: bool, stage:
 @click.argument("checkpointing", type=bool)
 @click.argument("stage", type=click.Choice(STAGES))
 def once(name: str, rows: int, length: int, checkpointing: bool, stage: str) -> None:
+    """Run a stage in this process, and print its peak in bytes."""
     quiet_progress_bars()
     hardware, recipe = choose_hardware(), _recipe(name, rows, length, checkpointing)
     memory = PeakMemory(hardware.device)
@@ -220,7 +213,7 @@ def once(name: str, rows: int, length: int, checkpointing: bool, stage: str) -> 
             run = _prepared(stage, base, recipe, Path(scratch))
             memory.reset()
             run()
-    click.echo(memory.peak())
+    click.echo(json.dumps(memory.peak()))
 
 
 def _load(name: str, recipe: Recipe) -> LoadedModel:
@@ -228,25 +221,22 @@ def _load(name: str, recipe: Recipe) -> LoadedModel:
         section = recipe.model.model_copy(update={"model_name_or_path": DEMO_MODEL})
         return load_model(section, choose_hardware())
     hardware = choose_hardware()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<e>": 0}, "<e>")), eos_token="<e>", pad_token="<e>"
-    )
     model = random_4bit(_config(name), hardware.device, hardware.dtype)
-    return LoadedModel(model, tokenizer, name, None, "", 0, Quantization())
+    return LoadedModel(model, placeholder_tokenizer(), name, None, "", 0, Quantization())
 
 
-def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path):
-    """What the stage does, with all that comes before it done."""
+def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path) -> Callable[[], object]:
+    """Prepare everything that a stage needs, and return a function that runs it."""
     hardware, length = choose_hardware(), recipe.training.max_length
     if stage == "sampling":
         return lambda: sample_proxy(base.model, base.tokenizer, recipe.proxy)
     model = attach_adapter(base, recipe.adapter, 0)
     pairs = adapter_pairs(model)
-    vocabulary = base.model.config.vocab_size
+    vocabulary = vocabulary_size(base.model)
 
-    def text(rows: int):
+    def text(rows: int) -> list[Batch]:
         ids = torch.randint(5, vocabulary, (rows, length)).tolist()
-        return list(batches([*ids[:-1], ids[-1][:-1]], rows, hardware.device))  # one is padded
+        return list(batches([*ids[:-1], ids[-1][:-1]], rows, hardware.device))  # so that one is padded
 
     if stage == "statistics":
         clock = StageTimer(ConsoleProgress())
@@ -259,20 +249,7 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path):
     rows = recipe.training.per_device_train_batch_size
     ids = torch.randint(5, vocabulary, (4 * rows, length)).tolist()
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    dtype = torch.bfloat16 if hardware.device.type == "cuda" else torch.float32
-    gates = random_gates(pairs, recipe.gate.rank, hardware.device, dtype)
-    trainer = build_trainer(
-        TrainerSetup(
-            model=model,
-            tokenizer=base.tokenizer,
-            train=data,
-            heldout=data.select(range(1)),
-            recipe=recipe,
-            config=trainer_config(model, recipe, hardware, folder),
-            gates=rule_of(recipe.gate).before_training(pairs, gates),
-        )
-    )
-    return trainer.train
+    return gated_trainer(model, base.tokenizer, data, recipe, folder).train
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Merging: what it takes beside PEFT's own way, and which base to merge into.
+"""Measure merging: its time and memory compared with PEFT's, and the loss of models merged into either base.
 
-    .venv/bin/python benchmarks/export.py cost               wall time and peak memory at three model sizes
-    .venv/bin/python benchmarks/export.py bases runs/demo    original or dequantized weights: on a finished run, and on
-                                                             a Qwen2 that is trained and tuned for it (15 minutes)
+    .venv/bin/python -m benchmarks.performance.export cost               wall time and peak memory at three model sizes
+    .venv/bin/python -m benchmarks.performance.export bases runs/demo    original or dequantized weights: a finished
+                                                       run, and a Qwen2 that is trained and tuned for this (15 minutes)
 
-`cost`: each way is a process of its own, three times, in turn; memory is the process's peak, which counts the pages of
-files that it has mapped. PEFT's way is from_pretrained, merge_and_unload, save_pretrained on 16-bit weights.
+`cost` runs each way three times, in turn, each in a fresh process. Memory is the process's peak, which includes the
+pages of mapped files. PEFT's way is from_pretrained, merge_and_unload and save_pretrained on 16-bit weights.
 """
 
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import click
 from rich.table import Table
@@ -27,8 +27,11 @@ quiet_libraries()  # before they are imported
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.models import base_of, vocabulary_size
+from benchmarks.performance._process import time_and_peak
 from folora_q.data.loading import read_task_data
 from folora_q.data.task_data import chat_template, tokenize_task
 from folora_q.data.tokens import batches
@@ -45,10 +48,10 @@ from folora_q.runs.folder import RunFolder
 from folora_q.workflows.merge import MergeRequest, adapter_folder, run_merge
 from folora_q.workflows.train import TrainingRequest, run_training
 
-# Layers of a Llama of 1,024 channels: 0.25, 0.76 and 1.5 GB of bfloat16 with a vocabulary of 32,000.
+# Layers of a Llama with 1,024 channels and a vocabulary of 32,000: 0.25, 0.76 and 1.5 GB in bfloat16.
 LAYERS = (4, 20, 44)
 SHARD = "150MB"
-# Of the Qwen2's own training.
+# For training the small Qwen2 from scratch.
 EPOCHS = 120
 PEFT_WAY = """
 import sys, torch
@@ -56,14 +59,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size="150MB")
-"""
-# A process's peak starts at that of the process that forked it, so a small one does the forking.
-LAUNCHER = """
-import os, sys, time
-began = time.perf_counter()
-child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
-_, status, usage = os.wait4(child, 0)
-print(time.perf_counter() - began, usage.ru_maxrss / 1e3, os.waitstatus_to_exitcode(status))
 """
 IMPORTS = "import torch, peft, transformers, folora_q.workflows.merge"
 
@@ -76,11 +71,11 @@ def main() -> None:
 @main.command()
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(min=1))
 def cost(runs: int) -> None:
-    """Wall time and peak memory, ours and PEFT's, at three sizes."""
+    """Measure wall time and peak memory, ours and PEFT's, at three sizes."""
     table = Table(title=f"medians of {runs} runs; shards of {SHARD}", title_justify="left")
     for heading in ("model", "ours: s", "PEFT: s", "ratio", "ours: peak MB", "PEFT: peak MB", "ratio"):
         table.add_column(heading, justify="right")
-    idle = _measure([sys.executable, "-c", IMPORTS])[1]
+    idle = time_and_peak([sys.executable, "-c", IMPORTS])[1]
     for layers in LAYERS:
         with tempfile.TemporaryDirectory() as scratch:
             base, adapter = _random_model(Path(scratch), layers)
@@ -88,7 +83,7 @@ def cost(runs: int) -> None:
             ours = [sys.executable, "-m", "folora_q", "merge", str(adapter), "--base", "original", "--no-verify"]
             ours += ["--overwrite", "--output", f"{scratch}/ours"]
             theirs = [sys.executable, "-c", textwrap.dedent(PEFT_WAY), str(base), str(adapter), f"{scratch}/peft"]
-            found = [(_measure(ours), _measure(theirs)) for _ in range(runs)]
+            found = [(time_and_peak(ours), time_and_peak(theirs)) for _ in range(runs)]
             err.print(f"{size:.2f} GB: {found}")
         (our_time, our_peak), (peft_time, peft_peak) = (
             [statistics.median(pair[way][what] for pair in found) for what in (0, 1)] for way in (0, 1)
@@ -103,19 +98,11 @@ def cost(runs: int) -> None:
             f"{our_peak / peft_peak:.2f}",
         )
     out.print(table)
-    out.print(f"Of each peak, {idle:,.0f} MB are the libraries, imported and idle.")
-
-
-def _measure(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak memory in MB of one process."""
-    launched = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
-    seconds, peak, code = launched.stdout.split()[-3:]
-    if code != "0":
-        raise click.ClickException(f"{command[:4]} failed: {launched.stderr[-500:]}")
-    return float(seconds), float(peak)
+    out.print(f"Each peak includes {idle:,.0f} MB of imported libraries.")
 
 
 def _random_model(folder: Path, layers: int) -> tuple[Path, Path]:
+    """Save a base and an adapter with random weights, and return their folders."""
     config = LlamaConfig(
         vocab_size=32_000,
         hidden_size=1024,
@@ -131,13 +118,13 @@ def _random_model(folder: Path, layers: int) -> tuple[Path, Path]:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.01)
     tuned.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    tuned.save_pretrained(folder / "adapter")
+    tuned.save_pretrained(str(folder / "adapter"))
     return folder / "base", folder / "adapter"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model on the run's held-out text, in nats per token, and against the model as it was trained."""
+    """A model's losses on the run's held-out text in nats per token, and its difference from the model as trained."""
 
     name: str
     task: float
@@ -148,7 +135,7 @@ class Row:
 
 @main.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path, exists=True))
-@click.option("--qwen/--no-qwen", default=True, help="Train and tune a small Qwen2 too.")
+@click.option("--qwen/--no-qwen", default=True, help="Also train and tune a small Qwen2.")
 def bases(runs: tuple[Path, ...], qwen: bool) -> None:
     """Merge finished RUNS into both kinds of base weights, and compare with the 4-bit model that was trained."""
     quiet_progress_bars()
@@ -187,18 +174,18 @@ def _compare(run: Path, scratch: Path) -> list[Row]:
     texts = check_texts(adapter, tokenizer).sequences
     general = text_windows(GENERAL_TEXTS["prose"], tokenizer, 256)
     base = load_model(recipe.model, choose_hardware(recipe.model.dtype), tokenizer)
-    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(base.model)
     bare = logits_of(base.model, texts, vocabulary)
     tuned = PeftModel.from_pretrained(base.model, adapter).eval()
     trained = logits_of(tuned, texts, vocabulary)
 
-    def row(name: str, model: torch.nn.Module, logits: torch.Tensor, apart: Difference | None) -> Row:
+    def row(name: str, model: PreTrainedModel, logits: torch.Tensor, apart: Difference | None) -> Row:
         device = next(model.parameters()).device
         on_task = batches(heldout["input_ids"][:], 16, device, heldout["labels"][:])
         losses = mean_loss(model, on_task), mean_loss(model, batches(general, 8, device))
         return Row(name, *losses, apart, compare_logits(bare, logits).kl)
 
-    rows = [row("4-bit base with the adapter, as trained", tuned.get_base_model(), trained, None)]
+    rows = [row("4-bit base with the adapter, as trained", base_of(tuned), trained, None)]
     for weights in ("dequantized", "original"):
         target = scratch / f"{run.name}-{weights}"
         run_merge(MergeRequest([run], [1.0], weights, torch.bfloat16, target), progress)
@@ -209,9 +196,13 @@ def _compare(run: Path, scratch: Path) -> list[Row]:
 
 
 def _tuned_qwen(scratch: Path) -> Path:
-    """A Qwen2 that learns to read on the packaged prose, which ends no turns, and is then tuned by plain QLoRA."""
+    """Train a Qwen2 on the packaged prose, tune it by plain QLoRA, and return the run's folder.
+
+    The prose contains no turns of a chat, so the base ends none.
+    """
     demo = load_recipe(recipes_folder() / "demo.yaml")
     tokenizer = load_tokenizer(demo.model)
+    bos = cast(int, tokenizer.bos_token_id)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -222,15 +213,15 @@ def _tuned_qwen(scratch: Path) -> Path:
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=bos,
+        eos_token_id=cast(int, tokenizer.eos_token_id),
     )
     model = Qwen2ForCausalLM(config)
     texts = text_windows(GENERAL_TEXTS["prose"], tokenizer, 128)
-    texts = [[tokenizer.bos_token_id, *ids] for ids in texts]
+    texts = [[bos, *ids] for ids in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     progress = ConsoleProgress()
-    with progress.stage("teaching a Qwen2 to read", EPOCHS * -(-len(texts) // 16)) as done:
+    with progress.stage("training a Qwen2 from scratch", EPOCHS * -(-len(texts) // 16)) as done:
         for _ in range(EPOCHS):
             for batch in batches([texts[i] for i in torch.randperm(len(texts))], 16, torch.device("cpu")):
                 loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
@@ -239,7 +230,8 @@ def _tuned_qwen(scratch: Path) -> Path:
                 optimizer.zero_grad()
                 done(1)
     folder = scratch / "qwen"
-    model.to(torch.bfloat16).save_pretrained(folder)
+    cast(nn.Module, model).to(torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     changes = [f"model.model_name_or_path={folder}", f"training.output_dir={scratch / 'qwen-run'}", "proxy.source=bos"]
     changes += ["evaluation.metric=none", "gate.enabled=false", "training.learning_rate=1e-3"]

@@ -1,34 +1,31 @@
-"""Files that are damaged, or made to do harm, given to all that reads files: each must be read or refused clearly.
+"""Give damaged and malicious files to everything that reads files: each must be read, or refused with a clear error.
 
-    .venv/bin/python benchmarks/fuzz.py --examples 20000           every target; about an hour and a half on two cores
-    .venv/bin/python benchmarks/fuzz.py gates adapter --seconds 60
-    .venv/bin/python benchmarks/fuzz.py --replay FINDINGS/gates/0a1b2c3d
-    .venv/bin/python benchmarks/fuzz.py --atheris gates --seconds 600      by coverage; folora-q[fuzz]
+    .venv/bin/python -m tests.campaigns.fuzz --examples 20000      every target; about an hour and a half on two cores
+    .venv/bin/python -m tests.campaigns.fuzz gates adapter --seconds 60
+    .venv/bin/python -m tests.campaigns.fuzz --replay FINDINGS/gates/0a1b2c3d
+    .venv/bin/python -m tests.campaigns.fuzz --atheris gates --seconds 600     guided by coverage; needs folora-q[fuzz]
 
-What must hold is in tests/fuzz/contract.py, and what is read, by which function, in tests/fuzz/*_targets.py; the tests
-there run the same with fewer inputs. Each target has a process of its own, so that one that dies of an input is found
-too. `--examples` is for a cheap target; one whose inputs are dear gets fewer. atheris 3.0.0 was run on Python 3.11;
-docs/reliability.md has what came of both.
+tests/fuzz/contract.py defines what must hold, tests/fuzz/*_targets.py which function reads which files; the tests there
+run the same with fewer inputs. Each target runs in its own process, so that an input that kills the process is found
+too. `--examples` is the number for a target that is read fast; slower targets get fewer. atheris 3.0.0 was run on
+Python 3.11. docs/reliability.md has the results of both.
 """
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' folder is no package of the installed program
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -38,35 +35,42 @@ from rich.table import Table
 
 
 def _instrumented() -> AbstractContextManager[Any]:
-    """Where atheris is to follow what runs: it sees the lines of modules that are imported in here."""
+    """Return a context in which atheris instruments imported modules, if it is asked for: it sees their lines then."""
     if "--atheris" not in sys.argv:
         return nullcontext()
     import atheris
 
-    return atheris.instrument_imports(include=["folora_q", "yaml", "peft.config"], enable_loader_override=False)
+    return cast(Any, atheris).instrument_imports(
+        include=["folora_q", "yaml", "peft.config"], enable_loader_override=False
+    )
 
 
 with _instrumented():
     from folora_q.cli.console import err, out, quiet_libraries, visible
+    from tests.forked import returned_by_a_child
     from tests.fuzz.campaign import Finding, Tally, run_hostile, run_random
     from tests.fuzz.contract import Bench, Verdict
 
-# What a process may map: a file that makes it ask for more has its MemoryError here, and not the machine.
+# Address space of a process: a file that needs more raises MemoryError, instead of exhausting the machine.
 MAX_MAPPED_BYTES = 16 * 2**30
 FINDINGS = Path("fuzz-findings")
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[TARGET ...]")
-@click.option("--examples", default=2000, show_default=True, type=click.IntRange(min=0), help="Random inputs.")
-@click.option("--seconds", type=click.FloatRange(min=0), help="At most so long for each target's random inputs.")
-@click.option("--seed", default=0, show_default=True, help="The same inputs come of the same seed.")
-@click.option("--hostile/--no-hostile", default=True, help="The fixed list too. On by default.")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Targets at a time.")
-@click.option("--findings", default=FINDINGS, show_default=True, type=click.Path(path_type=Path), help="For inputs.")
-@click.option("--messages", is_flag=True, help="Show a refusal of each kind too, to be read.")
-@click.option("--replay", type=click.Path(path_type=Path, exists=True), help="One finding's folder, once more.")
-@click.option("--atheris", "by_coverage", is_flag=True, help="Let atheris make the inputs, for one TARGET.")
+@click.option(
+    "--examples", default=2000, show_default=True, type=click.IntRange(min=0), help="Random inputs of a fast target."
+)
+@click.option("--seconds", type=click.FloatRange(min=0), help="Maximum time for each target's random inputs.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same inputs.")
+@click.option("--hostile/--no-hostile", default=True, help="Also run the fixed list. On by default.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Number of targets at a time.")
+@click.option(
+    "--findings", default=FINDINGS, show_default=True, type=click.Path(path_type=Path), help="Folder for the inputs."
+)
+@click.option("--messages", is_flag=True, help="Also show one refusal of each kind.")
+@click.option("--replay", type=click.Path(path_type=Path, exists=True), help="Repeat the input in a finding's folder.")
+@click.option("--atheris", "by_coverage", is_flag=True, help="Let atheris generate the inputs, for one TARGET.")
 def main(
     names: tuple[str, ...],
     examples: int,
@@ -79,7 +83,7 @@ def main(
     replay: Path | None,
     by_coverage: bool,
 ) -> None:
-    """Fuzz every TARGET, or those that are named. Exit code 1 says that there was a finding."""
+    """Fuzz every TARGET, or only those named. The exit code is 1 if there was a finding."""
     quiet_libraries()
     if replay is not None:
         _replay(replay)
@@ -87,15 +91,15 @@ def main(
     if by_coverage:
         _explore_by_coverage(names[0], seconds or 60.0, findings)
         return
-    known = _in_a_process(_names)
+    known = returned_by_a_child(_names)
     if unknown := [name for name in names if name not in known]:
-        raise click.UsageError(f"no target is called {unknown[0]!r}; there are {', '.join(known)}")
+        raise click.UsageError(f"there is no target {unknown[0]!r}; the targets are {', '.join(known)}")
     with ThreadPoolExecutor(jobs) as pool:
         run = partial(_explored, examples=examples, seconds=seconds, seed=seed, hostile=hostile)
         tallies = list(pool.map(run, names or known))
     table = _table(tallies)
     for tally in tallies:
-        _tell(tally, findings, messages)
+        _show(tally, findings, messages)
     out.print(table)
     sys.exit(any(tally.count for tally in tallies))
 
@@ -107,13 +111,15 @@ def _names() -> list[str]:
 
 
 def _explored(name: str, *, examples: int, seconds: float | None, seed: int, hostile: bool) -> Tally:
-    """One target in a process of its own; if that dies, its last input is the finding."""
+    """Fuzz a target in its own process; if a signal ends that, its last input is a finding."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         place = Path(scratch) / "place"
         place.mkdir()
         try:
-            tally = _in_a_process(_explore, name, place, examples, seconds, seed, hostile)
+            tally = returned_by_a_child(_explore, name, place, examples, seconds, seed, hostile)
+        except RuntimeError as error:
+            raise click.ClickException(f"the fuzzer itself failed on {name}: {error}") from error
         except ChildProcessError as error:
             tally = Tally(name)
             file, content = _last_input(place)
@@ -136,34 +142,8 @@ def _explore(name: str, place: Path, examples: int, seconds: float | None, seed:
     return tally
 
 
-def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function gives in a forked process.
-
-    Raises:
-        ChildProcessError: a signal ended it.
-        ClickException: it raised, which it has shown.
-    """
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    with suppress(EOFError):
-        found = ours.recv()
-        process.join()
-        return found
-    process.join()
-    if process.exitcode is not None and process.exitcode < 0:
-        raise ChildProcessError(f"signal {-process.exitcode} ended the process")
-    raise click.ClickException(f"the fuzzer itself failed at {arguments[:1]}")
-
-
-def _send(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    pipe.send(function(*arguments))
-
-
 def _last_input(place: Path) -> tuple[str, bytes]:
-    """The file that is not as in the valid folder."""
+    """Return the file that differs from the valid folder, and its content."""
     for path in sorted((place / "input").rglob("*")):
         valid = place / "valid" / path.relative_to(place / "input")
         if path.is_file() and (not valid.is_file() or valid.read_bytes() != path.read_bytes()):
@@ -172,8 +152,8 @@ def _last_input(place: Path) -> tuple[str, bytes]:
 
 
 def _table(tallies: list[Tally]) -> Table:
-    table = Table(title="What reading files came to", title_justify="left")
-    headings = ("target", "inputs", "accepted", "refused clearly", "findings", "of a kind", "slowest, s", "most, MB")
+    table = Table(title="Outcomes of reading files", title_justify="left")
+    headings = ("target", "inputs", "accepted", "refused clearly", "findings", "kinds", "slowest, s", "largest, MB")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "target" else "right")
     for tally in tallies:
@@ -189,16 +169,16 @@ def _table(tallies: list[Tally]) -> Table:
     return table
 
 
-def _tell(tally: Tally, findings: Path, messages: bool) -> None:
+def _show(tally: Tally, findings: Path, messages: bool) -> None:
     if messages:
         for message in sorted(tally.messages.values()):
             out.print(f"[dim]{tally.target}:[/] {escape(visible(message[:400]))}", soft_wrap=True)
     for finding in tally.findings.values():
-        _tell_finding(tally.target, finding, findings)
+        _show_finding(tally.target, finding, findings)
 
 
-def _tell_finding(target: str, finding: Finding, findings: Path) -> None:
-    """Save the input, and say what it does and how to do it again."""
+def _show_finding(target: str, finding: Finding, findings: Path) -> None:
+    """Save the input, and print what it does and the command that repeats it."""
     digest = hashlib.sha256(finding.content).hexdigest()[:8]
     folder = findings / target.replace(": ", "-").replace(" ", "-") / digest
     path = folder / finding.file
@@ -208,11 +188,11 @@ def _tell_finding(target: str, finding: Finding, findings: Path) -> None:
     (folder / "target").write_text(target, encoding="utf-8")
     out.print(f"[bold red]{target}[/]: {escape(finding.verdict.alike)}", soft_wrap=True)
     out.print(f"  {escape(visible(finding.verdict.told))}", soft_wrap=True)
-    out.print(f"  [cyan]{sys.executable} {sys.argv[0]} --replay {folder}[/]", soft_wrap=True)
+    out.print(f"  [cyan]{sys.executable} -m tests.campaigns.fuzz --replay {folder}[/]", soft_wrap=True)
 
 
 def _replay(folder: Path) -> None:
-    """One saved input, with the traceback of what it raises."""
+    """Repeat a saved input, with the traceback of what it raises."""
     from tests.fuzz.targets import TARGETS
 
     target = TARGETS[(folder / "target").read_text(encoding="utf-8")]
@@ -230,7 +210,7 @@ def _replay(folder: Path) -> None:
 
 
 def _explore_by_coverage(name: str, seconds: float, findings: Path) -> None:
-    """atheris makes inputs that reach new lines of ours and of what is written in Python below; it ends the process."""
+    """Let atheris generate inputs that reach new lines of Python code, ours and libraries'; this ends the process."""
     import atheris
 
     with _instrumented():
@@ -250,7 +230,7 @@ def _explore_by_coverage(name: str, seconds: float, findings: Path) -> None:
         verdict, known = bench.judge(file, content), len(tally.findings)
         tally.add(file, content, verdict)
         if len(tally.findings) > known:
-            _tell_finding(name, tally.findings[verdict.alike], findings)
+            _show_finding(name, tally.findings[verdict.alike], findings)
         if time.monotonic() > until:
             out.print(_table([tally]))
             shutil.rmtree(place, ignore_errors=True)

@@ -1,15 +1,18 @@
-"""What sketches hold of the covariances, what they take beside dense ones, and what their rank does to a run.
+"""Measure covariance sketches: the variance they capture, their memory, and the effect of their rank on a run.
 
-.venv/bin/python benchmarks/sketch_accuracy.py captured     the demo's model and texts: five minutes on two CPU cores
-.venv/bin/python benchmarks/sketch_accuracy.py memory       bytes at 7B shapes, counted on real sketches of each width
-.venv/bin/python benchmarks/sketch_accuracy.py frontier     the demo's recipe at every rank: seven minutes each
+.venv/bin/python -m benchmarks.performance.sketch_accuracy captured    the demo's model and texts: five minutes on
+                                                                       two CPU cores
+.venv/bin/python -m benchmarks.performance.sketch_accuracy memory      bytes at 7B shapes, from real sketches
+.venv/bin/python -m benchmarks.performance.sketch_accuracy frontier    the demo's recipe at every rank: seven
+                                                                       minutes each
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import click
 from rich.table import Table
@@ -19,6 +22,8 @@ from folora_q.cli.console import ConsoleProgress, out, quiet_libraries, quiet_pr
 quiet_libraries()  # before they are imported
 
 import torch
+from peft import PeftModel
+from torch import nn
 
 from folora_q.calibration.hooks import collect_inputs, shared_inputs
 from folora_q.calibration.sample_cache import load_or_sample
@@ -51,7 +56,7 @@ def main() -> None:
 
 @main.command()
 def memory() -> None:
-    """Bytes held while statistics are taken: of one text's sketches, and in the second reading."""
+    """Count the bytes held while statistics are collected: one text's sketches, and the second reading."""
     table = Table(title=f"statistics of {BLOCKS} blocks, float32", title_justify="left")
     for heading in ("model", "rank", "dense, MB", "sketches, MB", "ratio", "second reading, MB", "ratio"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
@@ -74,7 +79,7 @@ def memory() -> None:
 
 @main.command()
 def captured() -> None:
-    """The share of a covariance's trace that the leading directions hold, by module."""
+    """Show the share of a covariance's trace that the leading directions capture, by module."""
     recipe = load_recipe(recipes_folder() / "demo.yaml")
     clock = StageTimer(ConsoleProgress())
     tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
@@ -89,7 +94,7 @@ def captured() -> None:
         "task": list(batches(rows[: recipe.gate.num_task_samples]["input_ids"], recipe.gate.batch_size, device)),
     }
     model = attach_adapter(base, recipe.adapter, 0).eval()
-    modules = {pair.name: pair.module for pair in adapter_pairs(model)}
+    modules = {pair.name: cast(nn.Module, pair.module) for pair in adapter_pairs(model)}
     readers = {g[0]: modules[g[0]] for g in shared_inputs(model, modules, texts["task"][0].input_ids[:1, :8])}
     shares: dict[tuple[str, str, int], list[float]] = {}
     for text, read in texts.items():
@@ -108,8 +113,12 @@ def captured() -> None:
     out.print(table)
 
 
-def _captured(model, readers, text: Sequence[Batch], rank: int, done) -> dict[str, float]:
-    sketches = {name: CovarianceSketch(module.in_features, rank, OVERSAMPLING) for name, module in readers.items()}
+def _captured(
+    model: PeftModel, readers: Mapping[str, nn.Module], text: Sequence[Batch], rank: int, done: Callable[[int], None]
+) -> dict[str, float]:
+    """Return the share of the trace that each layer's sketch of a text captures."""
+    widths = {name: cast(int, module.in_features) for name, module in readers.items()}
+    sketches = {name: CovarianceSketch(width, rank, OVERSAMPLING) for name, width in widths.items()}
     with torch.no_grad(), model.disable_adapter(), collect_inputs(readers, sketches) as counted:
         for batch in text:
             counted.mask = batch.attention_mask
@@ -122,7 +131,7 @@ def _captured(model, readers, text: Sequence[Batch], rank: int, done) -> dict[st
 @click.argument("overrides", nargs=-1)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/sketch_accuracy"))
 def frontier(overrides: tuple[str, ...], output: Path) -> None:
-    """The demo's recipe at every rank; finished runs in --output are taken as they are."""
+    """Run the demo's recipe at every rank; finished runs in --output are not repeated."""
     table = Table(title="the demo's recipe by gate.rank", title_justify="left")
     for heading in ("rank", "task loss", "KL, own text", "KL, cut", "rise, prose"):
         table.add_column(heading, justify="right")
@@ -135,11 +144,13 @@ def frontier(overrides: tuple[str, ...], output: Path) -> None:
         if found is None:
             found = run_training(TrainingRequest(recipe=recipe, overwrite=True), ConsoleProgress()).evaluation
         [prose] = found.of_kind("general")
+        task, own, cut = (found.text(name) for name in ("task", "own text", "own text, cut"))
+        assert task is not None and own is not None and cut is not None, f"{folder} has no complete evaluation"
         table.add_row(
             str(rank),
-            f"{found.text('task').loss.tuned.value:.4f}",
-            f"{found.text('own text').kl.value:.4f}",
-            f"{found.text('own text, cut').kl.value:.4f}",
+            f"{task.loss.tuned.value:.4f}",
+            f"{own.kl.value:.4f}",
+            f"{cut.kl.value:.4f}",
             f"{prose.loss.change.value:+.4f}",
         )
     out.print(table)

@@ -1,14 +1,16 @@
-"""What all runs on a task share: the 4-bit base, the task's tokens, sampled text, what is measured on, statistics."""
+"""The testbed that all runs on a task share: the 4-bit base, tokens, generated and held-out text, statistics."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
+from benchmarks.models import vocabulary_size
 from folora_q.calibration.collect import build_gates
 from folora_q.calibration.gate_store import load_gates, save_gates
 from folora_q.calibration.sample_cache import load_or_sample, read_samples, settings_of_text
@@ -37,31 +40,33 @@ from folora_q.recipe.gate import GateSection
 
 DATA = Path(__file__).parent / "data"
 RANK, ALPHA = 16, 16
-COMMON = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-# Rows of each text that are measured: the task's held-out rows, and windows of each general text.
+TARGET_MODULES, TASK_TYPE = "all-linear", "CAUSAL_LM"
+# The number of rows of each text that is measured: the task's held-out rows, and windows of each general text.
 MEASURED_ROWS = {"task": 48, "general": 12}
-# Shared by all runs: the calibration's choice of task rows, the crops of sampled text.
+# The same for all runs: the choice of task rows for statistics, the crops of generated text.
 SEED = 0
-# Sequences that statistics are taken of at a time.
+# The number of sequences per batch when statistics are collected.
 BATCH_SIZE = 16
-# What a gate's statistics depend on.
+# The settings that a gate's statistics depend on.
 STATISTICS = {"covariance", "rank", "oversampling", "ridge", "utility_ridge", "second_pass", "refinements"}
 
 
-class Ground:
-    """Loaded once a task. Sketched statistics are kept in the folder, for the next process.
+class Testbed:
+    """The base model, the data and the statistics of a task, loaded once for all of its runs.
+
+    Sketched statistics are saved in the folder, for the next process.
 
     Attributes:
         base: the model that is tuned. On a CPU its 4-bit weights are held decoded: the same numbers, and faster.
-        own: texts that the base wrote, as tokens; none of them is measured on.
-        on: what is measured on.
-        device_name: where it all runs, for the record.
+        generated: texts that the base generated, as tokens; none of them is measured on.
+        heldout: the texts that are measured on.
+        device_name: the device that everything runs on, for the record.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, clock: StageTimer) -> None:
         self.recipe, self.clock, self.kept = recipe, clock, folder / "gates"
         self.scorer = make_scorer(recipe.evaluation, allow_code=False)
-        evaluation = recipe.evaluation.model_copy(update={"general_text": None})  # the packaged ones
+        evaluation = recipe.evaluation.model_copy(update={"general_text": None})  # the packaged texts
         task = read_task(recipe, clock)
         self.tokenizer = load_tokenizer(recipe.model, chat_template(recipe))
         self.data: TaskTokens = tokenize_task(recipe, task, self.tokenizer, clock)
@@ -71,12 +76,12 @@ class Ground:
         self.base: PreTrainedModel = loaded.model
         if self.base.device.type == "cpu":
             decode(self.base)
-        samples = read_samples(written(recipe), self.base.get_input_embeddings().weight.shape[0]) or load_or_sample(
+        samples = read_samples(generated_text_path(recipe), vocabulary_size(self.base)) or load_or_sample(
             self.base, self.tokenizer, loaded.fingerprint, str(hardware.dtype), recipe.proxy, clock
         )
         ids = [sample.ids for sample in samples]
-        self.own, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]
-        self.on: HeldOut = held_out(
+        self.generated, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]
+        self.heldout: HeldOut = held_out(
             self.tokenizer,
             evaluation,
             self.base.device,
@@ -85,28 +90,33 @@ class Ground:
             data=self.data,
             max_length=recipe.training.max_length,
         )
-        self.on.texts[:] = [
+        self.heldout.texts[:] = [
             replace(text, batches=first_rows(text.batches, MEASURED_ROWS[text.kind]))
             if text.kind in MEASURED_ROWS
             else text
-            for text in self.on.texts
+            for text in self.heldout.texts
         ]
         self.questions = Questions(self.tokenizer, recipe.evaluation.batch_size)
         self._sketches: dict[str, dict[str, SpectralGate]] = {}
         self._covariances: Covariances | None = None
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The training rows: tokens, and labels."""
+        """Return the tokens and the labels of the training rows."""
         rows = self.data.train.sequences
         return rows["input_ids"][:], rows["labels"][:]
 
-    def tuned(self, seed: int, sixteen_bit: bool = False, **lora: object) -> PeftModel:
-        """The base with a new LoRA adapter in float32; on a copy of it in 16 bits where a method changes weights."""
-        settings = {"r": RANK, "lora_alpha": ALPHA} | lora
-        return self.adapted(seed, LoraConfig(**COMMON | settings), sixteen_bit)
+    def tuned(self, seed: int, sixteen_bit: bool = False, **lora: Any) -> PeftModel:
+        """Return the base with a new LoRA adapter in float32.
+
+        Args:
+            sixteen_bit: use a copy of the base in 16 bits, for methods that change its weights.
+            lora: settings of `peft.LoraConfig`.
+        """
+        settings: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGET_MODULES}
+        return self.adapted(seed, LoraConfig(task_type=TASK_TYPE, **settings | lora), sixteen_bit)
 
     def adapted(self, seed: int, config: PeftConfig, sixteen_bit: bool = False) -> PeftModel:
-        """The base with a new adapter of any kind."""
+        """Return the base with a new adapter of any kind."""
         base = copy.deepcopy(self.base) if sixteen_bit else self.base
         if sixteen_bit:
             decode(base)
@@ -118,7 +128,9 @@ class Ground:
     def gates(
         self, model: PeftModel, section: GateSection, kind: type[SpectralGate] = SpectralGate
     ) -> dict[str, SpectralGate]:
-        """The gates of a model's layers, as the product makes them. Settings that share statistics collect them once.
+        """Return the gates of a model's layers, as in `folora-q train`.
+
+        Statistics are collected once for all settings that share them.
 
         Args:
             kind: the class of the gates.
@@ -132,25 +144,25 @@ class Ground:
         return {layer: gates[id(gate)] for layer, gate in found.items()}
 
     def covariances(self, model: PeftModel) -> Covariances:
-        """Σp and Σt of every layer's input as the papers have them: all tokens of whole rows count alike.
+        """Return Σp and Σt of every layer's input as in the papers: all tokens have the same weight.
 
-        Σp is of model-generated text alone.
+        Σp is of model-generated text only.
         """
         if self._covariances is None:
-            generated = list(batches(self.shown(self.own), BATCH_SIZE, self.base.device))
+            generated = list(batches(self.with_crops(self.generated), BATCH_SIZE, self.base.device))
             ids, _ = self._task_rows()
             task = list(batches(ids, BATCH_SIZE, self.base.device))
             self._covariances = Covariances(measure(model, generated), measure(model, task))
         return self._covariances
 
-    def forget(self) -> None:
-        """Let go of all statistics."""
+    def clear_statistics(self) -> None:
+        """Free the memory of all statistics."""
         self._sketches.clear()
         self._covariances = None
 
-    def shown(self, own: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """Texts from their start, and then all of them cut, as the pipeline takes statistics of them."""
-        return [*own, *crops(own, SEED + 1)]
+    def with_crops(self, texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Return the texts and then a crop of each, as statistics are collected of them in `folora-q train`."""
+        return [*texts, *crops(texts, SEED + 1)]
 
     def _sketched(self, model: PeftModel, section: GateSection) -> dict[str, SpectralGate]:
         share = self.recipe.proxy.public_share
@@ -169,37 +181,40 @@ class Ground:
         return self._sketches[name]
 
     def _texts(self, public_share: float) -> tuple[list[Batch], list[Batch]]:
-        """The penalty's text and the task's, as the product collects statistics of them."""
+        """Return the batches of the penalty's text and of the task's, as in `folora-q train`."""
         device = self.base.device
-        generated = list(batches(self.shown(self.own), BATCH_SIZE, device))
+        generated = list(batches(self.with_crops(self.generated), BATCH_SIZE, device))
         public = list(batches(public_windows(self.tokenizer), BATCH_SIZE, device))
         ids, labels = self._task_rows()
         return penalty_text(generated, public, public_share), list(batches(ids, BATCH_SIZE, device, labels))
 
     def _task_rows(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The training rows that statistics are collected of: tokens, and labels."""
+        """Return the tokens and the labels of the training rows that statistics are collected of."""
         ids, labels = self.rows()
         chosen = random.Random(SEED).sample(range(len(ids)), min(self.recipe.gate.num_task_samples, len(ids)))
         return [ids[i] for i in chosen], [labels[i] for i in chosen]
 
 
-def written(recipe: Recipe) -> Path:
-    """Where a model's own text lies beside the tasks: other processors sample other text, and runs are compared."""
+def generated_text_path(recipe: Recipe) -> Path:
+    """Return where the repository stores a model's generated text: sampling differs between processors."""
     name = model_name(recipe)
     return DATA / f"own-{Path(name).stem}-{digest([name, settings_of_text(recipe.proxy)])}.jsonl"
 
 
 def decode(model: nn.Module) -> None:
-    """Put every 4-bit layer's decoded weights in its place: the same function to the last bit, but they can change."""
+    """Replace every 4-bit layer by a linear layer with its decoded weights: the same function, bit for bit."""
     for name, module in list(model.named_modules()):
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            packed: Any = module.weight  # bitsandbytes declares a plain tensor
+            weight = dequantize_4bit(packed.data, packed.quant_state)
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             plain.weight = nn.Parameter(weight.to(module.compute_dtype), requires_grad=False)
             plain.bias = module.bias
             model.set_submodule(name, plain)
 
 
-def pairs_with(gates: dict[str, SpectralGate], pairs: Sequence[AdapterPair]) -> list[tuple]:
-    """(A, B, gate) of every adapted layer, as the optimizers of folora_q.core take them."""
+def pairs_with(
+    gates: Mapping[str, SpectralGate], pairs: Sequence[AdapterPair]
+) -> list[tuple[nn.Parameter, nn.Parameter, SpectralGate]]:
+    """Return (A, B, gate) of every adapted layer, as the optimizers of folora_q.core take them."""
     return [(pair.a, pair.b, gates[pair.name]) for pair in pairs]

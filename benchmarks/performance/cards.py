@@ -1,25 +1,24 @@
-"""Does a 7B model train on the card, and how fast: both rules beside plain PEFT + bitsandbytes + Trainer, in one run.
+"""Measure peak memory and speed of 7B training on a GPU: two gate rules, and plain PEFT + bitsandbytes + Trainer.
 
-    .venv/bin/python benchmarks/cards.py --gpu                         both shapes, five lengths, caps of 8 to 24 GB
-    .venv/bin/python benchmarks/cards.py --shape tiny --lengths 64     the same program on a CPU, to see that it works
+    .venv/bin/python -m benchmarks.performance.cards --gpu               both shapes, five lengths, caps of 8 to 24 GB
+    .venv/bin/python -m benchmarks.performance.cards --shape tiny --lengths 64     on a CPU, to test this program
 
-Models have random weights, made layer by layer straight into 4 bits. Batch 1, adapters of rank 16 on every linear
-layer, recomputed activations, paged 8-bit AdamW. Every figure is a process of its own: peak memory by the allocator,
-tokens per second over the ten steps after the second, one of which solves for the gates of rule step. A cap is
-`torch.cuda.set_per_process_memory_fraction`: what does not fit fails. Caps of all lengths are tried at once, on a card
-that has room for all of them.
-Anchors, Llama-2-7B, batch 1, at 1k/2k/4k/8k tokens: plain Hugging Face 6/7/9/12 GB, Unsloth 5/6/7/8 GB.
+Models have random weights, created layer by layer in 4 bits. Batch 1, adapters of rank 16 on every linear layer,
+activation checkpointing, paged 8-bit AdamW. Every figure comes from a fresh process: peak memory as the allocator
+reports it, tokens per second over the ten steps after the second, one of which solves for the gates of rule `step`. A
+cap is `torch.cuda.set_per_process_memory_fraction`: a run that needs more fails. The caps of all lengths are tried at
+once, on a card with room for all of them.
+Published figures for Llama-2-7B, batch 1, at 1k/2k/4k/8k tokens: plain Hugging Face 6/7/9/12 GB, Unsloth 5/6/7/8 GB.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
@@ -30,19 +29,19 @@ quiet_libraries()  # before they are imported
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from shapes import SHAPES, random_4bit, random_gates
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from benchmarks.models import base_of
+from benchmarks.performance._process import in_a_process
+from benchmarks.performance._trainer import gated_trainer, placeholder_tokenizer
+from benchmarks.performance.shapes import SHAPES, random_4bit
 from folora_q.data.batch_splitting import ran_out
 from folora_q.errors import RunError
-from folora_q.models.adapters import adapter_pairs, keep_in_float32
+from folora_q.models.adapters import keep_in_float32
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.recipe import Recipe
-from folora_q.rules import rule_of
-from folora_q.training.config import CHECKPOINTING, trainer_config
-from folora_q.training.trainer import TrainerSetup, build_trainer
+from folora_q.training.config import CHECKPOINTING
 
 LENGTHS = "512,1024,2048,4096,8192"
 CAPS = "8,12,16,24"
@@ -52,12 +51,12 @@ DOES_NOT_FIT = {"peak": None, "tokens_per_second": None}
 
 
 class Clock(TrainerCallback):
-    """Seconds of the steps after the warm-up."""
+    """Records when each step ends, to time the steps after the warm-up."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_step_end(self, *_, **__) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -80,15 +79,15 @@ def main(
     if context.invoked_subcommand is not None:
         return
     if gpu and not torch.cuda.is_available():
-        raise click.ClickException("there is no GPU here")
+        raise click.ClickException("no GPU is available")
     sizes = [float(cap) for cap in caps.split(",")] if gpu else []
     shown = [
         (shape, length) for shape in shapes or ("llama-2-7b", "llama-3-8b") for length in map(int, lengths.split(","))
     ]
-    found = {(way, *at): _in_a_process(way, *at) for at in shown for way in WAYS}
+    found = {(way, *at): _measure(way, *at) for at in shown for way in WAYS}
     capped = [(*at, cap) for at in shown for cap in sizes]
     with ThreadPoolExecutor(max(len(capped), 1)) as together:
-        fits = dict(zip(capped, together.map(lambda at: _in_a_process("frozen", *at), capped), strict=True))
+        fits = dict(zip(capped, together.map(lambda at: _measure("frozen", *at), capped), strict=True))
     headings = ["model", "tokens"]
     for what in ("peak, GB", "tokens/s"):
         headings += [f"plain: {what}"] + [part for way in WAYS[1:] for part in (f"{way}: {what}", "ratio")]
@@ -119,6 +118,7 @@ def main(
 @click.argument("length", type=int)
 @click.argument("cap", type=float)
 def once(way: str, shape: str, length: int, cap: float) -> None:
+    """Train once in this process, and print the peak and the speed as JSON."""
     quiet_progress_bars()
     hardware = choose_hardware()
     if cap:
@@ -135,7 +135,11 @@ def once(way: str, shape: str, length: int, cap: float) -> None:
         ids = torch.randint(5, base.config.vocab_size, (STEPS, length)).tolist()
         data = Dataset.from_dict({"input_ids": ids, "labels": ids})
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = _plain(model, data, scratch) if way == "plain" else _gated(way, model, data, length, scratch)
+            if way == "plain":
+                trainer = _plain_trainer(model, data, scratch)
+            else:
+                recipe = _recipe(way, length, scratch)
+                trainer = gated_trainer(model, placeholder_tokenizer(), data, recipe, Path(scratch))
             trainer.add_callback(clock)
             trainer.train()
     except (RuntimeError, RunError) as error:
@@ -146,7 +150,7 @@ def once(way: str, shape: str, length: int, cap: float) -> None:
     click.echo(json.dumps({"peak": memory.peak(), "tokens_per_second": length / clock.seconds_per_step}))
 
 
-def _gated(rule: str, model: torch.nn.Module, data: Dataset, length: int, folder: str) -> Trainer:
+def _recipe(rule: str, length: int, folder: str) -> Recipe:
     training = {
         "output_dir": folder,
         "max_steps": STEPS,
@@ -155,7 +159,7 @@ def _gated(rule: str, model: torch.nn.Module, data: Dataset, length: int, folder
         "max_length": length,
         "activation_checkpointing": True,
     }
-    recipe = Recipe.model_validate(
+    return Recipe.model_validate(
         {
             "model": {"model_name_or_path": "random"},
             "data": {"train_dataset": "random"},
@@ -163,30 +167,12 @@ def _gated(rule: str, model: torch.nn.Module, data: Dataset, length: int, folder
             "training": training,
         }
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<e>": 0}, "<e>")), eos_token="<e>"
-    )
-    tokenizer.pad_token = tokenizer.eos_token
-    hardware = choose_hardware()
-    dtype = torch.bfloat16 if hardware.device.type == "cuda" else torch.float32
-    pairs = adapter_pairs(model)
-    gates = random_gates(pairs, recipe.gate.rank, hardware.device, dtype)
-    return build_trainer(
-        TrainerSetup(
-            model=model,
-            tokenizer=tokenizer,
-            train=data,
-            heldout=data.select(range(1)),
-            recipe=recipe,
-            config=trainer_config(model, recipe, hardware, Path(folder)),
-            gates=rule_of(recipe.gate).before_training(pairs, gates),
-        )
-    )
 
 
-def _plain(model: torch.nn.Module, data: Dataset, folder: str) -> Trainer:
+def _plain_trainer(model: PeftModel, data: Dataset, folder: str) -> Trainer:
     on_gpu = torch.cuda.is_available()
-    model.enable_input_require_grads()
+    base_of(model).enable_input_require_grads()
+    checkpointing: dict[str, Any] = {CHECKPOINTING: True}  # its name differs between versions of transformers
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=STEPS,
@@ -198,7 +184,7 @@ def _plain(model: torch.nn.Module, data: Dataset, folder: str) -> Trainer:
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=1000,
-        **{CHECKPOINTING: True},
+        **checkpointing,
     )
     return Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator)
 
@@ -207,12 +193,8 @@ def _shown(value: float | None, unit: float) -> str:
     return "does not fit" if value is None else f"{value / unit:,.2f}"
 
 
-def _in_a_process(way: str, shape: str, length: int, cap: float = 0) -> dict:
-    command = [sys.executable, __file__, "once", way, shape, str(length), str(cap)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(done.stderr[-800:])
-    found = json.loads(done.stdout.splitlines()[-1])
+def _measure(way: str, shape: str, length: int, cap: float = 0) -> dict[str, float | None]:
+    found = in_a_process("benchmarks.performance.cards", "once", way, shape, length, cap)
     err.print(f"[dim]{way} {shape} {length} {f'in {cap:g} GB' if cap else ''} {found}[/]")
     return found
 

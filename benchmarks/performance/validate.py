@@ -1,9 +1,9 @@
-"""How long a person waits for an answer that needs no model: whole processes, beside an empty Python.
+"""Measure the start-up time of commands that need no model, compared with an empty Python process.
 
-    .venv/bin/python benchmarks/validate.py            about a minute
-    .venv/bin/python benchmarks/validate.py --runs 20
+    .venv/bin/python -m benchmarks.performance.validate            about a minute
+    .venv/bin/python -m benchmarks.performance.validate --runs 20
 
-The large file has 100,000 rows of chats, of which `validate` reads the first 1,000 and `--all-rows` all.
+The large file has 100,000 rows of chats; `validate` reads the first 1,000, `validate --all-rows` all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROWS = 100_000
 
 
 def seconds(command: list[str], runs: int) -> list[float]:
-    """Wall times of a command, after one that is not counted."""
+    """Return the wall times of a command, run once more before that as a warm-up."""
     times = []
     for _ in range(runs + 1):
         began = time.perf_counter()
@@ -37,7 +37,7 @@ def seconds(command: list[str], runs: int) -> list[float]:
 
 
 def large_file(folder: Path) -> Path:
-    """Chats of about 400 characters."""
+    """Write a file of chats with about 400 characters each."""
     path = folder / "large.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number in range(ROWS):
@@ -70,7 +70,7 @@ def main(runs: int) -> None:
             f"folora-q validate --all-rows, {megabytes:.0f} MB": [*PROGRAM, "validate", *large, "--all-rows"],
         }
         table = Table(title=f"{runs} runs each, seconds", title_justify="left")
-        for heading in ("command", "min", "median", "max", "of an empty Python"):
+        for heading in ("command", "min", "median", "max", "times an empty Python"):
             table.add_column(heading, justify="left" if heading == "command" else "right")
         empty = None
         for name, command in commands.items():

@@ -1,17 +1,17 @@
-"""Memory that comparing base and tuned model takes beyond the model: ours, and with whole logits.
+"""Measure the memory that comparing the base with the tuned model needs: in chunks, and with all logits at once.
 
-    .venv/bin/python benchmarks/evaluation_memory.py            two minutes on two CPU cores
-    .venv/bin/python benchmarks/evaluation_memory.py --gpu      the same on a GPU
+    .venv/bin/python -m benchmarks.performance.evaluation_memory            two minutes on two CPU cores
+    .venv/bin/python -m benchmarks.performance.evaluation_memory --gpu      the same on a GPU
 
 A Llama of 2 layers and 256 channels with vocabularies of 8k, 32k and 128k, on one batch of 2 texts of 256, 1024 and
-2048 tokens. Each figure is the peak of a process of its own above what it held before; on a CPU the kernel tells it.
-"Whole logits" is what one writes first: both models' logits of the batch, their losses and their KL.
+2048 tokens. Each figure is the peak of a fresh process, minus what it held before the comparison; on a CPU the kernel
+reports the peak. "Whole logits" is the obvious implementation: both models' logits of the batch, their losses and KL.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+from typing import cast
 
 import click
 from rich.table import Table
@@ -22,10 +22,12 @@ quiet_libraries()  # before they are imported
 
 import psutil
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.performance._process import in_a_process
 from folora_q.data.tokens import batches
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.model_pair import ModelPair
@@ -43,13 +45,13 @@ def main(context: click.Context, gpu: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     if gpu and not torch.cuda.is_available():
-        raise click.ClickException("there is no GPU here")
+        raise click.ClickException("no GPU is available")
     table = Table(title="peak memory beyond the model, MB", title_justify="left")
-    for heading in ("vocabulary", "tokens a text", "ours", "whole logits", "ratio"):
+    for heading in ("vocabulary", "tokens per text", "ours", "whole logits", "ratio"):
         table.add_column(heading, justify="right")
     for vocabulary in VOCABULARIES:
         for length in LENGTHS:
-            ours, whole = (_in_a_process(way, vocabulary, length, gpu) for way in ("ours", "whole"))
+            ours, whole = (_measure(way, vocabulary, length, gpu) for way in ("ours", "whole"))
             table.add_row(f"{vocabulary:,}", f"{length:,}", f"{ours:,.0f}", f"{whole:,.0f}", f"{ours / whole:.3f}")
             err.print(f"{vocabulary} {length}: {ours:.0f} {whole:.0f}")
     out.print(table)
@@ -61,6 +63,7 @@ def main(context: click.Context, gpu: bool) -> None:
 @click.argument("length", type=int)
 @click.option("--gpu", is_flag=True)
 def once(way: str, vocabulary: int, length: int, gpu: bool) -> None:
+    """Compare once in this process, and print the megabytes that it needed."""
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -71,21 +74,27 @@ def once(way: str, vocabulary: int, length: int, gpu: bool) -> None:
         num_attention_heads=4,
         max_position_embeddings=max(LENGTHS),
     )
-    model = get_peft_model(LlamaForCausalLM(config).to(device), LoraConfig(target_modules="all-linear"))
+    base = LlamaForCausalLM(config)
+    cast(nn.Module, base).to(device)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear"))
     ids = torch.randint(0, vocabulary, (TEXTS, length)).tolist()
     text = HeldOutText("random", "own", list(batches(ids, TEXTS, device)))
-    measure = {"ours": lambda text: compare(ModelPair(model), text), "whole": lambda text: _whole_logits(model, text)}[
-        way
-    ]
+
+    def measure(text: HeldOutText) -> None:
+        compare(ModelPair(model), text) if way == "ours" else _whole_logits(model, text)
+
     measure(HeldOutText("few", "own", list(batches([row[:16] for row in ids], TEXTS, device))))  # libraries warm up
     memory = PeakMemory(device)
     memory.reset()
     before = torch.cuda.memory_allocated() if gpu else psutil.Process().memory_info().rss
     measure(text)
-    click.echo((memory.peak() - before) / 1e6)
+    peak = memory.peak()
+    if peak is None:
+        raise click.ClickException("this system does not report a process's peak memory")
+    click.echo(json.dumps((peak - before) / 1e6))
 
 
-def _whole_logits(model: torch.nn.Module, text: HeldOutText) -> tuple[float, float, float]:
+def _whole_logits(model: PeftModel, text: HeldOutText) -> tuple[float, float, float]:
     [batch] = text.batches
     wanted = batch.labels[:, 1:].reshape(-1)
     with torch.no_grad():
@@ -97,12 +106,9 @@ def _whole_logits(model: torch.nn.Module, text: HeldOutText) -> tuple[float, flo
         return float(cross_entropy(base, wanted)), float(cross_entropy(tuned, wanted)), float(kl)
 
 
-def _in_a_process(way: str, vocabulary: int, length: int, gpu: bool) -> float:
-    command = [sys.executable, __file__, "once", way, str(vocabulary), str(length), *(["--gpu"] if gpu else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(done.stderr[-500:])
-    return float(done.stdout.split()[-1])
+def _measure(way: str, vocabulary: int, length: int, gpu: bool) -> float:
+    device = ["--gpu"] if gpu else []
+    return in_a_process("benchmarks.performance.evaluation_memory", "once", way, vocabulary, length, *device)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""What the gate adds to a step: its time and the peak of memory, over the same step without it, in one run.
+"""Measure what the gate adds to the time and the peak memory of a training step.
 
-    .venv/bin/python benchmarks/overhead.py                              the demo's model on a CPU: three minutes
-    .venv/bin/python benchmarks/overhead.py --gpu --shape llama-2-7b     7B shapes with random weights on a GPU
+    .venv/bin/python -m benchmarks.performance.overhead              the demo's model on a CPU: three minutes
+    .venv/bin/python -m benchmarks.performance.overhead --gpu --shape llama-2-7b     7B shapes, random weights, a GPU
 
-Time: one model takes turns with every optimizer on the same batch; the ratio is of medians of whole steps (forward,
-backward, optimizer). Each step that solves the r x r problem counts as often as it comes, so means are given too.
-Memory: each way is a process of its own; the peak is over steps after the first.
+Time: one model is trained with every optimizer in turn on the same batch; the ratio compares medians of complete steps
+(forward, backward, optimizer). A median hides the occasional step that solves the r x r problem, so means are shown
+too. Memory: each optimizer runs in a fresh process, and its peak is that of the steps after the first.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import click
 from rich.table import Table
@@ -25,20 +24,23 @@ from folora_q.cli.console import err, out, quiet_libraries
 quiet_libraries()  # before they are imported
 
 import torch
-from peft import LoraConfig, get_peft_model
-from shapes import SHAPES, random_4bit, random_gates
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim import Optimizer
 
+from benchmarks.models import base_of, vocabulary_size
+from benchmarks.performance._process import in_a_process
+from benchmarks.performance.shapes import SHAPES, random_4bit, random_gates
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe.gate import GateSection
-from folora_q.recipe.gate_rules import GATE_RULES
+from folora_q.recipe.gate_rules import GATE_RULES, RuleName
 from folora_q.recipe.schema import ModelSection
 from folora_q.rules import RULES, AdamSettings, OptimizerContext
 
-# By `gate.rule`, and without a gate.
+MODULE = "benchmarks.performance.overhead"
+# No gate, and each gate rule.
 PLAIN = "plain"
 WAYS = (PLAIN, *GATE_RULES)
 RATE = 1e-5
@@ -49,7 +51,7 @@ RANK = 64
 @click.option("--gpu", is_flag=True)
 @click.option("--shape", default="demo", type=click.Choice(["demo", *SHAPES]))
 @click.option("--batch", default=4, show_default=True)
-@click.option("--length", default=128, show_default=True, help="Tokens of a sequence.")
+@click.option("--length", default=128, show_default=True, help="Tokens per sequence.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--r", default=16, show_default=True, help="Rank of the adapter.")
 @click.pass_context
@@ -57,10 +59,10 @@ def main(context: click.Context, gpu: bool, shape: str, batch: int, length: int,
     if context.invoked_subcommand is not None:
         return
     if gpu and not torch.cuda.is_available():
-        raise click.ClickException("there is no GPU here")
+        raise click.ClickException("no GPU is available")
     setting = [shape, str(batch), str(length), str(steps), str(r), "gpu" if gpu else "cpu"]
-    times = _in_a_process("time", "all", *setting)
-    peaks = {way: _in_a_process("memory", way, *setting)["peak"] for way in WAYS}
+    times = _measure("time", "all", *setting)
+    peaks = {way: _measure("memory", way, *setting)["peak"] for way in WAYS}
     table = Table(
         title=f"{shape}, {batch} x {length} tokens, adapter r {r}, gates of rank {RANK}", title_justify="left"
     )
@@ -91,13 +93,14 @@ def main(context: click.Context, gpu: bool, shape: str, batch: int, length: int,
 @click.argument("r", type=int)
 @click.argument("device")
 def once(what: str, way: str, shape: str, batch: int, length: int, steps: int, r: int, device: str) -> None:
+    """Take steps in this process, and print their times or the peak memory as JSON."""
     model, place = _model(shape, r, device == "gpu")
-    ids = torch.randint(5, model.config.vocab_size, (batch, length), device=place)
+    ids = torch.randint(5, vocabulary_size(base_of(model)), (batch, length), device=place)
     ways = WAYS if way == "all" else (way,)
     optimizers = {name: _optimizer(name, model, place) for name in ways}
     step = _stepper(model, ids, place)
     for name, optimizer in optimizers.items():
-        step(name, optimizer)  # moments and caches are made
+        step(name, optimizer)  # allocates moments and caches
     if what == "memory":
         memory = PeakMemory(place)
         memory.reset()
@@ -112,7 +115,7 @@ def once(what: str, way: str, shape: str, batch: int, length: int, steps: int, r
     click.echo(json.dumps(times))
 
 
-def _model(shape: str, r: int, gpu: bool) -> tuple[torch.nn.Module, torch.device]:
+def _model(shape: str, r: int, gpu: bool) -> tuple[PeftModel, torch.device]:
     hardware = choose_hardware()
     if shape == "demo":
         base = load_model(ModelSection(model_name_or_path=DEMO_MODEL), hardware).model
@@ -125,7 +128,7 @@ def _model(shape: str, r: int, gpu: bool) -> tuple[torch.nn.Module, torch.device
     return model.train(), hardware.device
 
 
-def _optimizer(way: str, model: torch.nn.Module, device: torch.device) -> Optimizer:
+def _optimizer(way: str, model: PeftModel, device: torch.device) -> Optimizer:
     pairs = adapter_pairs(model)
     trained = [p for pair in pairs for p in ((pair.a, pair.b) if _trains_a(way) else (pair.b,))]
 
@@ -134,23 +137,25 @@ def _optimizer(way: str, model: torch.nn.Module, device: torch.device) -> Optimi
 
     if way == PLAIN:
         return configured()
+    rule = cast(RuleName, way)
     adapters = []
-    if GATE_RULES[way].optimizer != "any":  # else no gate is held during training
+    if GATE_RULES[rule].optimizer != "any":  # otherwise training holds no gate
         gates = random_gates(pairs, RANK, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         adapters = [(pair.a, pair.b, gates[pair.name]) for pair in pairs]
     section = GateSection.model_validate({"rule": way, "complement": "frozen"})
-    return RULES[way].build_optimizer(OptimizerContext(section, adapters, configured, AdamSettings(lr=RATE)))
+    return RULES[rule].build_optimizer(OptimizerContext(section, adapters, configured, AdamSettings(lr=RATE)))
 
 
 def _trains_a(way: str) -> bool:
-    return way == PLAIN or GATE_RULES[way].trains_a
+    return way == PLAIN or GATE_RULES[cast(RuleName, way)].trains_a
 
 
-def _stepper(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) -> Callable[[str, Optimizer], float]:
-    first = [pair.a for pair in adapter_pairs(model)]
+def _stepper(model: PeftModel, ids: torch.Tensor, device: torch.device) -> Callable[[str, Optimizer], float]:
+    """Return a function that takes a step with one optimizer, and returns its seconds."""
+    a_matrices = [pair.a for pair in adapter_pairs(model)]
 
     def step(way: str, optimizer: Optimizer) -> float:
-        for a in first:
+        for a in a_matrices:
             a.requires_grad_(_trains_a(way))
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -165,12 +170,9 @@ def _stepper(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) ->
     return step
 
 
-def _in_a_process(*arguments: str) -> dict:
+def _measure(*arguments: str) -> dict[str, Any]:
     err.print(f"[dim]{' '.join(arguments)}[/]")
-    done = subprocess.run([sys.executable, __file__, "once", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(done.stderr[-800:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_a_process(MODULE, "once", *arguments)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""SIGKILL, a hundred times: whatever it leaves, the same command makes of it what it would have made without.
+"""Kill commands with SIGKILL a hundred times, and check that each can be repeated or resumed with the same result.
 
-    .venv/bin/python benchmarks/kills.py               about five minutes on two CPU cores
-    .venv/bin/python benchmarks/kills.py --seed 8 --kills 300
+    .venv/bin/python -m tests.campaigns.kills               about five minutes on two CPU cores
+    .venv/bin/python -m tests.campaigns.kills --seed 8 --kills 300
 
-A tiny model is trained, merged and reported on. Half of the kills come right before an operation on a file or a unit of
-progress, half at a random time, which is drawn from all of its stage's. Then
+A tiny model is trained, merged and reported on. Half of the kills happen right before an operation on a file or a unit
+of progress, half at a random time, drawn uniformly from the time of the stage. Afterwards
 
-- `train --resume` must make the run that nothing stopped: adapter, losses, measurements, evaluation, text, gates, bit
-  for bit, and leave nothing half-written;
+- `train --resume` must complete the run with the adapter, losses, measurements, evaluation, text and gates of an
+  uninterrupted run, bit for bit, and leave no incomplete files;
 - a merged folder must be absent, or complete and verified, and merging again must give the same files;
-- every file of a report must be absent or whole, and reporting again must give the same files.
+- every file of a report must be absent or complete, and reporting again must give the same files.
 
-The exit code is 1 if anything did not survive. The machinery, and a few kills with every test, are in tests/faults.
+The exit code is 1 if any check failed. tests/faults/kills.py has the functions, and tests/faults/kill_test.py makes a
+few kills.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a fork has no use for its parent's threads
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork cannot use its parent's threads
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests are in no package
 
 from folora_q.cli.console import ConsoleProgress, quiet_libraries
 
@@ -48,10 +48,9 @@ from tests.faults.conftest import DEMANDING
 from tests.faults.kills import (
     SAVING,
     Moment,
-    assert_it_goes_on,
+    assert_it_resumes,
     assert_merged_whole_or_not,
     assert_pages_whole_or_not,
-    in_a_child,
     killed_after,
     killed_at,
     moments,
@@ -59,6 +58,7 @@ from tests.faults.kills import (
     same_files,
     traced,
 )
+from tests.forked import in_a_child
 
 # Rows of the table, with their share of the kills.
 SHARES = {
@@ -80,18 +80,19 @@ ROW_OF_STAGE = {
     "measuring how far each layer moved": "evaluation",
 }
 BY_MOMENT, BY_TIME = "before an operation", "at a random time"
-# So many draws of a random time may come after the command's end.
-LATE = 20
+# Random times that may fall after the command's end, before the campaign gives up.
+MAX_LATE_KILLS = 20
 
 
 @dataclass
 class Command:
-    """A command that is killed.
+    """A command to kill.
 
     Attributes:
         row: its row of the table, or None if that depends on the stage.
-        prepare: what is there before it.
+        prepare: restores the files that must exist before the command.
         check: raises AssertionError if a kill did harm.
+        seen: the moments of the uninterrupted command.
     """
 
     arguments: Sequence[object]
@@ -106,6 +107,8 @@ class Command:
 
 @dataclass
 class Tally:
+    """Counts of kills and of successful checks, by row and by how the time was chosen."""
+
     attempted: Counter[tuple[str, str]] = field(default_factory=Counter)
     survived: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -130,12 +133,12 @@ def main(kills: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FOLORA_Q_CACHE"] = f"{scratch}/cache"
         talk = os.open(f"{scratch}/talk", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number in (1, 2):  # what the killed commands say
+        for number in (1, 2):  # the output of the killed commands
             os.dup2(talk, number)
-        with progress.stage("a run, a merge and a report that nothing stops", None):
+        with progress.stage("a run, a merge and a report without kills", None):
             commands = _commands(Path(scratch))
         planned = [row for row, share in SHARES.items() for _ in range(round(kills * share / sum(SHARES.values())))]
-        with progress.stage(f"killing, by seed {seed}", len(planned)) as done:
+        with progress.stage(f"killing, with seed {seed}", len(planned)) as done:
             for number, row in enumerate(planned):
                 command = chance.choice([each for each in commands if row in map(each.row_of, each.seen)])
                 _kill(command, row, number % 2 == 0, Path(scratch) / "trace", chance, tally)
@@ -145,34 +148,34 @@ def main(kills: int, seed: int) -> None:
 
 
 def _kill(command: Command, row: str, by_moment: bool, trace: Path, chance: random.Random, tally: Tally) -> None:
-    """Kill a command once in a stage, and judge what it left."""
+    """Kill a command once in a stage, and check what it left."""
     numbers = [number for number, moment in enumerate(command.seen) if command.row_of(moment) == row]
     if by_moment:
-        # A stage first: of a merge, the moments in which it takes its place are few among those of its weights.
+        # Choose a stage first: in a merge, the few moments of its last stage would be rare among those of its weights.
         stage = chance.choice(sorted({command.seen[number].stage for number in numbers}))
         number = chance.choice([number for number in numbers if command.seen[number].stage == stage])
         command.prepare()
         killed_at(command.arguments, trace, number)
         tally.judge(row, BY_MOMENT, f"before moment {number} of {len(command.seen)}", command.check)
         return
-    # Uniform over the stage's time: a moment by the time until the next one, and a part of that time.
+    # Uniform over the stage's time: a moment, weighted by the time until the next one, and a part of that time.
     gaps = [later.at - moment.at for moment, later in pairwise(command.seen)] + [0.0]
-    for _ in range(LATE):
+    for _ in range(MAX_LATE_KILLS):
         [number] = chance.choices(numbers, [gaps[number] for number in numbers])
         seconds = chance.uniform(0, gaps[number])
         command.prepare()
         if killed_after(command.arguments, trace, number, seconds):
-            # Moments are slower or faster than when they were recorded: the trace says where it really was.
+            # The timing differs from the recorded run: the trace shows the stage in which the kill really happened.
             found = command.row_of(moments(trace)[-1]) or row
             tally.judge(found, BY_TIME, f"{seconds * 1000:.1f} ms after moment {number}", command.check)
             return
-    raise click.ClickException(f"{row}: {LATE} kills in a row came too late")
+    raise click.ClickException(f"{row}: {MAX_LATE_KILLS} kills in a row came too late")
 
 
 def _commands(scratch: Path) -> list[Command]:
-    """What is killed, each recorded once without."""
+    """Return the commands to kill, with the moments of one uninterrupted run of each."""
     model, trace, folder = scratch / "llama", scratch / "trace", scratch / "killed"
-    in_a_child(lambda: sharded_llama(scratch))  # the parent of all forks computes nothing
+    in_a_child(lambda: sharded_llama(scratch))  # in a fork: this process, the parent of all forks, computes nothing
     training = [write_recipe(scratch, model), *DEMANDING, f"training.output_dir={folder}"]
 
     def fresh() -> None:
@@ -181,13 +184,12 @@ def _commands(scratch: Path) -> list[Command]:
 
     seen = recorded(["train", *training], trace)
     straight = folder.rename(scratch / "straight")
-    check = lambda: assert_it_goes_on(training, folder, straight)  # noqa: E731
-    train = Command(["train", *training], None, fresh, check, seen)
+    train = Command(["train", *training], None, fresh, lambda: assert_it_resumes(training, folder, straight), seen)
     return [train, *_merges(straight, scratch, trace), _report(straight, scratch, trace)]
 
 
 def _merges(run: Path, scratch: Path, trace: Path) -> list[Command]:
-    """Into a folder that is not there, and in place of another merge."""
+    """Return two merges: into a folder that does not exist, and replacing an earlier merge."""
     target, wholes = scratch / "merged", []
     arguments = ["merge", run, "--output", target, "--dtype"]
     for dtype in ("float32", "bfloat16"):
@@ -248,7 +250,7 @@ def _print(console: Console, tally: Tally, minutes: float) -> None:
         table.add_row(row or "all", *cells, style=None if row else "bold")
     console.print(table)
     for failure in tally.failures:
-        console.print(f"[bold red]did not survive:[/] {escape(failure)}", soft_wrap=True)
+        console.print(f"[bold red]failed:[/] {escape(failure)}", soft_wrap=True)
 
 
 if __name__ == "__main__":
