@@ -132,7 +132,7 @@ def costs(
 
 @main.command()
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, show_default=True)
-@click.option("--docs", is_flag=True, help="Write docs/frontier.md, its plots, and the README's table and picture.")
+@click.option("--docs", is_flag=True, help="Write all tables and plots into the repository.")
 @click.option("--keep", is_flag=True, help="Add the runs to those in the repository.")
 def table(output: Path, docs: bool, keep: bool) -> None:
     """Show all runs, including those in the repository."""

@@ -22,6 +22,7 @@ from benchmarks.models import base_of
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.task import greedy_tokens
 from folora_q.models.logits import chunks, head_logits, hidden_states
+from folora_q.runs.results import TextKind
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Evaluator:
             is_base = model is self.testbed.base
             states = self.base_states[text.name][1] if is_base else _states(base_of(model), text)[1]
             losses[text.name], kl = self._compared(base_of(model), text, states)
-            if text.kind == "own":
+            if text.kind is TextKind.GENERATED:
                 kls[text.name] = kl
         return Measured(losses, kls, update_norm(self.testbed, model) if isinstance(model, PeftModel) else 0.0)
 
@@ -97,7 +98,7 @@ class Evaluator:
         for part in chunks(len(wanted)):
             log_q = log_softmax(head_logits(model, tuned[part], exact=True), -1)
             loss -= float(log_q.gather(-1, wanted[part, None]).sum())
-            if text.kind == "own":
+            if text.kind is TextKind.GENERATED:
                 log_p = log_softmax(head_logits(self.testbed.base, base[part], exact=True), -1)
                 kl += float((log_p.exp() * (log_p - log_q)).sum())
         return loss / len(wanted), kl / len(wanted)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class Result:
     @property
     def kl(self) -> float:
         """KL from the base on held-out text that it generated: the mean of complete and cropped texts."""
-        return (self.tuned["kl"]["own text"] + self.tuned["kl"]["own text, cut"]) / 2
+        return fmean(self.tuned["kl"].values())
 
     def rise(self, text: str) -> float:
         """Return the loss after training minus the loss before, on a text."""
@@ -100,7 +101,7 @@ class Result:
 
     @property
     def general(self) -> list[str]:
-        return [name for name in self.tuned["loss"] if name not in ("task", "own text", "own text, cut")]
+        return [name for name in self.tuned["loss"] if name != "task" and name not in self.tuned["kl"]]
 
     @property
     def mean_rise(self) -> float:

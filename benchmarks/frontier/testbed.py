@@ -85,8 +85,8 @@ class Testbed:
             self.tokenizer,
             evaluation,
             self.base.device,
-            own=held,
-            own_seed=recipe.proxy.seed,
+            generated=held,
+            crop_seed=recipe.proxy.seed,
             data=self.data,
             max_length=recipe.training.max_length,
         )

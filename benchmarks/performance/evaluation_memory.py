@@ -32,6 +32,7 @@ from folora_q.data.tokens import batches
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.hardware import PeakMemory
+from folora_q.runs.results import TextKind
 
 VOCABULARIES = (8_000, 32_000, 128_000)
 LENGTHS = (256, 1024, 2048)
@@ -78,12 +79,14 @@ def once(way: str, vocabulary: int, length: int, gpu: bool) -> None:
     cast(nn.Module, base).to(device)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear"))
     ids = torch.randint(0, vocabulary, (TEXTS, length)).tolist()
-    text = HeldOutText("random", "own", list(batches(ids, TEXTS, device)))
+    text = HeldOutText("random", TextKind.GENERATED, list(batches(ids, TEXTS, device)))
 
     def measure(text: HeldOutText) -> None:
         compare(ModelPair(model), text) if way == "ours" else _whole_logits(model, text)
 
-    measure(HeldOutText("few", "own", list(batches([row[:16] for row in ids], TEXTS, device))))  # libraries warm up
+    measure(
+        HeldOutText("few", TextKind.GENERATED, list(batches([row[:16] for row in ids], TEXTS, device)))
+    )  # libraries warm up
     memory = PeakMemory(device)
     memory.reset()
     before = torch.cuda.memory_allocated() if gpu else psutil.Process().memory_info().rss

@@ -51,6 +51,7 @@ from folora_q.models.load import LoadedModel, load_model
 from folora_q.models.quantization import Quantization
 from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
+from folora_q.runs.results import GENERATED_TEXT, TextKind
 
 STAGES = ("loading", "sampling", "statistics", "training", "evaluation")
 RANK = 16
@@ -244,7 +245,7 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path) -> Ca
         recompute = recipe.training.recomputes_on(hardware.device.type == "cuda")
         return lambda: build_gates(model, pairs, text(size), text(size), recipe.gate, clock, recompute=recompute)
     if stage == "evaluation":
-        own = HeldOutText("own", "own", text(recipe.evaluation.batch_size))
+        own = HeldOutText(GENERATED_TEXT, TextKind.GENERATED, text(recipe.evaluation.batch_size))
         return lambda: compare(ModelPair(model), own)
     rows = recipe.training.per_device_train_batch_size
     ids = torch.randint(5, vocabulary, (4 * rows, length)).tolist()

@@ -39,7 +39,7 @@ from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
-from folora_q.runs.results import read_evaluation
+from folora_q.runs.results import GENERATED_TEXT, GENERATED_TEXT_CUT, read_evaluation
 from folora_q.workflows.train import TrainingRequest, run_training
 
 RANKS = (16, 64, 128, 256)
@@ -90,7 +90,7 @@ def captured() -> None:
     own = [sample.ids for sample in samples[: recipe.proxy.num_samples]]
     device = hardware.device
     texts = {
-        "own text": list(batches([*own, *crops(own, 1)], recipe.gate.batch_size, device)),
+        GENERATED_TEXT: list(batches([*own, *crops(own, 1)], recipe.gate.batch_size, device)),
         "task": list(batches(rows[: recipe.gate.num_task_samples]["input_ids"], recipe.gate.batch_size, device)),
     }
     model = attach_adapter(base, recipe.adapter, 0).eval()
@@ -133,7 +133,7 @@ def _captured(
 def frontier(overrides: tuple[str, ...], output: Path) -> None:
     """Run the demo's recipe at every rank; finished runs in --output are not repeated."""
     table = Table(title="the demo's recipe by gate.rank", title_justify="left")
-    for heading in ("rank", "task loss", "KL, own text", "KL, cut", "rise, prose"):
+    for heading in ("rank", "task loss", "KL, generated text", "KL, cut", "rise, prose"):
         table.add_column(heading, justify="right")
     for rank in RANKS:
         folder = output / f"rank-{rank}"
@@ -144,7 +144,7 @@ def frontier(overrides: tuple[str, ...], output: Path) -> None:
         if found is None:
             found = run_training(TrainingRequest(recipe=recipe, overwrite=True), ConsoleProgress()).evaluation
         [prose] = found.of_kind("general")
-        task, own, cut = (found.text(name) for name in ("task", "own text", "own text, cut"))
+        task, own, cut = (found.text(name) for name in ("task", GENERATED_TEXT, GENERATED_TEXT_CUT))
         assert task is not None and own is not None and cut is not None, f"{folder} has no complete evaluation"
         table.add_row(
             str(rank),

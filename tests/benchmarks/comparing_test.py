@@ -148,12 +148,13 @@ def test_a_setting_is_all_that_a_recipe_says_and_the_same_in_another_clone(tmp_p
 
 
 def test_the_pages_get_tables_and_plots_of_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "benchmarks" / "frontier" / "results"
+    results.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    pages = {tmp_path / "docs" / "frontier.md": ("summary", "tables"), tmp_path / "README.md": ("summary",)}
-    for page, parts in pages.items():
-        sections = "between\n".join(f"{BEGIN.format(part)}\nold\n{END}\n" for part in parts)
-        page.write_text(f"before\n{sections}after\n", encoding="utf-8")
-    monkeypatch.setattr("benchmarks.frontier.tables.README_CELLS", {(STYLE.task, STYLE.model)})
+    pages = {tmp_path / "docs" / "frontier.md": "summary", tmp_path / "README.md": "headline"}
+    for page, part in pages.items():
+        page.write_text(f"before\n{BEGIN.format(part)}\nold\n{END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr("benchmarks.frontier.tables.PICTURED", {(STYLE.task, STYLE.model)})
     usual, other = replace(power("LoRA", 0.5), learning_rate=USUAL_RATE), replace(CELL, on=replace(STYLE, task="skill"))
     found = {
         CELL: [usual, power("LoRA", 0.6), replace(power("ours", 0.1), learning_rate=DEFAULT_RATE)],
@@ -161,14 +162,17 @@ def test_the_pages_get_tables_and_plots_of_what_was_run(tmp_path: Path, monkeypa
     }
     for _ in range(2):
         show(found, tmp_path)
-        text, readme = (page.read_text("utf-8") for page in pages)
-        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "between" in text
-        assert text.count("at its lowest held-out loss") == 2 and text.count("at equal task loss") == 1
-        assert "| ours | 1 | 100.0% | " in text and "(frontier-style-model-3.png)" in text
-        assert readme.count("| **gated**, 2e-3 (default) | 100.0% | 0.1000 | +0.1000 |") == 1 and "skill" not in readme
-        assert readme.count("plain QLoRA, 2e-4 (usual) | ") == 1
-    for image in "frontier-style-model-3.png", "images/frontier.png":
-        assert (tmp_path / "docs" / image).read_bytes().startswith(b"\x89PNG")
+        summary, readme = (page.read_text("utf-8") for page in pages)
+        for text in (summary, readme):
+            assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        assert summary.count("| **gated**, 2e-3 (default) | 100.0% | 0.1000 | +0.1000 |") == 1
+        assert summary.count("plain QLoRA, 2e-4 (usual) | ") == 1 and "skill" not in summary
+        assert readme.count("| 100 % → 100.0 % | 0.500 → **0.100** | ") == 1 and "skill" not in readme
+        tables = (results / "tables.md").read_text("utf-8")
+        assert tables.count("at its lowest held-out loss") == 2 and tables.count("at equal task loss") == 1
+        assert "| ours | 1 | 100.0% | " in tables and "(style-model-3.png)" in tables
+    for image in results / "style-model-3.png", tmp_path / "docs" / "images" / "frontier.png":
+        assert image.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_a_run_the_table_says_what_to_do() -> None:
