@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv, with the versions of constraints.txt
 # make demo    the main job on a real model: about half an hour on two CPU cores
 # make test    every test
+# make check   lint, types, and the tests that take seconds
 # make docs    the documentation site, into site/
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint docs format clean
+.PHONY: setup demo test check quick lint docs format clean
 
 setup: $(INSTALLED)
 
@@ -25,6 +26,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/folora-q train recipes/demo.yaml --overwrite
 
+# Lint, and the tests that need no training, side by side.
+check: setup
+	@$(MAKE) --no-print-directory -j2 lint quick
+
+quick: setup
+	@$(BIN)/python -m pytest tests/core tests/rules tests/recipe tests/memory tests/docs tests/architecture_test.py
+
 # Two processes, whatever the machine: each holds a torch, and files of tests share their models.
 test: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -32,6 +40,7 @@ test: setup
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright --level error
 	@$(MAKE) --no-print-directory docs
 
 docs: setup

@@ -143,9 +143,8 @@ def frontier(overrides: tuple[str, ...], output: Path) -> None:
         found = read_evaluation(RunFolder(folder).evaluation)
         if found is None:
             found = run_training(TrainingRequest(recipe=recipe, overwrite=True), ConsoleProgress()).evaluation
-        [prose] = found.of_kind("general")
-        task, own, cut = (found.text(name) for name in ("task", GENERATED_TEXT, GENERATED_TEXT_CUT))
-        assert task is not None and own is not None and cut is not None, f"{folder} has no complete evaluation"
+        prose, task, own, cut = map(found.text, ("prose", "task", GENERATED_TEXT, GENERATED_TEXT_CUT))
+        assert prose and task and own and cut, f"{folder} has no complete evaluation"
         table.add_row(
             str(rank),
             f"{task.loss.tuned.value:.4f}",

@@ -96,7 +96,7 @@ def detect_format(row: Row, source: Source) -> FormatName:
     if source.shape != "auto":
         return source.shape
     columns = {*row.values, *source.fields}
-    fitting = [name for name, known in FORMATS.items() if known.columns <= columns]
+    fitting: list[FormatName] = [name for name, known in FORMATS.items() if known.columns <= columns]
     if fitting:  # formats whose columns the recipe maps come first
         return max(fitting, key=lambda name: len(FORMATS[name].fields & source.fields.keys()))
     if {"chosen", "rejected"} <= columns:

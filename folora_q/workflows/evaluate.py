@@ -137,8 +137,8 @@ def _task(
             raise
         clock.note(f"the task is not measured: {error.message}")
         return None
-    for model in (model_pair.model, model_pair.other):
-        for token in data.ends_of_turn if model is not None else []:
+    for model in filter(None, (model_pair.model, model_pair.other)):
+        for token in data.ends_of_turn:
             stop_at(model, token)
     return data
 
