@@ -16,6 +16,8 @@ from benchmarks.frontier.series import methods
 
 # A method has the same colour in every plot. Plain LoRA and ours stand out.
 STRONG = {PLAIN: "#000000", "ours": "#1f4fbf", "ours, rank 64": "#0b8f5a"}
+# The names of these series for a reader who has not seen the benchmark.
+TITLES = {PLAIN: "plain QLoRA", "ours": "gated (the default, rank 32)", "ours, rank 64": "gated, rank 64"}
 OTHERS = [series.name for series in methods() if series.name not in STRONG]
 COLOURS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
 VALUES: tuple[Callable[[Result], float], ...] = (lambda run: max(run.kl, MIN_KL), lambda run: run.mean_rise)
@@ -49,7 +51,7 @@ def draw_summary(found: Mapping[Cell, Sequence[Result]], path: Path) -> None:
                     run.rate, (last.task_loss, value(last)), xytext=(4, 4), textcoords="offset points", fontsize=7
                 )
             handles, labels = axis.get_legend_handles_labels()
-            labelled |= dict(zip(labels, handles, strict=True))
+            labelled |= dict(zip([TITLES[label] for label in labels], handles, strict=True))
         column[0].set_yscale("log")
         column[0].set_xlabel("")
         column[0].set_title(f"{cell.on.task}, {Path(cell.on.model).stem}", fontsize=10)

@@ -32,10 +32,7 @@ SIXTEEN_BIT = {series.name for series in methods() if series.points[0].sixteen_b
 SHARES = (0.9, 0.97, 0.99)
 DEFAULT_RATE = GATE_RULES[DEFAULT_RULE].learning_rate
 # The (task, model) pairs of the picture in README and docs/frontier.md.
-PICTURED = {
-    ("style", "SmolLM2-135M-Instruct"),
-    ("bookings", "qwen2.5-coder-0.5b-instruct.gguf"),
-}
+PICTURED = {("style", "SmolLM2-135M-Instruct"), ("constraints", "SmolLM2-135M-Instruct")}
 # The rows of the summary: a name, the series, its usual or default learning rate, and the word for that.
 SUMMARIZED = (
     ("plain QLoRA", PLAIN, USUAL_RATE, "usual"),
