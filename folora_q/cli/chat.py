@@ -128,22 +128,7 @@ def _talk(sides: dict[str, Conversation]) -> None:
     err.print(
         f"[dim]{FORGET} starts a new conversation, {END} or Ctrl-D quits, Ctrl-C stops an answer[/]", soft_wrap=True
     )
-    while True:
-        try:
-            question = _clean(input(PROMPT)).strip()
-        except EOFError:
-            click.echo()
-            return
-        except KeyboardInterrupt:
-            click.echo()
-            if _typed():
-                continue
-            return
-        except UnicodeDecodeError:
-            print_error("this line is not valid UTF-8")
-            continue
-        if question == END:
-            return
+    while (question := _next_question()) != END:
         if question == FORGET:
             _forget(sides)
             err.print("[dim]new conversation[/]")
@@ -157,6 +142,21 @@ def _talk(sides: dict[str, Conversation]) -> None:
             except KeyboardInterrupt:  # between two answers
                 click.echo()
             click.echo()
+
+
+def _next_question() -> str:
+    """Read a line from the terminal; END at the end of the input, or at Ctrl-C on an empty line."""
+    try:
+        return _clean(input(PROMPT)).strip()
+    except EOFError:
+        click.echo()
+        return END
+    except KeyboardInterrupt:
+        click.echo()
+        return "" if _typed() else END
+    except UnicodeDecodeError:
+        print_error("this line is not valid UTF-8")
+        return ""
 
 
 def _ask_all(questions: Iterator[str], sides: dict[str, Conversation]) -> None:

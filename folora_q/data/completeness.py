@@ -54,17 +54,27 @@ def lost_part(
                 return f"the thought in {place}", THOUGHTS_HINT
             if not probe.shows({"content": SHOWN}):
                 return f"the content of {place}", OTHER_HINT
-        calls = message.get("tool_calls", [])
-        for number, call in enumerate(calls):
-            texts = [text.strip() for text in texts_of(call["function"]["arguments"])]
-            if len(calls) == 1 and tool_name(call) in where and all(text in where for text in texts):
-                continue
-            others = [[*calls[:number], shown, *calls[number + 1 :]] for shown in _shown(call)]
-            if not all(probe.shows({"tool_calls": other}) for other in others):
-                return f"the call of {tool_name(call)[:40]} in {place}", TOOLS_HINT
+        if call := _lost_call(message.get("tool_calls", []), where, probe):
+            return f"the call of {tool_name(call)[:40]} in {place}", TOOLS_HINT
     for name in map(tool_name, tools or []):
         if name not in turn.asked and json.dumps(name, ensure_ascii=False)[1:-1] not in turn.asked:
             return f"the tool {name[:40]}", TOOLS_HINT
+    return None
+
+
+def _lost_call(calls: Sequence[Call], where: str, probe: _Probe) -> Call | None:
+    """Return the first of a turn's calls that the template leaves out, in part or in full.
+
+    Args:
+        where: the rendered text that should contain them.
+    """
+    for number, call in enumerate(calls):
+        texts = [text.strip() for text in texts_of(call["function"]["arguments"])]
+        if len(calls) == 1 and tool_name(call) in where and all(text in where for text in texts):
+            continue
+        others = [[*calls[:number], shown, *calls[number + 1 :]] for shown in _shown(call)]
+        if not all(probe.shows({"tool_calls": other}) for other in others):
+            return call
     return None
 
 

@@ -198,25 +198,8 @@ class Encoder:
         start = 0
         if chat.context:
             start = common_length(self.renderer.prompt(chat.messages[: chat.context], chat.tools), text)
-        left_out: list[Span] = []
-        given = 0
-        for index in [*chat.learned, *chat.unlearned]:
-            if index in chat.learned and not self.renderer.thinks:
-                continue
-            try:
-                turn = self.renderer.turn(chat.messages, index, chat.tools)
-            except RenderError:
-                if index in chat.unlearned or self.renderer.without_thought == "raise":
-                    raise
-                continue
-            if index in chat.unlearned or turn.opening:
-                if not text.startswith(turn.text):
-                    if index in chat.learned:
-                        continue
-                    raise RenderError(f"rewrites turn {index + 1}, so it cannot be left out of the loss", WHOLE_HINT)
-                end = len(turn.asked) + turn.opening if index in chat.learned else len(turn.text)
-                left_out.append((len(turn.asked), end))
-                given += index in chat.learned
+        openings = self._openings(chat, text) if self.renderer.thinks else []
+        left_out = [*openings, *(self._turn_span(chat, text, index) for index in chat.unlearned)]
         for index in chat.learned:
             if lost := lost_part(self.renderer, chat.messages, index, chat.tools, RenderedTurn(text, text)):
                 raise RenderError(
@@ -228,7 +211,32 @@ class Encoder:
         learned = [
             inside(place, (start, len(text))) and not any(inside(place, span) for span in left_out) for place in places
         ]
-        return Encoded(ids, labels_of(ids, learned), given)
+        return Encoded(ids, labels_of(ids, learned), len(openings))
+
+    def _openings(self, chat: Chat, text: str) -> list[Span]:
+        """Return where the trained turns open with an empty thought that is given, not trained."""
+        spans: list[Span] = []
+        for index in chat.learned:
+            try:
+                turn = self.renderer.turn(chat.messages, index, chat.tools)
+            except RenderError:
+                if self.renderer.without_thought == "raise":
+                    raise
+                continue
+            if turn.opening and text.startswith(turn.text):
+                spans.append((len(turn.asked), len(turn.asked) + turn.opening))
+        return spans
+
+    def _turn_span(self, chat: Chat, text: str, index: int) -> Span:
+        """Return where a turn is that the row excludes from training.
+
+        Raises:
+            RenderError: the complete text renders it differently.
+        """
+        turn = self.renderer.turn(chat.messages, index, chat.tools)
+        if not text.startswith(turn.text):
+            raise RenderError(f"rewrites turn {index + 1}, so it cannot be left out of the loss", WHOLE_HINT)
+        return len(turn.asked), len(turn.text)
 
     def _document(self, text: str, start: int) -> Encoded:
         """Encode plain text, trained from `start` on; what the tokenizer puts before texts is added once."""

@@ -37,6 +37,19 @@ def cause(error: json.JSONDecodeError, one_a_line: bool) -> str | None:
         if one_a_line and not error.msg.startswith("Unterminated string") and text.strip() in ("{", "["):
             return "the object continues on the next line, and a .jsonl file has one object per line"
         return "the line ends in the middle of an object" if one_a_line else "the file ends too early"
+    if known := _cause_at(rest, before):
+        return known
+    if error.msg.startswith("Invalid control character"):
+        return "a line end or tab inside a text is written as \\n or \\t"
+    if error.msg.startswith("Invalid \\"):
+        return "a backslash inside a text is written as \\\\"
+    if error.msg.startswith("Expecting ','") and before.endswith('"') and WORD.match(rest):
+        return 'a quote inside a text is written as \\"'
+    return None
+
+
+def _cause_at(rest: str, before: str) -> str | None:
+    """Explain an error by the text around it, if that shows the cause."""
     if rest[0] in "}]" and before.endswith(","):
         return f"a comma before `{rest[0]}` must be removed"
     if rest[0] == "'":
@@ -47,12 +60,6 @@ def cause(error: json.JSONDecodeError, one_a_line: bool) -> str | None:
         return f"{word.group()} is not JSON, which says {FOREIGN_VALUES[word.group()]}"
     if rest.startswith(COMMENTS):
         return "JSON has no comments"
-    if error.msg.startswith("Invalid control character"):
-        return "a line end or tab inside a text is written as \\n or \\t"
-    if error.msg.startswith("Invalid \\"):
-        return "a backslash inside a text is written as \\\\"
-    if error.msg.startswith("Expecting ','") and before.endswith('"') and WORD.match(rest):
-        return 'a quote inside a text is written as \\"'
     return None
 
 

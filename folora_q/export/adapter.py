@@ -79,16 +79,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     for name, tensor in tensors.items():
         if ORIGINAL in name:  # the base's weight, which PEFT saves next to the trained one
             continue
-        if tensor.dtype not in DTYPES or tensor.ndim > MAX_DIMENSIONS:
-            held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
-            raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds {held}, which is not a weight")
-        if tensor.numel() == 0:
-            raise UserError(
-                f"{folder / SAFE_ADAPTER}: {short(name)} is empty, as after saving from DeepSpeed's ZeRO-3",
-                "save the adapter again with `stage3_gather_16bit_weights_on_model_save`",
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{folder / SAFE_ADAPTER}: {short(name)} holds numbers that are not finite")
+        _check_tensor(f"{folder / SAFE_ADAPTER}: {short(name)}", tensor)
         module, kind, _ = name.removeprefix(PREFIX).partition(".lora_")
         if not kind:
             whole = name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -114,6 +105,24 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
         replaced=replaced,
         quantization=config.quantization,
     )
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Check that a tensor can be a weight.
+
+    Raises:
+        UserError: it has another dtype, too many dimensions, no numbers, or numbers that are not finite.
+    """
+    if tensor.dtype not in DTYPES or tensor.ndim > MAX_DIMENSIONS:
+        held = f"{tensor.dtype} in {tensor.ndim} dimensions".removeprefix("torch.")
+        raise UserError(f"{name} holds {held}, which is not a weight")
+    if tensor.numel() == 0:
+        raise UserError(
+            f"{name} is empty, as after saving from DeepSpeed's ZeRO-3",
+            "save the adapter again with `stage3_gather_16bit_weights_on_model_save`",
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{name} holds numbers that are not finite")
 
 
 def _other_half(name: str) -> str:

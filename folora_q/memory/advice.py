@@ -100,14 +100,13 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
     same = "the same results, slower"
     if recipe.model.attn_implementation == "eager":
         yield "attention", {"model.attn_implementation": "sdpa"}, "none"
-    for section in ("proxy", "gate", "evaluation"):
-        size = (
-            recipe.statistics_batch_size(training.max_length)
-            if section == "gate"
-            else getattr(recipe, section).batch_size
-        )
+    sizes = {
+        "proxy": (recipe.proxy.batch_size, "other sampled text, slower"),
+        "gate": (recipe.statistics_batch_size(training.max_length), same),
+        "evaluation": (recipe.evaluation.batch_size, same),
+    }
+    for section, (size, cost) in sizes.items():
         if size > 1:
-            cost = "other sampled text, slower" if section == "proxy" else same
             yield section, {f"{section}.batch_size": size // 2}, cost
     if training.activation_checkpointing is False:
         yield "checkpointing", {"training.activation_checkpointing": True}, "a third slower"
@@ -118,20 +117,23 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
             "training.gradient_accumulation_steps": training.gradient_accumulation_steps * parts,
         }
         yield "rows", halved, "the same steps, slower"
-    if gate.enabled:
-        limit = recipe.proxy.statistics_memory
-        lower = 0.5 if limit is None else limit / 2
-        if lower >= 1 / 16:
-            yield "rounds", {"proxy.statistics_memory": lower}, "the text is read again for every round"
+    limit = recipe.proxy.statistics_memory
+    lower = 0.5 if limit is None else limit / 2
+    if gate.enabled and lower >= 1 / 16:
+        yield "rounds", {"proxy.statistics_memory": lower}, "the text is read again for every round"
     if training.optim not in ("auto", "paged_adamw_8bit") and gate.facts.optimizer != "own":
         yield "optimizer", {"training.optim": "paged_adamw_8bit"}, "moments in 8 bits"
+    yield from _less_precise(recipe)
+    yield from _harmful(recipe)
+
+
+def _less_precise(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
     if not recipe.model.bnb_4bit_use_double_quant:
         yield "constants", {"model.bnb_4bit_use_double_quant": True}, "slightly coarser weights"
     if recipe.model.dtype == "float32":
         yield "dtype", {"model.dtype": "bfloat16"}, "computes in 16 bits"
-    if gate.enabled and gate.basis_dtype == "float32":
+    if recipe.gate.enabled and recipe.gate.basis_dtype == "float32":
         yield "bases", {"gate.basis_dtype": "bfloat16"}, "gates have three digits"
-    yield from _harmful(recipe)
 
 
 def _harmful(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:

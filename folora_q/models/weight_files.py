@@ -163,17 +163,7 @@ def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not a model folder: config.json cannot be read ({first_line(error)})") from None
     check_weights(folder, trust)
-    index, expected = INDEX, {}
-    if (folder / INDEX).exists():
-        expected = shards_of(folder / INDEX)
-    elif (folder / SINGLE).exists():
-        expected = {"": SINGLE}
-    elif (folder / PICKLE_INDEX).exists():
-        index, expected = PICKLE_INDEX, shards_of(folder / PICKLE_INDEX, PICKLE_ENDING)
-    elif (folder / PICKLE).exists():
-        expected = {"": PICKLE}
-    else:
-        raise UserError(f"{folder} holds no weights: there is no {SINGLE}, and no {INDEX}")
+    index, expected = _expected_shards(folder)
     shards = list(dict.fromkeys(expected.values()))
     expected.pop("", None)
     tensors: dict[str, StoredTensor] = {}
@@ -198,6 +188,19 @@ def open_checkpoint(folder: Path, trust: Trust = NOTHING) -> Checkpoint:
     if missing:
         raise UserError(f"{folder / index} places {missing[0]} in {expected[missing[0]]}, which does not hold it")
     return _with_packed(Checkpoint(folder, shards, tensors, config))
+
+
+def _expected_shards(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the name of the index, and the shard of every tensor; of a single file, that file by an empty name."""
+    if (folder / INDEX).exists():
+        return INDEX, shards_of(folder / INDEX)
+    if (folder / SINGLE).exists():
+        return INDEX, {"": SINGLE}
+    if (folder / PICKLE_INDEX).exists():
+        return PICKLE_INDEX, shards_of(folder / PICKLE_INDEX, PICKLE_ENDING)
+    if (folder / PICKLE).exists():
+        return INDEX, {"": PICKLE}
+    raise UserError(f"{folder} holds no weights: there is no {SINGLE}, and no {INDEX}")
 
 
 def _with_packed(found: Checkpoint) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from folora_q.report import text
@@ -73,9 +73,8 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
     ) -> None:
         estimates = [None if found is None else tuned(found) for found in evaluations]
         bases = [base(found) for found in evaluations if found is not None]
-        if any(estimate is not None for estimate in estimates):
-            known = next((value for value in bases if value is not None), None)
-            rows.append(TableRow(label, form, known, estimates, lower_is_better))
+        known = next((value for value in bases if value is not None), None)
+        rows.append(TableRow(label, form, known, estimates, lower_is_better))
 
     def of_text(name: str, pick: Callable[[TextResult], Interval]) -> Callable[[Evaluation], Interval | None]:
         return lambda found: None if (result := found.text(name)) is None else pick(result)
@@ -101,12 +100,15 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
     for name in _names(evaluations, TextKind.GENERAL):
         add(f"{name}: rise of the loss", "+.4f", lambda _: 0.0, of_text(name, lambda result: result.loss.change))
     add("size of the update, ‖ΔW‖", ".3g", lambda _: None, update_norm, lower_is_better=None)
-    for label, form, of in (("time", "time", total_seconds), ("peak memory", "memory", peak_bytes)):
-        numbers = [of(run) for run in runs]
-        if any(value is not None for value in numbers):
-            found = [None if value is None else Interval(value, value, value) for value in numbers]
-            rows.append(TableRow(label, form, None, found, None))
-    return rows
+    rows.append(_exact_row("time", "time", map(total_seconds, runs)))
+    rows.append(_exact_row("peak memory", "memory", map(peak_bytes, runs)))
+    return [row for row in rows if any(estimate is not None for estimate in row.estimates)]
+
+
+def _exact_row(label: str, form: str, numbers: Iterable[float | None]) -> TableRow:
+    """Return a row of numbers without uncertainty."""
+    found = [None if value is None else Interval(value, value, value) for value in numbers]
+    return TableRow(label, form, None, found, None)
 
 
 def at_equal_loss(runs: Sequence[Run]) -> AtEqualLoss | None:

@@ -86,15 +86,20 @@ def damage(checkpoint: Path) -> str | None:
     present = {path.name for path in checkpoint.iterdir() if path.is_dir() or not path.name.startswith(".")}
     if odd := sorted(present - files.keys() - {MANIFEST}) or sorted(files.keys() & PLACELESS):
         return f"it contains an unexpected file, {odd[0]}"
-    for name, (expected, size) in files.items():
-        try:
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes, not {size:,}"
-            if (digest := sha256(checkpoint / name)) != expected:
-                return f"{name} has the SHA-256 {digest[:12]}…, not {expected[:12]}…"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+    problems = (_damage_of_file(checkpoint / name, *expected) for name, expected in files.items())
+    return next(filter(None, problems), None)
+
+
+def _damage_of_file(path: Path, expected: str, size: int) -> str | None:
+    """Describe how a file differs from its SHA-256 and size in bytes; None if it does not."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{path.name} has {found:,} bytes, not {size:,}"
+        if (digest := sha256(path)) != expected:
+            return f"{path.name} has the SHA-256 {digest[:12]}…, not {expected[:12]}…"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
     return None
 
 
