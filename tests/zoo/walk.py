@@ -108,9 +108,10 @@ def walk(name: str, folder: Path, rules: Sequence[str] = ()) -> Walk:
     outcome = run_evaluation(EvaluationRequest(str(gated.folder)), Silent())
     assert outcome.evaluation.texts == gated.evaluation.texts
     _check_merged(plainly, plain.folder)
-    said = "".join(load_chat(str(plain.folder)).reply(QUESTION, False, Sampling(0, 4)))
-    merged = "".join(load_chat(str(plain.folder / "merged"), bits=16).reply(QUESTION, False, Sampling(0, 4)))
-    assert isinstance(said, str) and said == merged
+    # In float32: the logits of a random model are so close that rounding to 16 bits changes the answer.
+    chats = load_chat(str(plain.folder), "float32"), load_chat(str(plain.folder / "merged"), "float32", bits=16)
+    said, merged = ("".join(chat.reply(QUESTION, False, Sampling(0, 4))) for chat in chats)
+    assert said == merged
     return found
 
 
