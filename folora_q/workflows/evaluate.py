@@ -26,7 +26,7 @@ from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.targets.embeddings import embedding_rows
 from folora_q.targets.find import Target, find_target
-from folora_q.targets.load import LoadedTarget, fetched, load_target
+from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
 
 # Length of texts that are sampled for an evaluation only.
 SAMPLE_TOKENS = 128
@@ -84,8 +84,8 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     against = ModelSection(model_name_or_path=request.against) if request.against else None
     with clock.stage(f"loading {request.name}", None):
         target = fetched(target)
-        bits = request.bits or (4 if target.adapter else 16)
-        loaded = load_target(target, request.dtype, bits, against, compare=True, trust=request.trust)
+        precision = Precision(request.dtype, request.bits or (4 if target.adapter else 16))
+        loaded = load_target(target, precision, against, compare=True, trust=request.trust)
     clock.meter = PeakMemory(loaded.hardware.device)
     clock.note(f"{target.kind}, {loaded.held}")
     if loaded.hardware.others is not None:
