@@ -28,7 +28,7 @@ from folora_q.data.batch_splitting import first_rows
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
-from folora_q.evaluation.evaluate import HeldOut, held_out
+from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, held_out
 from folora_q.evaluation.task import make_scorer
 from folora_q.models.adapters import AdapterPair, adapter_pairs, keep_in_float32
 from folora_q.models.hardware import choose_hardware
@@ -81,14 +81,9 @@ class Testbed:
         )
         ids = [sample.ids for sample in samples]
         self.generated, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]
+        sources = HeldOutSources(held, recipe.proxy.seed, self.data)
         self.heldout: HeldOut = held_out(
-            self.tokenizer,
-            evaluation,
-            self.base.device,
-            generated=held,
-            crop_seed=recipe.proxy.seed,
-            data=self.data,
-            max_length=recipe.training.max_length,
+            self.tokenizer, evaluation, self.base.device, sources, recipe.training.max_length
         )
         self.heldout.texts[:] = [
             replace(text, batches=first_rows(text.batches, MEASURED_ROWS[text.kind]))

@@ -12,7 +12,7 @@ from folora_q.calibration.sample_cache import load_or_sample, read_samples
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.errors import UserError, first_line
 from folora_q.evaluation.drift import predicted_drift
-from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.harness import HarnessRequest, run_harness
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import make_scorer
@@ -94,11 +94,9 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         loaded.tokenizer.chat_template = template
     model_pair = ModelPair(loaded.model, loaded.base)
     data = _task(request, recipe, loaded, model_pair, clock)
-    generated, crop_seed = _generated_text(request, recipe, loaded, model_pair, clock)
+    sources = HeldOutSources(*_generated_text(request, recipe, loaded, model_pair, clock), data)
     length = {"max_length": recipe.training.max_length} if recipe else {}
-    on = held_out(
-        loaded.tokenizer, section, model_pair.device, generated=generated, crop_seed=crop_seed, data=data, **length
-    )
+    on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
     texts, score, answers = evaluate(model_pair, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,

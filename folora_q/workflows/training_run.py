@@ -26,7 +26,7 @@ from folora_q.data.windows import crops
 from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
-from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
 from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter
@@ -151,14 +151,10 @@ class TrainingRun:
 
     def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
         """Gather the texts for the evaluation after training."""
+        recipe = self.recipe
+        sources = HeldOutSources([sample.ids for sample in text.held_out], recipe.proxy.seed, self.data)
         return held_out(
-            self.prepared.tokenizer,
-            self.recipe.evaluation,
-            base.model.device,
-            generated=[sample.ids for sample in text.held_out],
-            crop_seed=self.recipe.proxy.seed,
-            data=self.data,
-            max_length=self.recipe.training.max_length,
+            self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )
 
     def monitored(self, base: LoadedModel, text: CalibrationText, measured_on: HeldOut) -> Monitored:
