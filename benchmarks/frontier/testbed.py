@@ -21,7 +21,7 @@ from benchmarks.frontier.results import digest, model_name
 from benchmarks.models import vocabulary_size
 from folora_q.calibration.collect import build_gates
 from folora_q.calibration.gate_store import load_gates, save_gates
-from folora_q.calibration.sample_cache import load_or_sample, read_samples, settings_of_text
+from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, settings_of_text
 from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
@@ -77,7 +77,7 @@ class Testbed:
         if self.base.device.type == "cpu":
             decode(self.base)
         samples = read_samples(generated_text_path(recipe), vocabulary_size(self.base)) or load_or_sample(
-            self.base, self.tokenizer, loaded.fingerprint, str(hardware.dtype), recipe.proxy, clock
+            SampledModel(self.base, self.tokenizer, loaded.fingerprint, hardware.dtype), recipe.proxy, clock
         )
         ids = [sample.ids for sample in samples]
         self.generated, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from folora_q.calibration.gate_store import load_gates
-from folora_q.calibration.sample_cache import load_or_sample, read_samples
+from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.errors import UserError, first_line
 from folora_q.evaluation.drift import predicted_drift
@@ -156,9 +156,9 @@ def _generated_text(
         num_heldout_samples=1,
         max_new_tokens=SAMPLE_TOKENS,
     )
-    dtype = str(loaded.hardware.dtype)
-    with model_pair.base() as base:
-        samples = load_or_sample(base, loaded.tokenizer, loaded.fingerprint, dtype, section, clock)
+    with model_pair.base() as model:
+        base = SampledModel(model, loaded.tokenizer, loaded.fingerprint, loaded.hardware.dtype)
+        samples = load_or_sample(base, section, clock)
     return [sample.ids for sample in samples[: request.samples]], section.seed
 
 

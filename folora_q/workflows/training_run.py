@@ -17,7 +17,7 @@ from trl import SFTConfig
 from folora_q.calibration.collect import build_gates, row_penalties
 from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
 from folora_q.calibration.sample import ProxySample
-from folora_q.calibration.sample_cache import load_or_sample, read_samples, write_samples
+from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, write_samples
 from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
@@ -143,8 +143,8 @@ class TrainingRun:
         if self.resumed is not None and self.resumed.keeps(path):
             samples = read_samples(path, embedding_rows(base.model))
         if samples is None:
-            dtype = str(self.hardware.dtype)
-            samples = load_or_sample(base.model, base.tokenizer, base.fingerprint, dtype, section, self.timer)
+            sampled = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
+            samples = load_or_sample(sampled, section, self.timer)
             write_samples(path, samples, base.tokenizer)
         self.folder.remember(self.manifest, path)
         return CalibrationText(samples[: section.num_samples], samples[section.num_samples :])
