@@ -19,7 +19,7 @@ from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
 from benchmarks.models import vocabulary_size
-from folora_q.calibration.collect import build_gates
+from folora_q.calibration.collect import StatisticsSettings, build_gates
 from folora_q.calibration.gate_store import load_gates, save_gates
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, settings_of_text
 from folora_q.calibration.texts import penalty_text, public_windows
@@ -30,7 +30,7 @@ from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
 from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, held_out
 from folora_q.evaluation.task import make_scorer
-from folora_q.models.adapters import AdapterPair, adapter_pairs, keep_in_float32
+from folora_q.models.adapters import AdapterPair, keep_in_float32
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
@@ -170,7 +170,7 @@ class Testbed:
             if path.exists():
                 self._sketches[name] = load_gates(path, self.base.device)
             else:
-                self._sketches[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
+                self._sketches[name] = build_gates(model, *texts, StatisticsSettings(section), self.clock)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_gates(path, self._sketches[name])
         return self._sketches[name]
