@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from folora_q.calibration.collect import build_gates
+from folora_q.calibration.collect import StatisticsSettings, build_gates
 from folora_q.calibration.sample import ProxySample, sample_proxy
 from folora_q.core import SpectralGate
 from folora_q.data.encode import Encoder
 from folora_q.data.loading import read_task_data
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
-from folora_q.models.adapters import adapter_pairs, attach_adapter
+from folora_q.models.adapters import attach_adapter
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import LoadedModel, load_model
@@ -66,7 +66,7 @@ def real() -> Real:
     whole = [sample.ids for sample in samples]
     (proxy_batch,) = batches([*whole, *crops(whole, seed=0)], 64, CPU)
     (task_batch,) = batches(task, 64, CPU)
-    gates = build_gates(model, adapter_pairs(model), [proxy_batch], [task_batch], SECTION, StageTimer(Silent()))
+    gates = build_gates(model, [proxy_batch], [task_batch], StatisticsSettings(SECTION), StageTimer(Silent()))
     return Real(base, model, samples, gates, inputs_of(model, proxy_batch), inputs_of(model, task_batch))
 
 

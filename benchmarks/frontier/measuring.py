@@ -20,7 +20,7 @@ from benchmarks.frontier.human_eval import Problem, pass_rate
 from benchmarks.frontier.testbed import Testbed
 from benchmarks.models import base_of
 from folora_q.evaluation.divergence import HeldOutText
-from folora_q.evaluation.task import greedy_tokens
+from folora_q.evaluation.task import Generation, greedy_tokens
 from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.runs.results import TextKind
 
@@ -65,9 +65,8 @@ class Evaluator:
         if testbed.scorer is not None:
             asked = [(q, q.reference) for q in testbed.heldout.questions if q.reference is not None]
             settings = testbed.recipe.evaluation
-            answers = greedy_tokens(
-                inner, testbed.tokenizer, [q.ids for q, _ in asked], settings.max_new_tokens, settings.batch_size
-            )
+            generation = Generation(settings.max_new_tokens, settings.batch_size)
+            answers = greedy_tokens(inner, testbed.tokenizer, [q.ids for q, _ in asked], generation)
             scores = [
                 testbed.scorer(testbed.heldout.reader.read(question, ids), reference)
                 for (question, reference), ids in zip(asked, answers, strict=True)

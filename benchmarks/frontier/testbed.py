@@ -19,18 +19,18 @@ from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
 from benchmarks.models import vocabulary_size
-from folora_q.calibration.collect import build_gates
+from folora_q.calibration.collect import StatisticsSettings, build_gates
 from folora_q.calibration.gate_store import load_gates, save_gates
-from folora_q.calibration.sample_cache import load_or_sample, read_samples, settings_of_text
+from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, settings_of_text
 from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops
-from folora_q.evaluation.evaluate import HeldOut, held_out
+from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, held_out
 from folora_q.evaluation.task import make_scorer
-from folora_q.models.adapters import AdapterPair, adapter_pairs, keep_in_float32
+from folora_q.models.adapters import AdapterPair, keep_in_float32
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.tokenizer import load_tokenizer
@@ -77,18 +77,13 @@ class Testbed:
         if self.base.device.type == "cpu":
             decode(self.base)
         samples = read_samples(generated_text_path(recipe), vocabulary_size(self.base)) or load_or_sample(
-            self.base, self.tokenizer, loaded.fingerprint, str(hardware.dtype), recipe.proxy, clock
+            SampledModel(self.base, self.tokenizer, loaded.fingerprint, hardware.dtype), recipe.proxy, clock
         )
         ids = [sample.ids for sample in samples]
         self.generated, held = ids[: recipe.proxy.num_samples], ids[recipe.proxy.num_samples :]
+        sources = HeldOutSources(held, recipe.proxy.seed, self.data)
         self.heldout: HeldOut = held_out(
-            self.tokenizer,
-            evaluation,
-            self.base.device,
-            generated=held,
-            crop_seed=recipe.proxy.seed,
-            data=self.data,
-            max_length=recipe.training.max_length,
+            self.tokenizer, evaluation, self.base.device, sources, recipe.training.max_length
         )
         self.heldout.texts[:] = [
             replace(text, batches=first_rows(text.batches, MEASURED_ROWS[text.kind]))
@@ -175,7 +170,7 @@ class Testbed:
             if path.exists():
                 self._sketches[name] = load_gates(path, self.base.device)
             else:
-                self._sketches[name] = build_gates(model, adapter_pairs(model), *texts, section, self.clock)
+                self._sketches[name] = build_gates(model, *texts, StatisticsSettings(section), self.clock)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_gates(path, self._sketches[name])
         return self._sketches[name]

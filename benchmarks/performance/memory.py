@@ -35,7 +35,7 @@ from benchmarks.performance._process import GIVE_BACK, in_a_process
 from benchmarks.performance._trainer import gated_trainer, placeholder_tokenizer
 from benchmarks.performance.live_tensors import counted_step
 from benchmarks.performance.shapes import SHAPES, random_4bit
-from folora_q.calibration.collect import build_gates
+from folora_q.calibration.collect import StatisticsSettings, build_gates
 from folora_q.calibration.sample import sample_proxy
 from folora_q.data.tokens import Batch, batches
 from folora_q.evaluation.divergence import HeldOutText, compare
@@ -44,7 +44,7 @@ from folora_q.memory.activations import Arithmetic, BatchShape, at_backward
 from folora_q.memory.components import adapter_parameters
 from folora_q.memory.estimate import CUDA_CONTEXT, estimate
 from folora_q.memory.shapes import ModelShape, shape_of
-from folora_q.models.adapters import adapter_pairs, attach_adapter
+from folora_q.models.adapters import attach_adapter
 from folora_q.models.demo import DEMO_MODEL, demo_model_folder
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model
@@ -232,7 +232,6 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path) -> Ca
     if stage == "sampling":
         return lambda: sample_proxy(base.model, base.tokenizer, recipe.proxy)
     model = attach_adapter(base, recipe.adapter, 0)
-    pairs = adapter_pairs(model)
     vocabulary = vocabulary_size(base.model)
 
     def text(rows: int) -> list[Batch]:
@@ -243,7 +242,8 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path) -> Ca
         clock = StageTimer(ConsoleProgress())
         size = recipe.gate.batch_size
         recompute = recipe.training.recomputes_on(hardware.device.type == "cuda")
-        return lambda: build_gates(model, pairs, text(size), text(size), recipe.gate, clock, recompute=recompute)
+        settings = StatisticsSettings(recipe.gate, recompute=recompute)
+        return lambda: build_gates(model, text(size), text(size), settings, clock)
     if stage == "evaluation":
         own = HeldOutText(GENERATED_TEXT, TextKind.GENERATED, text(recipe.evaluation.batch_size))
         return lambda: compare(ModelPair(model), own)

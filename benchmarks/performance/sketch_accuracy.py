@@ -26,7 +26,7 @@ from peft import PeftModel
 from torch import nn
 
 from folora_q.calibration.hooks import collect_inputs, shared_inputs
-from folora_q.calibration.sample_cache import load_or_sample
+from folora_q.calibration.sample_cache import SampledModel, load_or_sample
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.task_data import chat_template, read_task, tokenize_task
 from folora_q.data.tokens import Batch, batches
@@ -86,7 +86,8 @@ def captured() -> None:
     hardware = choose_hardware()
     base = load_model(recipe.model, hardware, tokenizer)
     rows = tokenize_task(recipe, read_task(recipe, clock), tokenizer, clock).train.sequences
-    samples = load_or_sample(base.model, tokenizer, base.fingerprint, str(hardware.dtype), recipe.proxy, clock)
+    sampled = SampledModel(base.model, tokenizer, base.fingerprint, hardware.dtype)
+    samples = load_or_sample(sampled, recipe.proxy, clock)
     own = [sample.ids for sample in samples[: recipe.proxy.num_samples]]
     device = hardware.device
     texts = {

@@ -29,7 +29,7 @@ from folora_q.core import (
 from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
 from folora_q.data.tokens import Batch
 from folora_q.errors import RunError, first_line
-from folora_q.models.adapters import AdapterPair, adapter_off
+from folora_q.models.adapters import adapter_off, adapter_pairs
 from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.progress import StageTimer
 from folora_q.recipe.gate import GateSection
@@ -40,15 +40,27 @@ GIB = 2**30
 BYTES = 4  # of a number in a sketch or a basis
 
 
+@dataclass(frozen=True)
+class StatisticsSettings:
+    """How statistics are collected, and gates computed from them.
+
+    Attributes:
+        memory: GiB for the sketches of the layers that are processed together; None: all layers.
+        recompute: keep only the layers' inputs for the backward pass.
+    """
+
+    gate: GateSection
+    memory: float | None = None
+    recompute: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether tokens are weighted by their gradient in the loss."""
+        return self.gate.covariance == "fisher"
+
+
 def build_gates(
-    model: PeftModel,
-    pairs: Sequence[AdapterPair],
-    proxy: Text,
-    task: Text,
-    section: GateSection,
-    clock: StageTimer,
-    memory: float | None = None,
-    recompute: bool = False,
+    model: PeftModel, proxy: Text, task: Text, settings: StatisticsSettings, clock: StageTimer
 ) -> dict[str, SpectralGate]:
     """Compute the gate of every adapted layer, by layer name; layers that read the same tensor share one object.
 
@@ -60,24 +72,23 @@ def build_gates(
 
     Args:
         proxy, task: batches that no evaluation uses; their labels say which tokens count.
-        memory: GiB for the sketches of the layers that are processed together; None: all layers.
-        recompute: keep only the layers' inputs for the backward pass.
 
     Raises:
         RunError: an activation or a gradient is not finite; the layer is named.
     """
-    modules = {pair.name: pair.module for pair in pairs}
+    section = settings.gate
+    modules = {pair.name: pair.module for pair in adapter_pairs(model)}
     model.eval()
     with adapter_off(model):
         groups = shared_inputs(model, modules, proxy[0].input_ids[:1, :8])
         columns = columns_held(section)
         needed = {group[0]: modules[group[0]].in_features * columns * BYTES / GIB for group in groups}
-        shares = partition_by_memory(needed, memory)
+        shares = partition_by_memory(needed, settings.memory)
         readings = 1 + len(section.readings)
         found: dict[str, SpectralGate] = {}
         with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
             splitter = BatchSplitter("taking statistics of", clock.note)
-            reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
+            reading = Reading(model, modules, groups, settings.weighted, settings.recompute, done, splitter)
             for share in shares:
                 found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
     torch.cuda.empty_cache()  # blocks of a text batch's size would fragment memory in training; no effect without CUDA
@@ -94,18 +105,17 @@ def build_gates(
 
 def row_penalties(
     model: PeftModel,
-    pairs: Sequence[AdapterPair],
     gates: Mapping[str, SpectralGate],
     texts: tuple[Text, Text],
-    section: GateSection,
+    settings: StatisticsSettings,
     clock: StageTimer,
-    recompute: bool = False,
 ) -> dict[str, tuple[float, float]]:
     """Return tr(A Σ Aᵀ) for the present A by layer, on the text that the gates were computed from and on held-out text.
 
     In units of the loss with `gate.covariance: fisher`, as a mean over the layers that share a gate. Directions were
     chosen where the first text has the least variance, so only the second number is unbiased.
     """
+    pairs = adapter_pairs(model)
     first_reader = {}  # of each gate
     for pair in pairs:
         if pair.name in gates:
@@ -120,7 +130,7 @@ def row_penalties(
     model.eval()
     with adapter_off(model), clock.stage("penalty of A's rows, in sample and held out", sum(map(len, texts))) as done:
         splitter = BatchSplitter("taking statistics of", clock.note)
-        reading = Reading(model, modules, groups, section.covariance == "fisher", recompute, done, splitter)
+        reading = Reading(model, modules, groups, settings.weighted, settings.recompute, done, splitter)
         draw = 0 if reading.weighted else None
         fitted, heldout = (reading.stream(text, len(rows), new_sinks, draw) for text in texts)
     return {
@@ -287,8 +297,7 @@ def _gates_of(
     for number, (_, with_image) in enumerate(section.readings, 1):
         # The projections of one text are freed before those of the other are made.
         projected = [
-            _projected(text, reading, bases, device, with_image, draw)
-            for text, draw in zip(texts, draws(number), strict=True)
+            _projected(text, reading, bases, with_image, draw) for text, draw in zip(texts, draws(number), strict=True)
         ]
         for name in widths:
             penalty, utility = (found.pop(name) for found in projected)
@@ -316,11 +325,11 @@ def _projected(
     text: Text,
     reading: Reading,
     bases: Mapping[str, torch.Tensor],
-    device: torch.device,
     with_image: bool,
     draw: int | None,
 ) -> dict[str, Projection]:
     """Project the covariance of a text onto each basis."""
+    device = reading.model.device
 
     def new_projections() -> dict[str, ProjectedCovariance]:
         return {name: ProjectedCovariance(basis, with_image, device=device) for name, basis in bases.items()}

@@ -62,7 +62,7 @@ def sample_proxy(
         UserError: the source needs chats and there is no chat template.
         RunError: too little of the sampled text passes the filters.
     """
-    splitter = splitter or BatchSplitter("sampling", enabled=False)
+    sampler = _Sampler(model, tokenizer, section, splitter or BatchSplitter("sampling", enabled=False))
     wanted = section.num_samples + section.num_heldout_samples
     sources = {"bos": ["bos"], "chat": ["chat"], "mixed": ["bos", "chat"]}[section.source]
     device = next(model.parameters()).device
@@ -77,7 +77,7 @@ def sample_proxy(
                 missing = target - len(samples)
                 if missing <= 0:
                     break
-                drawn = _draw(model, tokenizer, section, source, missing, splitter)
+                drawn = sampler.draw(source, missing)
                 passed = [ids for ids in drawn if len(ids) >= MIN_SAMPLE_TOKENS and _passes(ids, section, seen)]
                 samples += [ProxySample(ids, source) for ids in passed[:missing]]
                 on_progress(min(len(passed), missing))
@@ -121,40 +121,48 @@ def chat_openings(tokenizer: Tokenizer) -> str:
     return opening
 
 
-def _draw(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    section: ProxySection,
-    source: str,
-    count: int,
-    splitter: BatchSplitter,
-) -> Iterator[list[int]]:
-    mixture = PAPER_MIXTURE if section.decoding == "paper" else PLAIN
-    left = count
-    for position, (share, decoding) in enumerate(mixture):
-        amount = left if position == len(mixture) - 1 else round(count * share)
-        left -= amount
+@dataclass(frozen=True)
+class _Sampler:
+    """A model that text is sampled from, with its tokenizer and the settings of sampling."""
 
-        def draw(start: int, stop: int, decoding: dict[str, float] = decoding) -> list[list[int]]:
-            if source == "bos":
-                prompts = [[start_token(tokenizer)]] * (stop - start)
-                return _continue(model, tokenizer, prompts, section.max_new_tokens, decoding)
-            return _draw_chats(model, tokenizer, stop - start, section.max_new_tokens, decoding)
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    section: ProxySection
+    splitter: BatchSplitter
 
-        for samples in splitter.over(amount, section.max_new_tokens, draw, section.batch_size):
-            yield from samples
+    def draw(self, source: str, count: int) -> Iterator[list[int]]:
+        """Sample `count` sequences from one source, by the shares of the decoding mixture."""
+        mixture = PAPER_MIXTURE if self.section.decoding == "paper" else PLAIN
+        left = count
+        for position, (share, decoding) in enumerate(mixture):
+            amount = left if position == len(mixture) - 1 else round(count * share)
+            left -= amount
 
+            def draw(start: int, stop: int, decoding: dict[str, float] = decoding) -> list[list[int]]:
+                if source == "bos":
+                    prompts = [[start_token(self.tokenizer)]] * (stop - start)
+                    return self._continue(prompts, self.section.max_new_tokens, decoding)
+                return self._draw_chats(stop - start, decoding)
 
-def _draw_chats(
-    model: PreTrainedModel, tokenizer: Tokenizer, count: int, max_new_tokens: int, decoding: dict[str, float]
-) -> list[list[int]]:
-    """Let the model write a user turn after the template's opening, and then answer it."""
-    opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
-    turns = _continue(model, tokenizer, [opening] * count, max_new_tokens // 2, decoding)
-    users = [decoded(tokenizer, turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
-    renderer = Renderer(tokenizer)
-    prompts = [renderer.ids(_render(renderer, user, prompt=True)) for user in users if user]
-    return _continue(model, tokenizer, prompts, max_new_tokens - max_new_tokens // 2, decoding) if prompts else []
+            for samples in self.splitter.over(amount, self.section.max_new_tokens, draw, self.section.batch_size):
+                yield from samples
+
+    def _draw_chats(self, count: int, decoding: dict[str, float]) -> list[list[int]]:
+        """Let the model write a user turn after the template's opening, and then answer it."""
+        tokenizer, most = self.tokenizer, self.section.max_new_tokens
+        opening = tokenizer(chat_openings(tokenizer), add_special_tokens=False)["input_ids"]
+        turns = self._continue([opening] * count, most // 2, decoding)
+        users = [decoded(tokenizer, turn[len(opening) :], skip_special_tokens=True).strip() for turn in turns]
+        renderer = Renderer(tokenizer)
+        prompts = [renderer.ids(_render(renderer, user, prompt=True)) for user in users if user]
+        return self._continue(prompts, most - most // 2, decoding) if prompts else []
+
+    def _continue(self, prompts: list[list[int]], max_new_tokens: int, decoding: dict[str, float]) -> list[list[int]]:
+        """Return the prompts with the model's continuations, up to and including the end token."""
+        inputs = generation_inputs(prompts, self.tokenizer, next(self.model.parameters()).device)
+        output = cast(Any, self.model).generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
+        ends, width = _end_tokens(self.model), inputs["input_ids"].shape[1]
+        return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
 
 
 def _render(renderer: Renderer, user: str, prompt: bool = False) -> str:
@@ -165,20 +173,6 @@ def _render(renderer: Renderer, user: str, prompt: bool = False) -> str:
         raise UserError(
             f"this model's chat template fails on a user's turn: {first_line(error)}", "set proxy.source=bos"
         ) from error
-
-
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    decoding: dict[str, float],
-) -> list[list[int]]:
-    """Return the prompts with the model's continuations, up to and including the end token."""
-    inputs = generation_inputs(prompts, tokenizer, next(model.parameters()).device)
-    output = cast(Any, model).generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
-    ends, width = _end_tokens(model), inputs["input_ids"].shape[1]
-    return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:

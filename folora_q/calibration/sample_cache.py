@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,16 +24,30 @@ from folora_q.storage.untrusted import parse_json, read_lines
 FORMAT = 2
 
 
-def load_or_sample(
-    model: PreTrainedModel, tokenizer: Tokenizer, fingerprint: str, dtype: str, section: ProxySection, clock: StageTimer
-) -> list[ProxySample]:
+@dataclass(frozen=True)
+class SampledModel:
+    """The base model that text is sampled from, and what identifies it in the cache.
+
+    Attributes:
+        fingerprint: of its weights and their quantization.
+        dtype: its compute dtype.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    fingerprint: str
+    dtype: torch.dtype
+
+
+def load_or_sample(base: SampledModel, section: ProxySection, clock: StageTimer) -> list[ProxySample]:
     """Load the text that a model generated before with these settings, or sample it now.
 
     Raises:
         UserError, RunError: as `sample_proxy`.
     """
+    model, tokenizer = base.model, base.tokenizer
     template = tokenizer.chat_template if section.source != "bos" else None
-    path = cache_path(fingerprint, dtype, template, section)
+    path = cache_path(base.fingerprint, str(base.dtype), template, section)
     samples = read_samples(path, cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
     if samples is not None:
         clock.note(f"sampled text read from {path}")

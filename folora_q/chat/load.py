@@ -19,7 +19,7 @@ from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import read_answers
 from folora_q.storage.untrusted import MIB, parse_json, read_text
 from folora_q.targets.find import find_target
-from folora_q.targets.load import load_target
+from folora_q.targets.load import Precision, load_target
 
 FIRST_ROWS = 20
 
@@ -36,7 +36,7 @@ def load_chat(name: str, dtype: str = "auto", bits: int = 4, compare: bool = Fal
     Raises:
         UserError: it is not found, cannot or must not be loaded, or has no base to compare with.
     """
-    loaded = load_target(find_target(name), dtype, bits, compare=compare, trust=trust)
+    loaded = load_target(find_target(name), Precision(dtype, bits), compare=compare, trust=trust)
     target, tokenizer = loaded.target, loaded.tokenizer
     stops = loaded.model.generation_config.eos_token_id
     stops = [stop for stop in (stops if isinstance(stops, list) else [stops]) if stop is not None]

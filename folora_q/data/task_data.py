@@ -12,7 +12,7 @@ from folora_q.data.formats import Chat, Text
 from folora_q.data.loading import TaskData, read_task_data
 from folora_q.data.rendering import Renderer
 from folora_q.data.templates import read_template
-from folora_q.data.tokenized import Tokenized, tokenize
+from folora_q.data.tokenized import Tokenized, UnfitExamples, tokenize
 from folora_q.errors import UserError
 from folora_q.progress import StageTimer
 from folora_q.recipe.schema import Recipe
@@ -97,18 +97,11 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
         encoder.prepare_chats()
         if encoder.assistant_only_loss:
             clock.note(f"the assistant's turns are found by {encoder.marking}")
+    unfit = UnfitExamples(training.max_length, data.overlong, skip_errors=data.on_error == "skip")
     halves: list[Tokenized] = []
     for name, examples in (("training", task.train), ("held-out", task.heldout)):
         with clock.stage(f"tokenizing {name} rows", len(examples)) as done:
-            half = tokenize(
-                examples,
-                encoder,
-                max_length=training.max_length,
-                overlong=data.overlong,
-                kind=name,
-                skip_errors=data.on_error == "skip",
-                on_progress=done,
-            )
+            half = tokenize(examples, encoder, unfit, name, done)
         clock.note(_described(half, training.max_length))
         halves.append(half)
     train, heldout = halves

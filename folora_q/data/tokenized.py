@@ -25,6 +25,21 @@ FEATURES = Features({"input_ids": ListOf(Value("int32")), "labels": ListOf(Value
 COUNTS = "counts.json"
 
 
+@dataclass(frozen=True)
+class UnfitExamples:
+    """What to do with examples that cannot be used as they are.
+
+    Attributes:
+        max_length: the maximum number of tokens in a sequence.
+        overlong: `data.overlong`, for examples of more than max_length tokens.
+        skip_errors: leave out and count examples on which the chat template fails, instead of raising.
+    """
+
+    max_length: int
+    overlong: str
+    skip_errors: bool = False
+
+
 @dataclass
 class Counts:
     """What happened to the examples.
@@ -73,25 +88,21 @@ class Tokenized:
 def tokenize(
     examples: Sequence[Example],
     encoder: Encoder,
-    *,
-    max_length: int,
-    overlong: str,
+    unfit: UnfitExamples,
     kind: str = "training",
-    skip_errors: bool = False,
     on_progress: Callable[[int], None] = lambda examples: None,
 ) -> Tokenized:
     """Encode all examples, or load them from the cache, whose key covers everything that they depend on.
 
     Args:
-        overlong: `data.overlong`, for examples of more than max_length tokens.
         kind: what the examples are, for messages: training or held-out.
-        skip_errors: leave out and count examples on which the chat template fails, instead of raising.
 
     Raises:
         RowError: the template fails on an example.
         UserError: an example is too long (`overlong: raise`), or nothing is left to train on.
     """
-    digest = hashlib.sha256(json.dumps([FORMAT, encoder.key(), max_length, overlong, skip_errors]).encode())
+    settings = unfit.max_length, unfit.overlong, unfit.skip_errors
+    digest = hashlib.sha256(json.dumps([FORMAT, encoder.key(), *settings]).encode())
     for example in examples:
         digest.update(content_of(example).encode("utf-8", "surrogatepass") + b"\n")
     folder = cache_folder() / "tokenized" / digest.hexdigest()[:24]
@@ -108,12 +119,12 @@ def tokenize(
         try:
             encoded = encoder(example)
         except RowError as error:
-            if not skip_errors:
+            if not unfit.skip_errors:
                 raise
             counts.refused.append((index, error.reason))
             encoded = []
         counts.given += sum(sequence.given for sequence in encoded)
-        for sequence in _fitted(example, encoded, max_length, overlong, counts):
+        for sequence in _fitted(example, encoded, unfit, counts):
             ids.append(np.asarray(sequence.input_ids, np.int32))
             labels.append(np.asarray(sequence.labels, np.int32))
             origins.append(index)
@@ -122,7 +133,7 @@ def tokenize(
         on_progress(1)
     counts.sequences = len(ids)
     if not ids:
-        raise UserError(_nothing_left(examples, counts, max_length, kind), "look at them with `folora-q preview`")
+        raise UserError(_nothing_left(examples, counts, unfit.max_length, kind), "look at them with `folora-q preview`")
     with commit_directory(folder) as staging:
         made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
         made.save_to_disk(staging)
@@ -130,17 +141,15 @@ def tokenize(
     return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=False)
 
 
-def _fitted(
-    example: Example, encoded: Sequence[Encoded], max_length: int, overlong: str, counts: Counts
-) -> Iterator[Encoded]:
+def _fitted(example: Example, encoded: Sequence[Encoded], unfit: UnfitExamples, counts: Counts) -> Iterator[Encoded]:
     """Yield the sequences of one example that can be trained on."""
     for sequence in encoded:
         length = len(sequence.input_ids)
         counts.longest = max(counts.longest, length)
         parts = [sequence]
-        if length > max_length:
+        if length > unfit.max_length:
             counts.overlong += 1
-            parts = _shortened(example, sequence, max_length, overlong, counts)
+            parts = _shortened(example, sequence, unfit, counts)
         for part in parts:
             if part.trained:
                 yield part
@@ -148,10 +157,10 @@ def _fitted(
                 counts.untrained += 1
 
 
-def _shortened(example: Example, sequence: Encoded, max_length: int, overlong: str, counts: Counts) -> list[Encoded]:
-    length = len(sequence.input_ids)
+def _shortened(example: Example, sequence: Encoded, unfit: UnfitExamples, counts: Counts) -> list[Encoded]:
+    length, max_length = len(sequence.input_ids), unfit.max_length
     too_long = f"{example.where} has {length} tokens, more than training.max_length ({max_length})"
-    match overlong:
+    match unfit.overlong:
         case "raise":
             raise UserError(too_long, "raise training.max_length, or set data.overlong to drop or truncate")
         case "drop":

@@ -22,6 +22,7 @@ from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
+    Generation,
     Question,
     Questions,
     Scorer,
@@ -47,6 +48,21 @@ DRIFT_TEXTS = 32
 
 
 @dataclass(frozen=True)
+class HeldOutSources:
+    """What held-out texts and questions are made from, besides packaged ones and the recipe's files.
+
+    Attributes:
+        generated: texts that the base sampled, as tokens; they are used in full, and again cropped.
+        crop_seed: seed of the crops.
+        data: the task; None: no task.
+    """
+
+    generated: Sequence[Sequence[int]]
+    crop_seed: int
+    data: TaskTokens | None
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """What a model is evaluated on.
 
@@ -67,27 +83,21 @@ def held_out(
     tokenizer: Tokenizer,
     section: EvaluationSection,
     device: torch.device,
-    *,
-    generated: Sequence[Sequence[int]],
-    crop_seed: int,
-    data: TaskTokens | None,
+    sources: HeldOutSources,
     max_length: int = GENERAL_WINDOW,
 ) -> HeldOut:
     """Prepare what a model is evaluated on.
 
     Args:
-        generated: texts that the base sampled; they are used in full, and again cropped.
-        crop_seed: seed of the crops.
-        data: the task; None: no task.
         max_length: the longest sequence that the model should see.
 
     Raises:
         UserError: a text file cannot be read, or is too short.
     """
-    size = section.batch_size
+    size, generated, data = section.batch_size, sources.generated, sources.data
     rows = None if data is None else data.heldout.sequences
     ids, labels = ((), ()) if rows is None else (rows["input_ids"][:], rows["labels"][:])
-    cut = crops(generated, crop_seed)
+    cut = crops(generated, sources.crop_seed)
     texts = [HeldOutText("task", TextKind.TASK, list(batches(ids, size, device, labels)))] if ids else []
     if generated:
         texts.append(HeldOutText(GENERATED_TEXT, TextKind.GENERATED, list(batches(generated, size, device))))
@@ -139,7 +149,8 @@ def evaluate(
     with clock.stage("comparing losses and predictions", sum(len(text.batches) for text in on.texts)) as done:
         texts = [compare(model_pair, text, done, splitter) for text in on.texts]
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions)) as done:
-        answers = answer_both(model_pair, on.reader, on.questions, section, scorer, done, splitter)
+        generation = Generation(section.max_new_tokens, section.batch_size, done, splitter)
+        answers = answer_both(model_pair, on.reader, on.questions, generation, scorer)
     return texts, mean_score(answers, section.metric), answers
 
 

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,6 +32,23 @@ from folora_q.runs.results import AnswerResult, ScoreResult
 # Scores an answer against its reference, between 0 and 1.
 Scorer = Callable[[Said, Said], float]
 GENERAL_PROMPTS = Path(__file__).with_name("general_prompts.txt")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How greedy answers are generated.
+
+    Attributes:
+        max_new_tokens: the maximum length of an answer, in tokens.
+        batch_size: the number of prompts that are answered at a time.
+        on_progress: called with the number of new answers of one model.
+        splitter: splits batches if memory runs out; the default raises.
+    """
+
+    max_new_tokens: int
+    batch_size: int
+    on_progress: Callable[[int], None] = lambda answers: None
+    splitter: BatchSplitter = field(default_factory=lambda: BatchSplitter("answering", enabled=False))
 
 
 @dataclass(frozen=True)
@@ -115,24 +132,19 @@ def answer_both(
     model_pair: ModelPair,
     reader: Questions,
     questions: Sequence[Question],
-    section: EvaluationSection,
+    generation: Generation,
     scorer: Scorer | None,
-    on_progress: Callable[[int], None] = lambda answers: None,
-    splitter: BatchSplitter | None = None,
 ) -> list[AnswerResult]:
     """Answer questions with both models, in their order.
 
     Args:
-        splitter: splits batches if memory runs out; None raises.
         scorer: scores answers to questions with a reference; None scores nothing.
-        on_progress: called with the number of new answers, 2 x len(questions) in total.
     """
     prompts = [question.ids for question in questions]
-    settings = section.max_new_tokens, section.batch_size, on_progress, splitter
     with model_pair.base() as model:
-        of_base = greedy_tokens(model, reader.tokenizer, prompts, *settings)
+        of_base = greedy_tokens(model, reader.tokenizer, prompts, generation)
     with model_pair.tuned() as model:
-        of_tuned = greedy_tokens(model, reader.tokenizer, prompts, *settings)
+        of_tuned = greedy_tokens(model, reader.tokenizer, prompts, generation)
     return [
         _result(question, reader.read(question, base), reader.read(question, tuned), scorer)
         for question, base, tuned in zip(questions, of_base, of_tuned, strict=True)
@@ -156,16 +168,9 @@ def _result(question: Question, base: Said, tuned: Said, scorer: Scorer | None) 
 
 
 def greedy_tokens(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    on_progress: Callable[[int], None] = lambda answers: None,
-    splitter: BatchSplitter | None = None,
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], generation: Generation
 ) -> list[list[int]]:
     """Generate greedy answers to prompts given as tokens, in order; padding may follow the end of an answer."""
-    splitter = splitter or BatchSplitter("answering", enabled=False)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}
     positions = positions_of(model.config.to_dict())
@@ -177,13 +182,13 @@ def greedy_tokens(
         chosen = order[start:stop]
         inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
-            room = min(max_new_tokens, context - inputs["input_ids"].shape[1])
+            room = min(generation.max_new_tokens, context - inputs["input_ids"].shape[1])
             output = cast(Any, model).generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
         answers.update(zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
-        on_progress(len(chosen))
+        generation.on_progress(len(chosen))
 
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    for _ in splitter.over(len(order), longest, answer, batch_size):
+    longest = max(map(len, prompts), default=0) + generation.max_new_tokens
+    for _ in generation.splitter.over(len(order), longest, answer, generation.batch_size):
         pass
     return [answers[index] for index in range(len(prompts))]
 

@@ -43,6 +43,14 @@ EFFECT_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
+class MergedModel:
+    """A merged model on disk, and the merge whose result it should be."""
+
+    merge: Merge
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Difference:
     """Difference between two models' logits on the same text; the first is the adapter on its base.
 
@@ -99,14 +107,15 @@ class Verification:
 
 
 def check_weights(
-    merge: Merge, folder: Path, on_progress: Callable[[int], None] = lambda weights: None
+    merged_model: MergedModel, on_progress: Callable[[int], None] = lambda weights: None
 ) -> CheckedWeights:
     """Compare every weight on disk with its expected value, in float64.
 
     Raises:
         RunError: one is not the nearest in its dtype, or one that should change did not; the message names it.
     """
-    merged = open_checkpoint(folder, merge.trust)
+    merge = merged_model.merge
+    merged = open_checkpoint(merged_model.folder, merge.trust)
     stored = whole = 0.0  # ⟨ΔW stored, ΔW⟩ and ‖ΔW‖²
     if merged.tensors.keys() != merge.base.tensors.keys():
         odd = sorted(merged.tensors.keys() ^ merge.base.tensors.keys())[0]
@@ -164,8 +173,7 @@ def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_outputs(
-    merge: Merge,
-    folder: Path,
+    merged_model: MergedModel,
     texts: Sequence[Sequence[int]],
     weights: CheckedWeights,
     compute: torch.dtype = torch.float32,
@@ -181,9 +189,10 @@ def check_outputs(
         weights: the result of `check_weights`.
         on_progress: called with 1 after each of three models.
     """
+    merge = merged_model.merge
     tuned, bare = _reference_logits(merge, texts, compute)
     on_progress(2)
-    model = _loaded(folder, compute, merge)
+    model = _loaded(merged_model.folder, compute, merge)
     merged = logits_of(model, texts, tuned.shape[-1])
     rounding = None
     if merge.dtype != torch.float32:

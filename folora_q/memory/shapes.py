@@ -211,8 +211,7 @@ def shape_of(config: Config) -> ModelShape:
     norm_parameters = hidden * family.norms + (2 * head_dim if family.qk_norm == "head" else sum(qk_norms))
     others = norm_parameters * (1 if family.rms else 2)
     width = numbers["intermediate"]
-    reads = "attention" if family.norms == 1 else "mlp"  # with one norm, both read its output
-    mlp = _mlp(family, hidden, width, flag(family.mlp_bias), reads)
+    mlp = _mlp(family, hidden, width, flag(family.mlp_bias))
     dense = Layer((*attention, *mlp), norms, others, middle=width)
     layers = [(dense, numbers["layers"])]
     if family.expert_width:
@@ -299,7 +298,8 @@ def size(value: Any, name: str) -> int:
     return value
 
 
-def _mlp(family: Family, hidden: int, width: int, bias: bool, reads: str, prefix: str = "mlp.") -> list[Linear]:
+def _mlp(family: Family, hidden: int, width: int, bias: bool, prefix: str = "mlp.") -> list[Linear]:
+    reads = "attention" if family.norms == 1 else "mlp"  # with one norm, both read its output
     *readers, down = (prefix + name.removeprefix("mlp.") for name in family.mlp)
     branches = 2 if family.gated else 1
     first = [Linear(name, hidden, width * branches // len(readers), reads, bias) for name in readers]
@@ -325,7 +325,7 @@ def _with_experts(
     shared, middle = [], 0
     if family.shared_expert:
         middle = size(given.get(family.shared_expert), family.shared_expert)
-        shared = _mlp(family, hidden, middle, False, "mlp", "mlp.shared_expert.")
+        shared = _mlp(family, hidden, middle, False, "mlp.shared_expert.")
         shared.append(Linear("mlp.shared_expert_gate", hidden, 1, "mlp"))
     model_type = given["model_type"]
     dense = replace(dense, linears=tuple(adaptable(linear, model_type) for linear in dense.linears))

@@ -44,6 +44,19 @@ ADAPTER_ERRORS = (
 
 
 @dataclass(frozen=True)
+class Precision:
+    """Precision in which a model is loaded.
+
+    Attributes:
+        dtype: compute dtype; auto is the recipe's for a run, else the hardware's.
+        bits: weight precision, 4 as in training or 16.
+    """
+
+    dtype: str = "auto"
+    bits: int = 4
+
+
+@dataclass(frozen=True)
 class LoadedTarget:
     """A frozen model, and the base to compare it with.
 
@@ -67,8 +80,7 @@ class LoadedTarget:
 
 def load_target(
     target: Target,
-    dtype: str = "auto",
-    bits: int = 4,
+    precision: Precision = Precision(),
     against: ModelSection | None = None,
     compare: bool = False,
     trust: Trust = NOTHING,
@@ -76,8 +88,6 @@ def load_target(
     """Load a target.
 
     Args:
-        dtype: compute dtype; auto is the recipe's for a run, else the hardware's.
-        bits: weight precision, 4 as in training or 16.
         against: a base to use instead of the one that an adapter or a merged model names. Only its name and revision
             are used; its precision is the model's.
         compare: require a base to compare with; the base of a merged model is loaded as a second model.
@@ -100,10 +110,10 @@ def load_target(
         )
     if against is not None and adapter is not None:
         section = _instead(section, against)
-    hardware = choose_hardware(section.dtype if dtype == "auto" else dtype)
+    hardware = choose_hardware(section.dtype if precision.dtype == "auto" else precision.dtype)
     try:
         tokenizer = _tokenizer(adapter, section, trust)
-        model, fingerprint, four_bit = _load(section, hardware, tokenizer, bits, trust)
+        model, fingerprint, four_bit = _load(section, hardware, tokenizer, precision.bits, trust)
     except UserError as error:
         raise _explained(target, error) from error
     if adapter is not None and (adapter / "generation_config.json").is_file():
@@ -112,7 +122,8 @@ def load_target(
     base = None
     if compare and adapter is None and base_section is not None:
         try:
-            base, fingerprint, _ = _load(_instead(section, base_section), hardware, tokenizer, bits, trust)
+            base_section = _instead(section, base_section)
+            base, fingerprint, _ = _load(base_section, hardware, tokenizer, precision.bits, trust)
         except UserError as error:
             if against is not None:
                 raise
@@ -125,8 +136,8 @@ def load_target(
         model=model if adapter is None else _with_adapter(model, adapter, section, compare),
         base=base,
         hardware=hardware,
-        bits=bits,
-        held=f"{bits} bits{f' ({four_bit})' if four_bit else ''}, computing in {hardware}",
+        bits=precision.bits,
+        held=f"{precision.bits} bits{f' ({four_bit})' if four_bit else ''}, computing in {hardware}",
         fingerprint=fingerprint,
     )
 

@@ -35,6 +35,14 @@ SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = 60
 
 
+@dataclass(frozen=True)
+class Manifests:
+    """The run.json of a run as it was, and as it would be for a run that starts now."""
+
+    earlier: dict[str, Any]
+    new: Mapping[str, Any]
+
+
 @dataclass
 class Resumption:
     """A run that is resumed.
@@ -142,29 +150,23 @@ def _check(earlier: dict[str, Any]) -> None:
 
 
 def prepare_resume(
-    folder: RunFolder,
-    earlier: dict[str, Any],
-    recipe: Recipe,
-    new: Mapping[str, Any],
-    force: bool,
-    tell: Callable[[str], None],
+    folder: RunFolder, recipe: Recipe, manifests: Manifests, force: bool, tell: Callable[[str], None]
 ) -> Resumption:
     """Choose the checkpoint to resume from, and remove what was written after it.
 
     Args:
-        earlier, new: run.json as it was, and as it would be for a run that starts now.
         force: resume in spite of changes.
         tell: receives a line for the checkpoint that is used, and for each that is not.
 
     Raises:
         UserError: something changed without `force`, or no checkpoint fits the changed recipe.
     """
-    changes = [*_recipe_changes(folder, recipe), *_other_changes(earlier, new)]
-    resumption = Resumption(earlier, None, changes, force)
+    changes = [*_recipe_changes(folder, recipe), *_other_changes(manifests)]
+    resumption = Resumption(manifests.earlier, None, changes, force)
     _refuse(resumption)
     for change in changes:
         tell(f"changed, accepted with --force: {change}")
-    for change in _hardware_changes(earlier, new, ROUNDING_ONLY_HARDWARE):
+    for change in _hardware_changes(manifests, ROUNDING_ONLY_HARDWARE):
         tell(f"{change}; sums may be rounded differently from an uninterrupted run")
     resumption.checkpoint = newest_whole(folder.path, recipe.keeps_best, tell)
     unfit = [change for change in changes if change.startswith(_making_shapes(recipe))]
@@ -209,7 +211,8 @@ def _recipe_changes(folder: RunFolder, recipe: Recipe) -> Iterator[str]:
                 yield f"{section}.{key}: {SHORT.repr(before[section][key])} → {SHORT.repr(value)}"
 
 
-def _other_changes(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def _other_changes(manifests: Manifests) -> Iterator[str]:
+    earlier, new = manifests.earlier, manifests.new
     before, now = earlier.get("data_sha256", {}), new["data_sha256"]
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
@@ -219,11 +222,11 @@ def _other_changes(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
     for name in COMPARED_VERSIONS:
         if name in before and before[name] != now.get(name):
             yield f"version of {name}: {short(before[name])} → {now.get(name)}"
-    yield from _hardware_changes(earlier, new, RESULT_CHANGING_HARDWARE)
+    yield from _hardware_changes(manifests, RESULT_CHANGING_HARDWARE)
 
 
-def _hardware_changes(earlier: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-    before, now = earlier.get("computing", {}), new["computing"]
+def _hardware_changes(manifests: Manifests, names: Sequence[str]) -> Iterator[str]:
+    before, now = manifests.earlier.get("computing", {}), manifests.new["computing"]
     for name in names:
         if name in before and before[name] != now[name]:
             yield f"hardware {name}: {short(before[name])} → {now[name]}"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from folora_q.calibration.gate_store import load_gates
-from folora_q.calibration.sample_cache import load_or_sample, read_samples
+from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.errors import UserError, first_line
 from folora_q.evaluation.drift import predicted_drift
-from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.harness import HarnessRequest, run_harness
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import make_scorer
@@ -26,7 +26,7 @@ from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.targets.embeddings import embedding_rows
 from folora_q.targets.find import Target, find_target
-from folora_q.targets.load import LoadedTarget, fetched, load_target
+from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
 
 # Length of texts that are sampled for an evaluation only.
 SAMPLE_TOKENS = 128
@@ -84,8 +84,8 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     against = ModelSection(model_name_or_path=request.against) if request.against else None
     with clock.stage(f"loading {request.name}", None):
         target = fetched(target)
-        bits = request.bits or (4 if target.adapter else 16)
-        loaded = load_target(target, request.dtype, bits, against, compare=True, trust=request.trust)
+        precision = Precision(request.dtype, request.bits or (4 if target.adapter else 16))
+        loaded = load_target(target, precision, against, compare=True, trust=request.trust)
     clock.meter = PeakMemory(loaded.hardware.device)
     clock.note(f"{target.kind}, {loaded.held}")
     if loaded.hardware.others is not None:
@@ -94,11 +94,9 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         loaded.tokenizer.chat_template = template
     model_pair = ModelPair(loaded.model, loaded.base)
     data = _task(request, recipe, loaded, model_pair, clock)
-    generated, crop_seed = _generated_text(request, recipe, loaded, model_pair, clock)
+    sources = HeldOutSources(*_generated_text(request, recipe, loaded, model_pair, clock), data)
     length = {"max_length": recipe.training.max_length} if recipe else {}
-    on = held_out(
-        loaded.tokenizer, section, model_pair.device, generated=generated, crop_seed=crop_seed, data=data, **length
-    )
+    on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
     texts, score, answers = evaluate(model_pair, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,
@@ -158,9 +156,9 @@ def _generated_text(
         num_heldout_samples=1,
         max_new_tokens=SAMPLE_TOKENS,
     )
-    dtype = str(loaded.hardware.dtype)
-    with model_pair.base() as base:
-        samples = load_or_sample(base, loaded.tokenizer, loaded.fingerprint, dtype, section, clock)
+    with model_pair.base() as model:
+        base = SampledModel(model, loaded.tokenizer, loaded.fingerprint, loaded.hardware.dtype)
+        samples = load_or_sample(base, section, clock)
     return [sample.ids for sample in samples[: request.samples]], section.seed
 
 

@@ -22,7 +22,7 @@ from folora_q.export.gguf_check import GgufFacts
 from folora_q.export.hub import push_folder, require_token
 from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
-from folora_q.export.verify import Verification, check_outputs, check_weights
+from folora_q.export.verify import MergedModel, Verification, check_outputs, check_weights
 from folora_q.models.classes import auto_class
 from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
@@ -226,13 +226,14 @@ def _adapter_name(folder: Path) -> str:
 
 
 def _verify(merge: Merge, folder: Path, clock: StageTimer) -> Verification:
+    merged_model = MergedModel(merge, folder)
     with clock.stage("checking every weight", len(merge.base.tensors)) as done:
-        weights = check_weights(merge, folder, done)
+        weights = check_weights(merged_model, done)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
     texts = check_texts(merge.adapters[0][0].folder, tokenizer)
     compute, reason = _compute_dtype(merge)
     with clock.stage(f"comparing what it says, in {_name(compute)} ({reason})", 3) as done:
-        verification = check_outputs(merge, folder, texts.sequences, weights, compute, done)
+        verification = check_outputs(merged_model, texts.sequences, weights, compute, done)
     clock.note(f"compared on {verification.tokens:,} tokens: {texts.origin}")
     return verification
 

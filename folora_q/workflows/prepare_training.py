@@ -24,7 +24,7 @@ from folora_q.progress import StageTimer
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder, open_run_folder
 from folora_q.runs.manifest import new_manifest
-from folora_q.training.resume import Resumption, prepare_resume
+from folora_q.training.resume import Manifests, Resumption, prepare_resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
         folder = open_run_folder(target, request.overwrite)
     else:
         folder = RunFolder(target)
-        resumed = prepare_resume(folder, earlier, recipe, manifest, request.force, timer.note)
+        resumed = prepare_resume(folder, recipe, Manifests(earlier, manifest), request.force, timer.note)
         manifest = resumed.manifest(manifest)
     folder.write_manifest(manifest)
     return PreparedRun(request, folder, data, tokenizer, scorer, hardware, manifest, resumed)

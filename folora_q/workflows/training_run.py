@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel
 from trl import SFTConfig
 
-from folora_q.calibration.collect import build_gates, row_penalties
+from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
 from folora_q.calibration.sample import ProxySample
-from folora_q.calibration.sample_cache import load_or_sample, read_samples, write_samples
+from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, write_samples
 from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
@@ -26,10 +26,10 @@ from folora_q.data.windows import crops
 from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
-from folora_q.evaluation.evaluate import HeldOut, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
-from folora_q.models.adapters import AdapterPair, adapter_pairs, attach_adapter, save_adapter
+from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import LoadedModel, load_model, stop_at
 from folora_q.models.logits import verify_chunked_logits
@@ -143,22 +143,18 @@ class TrainingRun:
         if self.resumed is not None and self.resumed.keeps(path):
             samples = read_samples(path, embedding_rows(base.model))
         if samples is None:
-            dtype = str(self.hardware.dtype)
-            samples = load_or_sample(base.model, base.tokenizer, base.fingerprint, dtype, section, self.timer)
+            sampled = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
+            samples = load_or_sample(sampled, section, self.timer)
             write_samples(path, samples, base.tokenizer)
         self.folder.remember(self.manifest, path)
         return CalibrationText(samples[: section.num_samples], samples[section.num_samples :])
 
     def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
         """Gather the texts for the evaluation after training."""
+        recipe = self.recipe
+        sources = HeldOutSources([sample.ids for sample in text.held_out], recipe.proxy.seed, self.data)
         return held_out(
-            self.prepared.tokenizer,
-            self.recipe.evaluation,
-            base.model.device,
-            generated=[sample.ids for sample in text.held_out],
-            crop_seed=self.recipe.proxy.seed,
-            data=self.data,
-            max_length=self.recipe.training.max_length,
+            self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )
 
     def monitored(self, base: LoadedModel, text: CalibrationText, measured_on: HeldOut) -> Monitored:
@@ -201,14 +197,14 @@ class TrainingRun:
         if self.resumed is not None and self.resumed.keeps(path):
             gates = load_gates(path, base.model.device)
         else:
-            gates = self._collected_gates(base, model, pairs, text.seen)
+            gates = self._collected_gates(base, model, text.seen)
             save_gates(path, gates)
             if self.resumed is not None:
                 self.resumed.require_gates(path)
         self.timer.note(f"{len({id(gate) for gate in gates.values()})} gates for {len(gates)} adapted layers")
         rule = rule_of(section)
         rule.initialize(pairs, gates, section)  # a checkpoint later restores its own A
-        penalties = self._row_penalties(model, pairs, gates, text)
+        penalties = self._row_penalties(model, gates, text)
         atomic_write(self.folder.gate_results, to_json(gate_results(gates, penalties)))
         self.folder.remember(self.manifest, path)
         return rule.before_training(pairs, gates)
@@ -278,9 +274,11 @@ class TrainingRun:
     def _record(self, line: dict[str, Any]) -> None:
         self.folder.append_metrics({"stage": "training", **line})
 
-    def _collected_gates(
-        self, base: LoadedModel, model: PeftModel, pairs: Sequence[AdapterPair], samples: Samples
-    ) -> dict[str, SpectralGate]:
+    def _statistics_settings(self) -> StatisticsSettings:
+        recompute = self.recipe.training.recomputes_on(self.hardware.device.type == "cuda")
+        return StatisticsSettings(self.recipe.gate, self.recipe.proxy.statistics_memory, recompute)
+
+    def _collected_gates(self, base: LoadedModel, model: PeftModel, samples: Samples) -> dict[str, SpectralGate]:
         """Collect statistics of the penalty's text and of the task's, and compute the gates."""
         recipe, device = self.recipe, base.model.device
         size, task = recipe.statistics_batch_size, self.data.train.sequences
@@ -294,18 +292,14 @@ class TrainingRun:
             public=list(batches(public_windows(base.tokenizer), size, device)),
             share=recipe.proxy.public_share,
         )
-        memory, recompute = recipe.proxy.statistics_memory, recipe.training.recomputes_on(device.type == "cuda")
-        return build_gates(model, pairs, penalty, task_text, recipe.gate, self.timer, memory, recompute)
+        return build_gates(model, penalty, task_text, self._statistics_settings(), self.timer)
 
-    def _row_penalties(
-        self, model: PeftModel, pairs: Sequence[AdapterPair], gates: Gates, text: CalibrationText
-    ) -> dict[str, tuple[float, float]]:
+    def _row_penalties(self, model: PeftModel, gates: Gates, text: CalibrationText) -> dict[str, tuple[float, float]]:
         """Measure the penalty of A's rows on text that the gates were computed from, and on as much held-out text."""
         size, device = self.recipe.statistics_batch_size, model.device
         both = text.seen[: len(text.held_out)], text.held_out
         seen, unseen = (list(batches([sample.ids for sample in of], size, device)) for of in both)
-        recompute = self.recipe.training.recomputes_on(device.type == "cuda")
-        penalties = row_penalties(model, pairs, gates, (seen, unseen), self.recipe.gate, self.timer, recompute)
+        penalties = row_penalties(model, gates, (seen, unseen), self._statistics_settings(), self.timer)
         inside, outside = (sum(both[of] for both in penalties.values()) for of in (0, 1))
         if outside > 0 and inside > 0:
             ratio = f"{outside / inside:.2g} times the in-sample penalty"

@@ -11,7 +11,7 @@ from scipy.linalg import eigh
 from torch.nn.functional import cross_entropy
 from transformers import OPTConfig, OPTForCausalLM
 
-from folora_q.calibration.collect import Reading, build_gates, row_penalties
+from folora_q.calibration.collect import Reading, StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.gate_store import load_gates, save_gates
 from folora_q.calibration.hooks import collect_inputs, shared_inputs
 from folora_q.core import CovarianceSketch, ProjectedCovariance
@@ -87,7 +87,7 @@ def test_gates_solve_the_dense_problem_of_the_text_without_its_padding(model) ->
     proxy, task = sequences(1), sequences(2)
     progress = Silent()
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU))
-    gates = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(progress))
+    gates = build_gates(model, *texts, StatisticsSettings(FULL), StageTimer(progress))
     total, *done = progress.stages["statistics of both texts"]
     assert sum(done) == total == 2 * 4, "two readings of two batches of each"
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
@@ -105,7 +105,7 @@ def test_of_the_task_only_what_is_learned_counts(model) -> None:
     proxy, task = sequences(1), sequences(2)
     labels = [[IGNORED] * (len(ids) - 2) + ids[-2:] for ids in task]
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU, labels))
-    gates = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(Silent()))
+    gates = build_gates(model, *texts, StatisticsSettings(FULL), StageTimer(Silent()))
     name = "model.layers.1.mlp.down_proj"
     basis, utility = gates[name].basis.double(), dense_covariance(model, name, task, learned=2)
     assert torch.allclose(basis @ gates[name].utility_gram @ basis.T, utility, atol=1e-3 * float(utility.abs().max()))
@@ -149,7 +149,7 @@ def test_fisher_covariances_are_those_of_autograd_in_one_unit(model, name: str, 
     labels = [[IGNORED] * (len(ids) - 3) + ids[-3:] for ids in task]
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU, labels))
     section = FULL.model_copy(update={"covariance": "fisher"})
-    gate = build_gates(model, adapter_pairs(model), *texts, section, StageTimer(Silent()), recompute=recompute)[name]
+    gate = build_gates(model, *texts, StatisticsSettings(section, recompute=recompute), StageTimer(Silent()))[name]
     utility, basis = fisher(model, name, task, labels), gate.basis.double()
     found = basis @ gate.utility_gram @ basis.T
     unit = float(utility.trace() / found.trace())  # the mean variance of the penalty, which is drawn
@@ -212,7 +212,7 @@ def test_statistics_are_free_of_dropout_where_activations_are_recomputed(tmp_pat
     model = get_peft_model(opt, LoraConfig(r=2, target_modules=["fc1", "fc2"], task_type="CAUSAL_LM"))
     text = list(batches(sequences(1), 4, CPU))
     gates = [
-        build_gates(model, adapter_pairs(model), text, text, FULL, StageTimer(Silent()), recompute=recompute)
+        build_gates(model, text, text, StatisticsSettings(FULL, recompute=recompute), StageTimer(Silent()))
         for recompute in (False, True, True)
     ]
     for name, gate in gates[0].items():
@@ -227,9 +227,9 @@ def test_refinements_find_larger_quotients_and_the_gate_stays_as_small(model) ->
     found = {}
     for refinements in (0, 1, 2, 3):
         section = GateSection(rank=6, oversampling=2, ridge=0.05, refinements=refinements)
-        found[refinements] = build_gates(model, adapter_pairs(model), *text, section, StageTimer(Silent()))[name]
+        found[refinements] = build_gates(model, *text, StatisticsSettings(section), StageTimer(Silent()))[name]
     whole = GateSection(rank=128, oversampling=0, ridge=0.05, refinements=0)
-    best = build_gates(model, adapter_pairs(model), *text, whole, StageTimer(Silent()))[name].quotients[:6]
+    best = build_gates(model, *text, StatisticsSettings(whole), StageTimer(Silent()))[name].quotients[:6]
     reached = [gate.quotients[:6] / best for gate in found.values()]
     assert all(bool((more >= less - 1e-3).all()) for less, more in zip(reached, reached[1:], strict=False))
     assert 3 * reached[0].mean() < reached[3].mean() and float(max(map(torch.max, reached))) < 1.002
@@ -246,9 +246,9 @@ def test_the_penalty_of_as_rows_is_that_of_the_dense_covariance_of_each_text(mod
     seen, unseen = sequences(1), sequences(3)
     texts = [list(batches(text, 4, CPU)) for text in (seen, unseen)]
     section = GateSection(rank=4, oversampling=4, **ACTIVATION)
-    gates = build_gates(model, adapter_pairs(model), texts[0], texts[1], section, StageTimer(Silent()))
+    gates = build_gates(model, texts[0], texts[1], StatisticsSettings(section), StageTimer(Silent()))
     gates.pop("model.layers.1.mlp.down_proj")  # as if no token had reached it
-    found = row_penalties(model, adapter_pairs(model), gates, tuple(texts), section, StageTimer(Silent()))
+    found = row_penalties(model, gates, tuple(texts), StatisticsSettings(section), StageTimer(Silent()))
     assert found.keys() == gates.keys()
     base = model.get_base_model()
     for pair in adapter_pairs(model):
@@ -269,7 +269,7 @@ def test_the_penalty_of_as_rows_is_that_of_the_dense_covariance_of_each_text(mod
 def test_layers_with_one_input_share_one_gate(model) -> None:
     section = GateSection(rank=4, oversampling=4, ridge=0.1, utility_ridge=0.1, **ACTIVATION)
     text = list(batches(sequences(1), 4, CPU))
-    gates = build_gates(model, adapter_pairs(model), text, text, section, StageTimer(Silent()))
+    gates = build_gates(model, text, text, StatisticsSettings(section), StageTimer(Silent()))
     layer = "model.layers.0.self_attn."
     assert gates[layer + "q_proj"] is gates[layer + "k_proj"] is gates[layer + "v_proj"]
     assert gates[layer + "q_proj"] is not gates[layer + "o_proj"]
@@ -288,7 +288,7 @@ def test_the_second_pass_makes_quotients_exact_in_their_directions(model) -> Non
         section = GateSection(
             rank=6, oversampling=2, second_pass=second_pass, ridge=0.1, utility_ridge=0.0, **ACTIVATION
         )
-        gate = build_gates(model, adapter_pairs(model), *text, section, StageTimer(Silent()))[name]
+        gate = build_gates(model, *text, StatisticsSettings(section), StageTimer(Silent()))[name]
         directions = gate.basis.double() @ gate.vectors
         true = torch.einsum("di,de,ei->i", directions, utility, directions) / (
             torch.einsum("di,de,ei->i", directions, penalty, directions) + 0.1 * directions.square().sum(0)
@@ -305,19 +305,19 @@ def hooks(model) -> int:
 def test_hooks_are_gone_and_the_mode_is_evaluation_afterwards(model) -> None:
     text = list(batches(sequences(1, 2), 4, CPU))
     before = hooks(model)
-    build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4, oversampling=0), StageTimer(Silent()))
+    build_gates(model, text, text, StatisticsSettings(GateSection(rank=4, oversampling=0)), StageTimer(Silent()))
     assert hooks(model) == before
 
 
 def test_a_nan_activation_is_refused_with_the_layers_name(model) -> None:
-    pairs, before = adapter_pairs(model), hooks(model)
+    before, settings = hooks(model), StatisticsSettings(GateSection(rank=4, oversampling=0))
     norm = model.get_base_model().model.layers[1].input_layernorm
     kept = norm.weight.data.clone()
     norm.weight.data[0] = float("nan")
     text = list(batches(sequences(1, 2), 4, CPU))
     try:
         with pytest.raises(RunError, match=r"hold a NaN or an infinity, at the input of model.layers.1.self_attn.q_"):
-            build_gates(model, pairs, text, text, GateSection(rank=4, oversampling=0), StageTimer(Silent()))
+            build_gates(model, text, text, settings, StageTimer(Silent()))
     finally:
         norm.weight.data = kept
     assert hooks(model) == before, "an error must not leave hooks behind"
@@ -352,11 +352,11 @@ def test_gates_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
 def test_sketches_that_do_not_fit_together_are_taken_in_rounds_with_the_same_result(model) -> None:
     texts = list(batches(sequences(1), 4, CPU)), list(batches(sequences(2), 4, CPU))
     section = GateSection(rank=6, oversampling=2)
-    at_once = build_gates(model, adapter_pairs(model), *texts, section, StageTimer(Silent()))
+    at_once = build_gates(model, *texts, StatisticsSettings(section), StageTimer(Silent()))
     progress = Silent()
     one_layer = 128 * 12 * 4 / 2**30  # of the widest: 128 features, a joint basis of 12 columns
     partition_by_memory = build_gates(
-        model, adapter_pairs(model), *texts, section, StageTimer(progress), memory=one_layer
+        model, *texts, StatisticsSettings(section, memory=one_layer), StageTimer(progress)
     )
     rounds = int(progress.notes[-1].split()[2])
     assert progress.notes[-1] == f"statistics in {rounds} rounds, by proxy.statistics_memory"
@@ -375,7 +375,7 @@ def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once
     counted: list[int] = []
     covariance = CovarianceSketch.covariance
     monkeypatch.setattr(CovarianceSketch, "covariance", lambda self: counted.append(self.count) or covariance(self))
-    expected = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(Silent()))
+    expected = build_gates(model, *texts, StatisticsSettings(FULL), StageTimer(Silent()))
     once = counted.copy()
     counted.clear()
     taken: list[int] = []
@@ -390,7 +390,7 @@ def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once
     handle = last.register_forward_pre_hook(hook)
     progress = Silent()
     try:
-        found = build_gates(model, adapter_pairs(model), *texts, FULL, StageTimer(progress))
+        found = build_gates(model, *texts, StatisticsSettings(FULL), StageTimer(progress))
     finally:
         handle.remove()
     assert counted == once, "every token of every input, once"
@@ -404,7 +404,7 @@ def test_the_bases_dtype_is_the_recipes(model) -> None:
     text = list(batches(sequences(1, 2), 4, CPU))
     for name, dtype in (("bfloat16", torch.bfloat16), ("auto", torch.float32)):
         section = GateSection(rank=4, oversampling=0, basis_dtype=name)
-        gates = build_gates(model, adapter_pairs(model), text, text, section, StageTimer(Silent()))
+        gates = build_gates(model, text, text, StatisticsSettings(section), StageTimer(Silent()))
         assert {gate.basis.dtype for gate in gates.values()} == {dtype}
 
 
@@ -415,4 +415,4 @@ def test_sketches_that_do_not_fit_at_all_are_a_sentence(model, monkeypatch) -> N
     monkeypatch.setattr("folora_q.calibration.collect.CovarianceSketch", full)
     text = list(batches(sequences(1, 2), 4, CPU))
     with pytest.raises(RunError, match="memory ran out for the sketches of 8 layers' inputs"):
-        build_gates(model, adapter_pairs(model), text, text, GateSection(rank=4), StageTimer(Silent()))
+        build_gates(model, text, text, StatisticsSettings(GateSection(rank=4)), StageTimer(Silent()))

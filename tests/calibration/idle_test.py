@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from folora_q.calibration.collect import build_gates
+from folora_q.calibration.collect import StatisticsSettings, build_gates
 from folora_q.data.tokens import batches
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
@@ -34,7 +34,7 @@ def test_an_idle_expert_keeps_its_random_a_and_is_named(rule: str, tiny_folder: 
     before = {pair.name: pair.a.clone() for pair in pairs}
     section, progress = GateSection(rule=rule, rank=8), Silent()
     texts = [list(batches(sequences(seed), 4, CPU.device)) for seed in (1, 2)]
-    gates = build_gates(model, pairs, *texts, section, StageTimer(progress))
+    gates = build_gates(model, *texts, StatisticsSettings(section), StageTimer(progress))
     rule_of(section).initialize(pairs, gates, section)
     idle = "model.layers.1.mlp.experts.0"
     assert gates.keys() == before.keys() - {idle}

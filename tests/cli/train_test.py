@@ -183,9 +183,9 @@ def test_the_papers_gate_runs_from_a_recipe(recipe_file: Path, tmp_path: Path) -
 def test_held_out_text_is_never_used_for_statistics(recipe_file: Path, monkeypatch) -> None:
     used: dict[str, list] = {}
 
-    def spy(model, pairs, proxy, task, *rest):
+    def spy(model, proxy, task, *rest):
         used["proxy"], used["task"] = ([b.input_ids for b in batches] for batches in (proxy, task))
-        return build_gates(model, pairs, proxy, task, *rest)
+        return build_gates(model, proxy, task, *rest)
 
     def spy_evaluate(model_pair, on, *rest):
         held_out = [text for text in on.texts if text.name in ("task", "generated text")]

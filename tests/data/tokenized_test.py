@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat, Completion, Text
 from folora_q.data.rows import RowError
-from folora_q.data.tokenized import Tokenized, tokenize
+from folora_q.data.tokenized import Tokenized, UnfitExamples, tokenize
 from folora_q.data.tokens import IGNORED
 from folora_q.errors import UserError
 from tests.data.rows import assistant, user
@@ -25,8 +25,15 @@ def encoder(tiny_folder: Path) -> Encoder:
     return Encoder(AutoTokenizer.from_pretrained(tiny_folder))
 
 
-def tokens(encoder: Encoder, examples: list, max_length: int = 32, overlong: str = "drop", **more: object) -> Tokenized:
-    return tokenize(examples, encoder, max_length=max_length, overlong=overlong, **more)
+def tokens(
+    encoder: Encoder,
+    examples: list,
+    max_length: int = 32,
+    overlong: str = "drop",
+    skip_errors: bool = False,
+    **more: object,
+) -> Tokenized:
+    return tokenize(examples, encoder, UnfitExamples(max_length, overlong, skip_errors), **more)
 
 
 def test_what_is_too_long_is_left_out_and_counted(encoder: Encoder) -> None:

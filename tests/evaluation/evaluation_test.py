@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from folora_q.evaluation.loss import GENERAL_TEXTS, mean_loss, text_windows
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
+    Generation,
     Questions,
     answer_both,
     greedy_tokens,
@@ -43,9 +45,11 @@ CPU = torch.device("cpu")
 TEXT = [[3, 40, 50, 60, 70], [9, 8, 7], [100, 101, 102, 103], [5, 6]]
 
 
-def greedy_answers(model: PreTrainedModel, tokenizer: Tokenizer, *arguments: Any, **settings: Any) -> list[str]:
+def greedy_answers(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *settings: Any, **more: Any
+) -> list[str]:
     """The text of `greedy_tokens`, without special tokens."""
-    answers = greedy_tokens(model, tokenizer, *arguments, **settings)
+    answers = greedy_tokens(model, tokenizer, prompts, Generation(*settings, **more))
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
@@ -238,8 +242,7 @@ def test_both_models_answer_and_only_the_task_is_scored(tuned, base: LoadedModel
     path.write_text("what is it?\n\nand this?\n", encoding="utf-8")
     reader = Questions(Renderer(base.tokenizer))
     questions = reader.of_task([Completion("a", "abab", "x"), Completion("a", "cd", "y")]) + reader.general(path)
-    section = EvaluationSection(metric="regex", metric_pattern=".", max_new_tokens=4)
-    answers = answer_both(ModelPair(tuned), reader, questions, section, lambda answer, reference: 0.25)
+    answers = answer_both(ModelPair(tuned), reader, questions, Generation(4, 4), lambda answer, reference: 0.25)
     assert [(a.kind, a.asked, a.reference) for a in answers] == [
         ("task", "abab", "x"),
         ("task", "cd", "y"),

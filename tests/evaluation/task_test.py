@@ -13,7 +13,7 @@ from folora_q.data.encode import Encoder
 from folora_q.data.formats import Chat
 from folora_q.data.thoughts import Said
 from folora_q.errors import RunError
-from folora_q.evaluation.task import Question, Questions, greedy_tokens, make_scorer
+from folora_q.evaluation.task import Generation, Question, Questions, greedy_tokens, make_scorer
 from folora_q.recipe.evaluation import EvaluationSection
 from tests.data.chats import CALL, RESULT, ROWS, TEMPLATES, TOOLS, encoder_for, thinking
 from tests.data.rows import assistant, user
@@ -129,7 +129,7 @@ def test_a_model_that_has_learned_its_rows_is_right(name: str, setting: str) -> 
     assert loss.item() < 0.05
     reader = Questions(encoder.renderer)
     questions = reader.of_task(chats[:4])
-    answers = greedy_tokens(model, encoder.tokenizer, [question.ids for question in questions], 40, 4)
+    answers = greedy_tokens(model, encoder.tokenizer, [question.ids for question in questions], Generation(40, 4))
     said = [reader.read(question, ids) for question, ids in zip(questions, answers, strict=True)]
     assert [answer.answer.strip() for answer in said] == ["yes"] * 4
     assert all(EXACT(answer, question.reference) for answer, question in zip(said, questions, strict=True))

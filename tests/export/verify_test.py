@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from folora_q.errors import RunError
 from folora_q.export.merge import Merge, write_merged
-from folora_q.export.verify import CheckedWeights, check_outputs, check_weights
+from folora_q.export.verify import CheckedWeights, MergedModel, check_outputs, check_weights
 from folora_q.models.weight_files import INDEX, open_checkpoint
 from tests.export.merge_test import merge_of
 from tests.export.models import save_adapter, sharded_llama, sharded_qwen
@@ -32,9 +32,9 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(base, tmp_path_factory.mktemp("adapter"), size=0.02)
 
 
-def merged(merge: Merge, folder: Path) -> Path:
+def merged(merge: Merge, folder: Path) -> MergedModel:
     write_merged(merge, folder)
-    return folder
+    return MergedModel(merge, folder)
 
 
 def sabotage(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -49,9 +49,9 @@ def sabotage(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Ten
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_right_merge_passes(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype, weights: str) -> None:
     merge = merge_of(base, (adapter, 1.0), weights=weights, dtype=dtype)
-    folder = merged(merge, tmp_path / "merged")
-    changed = check_weights(merge, folder)
-    found = check_outputs(merge, folder, TEXTS, changed)
+    model = merged(merge, tmp_path / "merged")
+    changed = check_weights(model)
+    found = check_outputs(model, TEXTS, changed)
     assert found.failures == []
     assert (changed.changed, found.tokens) == (14, sum(map(len, TEXTS)) - 3)
     assert found.merged.mean < 0.1 * found.base_difference.mean
@@ -67,9 +67,11 @@ def test_what_rounding_leaves_of_small_updates_is_measured(base: Path, tmp_path:
     kept = {}
     for dtype in (torch.float32, torch.bfloat16):
         merge = merge_of(base, (adapter, 1.0), weights="dequantized", dtype=dtype)
-        folder = merged(merge, tmp_path / str(dtype))
-        checked = check_weights(merge, folder)
-        tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        model = merged(merge, tmp_path / str(dtype))
+        checked = check_weights(model)
+        tensors = {
+            name: tensor for path in model.folder.glob("*.safetensors") for name, tensor in load_file(path).items()
+        }
         stored = exact = 0.0
         for name in merge.changed:
             update = sum(share * delta.dense(torch.float64) for share, delta in merge.deltas(name))
@@ -77,7 +79,7 @@ def test_what_rounding_leaves_of_small_updates_is_measured(base: Path, tmp_path:
             exact += float(update.square().sum())
         assert checked.kept == pytest.approx(stored / exact, rel=1e-3)
         kept[dtype] = checked.kept
-        found = check_outputs(merge, folder, TEXTS, checked)
+        found = check_outputs(model, TEXTS, checked)
         assert not any("is not the adapter" in failure for failure in found.failures) and found.kept == checked.kept
     assert kept[torch.float32] == pytest.approx(1, abs=1e-3) and kept[torch.bfloat16] < 0.99
 
@@ -85,70 +87,69 @@ def test_what_rounding_leaves_of_small_updates_is_measured(base: Path, tmp_path:
 def test_a_right_merge_passes_where_memory_is_for_16_bits_alone(base: Path, adapter: Path, tmp_path: Path) -> None:
     for weights in ("original", "dequantized"):
         merge = merge_of(base, (adapter, 1.0), weights=weights)
-        folder = merged(merge, tmp_path / weights)
-        assert check_outputs(merge, folder, TEXTS, check_weights(merge, folder), torch.bfloat16).failures == []
-    folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "base")
-    assert check_outputs(merge_of(base, (adapter, 1.0)), folder, TEXTS, CheckedWeights(0), torch.bfloat16).failures
+        model = merged(merge, tmp_path / weights)
+        assert check_outputs(model, TEXTS, check_weights(model), torch.bfloat16).failures == []
+    folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "base").folder
+    model = MergedModel(merge_of(base, (adapter, 1.0)), folder)
+    assert check_outputs(model, TEXTS, CheckedWeights(0), torch.bfloat16).failures
 
 
 def test_tied_embeddings_and_several_adapters_pass(tmp_path: Path) -> None:
     base = sharded_qwen(tmp_path)
     one, two = (save_adapter(base, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     merge = merge_of(base, (one, 0.5), (two, -1.5), dtype=torch.bfloat16)
-    folder = merged(merge, tmp_path / "merged")
-    assert check_outputs(merge, folder, TEXTS, check_weights(merge, folder)).failures == []
+    model = merged(merge, tmp_path / "merged")
+    assert check_outputs(model, TEXTS, check_weights(model)).failures == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_scale_off_by_a_hundredth_is_found(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = merged(merge_of(base, (adapter, 1.01), dtype=dtype), tmp_path / "merged")
+    folder = merged(merge_of(base, (adapter, 1.01), dtype=dtype), tmp_path / "merged").folder
     with pytest.raises(RunError, match=r"the merged model\.layers\.\S+ is not the base's plus the adapter's change"):
-        check_weights(merge_of(base, (adapter, 1.0), dtype=dtype), folder)
+        check_weights(MergedModel(merge_of(base, (adapter, 1.0), dtype=dtype), folder))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_module_left_out_is_found(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     merge = merge_of(base, (adapter, 1.0), dtype=dtype)
-    folder = merged(merge, tmp_path / "merged")
-    sabotage(folder, SQUARE, lambda _: merge.base.read(SQUARE))
+    model = merged(merge, tmp_path / "merged")
+    sabotage(model.folder, SQUARE, lambda _: merge.base.read(SQUARE))
     with pytest.raises(RunError, match=f"the merged {SQUARE} "):
-        check_weights(merge, folder)
+        check_weights(model)
     if dtype != torch.bfloat16:  # whose rounding says as much as one small module of fourteen: the numbers tell
-        found = check_outputs(merge, folder, TEXTS, CheckedWeights(13))
+        found = check_outputs(model, TEXTS, CheckedWeights(13))
         assert any("is not the adapter" in failure for failure in found.failures)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_halves_that_were_swapped_are_found(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     merge = merge_of(base, (adapter, 1.0), dtype=dtype)
-    folder = merged(merge, tmp_path / "merged")
+    model = merged(merge, tmp_path / "merged")
     [(_, delta)] = merge.deltas(SQUARE)
     swapped = merge.base.read(SQUARE).float() + delta.dense().T
-    sabotage(folder, SQUARE, lambda _: swapped)
+    sabotage(model.folder, SQUARE, lambda _: swapped)
     with pytest.raises(RunError, match=f"the merged {SQUARE} "):
-        check_weights(merge, folder)
-    found = check_outputs(merge, folder, TEXTS, CheckedWeights(14))
+        check_weights(model)
+    found = check_outputs(model, TEXTS, CheckedWeights(14))
     assert any("is not the adapter" in failure for failure in found.failures)
 
 
 def test_the_base_under_another_name_is_found(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge = merge_of(base, (adapter, 1.0))
-    folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "merged")
+    folder = merged(merge_of(base, (adapter, 0.0)), tmp_path / "merged").folder
     with pytest.raises(RunError, match="is not the base's plus the adapter's change"):
-        check_weights(merge, folder)
-    found = check_outputs(merge, folder, TEXTS, CheckedWeights(0))
+        check_weights(MergedModel(merge, folder))
+    found = check_outputs(MergedModel(merge, folder), TEXTS, CheckedWeights(0))
     assert any("could be the base" in failure for failure in found.failures)
 
 
 def test_an_adapter_that_changes_nothing_is_told(base: Path, tmp_path: Path) -> None:
     idle = save_adapter(base, tmp_path / "idle", size=0.0)
     merge = merge_of(base, (idle, 1.0))
-    folder = merged(merge, tmp_path / "merged")
+    model = merged(merge, tmp_path / "merged")
     with pytest.raises(RunError, match="it is unchanged from the base"):
-        check_weights(merge, folder)
-    assert any(
-        "could be the base" in failure for failure in check_outputs(merge, folder, TEXTS, CheckedWeights(0)).failures
-    )
+        check_weights(model)
+    assert any("could be the base" in failure for failure in check_outputs(model, TEXTS, CheckedWeights(0)).failures)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
@@ -156,27 +157,27 @@ def test_a_weight_that_should_be_the_base_s_and_is_not_is_found(
     base: Path, adapter: Path, tmp_path: Path, name: str
 ) -> None:
     merge = merge_of(base, (adapter, 1.0))
-    folder = merged(merge, tmp_path / "merged")
+    model = merged(merge, tmp_path / "merged")
 
     def touch(weight: torch.Tensor) -> torch.Tensor:
         weight = weight.clone()
         weight.view(-1)[3] *= 1.02
         return weight
 
-    sabotage(folder, name, touch)
+    sabotage(model.folder, name, touch)
     with pytest.raises(RunError, match=f"the merged {name} is not"):
-        check_weights(merge, folder)
+        check_weights(model)
 
 
 def test_a_weight_too_many_or_too_few_is_found(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge = merge_of(base, (adapter, 1.0))
-    folder = merged(merge, tmp_path / "merged")
-    index = json.loads((folder / INDEX).read_text())
-    shard = folder / index["weight_map"].pop("model.norm.weight")
+    model = merged(merge, tmp_path / "merged")
+    index = json.loads((model.folder / INDEX).read_text())
+    shard = model.folder / index["weight_map"].pop("model.norm.weight")
     tensors = load_file(shard)
     del tensors["model.norm.weight"]
     save_file(tensors, shard, metadata={"format": "pt"})
-    (folder / INDEX).write_text(json.dumps(index))
-    assert "model.norm.weight" not in open_checkpoint(folder).tensors
+    (model.folder / INDEX).write_text(json.dumps(index))
+    assert "model.norm.weight" not in open_checkpoint(model.folder).tensors
     with pytest.raises(RunError, match=r"model\.norm\.weight is only in one of them"):
-        check_weights(merge, folder)
+        check_weights(model)

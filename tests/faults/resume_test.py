@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,9 @@ def test_gates_that_come_out_otherwise_than_the_checkpoints_are_refused(
     (folder / "gates.safetensors").write_bytes(b"")
     made = training_run.build_gates
 
-    def otherwise(model, pairs, proxy, task, section, *rest):
-        return made(model, pairs, proxy, task, section.model_copy(update={"gate_lambda": 2.0}), *rest)
+    def otherwise(model, proxy, task, settings, *rest):
+        stronger = settings.gate.model_copy(update={"gate_lambda": 2.0})
+        return made(model, proxy, task, replace(settings, gate=stronger), *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(training_run, "build_gates", otherwise)

@@ -29,10 +29,10 @@ def read_and_load(folder: Path, file: str) -> None:
     """Load an adapter as `chat` and `eval` do."""
     from folora_q.recipe.schema import ModelSection
     from folora_q.targets.find import find_target
-    from folora_q.targets.load import load_target
+    from folora_q.targets.load import Precision, load_target
 
     against = ModelSection(model_name_or_path=str(folder / "model"))
-    load_target(find_target(str(folder / "adapter")), "float32", 16, against, compare=True)
+    load_target(find_target(str(folder / "adapter")), Precision("float32", 16), against, compare=True)
 
 
 def build_model(folder: Path) -> None:
@@ -42,9 +42,9 @@ def build_model(folder: Path) -> None:
 def read_model(folder: Path, file: str) -> None:
     """Load a model and its tokenizer as `chat`, `eval` and `train` do."""
     from folora_q.targets.find import find_target
-    from folora_q.targets.load import load_target
+    from folora_q.targets.load import Precision, load_target
 
-    load_target(find_target(str(folder / "model")), "float32", 16)
+    load_target(find_target(str(folder / "model")), Precision("float32", 16))
 
 
 def build_gguf(folder: Path) -> None:

@@ -158,14 +158,14 @@ def seal_again(folder: Path, file: str) -> None:
 def read_checkpoint(folder: Path, file: str) -> None:
     """Choose a checkpoint as `train --resume` does, and write what it records in run.json."""
     from folora_q.runs.folder import RunFolder
-    from folora_q.training.resume import prepare_resume, read_earlier
+    from folora_q.training.resume import Manifests, prepare_resume, read_earlier
 
     seal_again(folder, file)
     run, recipe = RunFolder(folder / "run"), recipe_of(folder, STEP + 1)
     earlier = read_earlier(run)
     if earlier is None:
         return
-    resumed = prepare_resume(run, earlier, recipe, new_run(), force=True, tell=lambda line: None)
+    resumed = prepare_resume(run, recipe, Manifests(earlier, new_run()), force=True, tell=lambda line: None)
     resumed.require_model("f" * 64)
     for path in (run.proxy, run.gates):
         resumed.keeps(path)

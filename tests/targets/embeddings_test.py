@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from folora_q.errors import UserError
 from folora_q.targets.find import find_target
-from folora_q.targets.load import LoadedTarget, load_target
+from folora_q.targets.load import LoadedTarget, Precision, load_target
 from tests.export.ends_test import ROWS, logits, train
 from tests.export.models import sharded_llama, sharded_qwen
 
@@ -18,7 +18,7 @@ BASES = {"untied": lambda folder: sharded_llama(folder), "tied": lambda folder: 
 
 
 def load(adapter: Path, compare: bool = True) -> LoadedTarget:
-    return load_target(find_target(str(adapter)), "float32", bits=16, compare=compare)
+    return load_target(find_target(str(adapter)), Precision("float32", 16), compare=compare)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -17,7 +17,7 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe.schema import ModelSection
 from folora_q.targets.find import find_target
-from folora_q.targets.load import LoadedTarget, load_target
+from folora_q.targets.load import LoadedTarget, Precision, load_target
 from tests.conftest import save_tiny_model
 from tests.targets.folders import write_adapter, write_merged, write_run
 
@@ -35,7 +35,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, bits: int = 4, **how: object) -> LoadedTarget:
-    return load_target(find_target(str(folder)), "float32", bits, **how)
+    return load_target(find_target(str(folder)), Precision("float32", bits), **how)
 
 
 def section(folder: Path) -> ModelSection:

@@ -14,7 +14,7 @@ from folora_q.core import GatedOptimizer, SpectralAdamW
 from folora_q.data.encode import Encoder
 from folora_q.data.formats import Example
 from folora_q.data.loading import read_task_data
-from folora_q.data.tokenized import tokenize
+from folora_q.data.tokenized import UnfitExamples, tokenize
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunError
 from folora_q.evaluation.divergence import HeldOutText
@@ -47,7 +47,7 @@ def trainer_of(
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
     encoder = Encoder(base.tokenizer)
     encoder.prepare_chats()
-    rows = tokenize(examples(recipe), encoder, max_length=recipe.training.max_length, overlong="drop").sequences
+    rows = tokenize(examples(recipe), encoder, UnfitExamples(recipe.training.max_length, "drop")).sequences
     gates = None
     if gate_lambda is not None:
         pairs = adapter_pairs(model)
