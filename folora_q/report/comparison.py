@@ -94,7 +94,7 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
             lower_is_better=False,
         )
     for name in _names(evaluations, TextKind.GENERATED):
-        add(f"{name}: KL from the base", ".4f", lambda _: 0.0, of_text(name, lambda result: result.kl))
+        add(f"{name}: KL", ".4f", lambda _: 0.0, of_text(name, lambda result: result.kl))
         agreement = of_text(name, lambda result: result.top1_agreement)
         add(f"{name}: same top token", ".1%", lambda _: 1.0, agreement, lower_is_better=False)
     for name in _names(evaluations, TextKind.GENERAL):

@@ -50,6 +50,7 @@ from folora_q.models.load import load_model
 from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.gate import GateSection
+from folora_q.runs.results import GENERATED_TEXT
 from tests.conftest import Silent, write_recipe
 
 Testbed.__test__ = False  # its name looks like that of a test class
@@ -130,7 +131,7 @@ def test_every_method_learns_and_leaves_the_base_as_it_was(testbed: Testbed, met
     method, model = tuned(testbed, method, steps=12)
     measured = fresh.measure(model)
     assert measured.loss[text.name] < start - 0.01
-    assert measured.update_norm > 0 and measured.kl["own text"] > 0
+    assert measured.update_norm > 0 and measured.kl[GENERATED_TEXT] > 0
     release(method, model)
     after = testbed.base.state_dict()
     assert after.keys() == before.keys()

@@ -124,7 +124,7 @@ def test_runs_are_compared_at_their_ends_and_at_equal_loss(demo: Path, tmp_path:
     text, talk = capfd.readouterr()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     assert ["task: loss", "2.8330", "0.0430", "0.1100", "0.0800"] in rows
-    assert ["generated text: KL from the base", "0.0000", "0.1250", "0.3000", "0.1250"] in rows
+    assert ["generated text: KL", "0.0000", "0.1250", "0.3000", "0.1250"] in rows
     assert "At task loss 0.1100, the lowest that all of them reached" in text
     demo_row = next(row for row in rows if row[0] == "demo")
     assert 0.07 < float(demo_row[1]) < 0.1125 and demo_row[3].startswith("interpolated")

@@ -27,7 +27,7 @@ def test_rows_hold_what_the_evaluations_say(tmp_path: Path) -> None:
     task = rows["task: loss"]
     assert task.base == BASE_LOSS and [found.value for found in task.estimates] == [0.043, 0.11]
     assert rows["task: exact match"].estimates[1] is None and rows["task: exact match"].base == 0.0
-    kl = rows["generated text: KL from the base"]
+    kl = rows["generated text: KL"]
     assert [found.value for found in kl.estimates] == [0.125, 1.5] and kl.best == 0 and kl.base == 0.0
     for run, found in zip((gated, plain), rows["code: rise of the loss"].estimates, strict=True):
         assert found == run.evaluation.text("code").loss.change
