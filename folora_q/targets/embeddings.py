@@ -69,7 +69,7 @@ def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, comp
     if lacking and not (modules.tied and len(lacking) < len(saved)):
         raise UserError(
             f"the adapter {adapter} was trained on a model whose embedding had been resized from {before:,} to "
-            f"{rows:,} rows, and holds no {lacking[0]}.weight of that size: its new rows were not saved",
+            f"{rows:,} rows, but has no {lacking[0]}.weight of that size: its new rows were not saved",
             SAVE_BOTH,
         )
     if compare and (name := _changed(model, found, before)) is not None:

@@ -124,8 +124,8 @@ def test_the_copy_of_the_output_layer_that_peft_adds_is_no_change(tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "settings", "lacking"), [
-    ("untied", {"target_modules": ["lm_head"]}, "holds no model.embed_tokens.weight of that size"),
-    ("untied", {"target_modules": ["q_proj", "embed_tokens"]}, "holds no lm_head.weight of that size"),
+    ("untied", {"target_modules": ["lm_head"]}, "has no model.embed_tokens.weight of that size"),
+    ("untied", {"target_modules": ["q_proj", "embed_tokens"]}, "has no lm_head.weight of that size"),
     ("untied", {"save": False}, r"has the token '<\|new_0\|>' \(261\), and neither the adapter nor the base"),
     ("tied", {"save": False}, r"has the token '<\|new_0\|>' \(261\), and neither the adapter nor the base"),
 ])  # fmt: skip
@@ -140,7 +140,7 @@ def test_new_rows_that_were_not_saved_are_the_reason(tmp_path: Path, name: str, 
 def test_pairs_of_a_resized_model_alone_are_not_enough(tmp_path: Path) -> None:
     """As vLLM once took them, with the new rows in a file of its own (mergekit#328)."""
     train(sharded_llama(tmp_path), tmp_path / "adapter", 4, save=False, target_modules=["q_proj", *BOTH])
-    with pytest.raises(UserError, match="resized from 261 to 265 rows, and holds no model.embed_tokens.weight"):
+    with pytest.raises(UserError, match="resized from 261 to 265 rows, but has no model.embed_tokens.weight"):
         merged(tmp_path / "adapter", tmp_path / "merged")
 
 

@@ -42,7 +42,7 @@ def test_rows_that_are_nowhere_are_the_reason(tmp_path: Path) -> None:
     ):
         load(tmp_path / "adapter")
     train(sharded_llama(tmp_path), tmp_path / "other", new_tokens=2, target_modules=["lm_head"])
-    with pytest.raises(UserError, match=r"from 261 to 263 rows, and holds no model\.embed_tokens\.weight of that size"):
+    with pytest.raises(UserError, match=r"from 261 to 263 rows, but has no model\.embed_tokens\.weight of that size"):
         load(tmp_path / "other")
 
 
