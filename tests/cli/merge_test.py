@@ -132,6 +132,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         wait_until(lambda: output.exists() and "✓ merging" in output.read_text("utf-8"), process, output)
         os.kill(process.pid, signal.SIGINT)
         process.join(60)
-        assert process.exitcode == 130 and "error: interrupted" in output.read_text("utf-8")
+        said = output.read_text("utf-8")
+        assert process.exitcode == 130 and "error: interrupted" in said, said
     assert not (tmp_path / "adapter-merged").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".adapter-merged")]
