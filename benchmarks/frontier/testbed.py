@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.frontier.covariances import Covariances, measure
 from benchmarks.frontier.questions import Questions
 from benchmarks.frontier.results import digest, model_name
-from benchmarks.models import vocabulary_size
 from folora_q.calibration.collect import StatisticsSettings, build_gates
 from folora_q.calibration.gate_store import load_gates, save_gates
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, settings_of_text
@@ -33,6 +32,7 @@ from folora_q.evaluation.task import make_scorer
 from folora_q.models.adapters import AdapterPair, keep_in_float32
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
+from folora_q.models.parts import embedding_rows
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
@@ -76,7 +76,7 @@ class Testbed:
         self.base: PreTrainedModel = loaded.model
         if self.base.device.type == "cpu":
             decode(self.base)
-        samples = read_samples(generated_text_path(recipe), vocabulary_size(self.base)) or load_or_sample(
+        samples = read_samples(generated_text_path(recipe), embedding_rows(self.base)) or load_or_sample(
             SampledModel(self.base, self.tokenizer, loaded.fingerprint, hardware.dtype), recipe.proxy, clock
         )
         ids = [sample.ids for sample in samples]

@@ -14,12 +14,12 @@ from transformers import get_cosine_schedule_with_warmup
 
 from benchmarks.frontier.methods.base import Method, Step
 from benchmarks.frontier.testbed import Testbed
-from benchmarks.models import base_of
 from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.errors import RunError
 from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.logits import head_logits, hidden_states
+from folora_q.models.parts import base_of
 
 WARMUP = 0.03
 MAX_GRAD_NORM = 1.0

@@ -32,7 +32,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from benchmarks.models import base_of
 from benchmarks.performance._process import in_a_process
 from benchmarks.performance._trainer import gated_trainer, placeholder_tokenizer
 from benchmarks.performance.shapes import SHAPES, random_4bit
@@ -40,6 +39,7 @@ from folora_q.data.batch_splitting import ran_out
 from folora_q.errors import RunError
 from folora_q.models.adapters import keep_in_float32
 from folora_q.models.hardware import PeakMemory, choose_hardware
+from folora_q.models.parts import base_of
 from folora_q.recipe import Recipe
 from folora_q.training.config import CHECKPOINTING
 

@@ -30,7 +30,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.models import base_of, vocabulary_size
 from benchmarks.performance._process import time_and_peak
 from folora_q.data.loading import read_task_data
 from folora_q.data.task_data import chat_template, tokenize_task
@@ -40,6 +39,7 @@ from folora_q.export.texts import check_texts
 from folora_q.export.verify import Difference, compare_logits, logits_of
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
+from folora_q.models.parts import base_of, embedding_rows
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
@@ -174,7 +174,7 @@ def _compare(run: Path, scratch: Path) -> list[Row]:
     texts = check_texts(adapter, tokenizer).sequences
     general = text_windows(GENERAL_TEXTS["prose"], tokenizer, 256)
     base = load_model(recipe.model, choose_hardware(recipe.model.dtype), tokenizer)
-    vocabulary = vocabulary_size(base.model)
+    vocabulary = embedding_rows(base.model)
     bare = logits_of(base.model, texts, vocabulary)
     tuned = PeftModel.from_pretrained(base.model, adapter).eval()
     trained = logits_of(tuned, texts, vocabulary)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.models import base_of
+from folora_q.models.parts import base_of
 
 
 class LiveTensors(TorchDispatchMode):

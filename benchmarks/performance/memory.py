@@ -30,7 +30,6 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig
 
-from benchmarks.models import vocabulary_size
 from benchmarks.performance._process import GIVE_BACK, in_a_process
 from benchmarks.performance._trainer import gated_trainer, placeholder_tokenizer
 from benchmarks.performance.live_tensors import counted_step
@@ -48,6 +47,7 @@ from folora_q.models.adapters import attach_adapter
 from folora_q.models.demo import DEMO_MODEL, demo_model_folder
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import LoadedModel, load_model
+from folora_q.models.parts import embedding_rows
 from folora_q.models.quantization import Quantization
 from folora_q.progress import StageTimer
 from folora_q.recipe import Recipe
@@ -232,7 +232,7 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path) -> Ca
     if stage == "sampling":
         return lambda: sample_proxy(base.model, base.tokenizer, recipe.proxy)
     model = attach_adapter(base, recipe.adapter, 0)
-    vocabulary = vocabulary_size(base.model)
+    vocabulary = embedding_rows(base.model)
 
     def text(rows: int) -> list[Batch]:
         ids = torch.randint(5, vocabulary, (rows, length)).tolist()

@@ -27,13 +27,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim import Optimizer
 
-from benchmarks.models import base_of, vocabulary_size
 from benchmarks.performance._process import in_a_process
 from benchmarks.performance.shapes import SHAPES, random_4bit, random_gates
 from folora_q.models.adapters import adapter_pairs, keep_in_float32
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import load_model
+from folora_q.models.parts import base_of, embedding_rows
 from folora_q.recipe.gate import GateSection
 from folora_q.recipe.gate_rules import GATE_RULES, RuleName
 from folora_q.recipe.schema import ModelSection
@@ -95,7 +95,7 @@ def main(context: click.Context, gpu: bool, shape: str, batch: int, length: int,
 def once(what: str, way: str, shape: str, batch: int, length: int, steps: int, r: int, device: str) -> None:
     """Take steps in this process, and print their times or the peak memory as JSON."""
     model, place = _model(shape, r, device == "gpu")
-    ids = torch.randint(5, vocabulary_size(base_of(model)), (batch, length), device=place)
+    ids = torch.randint(5, embedding_rows(base_of(model)), (batch, length), device=place)
     ways = WAYS if way == "all" else (way,)
     optimizers = {name: _optimizer(name, model, place) for name in ways}
     step = _stepper(model, ids, place)

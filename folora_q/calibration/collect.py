@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from folora_q.calibration.hooks import TokenSink, collect_inputs, collect_weighted_inputs, shared_inputs
+from folora_q.calibration.hooks import shared_inputs
+from folora_q.calibration.reading import Reading, Text
 from folora_q.core import (
     CovarianceSketch,
     LowRankCovariance,
@@ -26,16 +20,12 @@ from folora_q.core import (
     normalizers,
     refined_basis,
 )
-from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
-from folora_q.data.tokens import Batch
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.errors import RunError, first_line
 from folora_q.models.adapters import adapter_off, adapter_pairs
-from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.progress import StageTimer
 from folora_q.recipe.gate import GateSection
 
-Text = Sequence[Batch]
-Sink = TypeVar("Sink", CovarianceSketch, ProjectedCovariance)
 GIB = 2**30
 BYTES = 4  # of a number in a sketch or a basis
 
@@ -52,11 +42,6 @@ class StatisticsSettings:
     gate: GateSection
     memory: float | None = None
     recompute: bool = False
-
-    @property
-    def weighted(self) -> bool:
-        """Whether tokens are weighted by their gradient in the loss."""
-        return self.gate.covariance == "fisher"
 
 
 def build_gates(
@@ -88,7 +73,7 @@ def build_gates(
         found: dict[str, SpectralGate] = {}
         with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
             splitter = BatchSplitter("taking statistics of", clock.note)
-            reading = Reading(model, modules, groups, settings.weighted, settings.recompute, done, splitter)
+            reading = Reading(model, modules, groups, settings.gate.weighted, settings.recompute, done, splitter)
             for share in shares:
                 found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
     torch.cuda.empty_cache()  # blocks of a text batch's size would fragment memory in training; no effect without CUDA
@@ -130,7 +115,7 @@ def row_penalties(
     model.eval()
     with adapter_off(model), clock.stage("penalty of A's rows, in sample and held out", sum(map(len, texts))) as done:
         splitter = BatchSplitter("taking statistics of", clock.note)
-        reading = Reading(model, modules, groups, settings.weighted, settings.recompute, done, splitter)
+        reading = Reading(model, modules, groups, settings.gate.weighted, settings.recompute, done, splitter)
         draw = 0 if reading.weighted else None
         fitted, heldout = (reading.stream(text, len(rows), new_sinks, draw) for text in texts)
     return {
@@ -139,127 +124,6 @@ def row_penalties(
         if fitted[group[0]].count and heldout[group[0]].count
         for name in group
     }
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Reads text and feeds layers' inputs to sinks, which have the name of the first layer of their group.
-
-    Attributes:
-        modules: adapted layers by name; those of a group in `groups` read the same tensor.
-        weighted: weight tokens by their gradient; the unit is then that of the loss per labelled token.
-    """
-
-    model: PeftModel
-    modules: Mapping[str, nn.Module]
-    groups: Sequence[Sequence[str]]
-    weighted: bool
-    recompute: bool = False
-    on_progress: Callable[[int], None] = lambda _: None
-    splitter: BatchSplitter = field(default_factory=lambda: BatchSplitter("taking statistics of"))
-
-    def stream(
-        self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
-    ) -> dict[str, Sink]:
-        """Return sinks that have seen a text; if memory runs out, start again with smaller batches.
-
-        Args:
-            count: the number of sinks, for the error.
-            draw: as in `feed`.
-        """
-        while True:
-            sinks: dict[str, Sink] = {}
-            try:
-                sinks = new_sinks()
-                self.feed(text, sinks, draw=draw)
-                return sinks
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-            if not sinks:
-                raise RunError(
-                    f"memory ran out for the sketches of {count} layers' inputs",
-                    "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
-                )
-            del sinks
-            rows = max(self.splitter.fitting(len(batch.input_ids)) for batch in text)
-            self.splitter.halve(rows, text[0].input_ids.shape[1])
-
-    def feed(self, text: Text, sinks: Mapping[str, TokenSink], draw: int | None = None) -> None:
-        """Feed a text to the sinks.
-
-        Args:
-            draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
-                weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
-        """
-        labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
-        by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
-        seen, learned = (
-            sum(int(x.sum()) for x in marks)
-            for marks in zip(*((b.attention_mask, b.loss_positions) for b in text), strict=True)
-        )
-        unit = (seen / max(learned, 1)) ** 0.5  # sinks average over all tokens
-        watching = (
-            collect_weighted_inputs(self.modules, by_module) if self.weighted else collect_inputs(self.modules, sinks)
-        )
-        with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
-            for batch in text:
-                rows = len(batch.input_ids)
-                for start in range(0, rows, size := self.splitter.fitting(rows)):
-                    part = rows_of(batch, start, start + size)
-                    counted.mask = part.attention_mask if self.weighted else part.loss_positions
-                    counted.weight = part.weight
-                    if self.weighted:
-                        _backward(cast(PreTrainedModel, self.model.get_base_model()), part, unit, labels)
-                    else:
-                        ids, seen_by = part.input_ids, part.attention_mask
-                        self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
-                self.on_progress(1)
-
-
-def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Generator | None = None) -> None:
-    """Compute the gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time.
-
-    Args:
-        labels: draws each token's label from the model's own distribution, instead of the text's.
-    """
-    hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.loss_positions]
-    wanted = part.targets
-    if len(wanted) == 0:
-        return
-    states = hidden.detach().requires_grad_()
-    for rows in chunks(len(wanted)):
-        logits = head_logits(model, states[rows])
-        targets = wanted[rows]
-        if labels is not None:
-            targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels)[:, 0]
-        (unit * cross_entropy(logits, targets, reduction="sum")).backward()
-    hidden.backward(states.grad)
-
-
-@contextmanager
-def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
-    """Let gradients reach every layer's output, although no weight is trained.
-
-    All modules stay in evaluation mode: transformers recomputes only layers in training mode, in which some (OPT) apply
-    dropout. So the layers' forward passes are checkpointed here.
-    """
-    inner = cast(PreTrainedModel, model.get_base_model())
-    embedding = inner.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)] if recompute else []
-    own = {layer: layer.__dict__.get("forward") for layer in layers}  # accelerate's hooks set one
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        handle.remove()
-        for layer, forward in own.items():
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def _gates_of(
@@ -305,7 +169,7 @@ def _gates_of(
             both[name] = replace(of_penalty, trace=penalty.trace), replace(of_utility, trace=utility.trace)
             gates[name] = _solved(name, section, both[name], bases[name], (penalty.gram, utility.gram))
             if penalty.image is not None and utility.image is not None:
-                units = normalizers(*both[name], section.covariance == "fisher")
+                units = normalizers(*both[name], section.weighted)
                 images = penalty.image / units[0], utility.image / units[1]
                 bases[name] = refined_basis(gates[name], images, section.rank)
     if not section.readings:
@@ -357,7 +221,7 @@ def _solved(
             sharpness=section.sharpness,
             basis=basis,
             grams=grams,
-            one_unit=section.covariance == "fisher",
+            one_unit=section.weighted,
         )
     except (torch.linalg.LinAlgError, ValueError) as error:
         raise RunError(

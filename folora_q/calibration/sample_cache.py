@@ -6,15 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.calibration.sample import ProxySample, sample_proxy
 from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.models.parts import embedding_rows
 from folora_q.progress import StageTimer
 from folora_q.recipe.schema import ProxySection
 from folora_q.storage.files import atomic_write, cache_folder
@@ -48,7 +48,7 @@ def load_or_sample(base: SampledModel, section: ProxySection, clock: StageTimer)
     model, tokenizer = base.model, base.tokenizer
     template = tokenizer.chat_template if section.source != "bos" else None
     path = cache_path(base.fingerprint, str(base.dtype), template, section)
-    samples = read_samples(path, cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
+    samples = read_samples(path, embedding_rows(model))
     if samples is not None:
         clock.note(f"sampled text read from {path}")
         return samples

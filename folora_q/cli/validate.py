@@ -74,7 +74,7 @@ def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
         return Look(f"{source.path} ({source.split or TRAIN}) from the hub, not checked")
     if is_remote(source.path):
         return Look(f"{source.path}, not checked: `folora-q preview` reads it")
-    facts = examine(source, rows, data.on_error)  # pyright: ignore[reportArgumentType]  (None reads all rows)
+    facts = examine(source, rows, data.on_error)
     remarks = "".join(f"; {remark}" for remark in facts.remarks)
     if facts.read != rows:
         return Look(f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{remarks}", facts, whole=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from folora_q.data.rows import Row, RowError, kind_of
@@ -288,22 +288,17 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_MESSAGES = DatasetFormat(
+    parse=_messages,
+    columns=_names("messages"),
+    fields=_names("messages role content system tools"),
+    unmapped=_names("functions system_prompt"),
+    turns=(("messages", "conversations"),),
+)
 # The first format that fits is detected: many datasets have a `prompt` next to messages, or a rendered `text`.
 FORMATS: dict[FormatName, DatasetFormat] = {
-    "messages": DatasetFormat(
-        parse=_messages,
-        columns=_names("messages"),
-        fields=_names("messages role content system tools"),
-        unmapped=_names("functions system_prompt"),
-        turns=(("messages", "conversations"),),
-    ),
-    "sharegpt": DatasetFormat(
-        parse=_messages,
-        columns=_names("conversations"),
-        fields=_names("role content system tools"),
-        unmapped=_names("functions system_prompt"),
-        turns=(("messages", "conversations"),),
-    ),
+    "messages": _MESSAGES,
+    "sharegpt": replace(_MESSAGES, columns=_names("conversations"), fields=_MESSAGES.fields - {"messages"}),
     "prompt_completion": DatasetFormat(
         parse=_prompt_completion,
         columns=_names("prompt completion"),

@@ -102,8 +102,8 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
     return TaskData(train, heldout, facts, error_policy.skipped, repeated)
 
 
-def examine(source: Source, rows: int, on_error: str) -> SourceFacts:
-    """Return the facts about a source, from its first rows.
+def examine(source: Source, rows: int | None, on_error: str) -> SourceFacts:
+    """Return the facts about a source, from its first rows, or from all if `rows` is None.
 
     Raises:
         UserError: as `read_task_data`, as far as these rows show it.

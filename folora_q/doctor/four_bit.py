@@ -74,7 +74,7 @@ def _errors(hardware: Hardware) -> dict[str, float]:
     layer = Linear4bit(INPUTS, OUTPUTS, bias=False, compute_dtype=hardware.dtype, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer = layer.to(hardware.device).requires_grad_(False)  # the move quantizes
-    guard_cpu_kernels(layer)  # pyright: ignore[reportArgumentType]  (any module will do)
+    guard_cpu_kernels(layer)
 
     dense = dequantize_4bit(layer.weight.data, cast(Params4bit, layer.weight).quant_state).float()
     right_output, right_gradient = x.float() @ dense.T, pull.float() @ dense

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from folora_q.errors import UserError
 from folora_q.models.adapters import adapter_off
+from folora_q.models.parts import base_of
 
 
 class ModelPair:
@@ -30,7 +31,7 @@ class ModelPair:
 
     def __init__(self, model: PeftModel | PreTrainedModel, base: PreTrainedModel | None = None) -> None:
         self.adapted = model if isinstance(model, PeftModel) else None
-        self.model = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+        self.model = base_of(model)
         self.other = base
         head = self.model.get_output_embeddings()
         self.switches_head = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)

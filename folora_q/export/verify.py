@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import AutoConfig, PreTrainedModel
 
@@ -25,6 +25,7 @@ from folora_q.errors import RunError
 from folora_q.export.ends import FittedCheckpoint
 from folora_q.export.merge import Merge
 from folora_q.models.classes import auto_class
+from folora_q.models.parts import embedding_rows
 from folora_q.models.weight_files import DTYPES, open_checkpoint
 
 # Rows of a weight or of logits that are compared at a time.
@@ -227,7 +228,7 @@ def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: tor
         parameter, transposed = base.get_parameter(where), where in merge.layout.transposed
         held = merge.quantization.round_trip(parameter.data.T if transposed else parameter.data).to(compute)
         parameter.data = held.T.contiguous() if transposed else held
-    vocabulary = cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
+    vocabulary = embedding_rows(base)
     bare = logits_of(base, texts, vocabulary)
     names = [str(number) for number in range(len(merge.adapters))]
     model = PeftModel.from_pretrained(base, merge.adapters[0][0].folder, adapter_name=names[0])

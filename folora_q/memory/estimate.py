@@ -169,7 +169,7 @@ class _Run:
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
         # For the layer that is read, also the rows without padding.
         read = batch.tokens * self.how.compute * (2 * widest + STREAMS * shape.hidden) + READ_ROWS * widest * READ_BYTES
-        if recipe.gate.covariance == "fisher":
+        if recipe.gate.weighted:
             activations = self._watched(batch, widest)
         else:
             activations = max(read, self._forward(batch)) + shared(shape, batch, self.how)

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -144,7 +145,7 @@ def require_packable(section: ModelSection, trust: Trust = NOTHING) -> None:
         )
 
 
-def guard_cpu_kernels(model: PreTrainedModel) -> int:
+def guard_cpu_kernels(model: nn.Module) -> int:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU, and count the layers.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a `Linear4bit` in place at its first no-grad forward in eval.

@@ -11,7 +11,6 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import bitsandbytes as bnb
 from peft import LoraConfig, PeftModel
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from folora_q.errors import UserError
+from folora_q.models.parts import base_of
 
 LINEAR = (nn.Linear, Conv1D)
 # Parts that are not in 4 bits are listed from this share of the weights on, which norms and biases do not reach.
@@ -110,7 +110,7 @@ class Part:
 
 def without_adapter(model: PeftModel) -> list[Part]:
     """Return the parts without an adapter, except embeddings, head, norms and biases."""
-    inner = cast(PreTrainedModel, model.get_base_model())
+    inner = base_of(model)
     adapted = {name for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     ends = {id(module) for module in (inner.get_input_embeddings(), inner.get_output_embeddings())}
     ignored = {name for name, module in inner.named_modules() if id(module) in ends or isinstance(module, nn.Embedding)}

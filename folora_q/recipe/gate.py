@@ -107,6 +107,11 @@ class GateSection(Section):
         return GATE_RULES[self.rule]
 
     @property
+    def weighted(self) -> bool:
+        """Whether tokens are weighted by their gradient in the loss; statistics are then in units of the loss."""
+        return self.covariance == "fisher"
+
+    @property
     def scales_rows(self) -> bool:
         """Whether B's steps are gated by the lengths of a frozen A's rows."""
         return not self.facts.trains_a and "b_step" in self.places

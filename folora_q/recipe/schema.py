@@ -135,7 +135,7 @@ class Recipe(Section):
     def rate_advice(self) -> str | None:
         """A warning if the learning rate is far from the rule's default, as plain LoRA's rates are."""
         rate, default = self.training.learning_rate, self.gate.facts.learning_rate
-        if not self.gate.enabled or not self.gate.scales_rows or self.gate.covariance != "fisher":
+        if not self.gate.enabled or not self.gate.scales_rows or not self.gate.weighted:
             return None
         if default / FAR_RATE < rate < default * FAR_RATE:
             return None

@@ -20,7 +20,7 @@ class FrozenRule(Rule):
 
     def initialize(self, pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate], section: GateSection) -> None:
         if section.scales_rows:
-            initialize_in_shares(pairs, gates, in_nats=section.covariance == "fisher")
+            initialize_in_shares(pairs, gates, in_nats=section.weighted)
         else:
             super().initialize(pairs, gates, section)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from folora_q.errors import UserError
 from folora_q.export.adapter import PREFIX
 from folora_q.export.ends import SAVE_BOTH
 from folora_q.models.meta import modules_of
+from folora_q.models.parts import embedding_rows
 from folora_q.models.trust import SAFE_ADAPTER
 from folora_q.preflight.tokens import new_tokens
 
@@ -34,11 +34,6 @@ class _Saved:
     def read(self) -> Tensor:
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(self.name)
-
-
-def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
-    """Return the number of rows of the input embedding."""
-    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
 
 
 def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, compare: bool) -> None:

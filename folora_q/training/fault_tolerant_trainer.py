@@ -19,7 +19,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -29,6 +28,7 @@ from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
+from folora_q.models.parts import base_of
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
@@ -182,7 +182,7 @@ class FaultTolerantTrainer(SFTTrainer):
 
     def loss_of(self, rows: Sequence[Batch]) -> float:
         """Return the mean loss per token of held-out batches."""
-        return mean_loss(cast(PreTrainedModel, self.model.get_base_model()), rows, splitter=self.measuring)
+        return mean_loss(base_of(self.model), rows, splitter=self.measuring)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None

@@ -27,6 +27,7 @@ from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
+from folora_q.models.parts import embedding_rows
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
@@ -286,7 +287,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
 def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
     training = setup.recipe.training
     factor = None if setup.config.fp16 else training.max_loss_factor  # the loss scaler decides then
-    vocabulary = setup.model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(setup.model)
     return FaultTolerance(
         micro_batches=MicroBatches(BatchSplitter("training on", setup.notify, training.auto_batch_size)),
         measuring=BatchSplitter("measuring", setup.notify, training.auto_batch_size),

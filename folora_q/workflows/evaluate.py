@@ -19,12 +19,12 @@ from folora_q.evaluation.task import make_scorer
 from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import stop_at
+from folora_q.models.parts import embedding_rows
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.progress import Progress, Stage, StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
-from folora_q.targets.embeddings import embedding_rows
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
 

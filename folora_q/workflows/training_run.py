@@ -33,13 +33,13 @@ from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import LoadedModel, load_model, stop_at
 from folora_q.models.logits import verify_chunked_logits
+from folora_q.models.parts import embedding_rows
 from folora_q.models.target_modules import in_16_bits, listed, without_adapter
 from folora_q.progress import Stage, StageTimer
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
 from folora_q.runs.results import GENERATED_TEXT, AnswerResult, Evaluation, TextKind, answer_lines, to_json
 from folora_q.storage.files import atomic_write, commit_directory
-from folora_q.targets.embeddings import embedding_rows
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.config import trainer_config

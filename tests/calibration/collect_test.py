@@ -11,9 +11,10 @@ from scipy.linalg import eigh
 from torch.nn.functional import cross_entropy
 from transformers import OPTConfig, OPTForCausalLM
 
-from folora_q.calibration.collect import Reading, StatisticsSettings, build_gates, row_penalties
+from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.gate_store import load_gates, save_gates
 from folora_q.calibration.hooks import collect_inputs, shared_inputs
+from folora_q.calibration.reading import Reading
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from folora_q.calibration.collect import Reading
 from folora_q.calibration.gate_store import load_gates
+from folora_q.calibration.reading import Reading
 from folora_q.calibration.texts import MIN_WINDOW_TOKENS, PUBLIC_TEXT, WINDOW, penalty_text, public_windows
 from folora_q.core import ProjectedCovariance
 from folora_q.data.tokens import batches

@@ -53,7 +53,7 @@ def test_a_gradient_that_is_not_finite_is_found(monkeypatch: pytest.MonkeyPatch)
 def test_a_wrong_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Linear4bit.forward
     monkeypatch.setattr(Linear4bit, "forward", lambda self, x: forward(self, x) * (1.0 if len(x) > 1 else 1.1))
-    assert check().fact.endswith("gives: output for one token off by 10%")
+    assert check().fact.endswith("differs from the dense product: output for one token off by 10%")
 
 
 def test_wrong_weights_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_wrong_weights_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = check()
     assert found.state is State.FAILURE
-    assert found.fact.endswith("gives: weights off by 32%")
+    assert found.fact.endswith("differs from the dense product: weights off by 32%")
 
 
 def test_an_evaluation_that_costs_the_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_an_evaluation_that_costs_the_gradient_is_found(monkeypatch: pytest.Monk
     monkeypatch.setattr(Linear4bit, "forward", repacking)
     found = check()
     assert found.state is State.FAILURE
-    assert found.fact.endswith("gives: no gradient after an evaluation")
+    assert found.fact.endswith("differs from the dense product: no gradient after an evaluation")
 
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on AVX512-BF16 only")

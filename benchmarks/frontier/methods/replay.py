@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from benchmarks.frontier.methods.base import Method, Step
 from benchmarks.frontier.testbed import Testbed
-from benchmarks.models import base_of
 from folora_q.data.tokens import Batch, batches
 from folora_q.models.adapters import AdapterPair, adapter_off
 from folora_q.models.logits import head_logits, hidden_states
+from folora_q.models.parts import base_of
 
 
 @dataclass

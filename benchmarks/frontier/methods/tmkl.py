@@ -12,9 +12,9 @@ from torch.nn.functional import log_softmax
 
 from benchmarks.frontier.methods.base import Method, Step
 from benchmarks.frontier.testbed import Testbed
-from benchmarks.models import base_of
 from folora_q.models.adapters import adapter_off
 from folora_q.models.logits import head_logits, hidden_states
+from folora_q.models.parts import base_of
 
 # Where the base's probability of the right token is within this of 1, the rest of its distribution is noise.
 CERTAIN = 1e-4

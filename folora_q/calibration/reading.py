@@ -1,0 +1,149 @@
+"""Read text forward and backward, and feed the inputs of adapted layers to sketches and projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from folora_q.calibration.hooks import TokenSink, collect_inputs, collect_weighted_inputs
+from folora_q.core import CovarianceSketch, ProjectedCovariance
+from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
+from folora_q.data.tokens import Batch
+from folora_q.errors import RunError
+from folora_q.models.logits import chunks, head_logits, hidden_states
+from folora_q.models.parts import base_of
+
+Text = Sequence[Batch]
+Sink = TypeVar("Sink", CovarianceSketch, ProjectedCovariance)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Reads text and feeds layers' inputs to sinks, which have the name of the first layer of their group.
+
+    Attributes:
+        modules: adapted layers by name; those of a group in `groups` read the same tensor.
+        weighted: weight tokens by their gradient; the unit is then that of the loss per labelled token.
+    """
+
+    model: PeftModel
+    modules: Mapping[str, nn.Module]
+    groups: Sequence[Sequence[str]]
+    weighted: bool
+    recompute: bool = False
+    on_progress: Callable[[int], None] = lambda _: None
+    splitter: BatchSplitter = field(default_factory=lambda: BatchSplitter("taking statistics of"))
+
+    def stream(
+        self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
+    ) -> dict[str, Sink]:
+        """Return sinks that have seen a text; if memory runs out, start again with smaller batches.
+
+        Args:
+            count: the number of sinks, for the error.
+            draw: as in `feed`.
+        """
+        while True:
+            sinks: dict[str, Sink] = {}
+            try:
+                sinks = new_sinks()
+                self.feed(text, sinks, draw=draw)
+                return sinks
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            if not sinks:
+                raise RunError(
+                    f"memory ran out for the sketches of {count} layers' inputs",
+                    "set proxy.statistics_memory, e.g. to 0.2 (GiB), or lower gate.rank",
+                )
+            del sinks
+            rows = max(self.splitter.fitting(len(batch.input_ids)) for batch in text)
+            self.splitter.halve(rows, text[0].input_ids.shape[1])
+
+    def feed(self, text: Text, sinks: Mapping[str, TokenSink], draw: int | None = None) -> None:
+        """Feed a text to the sinks.
+
+        Args:
+            draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
+                weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
+        """
+        labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
+        by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
+        seen, learned = (
+            sum(int(x.sum()) for x in marks)
+            for marks in zip(*((b.attention_mask, b.loss_positions) for b in text), strict=True)
+        )
+        unit = (seen / max(learned, 1)) ** 0.5  # sinks average over all tokens
+        watching = (
+            collect_weighted_inputs(self.modules, by_module) if self.weighted else collect_inputs(self.modules, sinks)
+        )
+        with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
+            for batch in text:
+                rows = len(batch.input_ids)
+                for start in range(0, rows, size := self.splitter.fitting(rows)):
+                    part = rows_of(batch, start, start + size)
+                    counted.mask = part.attention_mask if self.weighted else part.loss_positions
+                    counted.weight = part.weight
+                    if self.weighted:
+                        _backward(base_of(self.model), part, unit, labels)
+                    else:
+                        ids, seen_by = part.input_ids, part.attention_mask
+                        self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
+                self.on_progress(1)
+
+
+def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Generator | None = None) -> None:
+    """Compute the gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time.
+
+    Args:
+        labels: draws each token's label from the model's own distribution, instead of the text's.
+    """
+    hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.loss_positions]
+    wanted = part.targets
+    if len(wanted) == 0:
+        return
+    states = hidden.detach().requires_grad_()
+    for rows in chunks(len(wanted)):
+        logits = head_logits(model, states[rows])
+        targets = wanted[rows]
+        if labels is not None:
+            targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels)[:, 0]
+        (unit * cross_entropy(logits, targets, reduction="sum")).backward()
+    hidden.backward(states.grad)
+
+
+@contextmanager
+def _backward_through(model: PeftModel, recompute: bool) -> Iterator[None]:
+    """Let gradients reach every layer's output, although no weight is trained.
+
+    All modules stay in evaluation mode: transformers recomputes only layers in training mode, in which some (OPT) apply
+    dropout. So the layers' forward passes are checkpointed here.
+    """
+    inner = base_of(model)
+    embedding = inner.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)] if recompute else []
+    own = {layer: layer.__dict__.get("forward") for layer in layers}  # accelerate's hooks set one
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for layer, forward in own.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
