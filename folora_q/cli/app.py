@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any, NoReturn, cast
 
 import rich_click as click
 
 from folora_q import __version__
 from folora_q.cli.console import concealing, print_error
-from folora_q.errors import FoloraError, RunError, Terminated
+from folora_q.errors import FoloraError, RunError, Terminated, first_line
 from folora_q.storage.files import NoCacheError, cache_folder
 
 # Command names and their modules in this folder. The command is the module's attribute `command`.
@@ -82,26 +86,53 @@ def _run(arguments: list[str]) -> None:
         with suppress(AttributeError):  # a missing or replaced stream
             # A locale may lack characters, and a file's name may hold bytes, that cannot be written.
             cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+    with _recording_interrupts() as received:
+        try:
+            code = group.main(arguments, prog_name="folora-q", standalone_mode=False)
+        except (click.Abort, KeyboardInterrupt) as stop:
+            interrupt = stop.__context__ or stop  # click wraps it
+            print_error("interrupted", str(interrupt) or None)
+            sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
+        except Exception as error:
+            if debug and not isinstance(error, click.ClickException):
+                raise
+            if received:
+                print_error("interrupted", first_line(error))
+                sys.exit(INTERRUPTED)
+            _exit(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _recording_interrupts() -> Iterator[list[int]]:
+    """Yield a list that grows at each Ctrl-C: PyTorch's C++ code can replace its KeyboardInterrupt by a ValueError."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.default_int_handler(number, frame)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # signals can be set there only
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield received
+        return
+    signal.signal(signal.SIGINT, receive)
     try:
-        code = group.main(arguments, prog_name="folora-q", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit(error: Exception) -> NoReturn:
+    """Print an error in the user's terms and exit with its code."""
+    if isinstance(error, click.ClickException):
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt) as stop:
-        interrupt = stop.__context__ or stop  # click wraps it
-        print_error("interrupted", str(interrupt) or None)
-        sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
-    except FoloraError as error:
-        if debug:
-            raise
+    if isinstance(error, FoloraError):
         print_error(error.message, error.hint)
         sys.exit(error.exit_code)
-    except Exception as error:
-        if debug:
-            raise
-        print_error(*_in_words(error))
-        sys.exit(RunError.exit_code)
+    print_error(*_in_words(error))
+    sys.exit(RunError.exit_code)
 
 
 def _in_words(error: Exception) -> tuple[str, str]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import rich_click as click
 
+from folora_q.cli import app
 from folora_q.cli.app import COMMANDS, main
 from folora_q.data.formats import FORMATS
 from folora_q.recipe import load_recipe
@@ -206,3 +210,18 @@ def test_a_first_recipe_loads_for_every_shape_and_card(shape: str, card: str, tm
     assert recipe.training.activation_checkpointing == (card != "cpu")
     assert all(len(line) <= 160 and not line.endswith(" ") for line in path.read_text("utf-8").splitlines())
     assert json.loads(json_schema())["properties"].keys() >= load_recipe(path).model_dump().keys()
+
+
+def test_ctrl_c_that_a_library_turns_into_its_own_error_is_still_an_interrupt(monkeypatch, capfd) -> None:
+    @click.command()
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:  # as torch.tensor() does when it asks an object for its length
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr(app.group, "get_command", lambda ctx, name: command)
+    assert run("doctor") == 130
+    assert "error: interrupted" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
