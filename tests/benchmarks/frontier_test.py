@@ -348,7 +348,7 @@ def test_the_kl_to_the_base_is_added(testbed: Testbed) -> None:
     expected = 2 * (log_p.exp() * (log_p - log_q)).sum(-1)[at].mean()
     step = dataclasses.replace(_empty_step(), number=len(method.own))
     found = method.penalty(testbed, model, step)
-    assert float(found) == pytest.approx(float(expected), rel=1e-3) and float(found) > 0 and found.requires_grad
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3) and found.item() > 0 and found.requires_grad
     release(method, model)
 
 

@@ -102,7 +102,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_the_rows_alone(recipe_file: P
             loss = loss + trainer.compute_loss(trainer.model, inputs) * learned
             count += learned
         loss.backward()
-        return float(loss), [pair.b.grad for pair in adapter_pairs(trainer.model)], count
+        return float(loss.detach()), [pair.b.grad for pair in adapter_pairs(trainer.model)], count
 
     loss, gradients, count = totals(False)
     packed_loss, packed_gradients, packed_count = totals(True)
