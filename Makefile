@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test check quick lint docs format clean
+.PHONY: setup demo test check quick lint format-check types docs format clean
 
 setup: $(INSTALLED)
 
@@ -26,9 +26,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/folora-q train recipes/demo.yaml --overwrite
 
-# Lint, and the tests that need no training, side by side.
+# Lint, and the tests that need no training, in two lanes.
 check: setup
-	@$(MAKE) --no-print-directory -j2 lint quick
+	@$(MAKE) --no-print-directory -j2 format-check types quick docs
 
 quick: setup
 	@$(BIN)/python -m pytest tests/core tests/rules tests/recipe tests/memory tests/docs tests/architecture_test.py
@@ -37,11 +37,14 @@ quick: setup
 test: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: setup
+lint: format-check types docs
+
+format-check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+types: setup
 	@$(BIN)/basedpyright --level error
-	@$(MAKE) --no-print-directory docs
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -67,7 +67,7 @@ def test_rows_in_shares_have_the_proportions_of_their_gates(tiny_folder: Path, i
         scales.append(float((pair.a.norm() / rows.norm()).detach()))
         assert torch.allclose(pair.a, rows * scales[-1], atol=1e-6)
         assert in_nats or torch.isclose(pair.a.norm(), before[pair.name].norm())
-        cost += gate.unit * float(gate.penalty(pair.a) + gate.ridge * pair.a.double().square().sum())
+        cost += gate.unit * (gate.penalty(pair.a) + gate.ridge * pair.a.double().square().sum()).item()
     assert (max(scales) / min(scales) < 1 + 1e-5) is in_nats
     assert not in_nats or cost == pytest.approx(1.0, rel=1e-4), "a step of rate 1 costs half a nat"
 
@@ -79,4 +79,4 @@ def test_rows_for_which_a_gate_has_no_direction_are_zero(tiny_folder: Path) -> N
     initialize_in_shares(pairs, gates, in_nats=True)
     for pair in pairs:
         found = len(gates[pair.name].quotients)
-        assert found < 40 and bool((pair.a[:found].norm(dim=1) > 0).all()) and float(pair.a[found:].abs().max()) == 0
+        assert found < 40 and bool((pair.a[:found].norm(dim=1) > 0).all()) and pair.a[found:].abs().max().item() == 0
