@@ -1,4 +1,4 @@
-"""Draws docs/images/method.png, the figure of docs/method.md: `.venv/bin/python docs/make_method_figure.py [FILE]`.
+"""Draw docs/images/method.png, the figure of docs/method.md: `.venv/bin/python docs/make_method_figure.py [FILE]`.
 
 A layer with two inputs: activations of the task's text and of the text to be preserved, the directions of largest and
 smallest quotient, one step of Adam, and what `folora_q.core` lets pass of it.

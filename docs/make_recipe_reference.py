@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md from the schema: `.venv/bin/python docs/make_recipe_reference.py`. A test compares them."""
+"""Write docs/recipe.md from the schema: `.venv/bin/python docs/make_recipe_reference.py`. A test compares them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ HEAD = """# The recipe, key by key
 
 A recipe is a YAML file of the sections below; an unknown key is an error. Any value can be overridden on the command
 line: `folora-q train recipe.yaml training.learning_rate=2e-4`, or `learning_rate=2e-4` where only one section has the
-key, or `--set learning_rate=2e-4`. `--dry-run` prints the recipe with everything filled in, `folora-q schema` the JSON
-schema from which editors complete. YAML is read as version 1.2: `2e-5` is a number, `on` and `no` are words, and a key
-that stands twice is an error.
+key, or `--set learning_rate=2e-4`. `--dry-run` prints the complete recipe with all defaults, `folora-q schema` the
+JSON schema for completion in editors. YAML is read as version 1.2: `2e-5` is a number, `on` and `no` are words, and a
+repeated key is an error.
 
-[data.md](data.md) shows the shapes of rows; [coming-from.md](coming-from.md) has other tools' words for these.
+[data.md](data.md) shows the data formats; [coming-from.md](coming-from.md) has the names that other tools use.
 
-Made from `folora_q/recipe/schema.py` by `docs/make_recipe_reference.py`; do not edit.
+Generated from `folora_q/recipe/schema.py` by `docs/make_recipe_reference.py`; do not edit.
 """
 
 
 def reference() -> str:
-    """The whole page."""
+    """Return the page."""
     parts = [HEAD]
     for name, section in Recipe.model_fields.items():
         model = section.annotation

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def fitted(
     if changing:
         result, rows = _fitted(base, adapters, changing[0], ends, trust)
     for adapter in adapters:
-        _require_tokens(adapter, base, rows)
+        require_rows_for_tokens(adapter.folder, base.folder, rows)
     return result
 
 
@@ -192,12 +193,17 @@ def _rows(
     lacking = [name for name in names if names[name] is None or rows[name] == before]
     if lacking or len(new) > 1:
         missing = lacking[0] if lacking else ends.head
-        raise UserError(
-            f"{adapter.folder} was trained on a model whose embedding had been resized from {before:,} to {max(new):,} "
-            f"rows, but has no {missing} of that size: its new rows were not saved",
-            SAVE_BOTH,
-        )
+        raise rows_not_saved(adapter.folder, before, max(new), missing)
     return new.pop()
+
+
+def rows_not_saved(adapter: Path, before: int, rows: int, weight: str) -> UserError:
+    """Return the error for an adapter of a resized embedding that lacks one of the two resized weights."""
+    return UserError(
+        f"{adapter} was trained on a model whose embedding had been resized from {before:,} to {rows:,} rows, but has "
+        f"no {weight} of that size: its new rows were not saved",
+        SAVE_BOTH,
+    )
 
 
 def _equal(base: Checkpoint, ends: _Ends, embedding: Tensor | None, head: Tensor | None) -> bool:
@@ -214,17 +220,17 @@ def _setting(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return inner if inner and key not in config else {key: value, **inner}
 
 
-def _require_tokens(adapter: AdapterFile, base: Checkpoint, rows: int) -> None:
-    """Check that there is a row for every token that the adapter's tokenizer adds to the base's.
+def require_rows_for_tokens(adapter: Path, base: Path | None, rows: int) -> None:
+    """Check that the embedding has a row for every token that the adapter's tokenizer adds to the base's.
 
     Raises:
-        UserError: there is none: the model was resized in training, and the new rows were not saved.
+        UserError: it has none: the model was resized in training, and the new rows were not saved.
     """
-    if new := new_tokens(adapter.folder, base.folder, rows):
+    if new := new_tokens(adapter, base, rows):
         number, token = next(iter(new.items()))
         raise UserError(
-            f"the tokenizer of {adapter.folder} has the token {token!r} ({number}), and neither the adapter nor the "
-            f"base {base.folder}, whose embedding has {rows:,} rows, has a row for it: the model was resized in "
-            "training, and its new rows were not saved",
+            f"the tokenizer of {adapter} has the token {token!r} ({number}), but the embeddings of "
+            f"{base or 'the base'} and of the adapter have only {rows:,} rows: the model was resized in training, and "
+            "its new rows were not saved",
             SAVE_BOTH,
         )

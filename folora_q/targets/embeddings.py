@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from folora_q.errors import UserError
 from folora_q.export.adapter import PREFIX
-from folora_q.export.ends import SAVE_BOTH
+from folora_q.export.ends import require_rows_for_tokens, rows_not_saved
 from folora_q.models.meta import modules_of
 from folora_q.models.parts import embedding_rows
 from folora_q.models.trust import SAFE_ADAPTER
-from folora_q.preflight.tokens import new_tokens
 
 # Name parts that PEFT inserts between a module's name and `weight`.
 BETWEEN = (".modules_to_save", ".base_layer", "")
@@ -52,21 +51,11 @@ def fit_embedding(model: PreTrainedModel, adapter: Path, base: Path | None, comp
     found = [one for one in saved.values() if one is not None]
     rows = max((one.rows for one in found), default=before)
     if rows == before:
-        if new := new_tokens(adapter, base, rows):
-            number, token = next(iter(new.items()))
-            raise UserError(
-                f"the tokenizer of the adapter {adapter} has the token {token!r} ({number}), but the model's embedding "
-                f"has only {rows:,} rows: it was resized in training, and its new rows are not in the adapter",
-                SAVE_BOTH,
-            )
+        require_rows_for_tokens(adapter, base, rows)
         return
     lacking = [name for name, one in saved.items() if one is None or one.rows != rows]
     if lacking and not (modules.tied and len(lacking) < len(saved)):
-        raise UserError(
-            f"the adapter {adapter} was trained on a model whose embedding had been resized from {before:,} to "
-            f"{rows:,} rows, but has no {lacking[0]}.weight of that size: its new rows were not saved",
-            SAVE_BOTH,
-        )
+        raise rows_not_saved(adapter, before, rows, f"{lacking[0]}.weight")
     if compare and (name := _changed(model, found, before)) is not None:
         raise UserError(
             f"the adapter {adapter} replaces {name} of the base, also when it is switched off, so base and tuned model "

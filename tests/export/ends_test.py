@@ -126,8 +126,8 @@ def test_the_copy_of_the_output_layer_that_peft_adds_is_no_change(tmp_path: Path
 @pytest.mark.parametrize(("name", "settings", "lacking"), [
     ("untied", {"target_modules": ["lm_head"]}, "has no model.embed_tokens.weight of that size"),
     ("untied", {"target_modules": ["q_proj", "embed_tokens"]}, "has no lm_head.weight of that size"),
-    ("untied", {"save": False}, r"has the token '<\|new_0\|>' \(261\), and neither the adapter nor the base"),
-    ("tied", {"save": False}, r"has the token '<\|new_0\|>' \(261\), and neither the adapter nor the base"),
+    ("untied", {"save": False}, r"has the token '<\|new_0\|>' \(261\), but the embeddings of .* have only 261 rows"),
+    ("tied", {"save": False}, r"has the token '<\|new_0\|>' \(261\), but the embeddings of .* have only 261 rows"),
 ])  # fmt: skip
 def test_new_rows_that_were_not_saved_are_the_reason(tmp_path: Path, name: str, settings: dict, lacking: str) -> None:
     train(BASES[name](tmp_path), tmp_path / "adapter", 4, **settings)

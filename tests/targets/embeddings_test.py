@@ -38,7 +38,7 @@ def test_it_is_loaded_with_its_rows_and_its_base_is_the_base(tmp_path: Path, nam
 def test_rows_that_are_nowhere_are_the_reason(tmp_path: Path) -> None:
     train(sharded_llama(tmp_path), tmp_path / "adapter", new_tokens=2, save=False)
     with pytest.raises(
-        UserError, match=r"has the token '<\|new_0\|>' \(261\), but the model's embedding has only 261 rows"
+        UserError, match=r"has the token '<\|new_0\|>' \(261\), but the embeddings of .* have only 261 rows"
     ):
         load(tmp_path / "adapter")
     train(sharded_llama(tmp_path), tmp_path / "other", new_tokens=2, target_modules=["lm_head"])
