@@ -18,6 +18,7 @@ from folora_q.report.comparison import (
     TableRow,
     at_ends,
     at_equal_loss,
+    in_words,
     names_of,
     where,
     written,
@@ -46,7 +47,11 @@ def command(folders: tuple[Path, ...], output: Path) -> None:
         err.print(f"[yellow]note:[/] {escape(visible(note))}", soft_wrap=True)
     out.print("[bold]At the end of training[/]")
     print_table(_ends_table(at_ends(runs), names))
-    _print_equal(at_equal_loss(runs), names)
+    equal = at_equal_loss(runs)
+    _print_equal(equal, names)
+    out.print()
+    for sentence in in_words(runs, equal):
+        out.print(escape(visible(sentence)), soft_wrap=True)
     with ConsoleProgress().stage("drawing the comparison", None):
         from folora_q.report.page import comparison_page
 

@@ -6,6 +6,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from folora_q.cli.console import out, print_table, visible
+from folora_q.recipe.size_advice import MIN_TEXTS
+from folora_q.runs.in_words import summary
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, Interval, PairedChange, TextKind
 
 ANSWER_LENGTH = 200
@@ -46,6 +48,8 @@ def print_evaluation(found: Evaluation, title: str) -> None:
     for text in found.of_kind(TextKind.GENERAL):
         add(f"{text.name}: loss (forgetting)", text.loss, ".4f", True)
     print_table(table)
+    for sentence in summary(found):
+        out.print(escape(visible(sentence)), soft_wrap=True)
 
 
 def print_harness(found: list[HarnessResult]) -> None:
@@ -79,7 +83,9 @@ def print_answer(answer: AnswerResult) -> None:
 
 
 def _interval(estimate: Interval, form: str) -> str:
-    return f"[dim]{estimate.low:{form}} to {estimate.high:{form}}[/]"
+    if estimate.bounds is None:
+        return f"[dim]needs {MIN_TEXTS} texts[/]"
+    return f"[dim]{estimate.bounds[0]:{form}} to {estimate.bounds[1]:{form}}[/]"
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:

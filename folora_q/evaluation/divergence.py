@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch.nn.functional import log_softmax
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch
-from folora_q.evaluation.bootstrap import Tally, change, estimate
+from folora_q.evaluation.intervals import Tally, change, estimate
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.logits import chunks, head_logits, hidden_states, verify_chunked_logits
 from folora_q.runs.results import TextKind, TextResult
@@ -64,8 +65,8 @@ def compare(
         texts=len(counts),
         tokens=int(counts.sum()),
         loss=change(base_loss, tuned_loss),
-        kl=estimate(kl),
-        top1_agreement=estimate(agreed),
+        kl=estimate(kl, limits=(0.0, math.inf)),
+        top1_agreement=estimate(agreed, limits=(0.0, 1.0)),
     )
 
 

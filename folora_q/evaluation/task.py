@@ -23,7 +23,7 @@ from folora_q.data.thoughts import Said, ThoughtSyntax
 from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs, text_ids
 from folora_q.data.turns import Message
 from folora_q.errors import RunError, UserError
-from folora_q.evaluation.bootstrap import Tally, change
+from folora_q.evaluation.intervals import score_change
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.memory.positions import positions_of
 from folora_q.recipe.evaluation import EvaluationSection
@@ -199,8 +199,7 @@ def mean_score(answers: Sequence[AnswerResult], metric: str) -> ScoreResult | No
     if not scores:
         return None
     of_base, of_tuned = np.array(scores, dtype=np.float64).T
-    ones = np.ones(len(scores))
-    return ScoreResult(metric, len(scores), change(Tally(of_base, ones), Tally(of_tuned, ones)))
+    return ScoreResult(metric, len(scores), score_change(of_base, of_tuned))
 
 
 def make_scorer(section: EvaluationSection, allow_code: bool) -> Scorer | None:

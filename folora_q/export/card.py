@@ -18,7 +18,8 @@ from folora_q.models.load import LoadedModel
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.paths import HUB_MODEL, is_hub_dataset
 from folora_q.recipe.schema import Recipe
-from folora_q.runs.results import Evaluation
+from folora_q.runs.in_words import summary
+from folora_q.runs.results import Evaluation, Interval
 from folora_q.storage.files import atomic_write
 
 # The card's file in an adapter's folder.
@@ -83,8 +84,8 @@ def _table(evaluation: Evaluation) -> str:
 |---|---|---|---|
 {_rows(evaluation)}
 
-Loss and KL are in nats per token; intervals are bootstrapped over texts. "Own text" was sampled from the base model and
-held out from training."""
+{" ".join(map(_text, summary(evaluation)))} Loss and KL are in nats per token; intervals are over texts.
+Generated text was sampled from the base model and held out from training."""
 
 
 def _whole(recipe: Recipe) -> str:
@@ -99,17 +100,22 @@ def _rows(evaluation: Evaluation) -> str:
     rows = []
     if (scored := evaluation.score) is not None:
         old, new, by = scored.score.base.value, scored.score.tuned.value, scored.score.change
-        shift = f"{by.value:+.1%} ({by.low:+.1%} to {by.high:+.1%})"
+        shift = f"{by.value:+.1%}{_interval(by, '+.1%')}"
         rows.append(
             f"| {scored.metric.replace('_', ' ')}, {scored.answers} answers | {old:.1%} | {new:.1%} | {shift} |"
         )
     for text in evaluation.texts:
         loss, by, kl = text.loss, text.loss.change, text.kl
-        shift = f"{by.value:+.4f} ({by.low:+.4f} to {by.high:+.4f})"
+        shift = f"{by.value:+.4f}{_interval(by, '+.4f')}"
         name = _text(text.name)
         rows.append(f"| {name}: loss | {loss.base.value:.4f} | {loss.tuned.value:.4f} | {shift} |")
-        rows.append(f"| {name}: KL from the base | 0 | {kl.value:.4f} | ({kl.low:.4f} to {kl.high:.4f}) |")
+        rows.append(f"| {name}: KL from the base | 0 | {kl.value:.4f} |{_interval(kl, '.4f')} |")
     return "\n".join(rows)
+
+
+def _interval(found: Interval, form: str) -> str:
+    """Format an interval in parentheses after a space; nothing for too few texts."""
+    return "" if found.bounds is None else f" ({found.bounds[0]:{form}} to {found.bounds[1]:{form}})"
 
 
 def _text(name: str) -> str:

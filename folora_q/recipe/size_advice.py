@@ -9,6 +9,8 @@ from folora_q.recipe.training import TrainingSection
 
 # With fewer steps little is learned, and a loss on fewer rows says little.
 FEW_STEPS, FEW_ROWS = 50, 20
+# With fewer texts there is no confidence interval, since its coverage would be too low (evaluation/intervals.py).
+MIN_TEXTS = 12
 # The smallest batch per step that is proposed for more steps, and the most epochs that are proposed.
 MIN_BATCH_SIZE, MAX_EPOCHS = 4, 10
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
+from folora_q.runs.in_words import summary
 from folora_q.runs.results import Evaluation, Interval, TextKind, TextResult
 
 # Hint for a run without measurements during training.
@@ -41,8 +42,12 @@ class TableRow:
             return None
         better_first = sorted(known, key=lambda entry: entry[0].value, reverse=not self.lower_is_better)
         (first, number), others = better_first[0], [estimate for estimate, _ in better_first[1:]]
-        apart = (first.high < other.low if self.lower_is_better else first.low > other.high for other in others)
-        return number if all(apart) else None
+        return number if all(self._is_apart(first, other) for other in others) else None
+
+    def _is_apart(self, better: Interval, other: Interval) -> bool:
+        if better.bounds is None or other.bounds is None:
+            return False
+        return better.bounds[1] < other.bounds[0] if self.lower_is_better else better.bounds[0] > other.bounds[1]
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,33 @@ def at_equal_loss(runs: Sequence[Run]) -> AtEqualLoss | None:
     bases = [run.task_text.loss.base.value for run in runs if run.task_text]
     bases += [run.points[0].loss for run in runs if run.points and run.points[0].step == 0]
     return AtEqualLoss(loss, [at_loss(course, loss) for course in courses], min(bases, default=None))
+
+
+def factor(equal: AtEqualLoss, run: int = 1) -> str | None:
+    """Express a run's KL at equal loss as a multiple of the first run's; None if either is unknown or zero."""
+    first, other = ((reached.kl or 0.0) if reached else 0.0 for reached in (equal.reached[0], equal.reached[run]))
+    if first <= 0 or other <= 0:
+        return None
+    more = other / first
+    return f"{text.short(more)} times" if more >= 1 else f"1/{text.short(1 / more)} of"
+
+
+def in_words(runs: Sequence[Run], equal: AtEqualLoss | None) -> list[str]:
+    """Describe the comparison in sentences: each run at its end, and its KL at equal task loss."""
+    names = names_of(runs)
+    found = [
+        f"{name}, at the end: {sentence}"
+        for name, run in zip(names, runs, strict=True)
+        if run.evaluation is not None
+        for sentence in summary(run.evaluation)
+    ]
+    if equal is not None and equal.learned:
+        found += [
+            f"At task loss {text.short(equal.loss)}, {names[n]} had {times} the KL of {names[0]}."
+            for n in range(1, len(names))
+            if (times := factor(equal, n)) is not None
+        ]
+    return found
 
 
 def where(reached: Reached) -> str:

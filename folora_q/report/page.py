@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from folora_q.report import comparison, text
-from folora_q.report.comparison import AtEqualLoss, at_ends, at_equal_loss, names_of
+from folora_q.report.comparison import at_ends, at_equal_loss, factor, in_words, names_of
 from folora_q.report.figure_set import (
     cost_pictures,
     course_pictures,
@@ -23,6 +23,7 @@ from folora_q.report.figure_set import (
 from folora_q.report.render import Picture, svg
 from folora_q.report.run_record import Run
 from folora_q.report.style import css_variables
+from folora_q.runs.in_words import summary
 from folora_q.runs.results import AnswerResult, Interval
 from folora_q.storage.redaction import conceal
 
@@ -100,7 +101,15 @@ def comparison_page(runs: Sequence[Run], notes: Sequence[str] = ()) -> Page:
     html = (
         _environment()
         .get_template("compare.html.jinja")
-        .render(runs=runs, names=names, ends=at_ends(runs), equal=equal, notes=notes, figures=_figures(sections))
+        .render(
+            runs=runs,
+            names=names,
+            ends=at_ends(runs),
+            equal=equal,
+            words=in_words(runs, equal),
+            notes=notes,
+            figures=_figures(sections),
+        )
     )
     return Page(html, [picture for pictures in sections.values() for picture in pictures])
 
@@ -149,6 +158,7 @@ def _environment() -> Environment:
         "metric": comparison.metric_name,
         "estimate": comparison.written,
         "where": comparison.where,
+        "summary": summary,
         "beginning": lambda said: _clipped(said, FIRST_GLANCE),
         "clipped": lambda said: _clipped(said, MAX_ANSWER_LENGTH),
     }
@@ -158,26 +168,20 @@ def _environment() -> Environment:
         "hint_no_trajectory": comparison.NO_TRAJECTORY,
         "direction": direction,
         "factor": factor,
+        "too_few": text.TOO_FEW,
     }
     return environment
 
 
 def direction(change: Interval) -> str:
     """Describe the direction of a change, if its interval excludes zero."""
-    if not all(map(math.isfinite, (change.value, change.low, change.high))):
+    if not all(map(math.isfinite, (change.value, *(change.bounds or ())))):
         return "could not be measured"
-    if change.low <= 0 <= change.high:
+    if change.bounds is None:
+        return "changed (too few texts to judge)"
+    if change.bounds[0] <= 0 <= change.bounds[1]:
         return "did not change by more than chance can explain"
     return "fell" if change.value < 0 else "rose"
-
-
-def factor(equal: AtEqualLoss) -> str | None:
-    """Express the second run's KL at equal loss as a multiple of the first's; None if either is unknown or zero."""
-    first, second = ((reached.kl or 0.0) if reached else 0.0 for reached in equal.reached[:2])
-    if first <= 0 or second <= 0:
-        return None
-    more = second / first
-    return f"{text.short(more)} times" if more >= 1 else f"1/{text.short(1 / more)} of"
 
 
 def _clipped(said: str, longest: int) -> str:

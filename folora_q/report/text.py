@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 
+from folora_q.recipe.size_advice import MIN_TEXTS
 from folora_q.runs.results import Interval
 
 NONE = "–"
 MINUS = "−"
+# In place of an interval.
+TOO_FEW = f"no interval: fewer than {MIN_TEXTS} texts"
 # Control characters, and lone surrogates, which UTF-8 cannot represent.
 UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -56,6 +59,8 @@ def tick(value: float, _: object = None) -> str:
 
 def interval(estimate: Interval, form: str = ".4f", signed: bool = False) -> str:
     """Format a 95 % interval: 0.11 to 0.14."""
+    if estimate.bounds is None:
+        return TOO_FEW
     return f"{number(estimate.low, form, signed)} to {number(estimate.high, form, signed)}"
 
 

@@ -42,11 +42,16 @@ FORMER_NAMES = {"own text": GENERATED_TEXT, "own text, cut": GENERATED_TEXT_CUT}
 
 @dataclass(frozen=True)
 class Interval:
-    """A number measured on a sample of texts, with its 95 % bootstrap interval."""
+    """A number measured on a sample of texts, with its 95 % confidence interval; None if there are too few texts."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Both ends of the interval; None if there is none."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 @dataclass(frozen=True)

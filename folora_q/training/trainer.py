@@ -129,10 +129,10 @@ class GatedTrainer(FaultTolerantTrainer):
         for text in self.real_text:
             rise = compare(ModelPair(self.model), text, splitter=self.measuring).loss.change
             metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
-            if rise.low > 0:
+            if rise.bounds and rise.bounds[0] > 0:
                 self.skipped.tell(
                     f"step {self.state.global_step}: real text got worse: the loss on {text.name} rose by "
-                    f"{rise.value:.4f} nats per token (95 % interval {rise.low:.4f} to {rise.high:.4f})"
+                    f"{rise.value:.4f} nats per token (95 % interval {rise.bounds[0]:.4f} to {rise.bounds[1]:.4f})"
                 )
         self.log(dict(metrics))
         # The Trainer keeps the checkpoint with the lowest value: never one over the limit.

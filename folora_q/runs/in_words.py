@@ -1,0 +1,48 @@
+"""Describe in words how far a tuned model moved from its base, in units that a person can judge."""
+
+from __future__ import annotations
+
+import math
+
+from folora_q.recipe.size_advice import MIN_TEXTS
+from folora_q.runs.results import Evaluation, TextKind, TextResult
+
+
+def summary(found: Evaluation) -> list[str]:
+    """Return one sentence on model-generated text and one on real text, as far as they were measured."""
+    sentences = [_on_generated(text) for text in found.of_kind(TextKind.GENERATED)[:1]]
+    real = found.of_kind(TextKind.GENERAL)
+    return [*sentences, _on_real(real)] if real else sentences
+
+
+def _on_generated(text: TextResult) -> str:
+    changed = 1 - text.top1_agreement.value
+    if not math.isfinite(changed):
+        return "On text that the base generated, the predictions of the tuned model are not finite."
+    if changed <= 0:
+        return "On text that the base generated, the most likely token is the same everywhere."
+    return (
+        f"On text that the base generated, another token is now the most likely at {changed:.1%} of the positions "
+        f"(1 in {1 / changed:,.0f})."
+    )
+
+
+def _on_real(texts: list[TextResult]) -> str:
+    shifts = ", ".join(f"{text.name} {_perplexity(text.loss.change.value)}" for text in texts)
+    bounds = {text.name: text.loss.change.bounds for text in texts}
+    worse = [name for name, ends in bounds.items() if ends is not None and ends[0] > 0]
+    if None in bounds.values():
+        judged = f"fewer than {MIN_TEXTS} texts, so no judgement"
+    elif worse:
+        judged = f"{' and '.join(worse)} got worse by more than chance explains"
+    else:
+        judged = "none got worse by more than chance explains"
+    return f"Change of perplexity on real text: {shifts} ({judged})."
+
+
+def _perplexity(change: float) -> str:
+    """Return a change of the loss, in nats per token, as a change of perplexity in per cent."""
+    if not math.isfinite(change):
+        return "not finite"
+    share = math.expm1(min(change, 700.0))  # exp overflows at 710
+    return f"{share:+.1%}" if abs(share) < 10 else f"x{share + 1:,.0f}"
