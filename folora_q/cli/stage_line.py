@@ -56,7 +56,8 @@ class StageLine:
     """A spinner, the title, a bar, what is done and the time left: as much of it as fits into one line."""
 
     def __init__(self, title: str, pace: StagePace, unit: Unit) -> None:
-        self.title, self.pace, self.unit = title, pace, unit
+        self.title, self.pace = title, pace
+        self.unit: Unit = unit
         self.spinner = Spinner("dots")
 
     def _facts(self) -> tuple[str, str]:

@@ -120,7 +120,10 @@ class Monitor(TrainerCallback):
         self.pace, self.loss = Pace(), SmoothedLoss()
         self.rate: float | None = None
         self.status = TrainingStatus(0, 0)
-        self.idle_since = self.pace.began  # the end of the last step
+        self.idle_since = self.pace.began  # the end of the last step, or of what precedes the first
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.idle_since = self.pace.now()  # the pre-flight check, of an earlier callback, has ended
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of: Any) -> None:
         self.pace.begin()
