@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from folora_q.progress import TrainingEvent, Unit
+
 # What a shell starts in the background ignores Ctrl-C, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -126,13 +128,23 @@ class Silent:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.events: list[TrainingEvent] = []
         self.stages: dict[str, list[int]] = {}
+        self.units: dict[str, Unit] = {}
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def show(self, event: TrainingEvent) -> None:
+        self.events.append(event)
+
     @contextmanager
-    def stage(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    def stage(self, title: str, total: int | None, unit: Unit = "units") -> Iterator[Callable[[int], None]]:
+        self.units[title] = unit
         done = self.stages.setdefault(title, [total or 0])
         yield done.append
 

@@ -21,6 +21,7 @@ from folora_q.core import (
     refined_basis,
 )
 from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.data.tokens import count_tokens
 from folora_q.errors import RunError, first_line
 from folora_q.models.adapters import adapter_off, adapter_pairs
 from folora_q.progress import StageTimer
@@ -71,8 +72,9 @@ def build_gates(
         shares = partition_by_memory(needed, settings.memory)
         readings = 1 + len(section.readings)
         found: dict[str, SpectralGate] = {}
-        with clock.stage("statistics of both texts", len(shares) * readings * (len(proxy) + len(task))) as done:
-            splitter = BatchSplitter("taking statistics of", clock.note)
+        tokens = count_tokens(proxy) + count_tokens(task)
+        with clock.stage("statistics of both texts", len(shares) * readings * tokens, "tokens") as done:
+            splitter = BatchSplitter("taking statistics of", clock.warn)
             reading = Reading(model, modules, groups, settings.gate.weighted, settings.recompute, done, splitter)
             for share in shares:
                 found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
@@ -113,8 +115,9 @@ def row_penalties(
         return {name: ProjectedCovariance(a, device=model.device) for name, a in rows.items()}
 
     model.eval()
-    with adapter_off(model), clock.stage("penalty of A's rows, in sample and held out", sum(map(len, texts))) as done:
-        splitter = BatchSplitter("taking statistics of", clock.note)
+    title, tokens = "penalty of A's rows, in sample and held out", sum(map(count_tokens, texts))
+    with adapter_off(model), clock.stage(title, tokens, "tokens") as done:
+        splitter = BatchSplitter("taking statistics of", clock.warn)
         reading = Reading(model, modules, groups, settings.gate.weighted, settings.recompute, done, splitter)
         draw = 0 if reading.weighted else None
         fitted, heldout = (reading.stream(text, len(rows), new_sinks, draw) for text in texts)

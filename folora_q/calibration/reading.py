@@ -34,6 +34,7 @@ class Reading:
 
     Attributes:
         modules: adapted layers by name; those of a group in `groups` read the same tensor.
+        on_progress: called with the number of tokens read.
         weighted: weight tokens by their gradient; the unit is then that of the loss per labelled token.
     """
 
@@ -82,15 +83,15 @@ class Reading:
         labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
         seen, learned = (
-            sum(int(x.sum()) for x in marks)
+            [int(x.sum()) for x in marks]
             for marks in zip(*((b.attention_mask, b.loss_positions) for b in text), strict=True)
         )
-        unit = (seen / max(learned, 1)) ** 0.5  # sinks average over all tokens
+        unit = (sum(seen) / max(sum(learned), 1)) ** 0.5  # sinks average over all tokens
         watching = (
             collect_weighted_inputs(self.modules, by_module) if self.weighted else collect_inputs(self.modules, sinks)
         )
         with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
-            for batch in text:
+            for batch, tokens in zip(text, seen, strict=True):
                 rows = len(batch.input_ids)
                 for start in range(0, rows, size := self.splitter.fitting(rows)):
                     part = rows_of(batch, start, start + size)
@@ -101,7 +102,7 @@ class Reading:
                     else:
                         ids, seen_by = part.input_ids, part.attention_mask
                         self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
-                self.on_progress(1)
+                self.on_progress(tokens)
 
 
 def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Generator | None = None) -> None:

@@ -77,10 +77,10 @@ def sample_proxy(
                 missing = target - len(samples)
                 if missing <= 0:
                     break
-                drawn = sampler.draw(source, missing)
-                passed = [ids for ids in drawn if len(ids) >= MIN_SAMPLE_TOKENS and _passes(ids, section, seen)]
-                samples += [ProxySample(ids, source) for ids in passed[:missing]]
-                on_progress(min(len(passed), missing))
+                for drawn in sampler.draw(source, missing):
+                    passed = [ids for ids in drawn if len(ids) >= MIN_SAMPLE_TOKENS and _passes(ids, section, seen)]
+                    samples += [ProxySample(ids, source) for ids in passed]
+                    on_progress(len(passed))
             if len(samples) < target:
                 raise RunError(
                     f"after {MAX_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
@@ -130,8 +130,8 @@ class _Sampler:
     section: ProxySection
     splitter: BatchSplitter
 
-    def draw(self, source: str, count: int) -> Iterator[list[int]]:
-        """Sample `count` sequences from one source, by the shares of the decoding mixture."""
+    def draw(self, source: str, count: int) -> Iterator[list[list[int]]]:
+        """Sample `count` sequences from one source in batches, by the shares of the decoding mixture."""
         mixture = PAPER_MIXTURE if self.section.decoding == "paper" else PLAIN
         left = count
         for position, (share, decoding) in enumerate(mixture):
@@ -144,8 +144,7 @@ class _Sampler:
                     return self._continue(prompts, self.section.max_new_tokens, decoding)
                 return self._draw_chats(stop - start, decoding)
 
-            for samples in self.splitter.over(amount, self.section.max_new_tokens, draw, self.section.batch_size):
-                yield from samples
+            yield from self.splitter.over(amount, self.section.max_new_tokens, draw, self.section.batch_size)
 
     def _draw_chats(self, count: int, decoding: dict[str, float]) -> list[list[int]]:
         """Let the model write a user turn after the template's opening, and then answer it."""

@@ -38,6 +38,11 @@ class SampledModel:
     fingerprint: str
     dtype: torch.dtype
 
+    def cached(self, section: ProxySection) -> Path:
+        """Return the file of the text that this model generates with these settings."""
+        template = self.tokenizer.chat_template if section.source != "bos" else None
+        return cache_path(self.fingerprint, str(self.dtype), template, section)
+
 
 def load_or_sample(base: SampledModel, section: ProxySection, clock: StageTimer) -> list[ProxySample]:
     """Load the text that a model generated before with these settings, or sample it now.
@@ -46,14 +51,14 @@ def load_or_sample(base: SampledModel, section: ProxySection, clock: StageTimer)
         UserError, RunError: as `sample_proxy`.
     """
     model, tokenizer = base.model, base.tokenizer
-    template = tokenizer.chat_template if section.source != "bos" else None
-    path = cache_path(base.fingerprint, str(base.dtype), template, section)
+    path = base.cached(section)
     samples = read_samples(path, embedding_rows(model))
     if samples is not None:
         clock.note(f"sampled text read from {path}")
         return samples
-    with clock.stage("sampling text from the base model", section.num_samples + section.num_heldout_samples) as done:
-        samples = sample_proxy(model, tokenizer, section, done, BatchSplitter("sampling", clock.note))
+    count = section.num_samples + section.num_heldout_samples
+    with clock.stage("sampling text from the base model", count, "texts") as done:
+        samples = sample_proxy(model, tokenizer, section, done, BatchSplitter("sampling", clock.warn))
     try:
         write_samples(path, samples, tokenizer)
         clock.note(f"sampled text saved in {path}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.tokens import Batch
+from folora_q.data.tokens import Batch, count_tokens
 
 # Openings of public-domain works by a dozen authors in four languages, and passages of other kinds (news, a recipe, a
 # letter, tables, SQL, code in three languages) written for this file. Nothing is evaluated on it.
@@ -23,7 +23,7 @@ def penalty_text(written: Sequence[Batch], public: Sequence[Batch], share: float
     """
     if share == 0:
         return list(written)
-    tokens = [sum(int(batch.attention_mask.sum()) for batch in text) for text in (written, public)]
+    tokens = [count_tokens(text) for text in (written, public)]
     return [
         batch._replace(weight=of * sum(tokens) / count)
         for text, of, count in zip((written, public), (1 - share, share), tokens, strict=True)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, cast
 import rich_click as click
 
 from folora_q import __version__
-from folora_q.cli.console import concealing, print_error
+from folora_q.cli.console import concealing, print_error, set_output
 from folora_q.errors import FoloraError, RunError, Terminated, first_line
 from folora_q.storage.files import NoCacheError, cache_folder
 
@@ -39,6 +39,8 @@ COMMANDS = {
     "schema": "schema",
     "doctor": "doctor",
 }
+# Accepted by all commands, anywhere on the command line.
+GLOBAL_OPTIONS = ("--debug", "--quiet", "--plain")
 UNEXPECTED = "give --debug to see where it happened"
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT and 128 + SIGTERM, as in shells
 
@@ -59,13 +61,16 @@ class LazyGroup(click.RichGroup):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="folora-q")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the warnings of libraries.")
+@click.option("--quiet", is_flag=True, help="Show errors, warnings and the final result only.")
+@click.option("--plain", is_flag=True, help="Print plain lines without colours or bars, as without a terminal.")
 @click.pass_context
-def group(ctx: click.Context, debug: bool) -> None:
+def group(ctx: click.Context, debug: bool, quiet: bool, plain: bool) -> None:
     """Fine-tune a language model in 4 bits on one GPU or a CPU, and measure what it learned and what it forgot.
 
-    Start with `folora-q init` for your own data, or with `folora-q train recipes/demo.yaml`.
+    Start with `folora-q init` for your own data, or with `folora-q train recipes/demo.yaml`. --debug, --quiet
+    and --plain can also be given after a command.
     """
-    ctx.obj = {"debug": debug}
+    ctx.obj = {"debug": debug, "quiet": quiet, "plain": plain}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,9 +84,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    debug = "--debug" in arguments
-    # --debug is the group's option, but users put it last.
-    arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
+    # These are the group's options, but users put them last.
+    given = [option for option in GLOBAL_OPTIONS if option in arguments]
+    arguments = given + [argument for argument in arguments if argument not in GLOBAL_OPTIONS]
+    debug = "--debug" in given
+    set_output(quiet="--quiet" in given, plain="--plain" in given)
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a missing or replaced stream
             # A locale may lack characters, and a file's name may hold bytes, that cannot be written.

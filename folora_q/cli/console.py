@@ -5,28 +5,64 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segments
 from rich.table import Table
 
+from folora_q.cli.stage_line import StageLine, StagePace
+from folora_q.cli.training_lines import TrainingLine, measurement_lines, plan_line, status_line
+from folora_q.cli.wording import amount, clock, duration, progress_of
+from folora_q.progress import Measurement, TrainingEvent, TrainingPlan, TrainingStatus, Unit
 from folora_q.storage.redaction import conceal
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 MAX_WIDTH = 1000
+INDENT = "  "
 # Interval of progress lines without a terminal.
-SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 30.0
+REFRESHES_PER_SECOND = 5
+# Number of training steps before the time left is printed once, if no line of metrics does so earlier.
+STEPS_BEFORE_ESTIMATE = 3
+
+
+@dataclass
+class Output:
+    """What the global options say about all output.
+
+    Attributes:
+        quiet: show errors, warnings and results only.
+        plain: print as without a terminal.
+    """
+
+    quiet: bool = False
+    plain: bool = False
+
+
+output = Output()
+
+
+def set_output(quiet: bool, plain: bool) -> None:
+    """Apply the global options --quiet and --plain."""
+    changed = plain != output.plain
+    output.quiet, output.plain = quiet, plain
+    if changed:
+        terminal = False if plain else None
+        # Other modules hold these objects, so they are changed in place, as in `rich.reconfigure`.
+        vars(out).update(vars(Console(highlight=False, force_terminal=terminal)))
+        vars(err).update(vars(Console(stderr=True, highlight=False, force_terminal=terminal)))
 
 
 class Concealing:
@@ -104,57 +140,96 @@ def quiet_progress_bars() -> None:
 
 
 class ConsoleProgress:
-    """Shows a run's stages (`folora_q.progress.Progress`): bars with the time left, or plain lines."""
+    """Shows what a run does (`folora_q.progress.Progress`): live on a terminal, otherwise in plain ASCII lines."""
 
     def __init__(self, console: Console = err) -> None:
         self.console = console
+        self._line: TrainingLine | None = None  # while training is shown live
+        self._seen, self._estimated = 0, False  # training steps, and whether the time left was printed
+
+    @property
+    def live(self) -> bool:
+        """Whether lines can be drawn again on this console."""
+        return self.console.is_terminal and self.console.is_interactive
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {escape(visible(text))}", style="dim", soft_wrap=True)
+        if not output.quiet:
+            self.console.print(f"{INDENT}{escape(visible(text))}", style="dim", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(visible(text))}", soft_wrap=True)
+
+    def show(self, event: TrainingEvent) -> None:
+        if output.quiet:
+            return
+        if self._line is not None and not isinstance(event, TrainingPlan):
+            self._line.update(event)
+        match event:
+            case TrainingPlan():
+                self._print(plan_line(event, "×" if self.live else "x"))
+            case Measurement():
+                lines = measurement_lines(event, self.console.width - len(INDENT) if self.live else MAX_WIDTH)
+                self._print("\n".join(map(visible, lines)))
+            case TrainingStatus() if not self.live:
+                self._print_status(event)
+
+    def _print_status(self, status: TrainingStatus) -> None:
+        if status.logged_loss is not None:
+            self._print(status_line(status, status.logged_loss))
+            self._estimated = self._estimated or status.remaining is not None
+            return
+        self._seen += 1
+        if self._seen >= STEPS_BEFORE_ESTIMATE and status.remaining and not self._estimated:
+            self._estimated = True
+            self._print(f"about {clock(status.remaining)} left in training")
 
     @contextmanager
-    def stage(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        began = time.perf_counter()
-        with self._bar(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
+    def stage(self, title: str, total: int | None, unit: Unit = "units") -> Iterator[Callable[[int], None]]:
+        if output.quiet:
+            yield lambda count: None
+            return
+        title, began = visible(title), time.perf_counter()
+        with (self._drawn if self.live else self._logged)(title, total, unit) as advance:
             yield advance
-        self.console.print(
-            f"[green]✓[/] {escape(title)} [dim]{duration(time.perf_counter() - began)}[/]", soft_wrap=True
-        )
+        took = duration(time.perf_counter() - began)
+        if self.live:
+            self.console.print(f"[green]✓[/] {escape(title)} [dim]{took}[/]", soft_wrap=True)
+        else:
+            self._print(f"[done] {title}, {took}", indent="")
 
     @contextmanager
-    def _bar(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
-        if total is not None:
-            columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left")]
-        with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(escape(title), total=total)
-            yield lambda count: bars.advance(task, count)
+    def _drawn(self, title: str, total: int | None, unit: Unit) -> Iterator[Callable[[int], None]]:
+        pace = StagePace(total)
+        if unit == "steps" and total is not None:
+            self._line = line = TrainingLine(total)
+        else:
+            line = StageLine(title, pace, unit)
+        try:
+            with Live(line, console=self.console, transient=True, refresh_per_second=REFRESHES_PER_SECOND):
+                yield pace.advance
+        finally:
+            self._line = None
 
     @contextmanager
-    def _lines(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        last, finished = time.perf_counter(), 0
-        first: tuple[float, int] | None = None
+    def _logged(self, title: str, total: int | None, unit: Unit) -> Iterator[Callable[[int], None]]:
+        self._print(f"[start] {title}" + ("" if total is None else f" ({amount(total, unit)})"), indent="")
+        self._seen, self._estimated = 0, False
+        pace = StagePace(total)
+        printed = pace.began
 
         def advance(count: int) -> None:
-            nonlocal finished, first, last
-            finished += count
-            now = time.perf_counter()
-            # The first call does not count: it includes setup, or in a resumed run many steps at once.
-            first = first or (now, finished)
-            if total and 0 < finished < total and now - last >= SECONDS_BETWEEN_LINES:
-                last = now
-                done = finished - first[1]
-                left = f", about {duration((now - first[0]) / done * (total - finished))} left" if done else ""
-                self.console.print(f"  {escape(title)}: {finished}/{total}{left}", soft_wrap=True)
+            nonlocal printed
+            pace.advance(count)
+            if unit == "steps" or not total or pace.done >= total or pace.last - printed < SECONDS_BETWEEN_LINES:
+                return  # the lines of training have their own interval
+            printed = pace.last
+            left = "" if pace.left is None else f", about {clock(pace.left)} left"
+            self._print(f"{title}: {progress_of(pace.done, total, unit)}{left}")
 
         yield advance
 
-
-def duration(seconds: float) -> str:
-    """Format a wall time: 12s, 3:05, 1:02:03."""
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
+    def _print(self, text: str, indent: str = INDENT) -> None:
+        self.console.print(textwrap.indent(text, indent), markup=False, soft_wrap=True)
 
 
 @contextmanager

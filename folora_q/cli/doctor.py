@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import rich_click as click
 from rich.markup import escape
 
 from folora_q import __version__
-from folora_q.cli.console import err, out, visible
+from folora_q.cli.console import err, out, output, visible
 from folora_q.doctor import CHECKS, Examiner, Finding, State, can_train, without_user
 
 SIGNS = {
@@ -46,7 +47,8 @@ def command(settings: dict[str, bool], as_json: bool) -> int:
 def _examine(debug: bool) -> Iterator[Finding]:
     with Examiner(verbose=debug) as examiner:
         for check in CHECKS:
-            with err.status(f"[dim]checking {check.name}[/]"):  # nothing without a terminal
+            # Nothing is shown without a terminal.
+            with nullcontext() if output.quiet else err.status(f"[dim]checking {check.name}[/]"):
                 findings = examiner.make(check)
             yield from findings
 

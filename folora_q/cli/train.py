@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import rich_click as click
 from rich.markup import escape
 
-from folora_q.cli.console import duration, out, starting
+from folora_q.cli.console import out, starting
 from folora_q.cli.evaluation_table import print_answer, print_evaluation
 from folora_q.cli.options import recipe_arguments, trust_options
 from folora_q.cli.preflight import examined
+from folora_q.cli.wording import duration
 from folora_q.distributed import require_one_process
 from folora_q.errors import Terminated, UserError
 from folora_q.models.trust import Trust

@@ -12,6 +12,7 @@ from rich.markup import escape
 from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
+from folora_q.cli.wording import counted
 from folora_q.data.loading import SourceFacts, examine
 from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
@@ -99,7 +100,7 @@ def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> It
         "metric": [evaluation.metric_function if evaluation.metric == "function" else None],
     }
     yield from ((name, file) for name, files in others.items() for file in files if file is not None)
-    length = f"{training.max_steps:,} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
+    length = counted(training.max_steps, "step") if training.max_steps else counted(training.num_train_epochs, "epoch")
     sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps
     packed = ", packed" if training.packing else ""
     yield (

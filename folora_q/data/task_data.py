@@ -100,7 +100,7 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
     unfit = UnfitExamples(training.max_length, data.overlong, skip_errors=data.on_error == "skip")
     halves: list[Tokenized] = []
     for name, examples in (("training", task.train), ("held-out", task.heldout)):
-        with clock.stage(f"tokenizing {name} rows", len(examples)) as done:
+        with clock.stage(f"tokenizing {name} rows", len(examples), "rows") as done:
             half = tokenize(examples, encoder, unfit, name, done)
         clock.note(_described(half, training.max_length))
         halves.append(half)

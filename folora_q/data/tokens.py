@@ -44,6 +44,11 @@ class Batch(NamedTuple):
         return labels[labels != IGNORED]
 
 
+def count_tokens(text: Sequence[Batch]) -> int:
+    """Return the number of tokens of a text, without padding."""
+    return sum(int(batch.attention_mask.sum()) for batch in text)
+
+
 def generation_inputs(prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
     """Return inputs of `generate` for prompts of any lengths: ids and mask (b, t), left-padded, and the padding token.
 

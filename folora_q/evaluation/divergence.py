@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.tokens import Batch
+from folora_q.data.tokens import Batch, count_tokens
 from folora_q.evaluation.intervals import Tally, change, estimate
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.logits import chunks, head_logits, hidden_states, verify_chunked_logits
@@ -34,7 +34,7 @@ class HeldOutText:
 def compare(
     model_pair: ModelPair,
     text: HeldOutText,
-    on_progress: Callable[[int], None] = lambda batches: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
     splitter: BatchSplitter | None = None,
 ) -> TextResult:
     """Return losses of both models, KL(base ‖ tuned) and top-1 agreement, as means over the text's labelled tokens.
@@ -43,6 +43,7 @@ def compare(
     Memory holds the hidden states of one batch, and the logits of both models at a few positions.
 
     Args:
+        on_progress: called with the number of tokens read.
         splitter: splits batches if memory runs out; None raises.
     """
     splitter = splitter or BatchSplitter("comparing", enabled=False)
@@ -54,7 +55,7 @@ def compare(
                 with model_pair.base() as base:
                     verify_chunked_logits(base, batch.input_ids)
             parts.extend(splitter.over_batch(batch, lambda part: _tally(model_pair, part)))
-            on_progress(1)
+            on_progress(count_tokens([batch]))
     all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
     said = all_counts > 0  # a row may have no tokens that count
     counts = all_counts[said].numpy()

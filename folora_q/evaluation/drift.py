@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.tokens import Batch
+from folora_q.data.tokens import Batch, count_tokens
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import AdapterPair, factors
 from folora_q.runs.results import TextKind
@@ -57,12 +57,13 @@ def layer_changes(model_pair: ModelPair) -> dict[str, LayerChange]:
 def measured_drift(
     model_pair: ModelPair,
     text: Iterable[Batch],
-    on_progress: Callable[[int], None] = lambda batches: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
     splitter: BatchSplitter | None = None,
 ) -> dict[str, float]:
     """Return E‖ΔW x‖² / E‖W x‖² by layer, over the tokens of a text, with x from the base; 0 if no token reaches it.
 
     Args:
+        on_progress: called with the number of tokens read.
         splitter: splits batches if memory runs out; None raises.
     """
     splitter = splitter or BatchSplitter("measuring drift of", enabled=False)
@@ -81,7 +82,7 @@ def measured_drift(
         for batch in text:
             for sums in splitter.over_batch(batch, look):
                 totals.update({name: totals.get(name, 0) + moved for name, moved in sums.items()})
-            on_progress(1)
+            on_progress(count_tokens([batch]))
     return {name: _ratio(totals.get(name)) for name in changes}
 
 

@@ -14,7 +14,7 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.formats import Example, Text
 from folora_q.data.rendering import Renderer
 from folora_q.data.task_data import TaskTokens
-from folora_q.data.tokens import Batch, batches
+from folora_q.data.tokens import Batch, batches, count_tokens
 from folora_q.data.windows import crops
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import adapted_layers, measured_drift, update_norm
@@ -145,10 +145,11 @@ def evaluate(
 ) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
     """Measure losses and predictions on every text, and answer and score every question."""
     model_pair.eval()
-    splitter = BatchSplitter("measuring", clock.note)
-    with clock.stage("comparing losses and predictions", sum(len(text.batches) for text in on.texts)) as done:
+    splitter = BatchSplitter("measuring", clock.warn)
+    tokens = sum(count_tokens(text.batches) for text in on.texts)
+    with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
         texts = [compare(model_pair, text, done, splitter) for text in on.texts]
-    with clock.stage("answering, as base and as tuned", 2 * len(on.questions)) as done:
+    with clock.stage("answering, as base and as tuned", 2 * len(on.questions), "answers") as done:
         generation = Generation(section.max_new_tokens, section.batch_size, done, splitter)
         answers = answer_both(model_pair, on.reader, on.questions, generation, scorer)
     return texts, mean_score(answers, section.metric), answers
@@ -168,8 +169,9 @@ def evaluate_layers(
         energy_kept: by layer, the share of the steps' energy that passed the gate.
     """
     measured: dict[str, dict[str, float]] = {}
-    splitter = BatchSplitter("measuring drift of", clock.note)
-    with clock.stage("measuring how far each layer moved", sum(map(len, on.drift.values()))) as done:
+    splitter = BatchSplitter("measuring drift of", clock.warn)
+    tokens = sum(map(count_tokens, on.drift.values()))
+    with clock.stage("measuring how far each layer moved", tokens, "tokens") as done:
         for kind, text in on.drift.items():
             for name, drift in measured_drift(model_pair, text, done, splitter).items():
                 measured.setdefault(name, {})[kind] = drift

@@ -188,7 +188,7 @@ def write_merged(
     merge: Merge,
     target: Path,
     finish: Callable[[Path], dict] = lambda folder: {},
-    on_progress: Callable[[int], None] = lambda weights: None,
+    on_progress: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Write the merged model to a temporary folder, and rename it when it is complete.
 
@@ -196,7 +196,7 @@ def write_merged(
         target: a folder that does not exist, or one to replace.
         finish: called with the temporary folder once all weights are in it; adds the card, and may raise to abort the
             merge. Its result is written to merge.json.
-        on_progress: called with the number of weights written.
+        on_progress: called with the bytes of each merged weight; they add up to `merge.result_bytes`.
 
     Raises:
         UserError: there is no room on the disk, or a weight of the base cannot be read.
@@ -213,7 +213,7 @@ def write_merged(
             merged = {}
             for tensor in merge.base.names_in(shard):
                 merged[tensor] = _merged(merge, tensor)
-                on_progress(1)
+                on_progress(merged[tensor].nbytes)
             save_file(merged, staging / name, metadata={"format": "pt"})
             del merged
         if len(shards) > 1:

@@ -107,10 +107,11 @@ class Verification:
         return {"verified": not self.failures, **asdict(self)}
 
 
-def check_weights(
-    merged_model: MergedModel, on_progress: Callable[[int], None] = lambda weights: None
-) -> CheckedWeights:
+def check_weights(merged_model: MergedModel, on_progress: Callable[[int], None] = lambda size: None) -> CheckedWeights:
     """Compare every weight on disk with its expected value, in float64.
+
+    Args:
+        on_progress: called with the bytes of each weight; they add up to `merge.result_bytes`.
 
     Raises:
         RunError: one is not the nearest in its dtype, or one that should change did not; the message names it.
@@ -132,7 +133,7 @@ def check_weights(
         if wrong:
             raise RunError(f"the merged {name} is not the base's plus the adapter's change: {wrong}")
         stored, whole = stored + sums[0], whole + sums[1]
-        on_progress(1)
+        on_progress(found.nbytes)
     return CheckedWeights(len(merge.changed), stored / whole if whole else 1.0)
 
 

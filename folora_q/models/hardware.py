@@ -6,7 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+
+from folora_q.progress import Memory
 
 # Linux's status of this process, and how to reset its memory peak (proc(5)).
 STATUS, CLEAR_REFS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
@@ -68,6 +71,14 @@ def choose_hardware(dtype: str = "auto") -> Hardware:
     if dtype != "auto":
         return Hardware(device, getattr(torch, dtype), f"{name}, {dtype} as the recipe says", others)
     return Hardware(device, automatic[0], f"{name}, {automatic[1]}", others)
+
+
+def used_memory(device: torch.device) -> Memory:
+    """Return the memory in use: on a GPU the most allocated in this stage, on a CPU what this process has resident."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Memory(torch.cuda.max_memory_allocated(device), total)
+    return Memory(psutil.Process().memory_info().rss, psutil.virtual_memory().total)
 
 
 class PeakMemory:

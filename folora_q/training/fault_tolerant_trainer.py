@@ -32,6 +32,7 @@ from folora_q.models.parts import base_of
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
+from folora_q.training.monitor import StepReading
 from folora_q.training.step_guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
 
 # Private members of transformers' and TRL's trainers that this subclass overrides or relies on (5.17 to 5.23). A test
@@ -89,6 +90,7 @@ class FaultTolerantTrainer(SFTTrainer):
 
     Attributes:
         exceeded: the step and the KL at which training stopped because the KL exceeded its limit.
+        reading: loss, gradient norm and tokens of the last step, even if it was skipped.
     """
 
     model: PeftModel
@@ -106,6 +108,8 @@ class FaultTolerantTrainer(SFTTrainer):
         self.ended = False
         self.step_in_hand: int | None = None
         self.step_loss: Tensor | float = 0.0
+        self.step_tokens: Tensor | int = 0
+        self.reading = StepReading()
         self.loss_before: Tensor | None = None
         super().__init__(*args, **kwargs)
 
@@ -201,7 +205,9 @@ class FaultTolerantTrainer(SFTTrainer):
                 lambda part: compute(model, part, num_items_in_batch),
                 lambda: model.zero_grad(set_to_none=True),
             )
-        self.step_loss = loss if first else self.step_loss + loss  # stays on the device
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        self.step_loss = loss if first else self.step_loss + loss  # both stay on the device
+        self.step_tokens = tokens if first else self.step_tokens + tokens
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
@@ -212,8 +218,10 @@ class FaultTolerantTrainer(SFTTrainer):
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        seen = torch.stack([torch.as_tensor(each, device=self.args.device).float() for each in (self.step_loss, norm)])
-        loss, size = seen.tolist()  # the one synchronization with the device in a step
+        numbers = (self.step_loss, norm, self.step_tokens)
+        seen = torch.stack([torch.as_tensor(each, device=self.args.device).float() for each in numbers])
+        loss, size, tokens = seen.tolist()  # the one synchronization with the device in a step
+        self.reading = StepReading(loss, size, round(tokens))
         # In float16 the loss scaler finds its scale from overflowing gradients, and skips those steps itself.
         reason = self.skipped.reason(loss, 0.0 if scaled else size)
         if reason is None:

@@ -185,6 +185,6 @@ def _harness(
 ) -> list[HarnessResult]:
     if wanted is None:
         return []
-    with clock.stage("lm-eval-harness, base and tuned", 2 * len(set(wanted.tasks))) as done:
+    with clock.stage("lm-eval-harness, base and tuned", 2 * len(set(wanted.tasks)), "runs") as done:
         wanted = replace(wanted, batch_size=section.batch_size)
         return run_harness(model_pair, loaded.tokenizer, wanted, done)

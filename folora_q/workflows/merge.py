@@ -163,7 +163,7 @@ class MergeRun:
             RunError: the verification failed; the folder is marked.
         """
         with ExitStack() as writing:
-            done = writing.enter_context(self.timer.stage("merging", len(merge.base.tensors)))
+            done = writing.enter_context(self.timer.stage("merging", merge.result_bytes, "bytes"))
 
             def finish(folder: Path) -> dict[str, Any]:
                 writing.close()
@@ -227,12 +227,12 @@ def _adapter_name(folder: Path) -> str:
 
 def _verify(merge: Merge, folder: Path, clock: StageTimer) -> Verification:
     merged_model = MergedModel(merge, folder)
-    with clock.stage("checking every weight", len(merge.base.tensors)) as done:
+    with clock.stage("checking every weight", merge.result_bytes, "bytes") as done:
         weights = check_weights(merged_model, done)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
     texts = check_texts(merge.adapters[0][0].folder, tokenizer)
     compute, reason = _compute_dtype(merge)
-    with clock.stage(f"comparing what it says, in {_name(compute)} ({reason})", 3) as done:
+    with clock.stage(f"comparing what it says, in {_name(compute)} ({reason})", 3, "models") as done:
         verification = check_outputs(merged_model, texts.sequences, weights, compute, done)
     clock.note(f"compared on {verification.tokens:,} tokens: {texts.origin}")
     return verification

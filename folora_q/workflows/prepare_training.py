@@ -85,7 +85,7 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
     require_rows(data, tokenizer, config)
     warnings = size_warnings(recipe, data)
     for warning in warnings:
-        timer.note(f"warning: {warning}")
+        timer.warn(warning)
     hardware = choose_hardware(recipe.model.dtype)
     manifest = new_manifest(recipe, _data_files(recipe)) | {
         "data": data.summary(),

@@ -30,7 +30,7 @@ from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, eval
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
-from folora_q.models.hardware import PeakMemory
+from folora_q.models.hardware import PeakMemory, used_memory
 from folora_q.models.load import LoadedModel, load_model, stop_at
 from folora_q.models.logits import verify_chunked_logits
 from folora_q.models.parts import embedding_rows
@@ -43,10 +43,12 @@ from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.config import trainer_config
+from folora_q.training.monitor import Monitor
 from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
 from folora_q.workflows.prepare_training import PreparedRun
+from folora_q.workflows.training_work import estimated_work, training_plan
 
 Gates = Mapping[str, SpectralGate]
 Samples = Sequence[ProxySample]
@@ -104,7 +106,7 @@ class TrainingRun:
                 config=config,
                 gates=gates,
                 monitored=self.monitored(base, text, measured_on),
-                notify=self.timer.note,
+                notify=self.timer.warn,
                 record=self._record,
             )
         )
@@ -144,6 +146,8 @@ class TrainingRun:
             samples = read_samples(path, embedding_rows(base.model))
         if samples is None:
             sampled = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
+            work = estimated_work(self.recipe, self.data, self.hardware.device.type == "cuda")
+            self.timer.note(work.sentence(sampled.cached(section).exists()))
             samples = load_or_sample(sampled, section, self.timer)
             write_samples(path, samples, base.tokenizer)
         self.folder.remember(self.manifest, path)
@@ -188,7 +192,7 @@ class TrainingRun:
         """
         config = trainer_config(model, self.recipe, self.hardware, self.folder.path)
         for advice in self.recipe.advice:
-            self.timer.note(advice)
+            self.timer.warn(advice)
         return config
 
     def calibrate(self, base: LoadedModel, model: PeftModel, text: CalibrationText) -> Gates:
@@ -224,10 +228,12 @@ class TrainingRun:
         if (warmup := warmup_of(training.warmup_steps, steps)) < int(training.warmup_steps):
             note(f"training.warmup_steps: {warmup} of {steps} steps, at most a third, not {training.warmup_steps:g}")
         stopping = Stopping(note)
-        with self.timer.stage("training", steps) as done:
+        self.timer.show(training_plan(trainer.model, self.recipe, self.data, len(trainer.train_dataset)))
+        with self.timer.stage("training", steps, "steps") as done:
             if checkpoint is not None:
                 done(step_of(checkpoint))
-            for callback in (Reporting(done, self._record), SavedAtTheEnd(), stopping):
+            monitor = Monitor(self.timer.show, lambda: trainer.reading, lambda: used_memory(self.hardware.device))
+            for callback in (Reporting(done, self._record), monitor, SavedAtTheEnd(), stopping):
                 trainer.add_callback(callback)
             with stopping.listening():
                 trainer.train(checkpoint)

@@ -90,7 +90,8 @@ def test_gates_solve_the_dense_problem_of_the_text_without_its_padding(model) ->
     texts = list(batches(proxy, 4, CPU)), list(batches(task, 4, CPU))
     gates = build_gates(model, *texts, StatisticsSettings(FULL), StageTimer(progress))
     total, *done = progress.stages["statistics of both texts"]
-    assert sum(done) == total == 2 * 4, "two readings of two batches of each"
+    assert sum(done) == total == 2 * sum(map(len, [*proxy, *task])), "two readings of every token of each"
+    assert progress.units["statistics of both texts"] == "tokens"
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
         penalty, utility = dense_covariance(model, name, proxy), dense_covariance(model, name, task)
         identity = torch.eye(len(penalty), dtype=torch.float64)
@@ -395,7 +396,7 @@ def test_where_memory_runs_out_the_text_is_read_again_in_halves_and_counted_once
     finally:
         handle.remove()
     assert counted == once, "every token of every input, once"
-    assert [note.split(";")[1] for note in progress.notes] == [" continuing with 2", " continuing with 1"]
+    assert [line.split(";")[1] for line in progress.warnings] == [" continuing with 2", " continuing with 1"]
     assert set(taken[3:]) == {1}
     for name, gate in expected.items():
         assert torch.allclose(found[name].quotients, gate.quotients, rtol=1e-3, atol=1e-6), name

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from folora_q.cli import console
+from folora_q.cli import console, stage_line
 from folora_q.cli.console import ConsoleProgress, quiet_progress_bars
 
 
@@ -21,16 +21,17 @@ def test_the_gguf_reader_draws_no_bar(monkeypatch: pytest.MonkeyPatch, capfd) ->
 
 
 def test_the_time_left_is_told_from_the_speed_after_the_first_count(monkeypatch, capfd) -> None:
-    """The first step waits for what comes before it: here a minute and a half, of steps that take two seconds."""
+    """The first text waits for what comes before it: here a minute and a half, of texts that take two seconds."""
     now = [0.0]
-    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    with ConsoleProgress(Console(width=80)).stage("training", 200) as advance:
+    for module in (console, stage_line):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with ConsoleProgress(Console(width=80)).stage("sampling", 200, "texts") as advance:
         for count, seconds in ((1, 90), (1, 2), (9, 18), (89, 178)):
             now[0] += seconds
             advance(count)
     assert capfd.readouterr().out.splitlines() == [
-        "  training: 1/200",
-        "  training: 11/200, about 06:18 left",
-        "  training: 100/200, about 03:20 left",
-        "✓ training 04:48",
+        "[start] sampling (200 texts)",
+        "  sampling: 1/200 texts",
+        "  sampling: 100/200 texts, about 3:20 left",
+        "[done] sampling, 4:48",
     ]

@@ -78,7 +78,7 @@ def test_an_adapter_from_elsewhere_is_measured_on_text_that_its_base_writes(
         layer.drift[TextKind.GENERATED] > 0 and layer.update_norm > 0 for layer in found.layers
     )
     text, talk = capfd.readouterr()
-    assert "only forgetting is measured" in talk and "✓ sampling text" in talk
+    assert "only forgetting is measured" in talk and "[done] sampling text" in talk
     assert "What is the capital of Australia" in text
     assert run("eval", foreign, *given) == 0
     assert "sampled text read from" in capfd.readouterr().err

@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     adapter = save_adapter(base, tmp_path / "adapter")
     output = tmp_path / "output.txt"
     with forked(["merge", adapter], output) as process:
-        wait_until(lambda: output.exists() and "✓ merging" in output.read_text("utf-8"), process, output)
+        wait_until(lambda: output.exists() and "[done] merging" in output.read_text("utf-8"), process, output)
         os.kill(process.pid, signal.SIGINT)
         process.join(60)
         said = output.read_text("utf-8")

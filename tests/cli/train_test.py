@@ -49,6 +49,31 @@ def named_files(text: str) -> list[str]:
     return [line.split()[1] for line in text.splitlines() if line.lstrip().startswith("less ")]
 
 
+def assert_plain_lines_of_training(talk: str) -> None:
+    """Check what a run of five steps, logged every other, prints without a terminal."""
+    assert talk.isascii() and not set("\r\x1b\b") & set(talk)
+    lines = talk.splitlines()
+    assert "  12 rows (400 tokens) x 1.67 epochs / batch of 4 = 5 steps; 8,192 of 115,648 parameters trained" in lines
+    start, done = (
+        lines.index("[start] training (5 steps)"),
+        lines.index(next(line for line in lines if line.startswith("[done] training, "))),
+    )
+    steps = lines[start + 1 : done]
+    number, time = r"[\d.]+(e-\d)?", r"(\d+:)?\d+:\d\d"
+    form = (
+        rf"  step (\d)/5  loss {number}  lr {number}  grad norm {number}( {{2}}\d+ tok/s)?  memory {number}/{number} GB"
+    )
+    shown = [re.fullmatch(rf"{form}  elapsed {time}(  left {time})?", line) for line in steps]
+    assert [match and match[1] for match in shown] == ["1", "2", "4"], steps
+    assert "tok/s" not in steps[0] and "left" not in steps[0], "the first step tells no speed"
+    assert "tok/s" in steps[1] and "left" in steps[1]
+    [sentence] = [line for line in lines if line.startswith("  before and after training: ")]
+    assert re.search(
+        r"equals about [\d.]+ times the training itself \(sampling .*, statistics .*, evaluation ", sentence
+    )
+    assert "[start] sampling text from the base model (6 texts)" in lines
+
+
 def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: Path, capfd) -> None:
     packaged = "evaluation.general_text=null"
     assert run("train", recipe_file, packaged) == 0
@@ -113,7 +138,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert "What was learned, what was forgotten (gated QLoRA)" in text
     assert f"{found.text('task').loss.tuned.value:.4f}" in text
     assert f"chat {folder} --base" in text and f"merge {folder}\n" in text
-    assert "✓ training" in talk
+    assert_plain_lines_of_training(talk)
     assert re.search(
         r"penalty of A's directions on held-out model-generated text: [\d.e+]+ times the in-sample penalty", talk
     )
@@ -291,7 +316,12 @@ def test_the_best_step_is_kept_and_measured_on_the_way(recipe_file: Path, tmp_pa
     assert kls[0] == 0 and all(kl > 0 for step, kl in kls.items() if step)
     best = min(list(losses)[1:], key=losses.__getitem__)
     assert best != 8, "the test needs a best step that is not the last"
-    assert f"kept step {best}, with the least held-out loss: {losses[best]:.4f}" in capfd.readouterr().err
+    talk = capfd.readouterr().err
+    assert f"kept step {best}, with the least held-out loss: {losses[best]:.4f}" in talk
+    [rise] = [line["eval_rise_prose"] for line in lines if line["step"] == 4 and "eval_loss" in line]
+    assert f"  step 0  held-out loss {losses[0]:.4f}  KL 0.0000  real text: prose +0.0000\n" in talk
+    change = f"({losses[4] - losses[0]:+.4f})"
+    assert f"  step 4  held-out loss {losses[4]:.4f} {change}  KL {kls[4]:.4f}  real text: prose {rise:+.4f}\n" in talk
     found = measured(folder)
     assert found.text("task").loss.tuned.value == pytest.approx(losses[best], rel=1e-5)
     assert found.text("generated text").kl.value > 0

@@ -93,10 +93,10 @@ def _watch_stages(stages: list[str], moment: Callable[[], None]) -> None:
     stage, save = ConsoleProgress.stage, FaultTolerantTrainer._save_checkpoint
 
     @contextmanager
-    def watched(self: ConsoleProgress, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    def watched(self: ConsoleProgress, title: str, total: int | None, *unit: Any) -> Iterator[Callable[[int], None]]:
         stages[-1] = title
         moment()
-        with stage(self, title, total) as advance:
+        with stage(self, title, total, *unit) as advance:
 
             def advanced(units: int) -> None:
                 moment()
