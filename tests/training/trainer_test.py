@@ -218,7 +218,7 @@ def test_real_text_is_measured_on_the_way_and_a_line_says_when_it_gets_worse(rec
     lines, told = [], []
     trainer = trainer_of(load_recipe(recipe_file, ["evaluation.steps=5"]), [Reporting(lambda n: None, lines.append)])
     # A random model finds no text likely but what it would say itself.
-    starts = torch.arange(8)[:, None] + 40
+    starts = torch.arange(16)[:, None] + 40
     rows = trainer.model.generate(input_ids=starts, do_sample=False, min_new_tokens=30, max_new_tokens=30).tolist()
     trainer.real_text = [HeldOutText("prose", "general", list(batches(rows, 4, CPU.device)))]
     trainer.skipped.tell = told.append
