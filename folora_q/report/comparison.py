@@ -137,20 +137,17 @@ def factor(equal: AtEqualLoss, run: int = 1) -> str | None:
 
 
 def in_words(runs: Sequence[Run], equal: AtEqualLoss | None) -> list[str]:
-    """Describe the comparison in sentences: each run at its end, and its KL at equal task loss."""
-    names = names_of(runs)
-    found = [
-        f"{name}, at the end: {sentence}"
-        for name, run in zip(names, runs, strict=True)
-        if run.evaluation is not None
-        for sentence in summary(run.evaluation)
-    ]
+    """Describe the comparison in sentences: the runs' KL at equal task loss, and each run at its end."""
+    names, found = names_of(runs), []
     if equal is not None and equal.learned:
         found += [
             f"At task loss {text.short(equal.loss)}, {names[n]} had {times} the KL of {names[0]}."
             for n in range(1, len(names))
             if (times := factor(equal, n)) is not None
         ]
+    for name, run in zip(names, runs, strict=True):
+        if run.evaluation is not None:
+            found += [f"{name}, at the end: {sentence}" for sentence in summary(run.evaluation)]
     return found
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from folora_q.report.comparison import TableRow, at_ends, at_equal_loss, names_of, peak_stage, where, written
+from folora_q.report.comparison import TableRow, at_ends, at_equal_loss, in_words, names_of, peak_stage, where, written
 from folora_q.report.run_record import load_run, same_base, same_data
+from folora_q.report.text import short
 from folora_q.runs.results import Interval, TextKind
 from tests.report.run_folder import BASE_LOSS, Shape, write_run
 
@@ -67,6 +68,17 @@ def test_at_equal_loss_kl_is_between_the_measurements_around_it(tmp_path: Path) 
     # Alone with runs that learned more, a run without measurements along training has its end to offer.
     found = at_equal_loss([bare, load(tmp_path / "d")]).reached
     assert found[0].kl == pytest.approx(0.9 * 0.125) and where(found[0]) == "measured at the end"
+
+
+def test_the_sentences_give_the_multiple_of_kl_and_each_run(tmp_path: Path) -> None:
+    gated = load(tmp_path / "a")
+    plain = load(tmp_path / "b", Shape(layers=1, gated=False, final_loss=0.11, kl_scale=1.5))
+    equal = at_equal_loss([gated, plain])
+    multiple = equal.reached[1].kl / equal.reached[0].kl
+    first, *others = in_words([gated, plain], equal)
+    assert first == f"At task loss {short(equal.loss)}, b had {short(multiple)} times the KL of a."
+    assert [sentence.partition(":")[0] for sentence in others] == ["a, at the end"] * 2 + ["b, at the end"] * 2
+    assert in_words([gated, plain], None) == others
 
 
 def test_the_end_is_measured_as_along_training_and_counts_where_it_is_another_moment(tmp_path: Path) -> None:
