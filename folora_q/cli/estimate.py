@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import rich_click as click
@@ -30,11 +31,13 @@ FROZEN = ("4-bit weights", "their constants", "16-bit weights")
 
 
 @click.command("estimate")
-@recipe_arguments
+@partial(recipe_arguments, with_data=False)
 @click.option("--gpu", "card", type=click.FloatRange(min=1), metavar="GB", help="Memory of the GPU: 8, 12, 16, 24, ...")
 @click.pass_context
 def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: Recipe, card: float | None) -> None:
     """Estimate a RECIPE's peak memory by stage and component, from the model's config.json alone.
+
+    The data need not exist. Of much-used models the numbers of config.json are shipped, for use without a network.
 
     Exit code 1: it does not fit the GPU of --gpu. Then it proposes changes, the least harmful first.
     """

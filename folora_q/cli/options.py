@@ -13,8 +13,12 @@ from folora_q.models.trust import CODE_FLAG, PICKLE_FLAG, Trust
 from folora_q.recipe import load_recipe
 
 
-def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
-    """Add RECIPE, overrides and --set; the command receives `path`, `overrides` and the validated `recipe`."""
+def recipe_arguments(command: Callable[..., None], with_data: bool = True) -> Callable[..., None]:
+    """Add RECIPE, overrides and --set; the command receives `path`, `overrides` and the validated `recipe`.
+
+    Args:
+        with_data: the files of data and text must exist.
+    """
 
     @click.argument(
         "path", metavar="RECIPE", type=click.Path(path_type=Path), help="A YAML file, e.g. recipes/demo.yaml."
@@ -24,7 +28,7 @@ def recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def with_recipe(*args: Any, path: Path, overrides: tuple[str, ...], more: tuple[str, ...], **kwargs: Any) -> None:
         given = (*overrides, *more)
-        command(*args, path=path, overrides=given, recipe=load_recipe(path, given), **kwargs)
+        command(*args, path=path, overrides=given, recipe=load_recipe(path, given, with_data), **kwargs)
 
     return with_recipe
 

@@ -1,4 +1,4 @@
-"""`folora-q recipes`: list the shipped recipes, or copy one."""
+"""`folora-q recipes`: list the shipped recipes with the memory that they need, or copy one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,38 @@ import rich_click as click
 from rich.markup import escape
 
 from folora_q.cli.console import out
+from folora_q.memory.estimate import GIB, estimate
+from folora_q.memory.shapes import shape_of
+from folora_q.memory.shipped_models import shipped_model
+from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import copy_recipe, shipped_recipes
 
 
 @click.group("recipes", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """List the shipped recipes. `folora-q recipes copy NAME` copies one for you to edit."""
+    """List the shipped recipes, with their estimated peak of GPU memory.
+
+    `folora-q recipes copy NAME` copies one for you to edit.
+    """
     if ctx.invoked_subcommand is not None:
         return
     recipes = shipped_recipes()
     width = max(len(recipe.name) for recipe in recipes)
     for recipe in recipes:
-        out.print(f"[cyan]{recipe.name:{width}}[/]  {escape(recipe.title)}", soft_wrap=True)
-    out.print("\nfolora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one for you to edit[/]")
+        size = f"[bold]{_peak(recipe.path) / GIB:4.1f}[/] GiB"
+        out.print(f"[cyan]{recipe.name:{width}}[/]  {size}  {escape(recipe.title)}", soft_wrap=True)
+    out.print("\nGiB: the estimated peak of GPU memory; `folora-q estimate` shows its parts", style="dim")
+    out.print("folora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one for you to edit[/]")
+
+
+def _peak(path: Path) -> int:
+    """Return the estimated peak of a shipped recipe in bytes; a test checks that its model's numbers are shipped."""
+    recipe = load_recipe(path, with_data=False)
+    model = shipped_model(recipe.model.model_name_or_path)
+    if model is None:
+        raise KeyError(recipe.model.model_name_or_path)
+    return estimate(recipe, shape_of(model.config)).peak
 
 
 @command.command("copy")

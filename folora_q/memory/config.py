@@ -1,41 +1,44 @@
-"""Read a model's config.json from a folder, hub id, GGUF file or the demo's model. No weights are downloaded."""
+"""Read a model's config.json: from a folder, a GGUF file, the hub's cache, the hub, or the numbers that are shipped.
+
+No weights are downloaded.
+"""
 
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.memory.gguf_header import gguf_config
+from folora_q.memory.shipped_models import shipped_model
 from folora_q.storage.untrusted import read_object
 
-# The configuration of the demo's model (folora_q.models.demo), so that an estimate downloads nothing.
+# The demo's model, which comes from a wheel (folora_q.models.demo): no hub has it under this name.
 DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
-DEMO_CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-    "tie_word_embeddings": True,
-}
+# A hub that has not answered by then counts as unreachable. Its client would try for half a minute.
+MAX_SECONDS_TO_ANSWER = 3.0
 
 
 def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """Read the configuration of `model.model_name_or_path`, which loading a recipe has checked.
 
+    For a hub id it is that of the cache, else the hub's, else the shipped numbers (`folora_q.memory.shipped_models`).
+
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    if name == DEMO_MODEL:
-        return dict(DEMO_CONFIG)
-    path = Path(name)
-    if path.suffix == ".gguf":
-        return gguf_config(path)
-    return _read(path / "config.json" if path.is_dir() else _from_the_hub(name, revision))
+    here = config_here(name, revision)
+    if here is not None:
+        return here
+    try:
+        return _read(_from_the_hub(name, revision))
+    except UserError:
+        if (shipped := shipped_model(name)) is not None:
+            return deepcopy(shipped.config)
+        raise
 
 
 def files_here(name: str, revision: str | None = None) -> Path | None:
@@ -50,13 +53,15 @@ def files_here(name: str, revision: str | None = None) -> Path | None:
 
 
 def config_here(name: str, revision: str | None = None) -> dict[str, Any] | None:
-    """Read the configuration as `read_config`, without contacting a hub; None if only the hub has it.
+    """Read the configuration as `read_config`, from this machine's files alone; None if only the hub has it.
 
     Raises:
         UserError: it cannot be read.
     """
-    if name == DEMO_MODEL or Path(name).suffix == ".gguf":
-        return read_config(name)
+    if name == DEMO_MODEL and (shipped := shipped_model(name)) is not None:
+        return deepcopy(shipped.config)
+    if Path(name).suffix == ".gguf":
+        return gguf_config(Path(name))
     folder = files_here(name, revision)
     return None if folder is None else _read(folder / "config.json")
 
@@ -76,15 +81,42 @@ def _from_the_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
-    if (kept := _kept(name, revision)) is not None:
-        return kept
     try:
+        _check_that_the_hub_answers()
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # the hub client raises whatever its transport does
         raise UserError(
             f"cannot get config.json of {name}: {first_line(error)}",
             "an estimate needs only that file: put it into a folder, and add model.model_name_or_path=FOLDER",
         ) from None
+
+
+def _check_that_the_hub_answers() -> None:
+    """Ask the hub anything, in a thread: a client's time limit does not cover the lookup of a name.
+
+    Raises:
+        OSError: it does not answer in time.
+    """
+    from huggingface_hub import constants, is_offline_mode
+    from huggingface_hub.utils import get_session
+
+    if is_offline_mode():
+        return  # hf_hub_download says so
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=MAX_SECONDS_TO_ANSWER)
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(first_line(error))
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(MAX_SECONDS_TO_ANSWER)
+    reason = outcome[0] if outcome else f"no answer within {MAX_SECONDS_TO_ANSWER:g} s"
+    if reason is not None:
+        raise OSError(f"{constants.ENDPOINT} cannot be reached ({reason})")
 
 
 def _kept(name: str, revision: str | None) -> Path | None:

@@ -14,6 +14,7 @@ from folora_q.memory.config import config_here, files_here, read_config
 from folora_q.memory.names import modules_of_config
 from folora_q.memory.positions import positions_of
 from folora_q.memory.shapes import text_config
+from folora_q.memory.shipped_models import shipped_model
 from folora_q.models.prequantized import foreign_quantization, quantized_already
 from folora_q.models.unsupported import refuse_unsupported
 from folora_q.preflight.tokens import needed_tokens, tokens_beyond, tokens_in
@@ -59,16 +60,19 @@ def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modu
             findings.
     """
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
-    config = config_here(name, revision)
-    if config is None:
-        if not ask_the_hub:
+    config, notes = config_here(name, revision), []
+    if config is None and not ask_the_hub:
+        if (shipped := shipped_model(name)) is None:
             return Examined([f"the files of {name} are not in the hub's cache, so the model was not checked"])
+        notes.append(f"config.json of {name} is not in the hub's cache: shipped numbers are used ({shipped.date})")
+        config = shipped.config
+    elif config is None:
         try:
             config = read_config(name, revision)
         except UserError:  # loading the model will report it
             return Examined()
     refuse_unsupported(name, config)
-    folder, notes = files_here(name, revision), []
+    folder = files_here(name, revision)
     if (method := foreign_quantization(config, folder)) is not None:
         wrong, hint = quantized_already(name, method, config)
         raise UserError(f"`model.model_name_or_path`: {wrong} ({place(MODEL)})", hint)

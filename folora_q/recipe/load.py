@@ -22,18 +22,22 @@ from folora_q.storage.redaction import conceal, holds_secret
 # The most that an error quotes of a value.
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 160
+# Keys that name files of data and of text.
+DATA_KEYS = ("train_dataset", "eval_dataset")
+TEXT_KEYS = ("general_text", "general_prompts", "metric_function")
 # Beginning of a location on the command line.
 OVERRIDE = "override "
 SECTIONS = {name: cast(type[BaseModel], field.annotation) for name, field in Recipe.model_fields.items()}
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), with_data: bool = True) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
         path: a YAML file.
         overrides: `section.key=value`, or `key=value` where only one section has the key; the value in YAML; later ones
             win.
+        with_data: look for the data and texts too, which must exist then.
 
     Returns:
         The recipe, with its input paths (data, templates, texts, a local model) made absolute.
@@ -58,7 +62,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         only_there = exists(path.parent / value) and not exists(Path(value))
         return Path.cwd() if given_here and not only_there else path.parent
 
-    return with_absolute_paths(recipe, folder_for, lambda key: _place(key, places, path))
+    if with_data:
+        return with_absolute_paths(recipe, folder_for, lambda key: _place(key, places, path))
+    found = with_absolute_paths(_without_data(recipe), folder_for, lambda key: _place(key, places, path))
+    data = found.data.model_copy(update={key: getattr(recipe.data, key) for key in DATA_KEYS})
+    return found.model_copy(update={"data": data, "evaluation": recipe.evaluation})
+
+
+def _without_data(recipe: Recipe) -> Recipe:
+    """Return a copy of a recipe that names no file of data or text."""
+    data = recipe.data.model_copy(update=dict.fromkeys(DATA_KEYS))
+    evaluation = recipe.evaluation.model_copy(update=dict.fromkeys(TEXT_KEYS))
+    return recipe.model_copy(update={"data": data, "evaluation": evaluation})
 
 
 def places_in(path: Path, overrides: Sequence[str] = ()) -> Callable[[KeyPath], str]:

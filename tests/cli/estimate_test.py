@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from folora_q.cli.app import main
-from folora_q.recipe.shipped import recipes_folder
+from folora_q.recipe.shipped import ShippedRecipe, recipes_folder, shipped_recipes
 from tests.memory.recipes import MISTRAL_7B, SMALL_LLAMA
 
 RECIPE = recipes_folder() / "7b-8gb-math.yaml"
@@ -76,6 +76,31 @@ def test_a_family_that_is_not_in_the_table_takes_longer_and_says_so(tmp_path: Pa
     captured = capfd.readouterr()
     assert "models of the type stablelm are not in our table" in captured.err
     assert "peak" in captured.out
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes(), ids=lambda recipe: recipe.name)
+def test_every_shipped_recipe_is_answered_without_network_and_data(recipe: ShippedRecipe, capfd) -> None:
+    assert run("estimate", recipe.path) == 0
+    lines = capfd.readouterr().out.splitlines()
+    notes = [line for line in lines if "shipped numbers are used (" in line]
+    assert len(notes) == (recipe.name != "demo")  # its file is known by its hash
+    peak = next(line for line in lines if line.startswith("peak"))
+    assert run("recipes") == 0
+    listed = next(line for line in capfd.readouterr().out.splitlines() if line.startswith(f"{recipe.name} "))
+    assert listed.split()[1] == f"{max(map(float, peak.split()[1:])):.1f}" and listed.split()[2] == "GiB"
+
+
+def test_data_that_are_not_here_are_no_error_but_a_template_is(tmp_path: Path, capfd) -> None:
+    text = RECIPE.read_text("utf-8").replace("evaluation:\n", "evaluation:\n  general_text: mine.txt\n", 1)
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    mine = ["data.train_dataset=mine.jsonl", "data.eval_dataset=held.jsonl"]
+    assert run("estimate", path, *mine) == 0
+    assert run("estimate", path, *mine, "data.chat_template=mine.jinja") == 2
+    assert "no file at" in (said := capfd.readouterr().err) and "mine.jinja" in said and "mine.jsonl" not in said
+    assert run("validate", path, *mine) == 2
+    said = capfd.readouterr().err
+    assert "mine.jsonl" in said and "held.jsonl" in said and "mine.txt" in said
 
 
 def test_a_model_that_is_not_here(capfd) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from folora_q.errors import UserError
-from folora_q.memory.config import DEMO_CONFIG, DEMO_MODEL, read_config
+from folora_q.memory.config import DEMO_MODEL, config_here, read_config
 from folora_q.memory.shapes import shape_of
+from folora_q.memory.shipped_models import shipped_model
 from tests.memory.recipes import SMALL_LLAMA
 
 
@@ -29,15 +31,60 @@ def test_the_demos_model_is_known_without_its_file() -> None:
     from folora_q.models import demo
 
     assert demo.DEMO_MODEL == DEMO_MODEL
-    assert read_config(DEMO_MODEL) == DEMO_CONFIG
-    assert shape_of(DEMO_CONFIG).parameters == 134_515_008
+    assert shape_of(read_config(DEMO_MODEL)).parameters == 134_515_008
+    assert config_here(DEMO_MODEL) == read_config(DEMO_MODEL)
 
 
 def test_a_hub_id_that_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "kept.json"
+    file = tmp_path / "config.json"
     file.write_text(json.dumps(SMALL_LLAMA), encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(file))
     assert read_config("someone/model") == SMALL_LLAMA
+
+
+QWEN = "Qwen/Qwen2.5-7B-Instruct"
+CUT = json.dumps(SMALL_LLAMA | {"vocab_size": 77})
+
+
+def test_the_cache_comes_before_the_hub_and_the_hub_before_the_shipped_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(CUT, encoding="utf-8")
+    shipped = shipped_model(QWEN)
+    assert shipped is not None
+    assert read_config(QWEN) == shipped.config  # no hub may be asked (tests/conftest.py)
+    assert config_here(QWEN) is None
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(file))
+    assert read_config(QWEN)["vocab_size"] == 77
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(file))
+    assert read_config(QWEN)["vocab_size"] == 77
+    assert read_config(str(tmp_path))["vocab_size"] == 77
+
+
+def test_nobody_can_change_the_shipped_numbers() -> None:
+    read_config(QWEN)["vocab_size"] = 77
+    assert read_config(QWEN)["vocab_size"] == 152_064
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go = Event()
+
+    class Hanging:
+        def head(self, *_: object, **__: object) -> None:
+            let_go.wait(60)
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Hanging)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("folora_q.memory.config.MAX_SECONDS_TO_ANSWER", 0.01)
+    try:
+        assert read_config(QWEN)["vocab_size"] == 152_064
+        with pytest.raises(UserError, match=r"cannot be reached \(no answer within 0\.01 s\)"):
+            read_config("nobody/nothing")
+    finally:
+        let_go.set()
 
 
 def test_a_hub_id_that_cannot_be_had() -> None:

@@ -129,6 +129,15 @@ def test_a_model_of_the_hub_that_is_not_here_is_not_looked_at(recipe: Path, capf
     )
 
 
+def test_a_model_whose_numbers_are_shipped_is_checked_by_them(recipe: Path, capfd) -> None:
+    name = "model.model_name_or_path=Qwen/Qwen2.5-7B-Instruct"
+    for command in ("validate", "estimate"):
+        assert run(command, recipe, name, "target_modules=[q_proj]") == 0
+        assert "in the hub's cache: shipped numbers are used (" in " ".join(capfd.readouterr().out.split())
+        assert run(command, recipe, name, "target_modules=[q_porj]") == 2
+        assert "no linear layer q_porj" in capfd.readouterr().err
+
+
 def test_nothing_heavy_is_imported_for_it(recipe: Path, own_model: Path) -> None:
     add_tokens(own_model)
     code = (
