@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train",
     "init": "init",
     "recipes": "recipes",
+    "explain": "explain",
     "validate": "validate",
     "preview": "preview",
     "estimate": "estimate",
@@ -63,7 +64,7 @@ class LazyGroup(click.RichGroup):
 def group(ctx: click.Context, debug: bool) -> None:
     """Fine-tune a language model in 4 bits on one GPU or a CPU, and measure what it learned and what it forgot.
 
-    Start with `folora-q init` for your own data, or with `folora-q train recipes/demo.yaml`.
+    Start with `folora-q init` for your own data, or with `folora-q train demo`.
     """
     ctx.obj = {"debug": debug}
 
