@@ -8,6 +8,7 @@ from typing import Any
 
 from folora_q.errors import UserError, first_line
 from folora_q.memory.gguf_header import gguf_config
+from folora_q.recipe.hub import hub_problem
 from folora_q.storage.untrusted import read_object
 
 # The configuration of the demo's model (folora_q.models.demo), so that an estimate downloads nothing.
@@ -81,10 +82,11 @@ def _from_the_hub(name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # the hub client raises whatever its transport does
-        raise UserError(
+        problem = hub_problem(name, error) or (
             f"cannot get config.json of {name}: {first_line(error)}",
             "an estimate needs only that file: put it into a folder, and add model.model_name_or_path=FOLDER",
-        ) from None
+        )
+        raise UserError(*problem) from None
 
 
 def _kept(name: str, revision: str | None) -> Path | None:

@@ -19,6 +19,7 @@ from folora_q.models.unsupported import refuse_unsupported
 from folora_q.preflight.tokens import needed_tokens, tokens_beyond, tokens_in
 from folora_q.recipe import Recipe
 from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.hub import did_you_mean
 from folora_q.recipe.paths import is_hub_dataset, listed, short
 from folora_q.recipe.target_modules import Modules, adapter_findings
 
@@ -62,11 +63,9 @@ def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modu
     config = config_here(name, revision)
     if config is None:
         if not ask_the_hub:
-            return Examined([f"the files of {name} are not in the hub's cache, so the model was not checked"])
-        try:
-            config = read_config(name, revision)
-        except UserError:  # loading the model will report it
-            return Examined()
+            kept = f"the files of {name} are not in the hub's cache, so the model was not checked"
+            return Examined([f"{kept}{did_you_mean(name)}"])
+        config = read_config(name, revision)
     refuse_unsupported(name, config)
     folder, notes = files_here(name, revision), []
     if (method := foreign_quantization(config, folder)) is not None:

@@ -53,7 +53,7 @@ def hub_problem(name: str, error: BaseException) -> tuple[str, str] | None:
             "check the spelling on https://huggingface.co/models; for a private model log in with `hf auth login`",
         )
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
-        local = "or name a local folder with the model's files"
+        local = "or name a local folder with the model's files (config.json is enough for an estimate)"
         if is_offline():
             reason = "is not in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
             return f"the model {name} {reason}{near}", f"check the spelling, unset HF_HUB_OFFLINE, {local}"

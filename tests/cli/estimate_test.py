@@ -80,4 +80,4 @@ def test_a_family_that_is_not_in_the_table_takes_longer_and_says_so(tmp_path: Pa
 
 def test_a_model_that_is_not_here(capfd) -> None:
     assert run("estimate", RECIPE, "model.model_name_or_path=nobody/nothing") == 2
-    assert "cannot get config.json of nobody/nothing" in capfd.readouterr().err
+    assert "the model nobody/nothing is not in the hub's cache" in capfd.readouterr().err
