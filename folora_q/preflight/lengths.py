@@ -50,22 +50,22 @@ def examine_lengths(recipe: Recipe, rows: int | None) -> list[str]:
     found = _lengths(recipe, [example for example in examples if not _is_split(example, overlong)], limit)
     if found is None or not found.over:
         return []
-    key = f"training.max_length is {limit:,}"
+    key, longest = f"training.max_length is {limit:,}", f"the longest at least {found.longest:,}"
     if overlong == "raise":
         raise UserError(
-            f"{key}, and {found.over:,} of {found.rows:,} rows have more tokens, the longest at least {found.longest:,}",
+            f"{key}, and {found.over:,} of {found.rows:,} rows have more tokens, {longest}",
             "raise training.max_length, or set data.overlong to drop or truncate",
         )
     if found.over == found.rows and overlong == "drop":
         raise UserError(
-            f"{key}, and every one of {found.rows:,} rows has more tokens: the shortest at least {found.shortest:,}, the "
-            f"longest at least {found.longest:,}",
+            f"{key}, and every one of {found.rows:,} rows has more tokens: the shortest at least {found.shortest:,}, "
+            f"{longest}",
             f"raise training.max_length to {found.longest:,} or more, or set data.overlong: truncate",
         )
     if found.over < MIN_SHARE * found.rows:
         return []
     return [
-        f"{key}, and {found.over:,} of {found.rows:,} rows have more tokens (the longest at least {found.longest:,}): "
+        f"{key}, and {found.over:,} of {found.rows:,} rows have more tokens ({longest}): "
         f"they are {CONSEQUENCES[overlong]} (data.overlong)"
     ]
 
