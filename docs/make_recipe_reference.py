@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
-from folora_q.recipe.strict_yaml import dump_yaml
+from folora_q.recipe.explain import default_of, describe_type
 
 TARGET = Path(__file__).with_name("recipe.md")
 HEAD = """# The recipe, key by key
@@ -41,30 +39,10 @@ def reference() -> str:
 
 
 def _row(key: str, field: FieldInfo) -> str:
-    default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-    cells = f"`{key}`", _type(field.annotation), default, " ".join(field.description.split())
+    default = default_of(field)
+    kind = describe_type(field.annotation, "`{}`".format, "[source](#a-source)")
+    cells = f"`{key}`", kind, "required" if default is None else f"`{default}`", " ".join(field.description.split())
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-
-
-def _type(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(arguments[0])
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type(argument) for argument in arguments if argument is not types.NoneType)
-    if origin is list:
-        return f"list of {_type(arguments[0])}"
-    if origin is dict:
-        return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
-    return {Source: "[source](#a-source)", int: "integer", float: "number", str: "text", bool: "true or false"}[
-        annotation
-    ]
-
-
-def _yaml(value: Any) -> str:
-    return dump_yaml(value, flow=True)
 
 
 if __name__ == "__main__":

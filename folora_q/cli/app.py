@@ -16,10 +16,11 @@ from types import FrameType
 from typing import Any, NoReturn, cast
 
 import rich_click as click
+from click.exceptions import NoSuchOption
 
 from folora_q import __version__
 from folora_q.cli.console import concealing, print_error, set_output
-from folora_q.errors import FoloraError, RunError, Terminated, first_line
+from folora_q.errors import FoloraError, RunError, Terminated, UserError, first_line
 from folora_q.storage.files import NoCacheError, cache_folder
 
 # Command names and their modules in this folder. The command is the module's attribute `command`.
@@ -27,6 +28,7 @@ COMMANDS = {
     "train": "train",
     "init": "init",
     "recipes": "recipes",
+    "explain": "explain",
     "validate": "validate",
     "preview": "preview",
     "estimate": "estimate",
@@ -67,8 +69,8 @@ class LazyGroup(click.RichGroup):
 def group(ctx: click.Context, debug: bool, quiet: bool, plain: bool) -> None:
     """Fine-tune a language model in 4 bits on one GPU or a CPU, and measure what it learned and what it forgot.
 
-    Start with `folora-q init` for your own data, or with `folora-q train recipes/demo.yaml`. --debug, --quiet
-    and --plain can also be given after a command.
+    Start with `folora-q init` for your own data, or with `folora-q train demo`. --debug, --quiet and --plain can also
+    be given after a command.
     """
     ctx.obj = {"debug": debug, "quiet": quiet, "plain": plain}
 
@@ -106,7 +108,7 @@ def _run(arguments: list[str]) -> None:
             if received:
                 print_error("interrupted", first_line(error))
                 sys.exit(INTERRUPTED)
-            _exit(error)
+            _exit(error, arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -130,8 +132,12 @@ def _recording_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _exit(error: Exception) -> NoReturn:
+def _exit(error: Exception, arguments: list[str]) -> NoReturn:
     """Print an error in the user's terms and exit with its code."""
+    if isinstance(error, NoSuchOption) and (setting := _setting(error, arguments)) is not None:
+        message = f"there is no option {error.option_name}; settings of the recipe are written as key=value"
+        print_error(message, setting)
+        sys.exit(UserError.exit_code)
     if isinstance(error, click.ClickException):
         error.show()
         sys.exit(error.exit_code)
@@ -140,6 +146,23 @@ def _exit(error: Exception) -> NoReturn:
         sys.exit(error.exit_code)
     print_error(*_in_words(error))
     sys.exit(RunError.exit_code)
+
+
+def _setting(error: NoSuchOption, arguments: list[str]) -> str | None:
+    """Return the setting that an unknown option of a command with a recipe stands for, as it is to be written."""
+    if error.ctx is None or not any(parameter.name == "overrides" for parameter in error.ctx.command.params):
+        return None
+    from folora_q.recipe.findings import setting_for
+
+    key = setting_for(error.option_name)
+    if key is None:
+        return None
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == error.option_name:
+            follows = arguments[number + 1] if number + 1 < len(arguments) else "VALUE"
+            return f"write {key}={value if equals else follows}"
+    return f"write {key}=VALUE"
 
 
 def _in_words(error: Exception) -> tuple[str, str]:

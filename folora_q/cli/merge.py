@@ -15,6 +15,7 @@ from folora_q.cli.options import trust_options
 from folora_q.distributed import require_one_process
 from folora_q.errors import UserError
 from folora_q.models.trust import Trust
+from folora_q.targets.find import adapter_folder, merged_folder
 
 if TYPE_CHECKING:
     from folora_q.export.merge import BaseWeights
@@ -80,6 +81,11 @@ def command(
         raise UserError(
             f"{len(sources)} adapters and {len(shares)} weights", "give --weight once for each adapter, or not at all"
         )
+    for source in sources:
+        adapter_folder(source)  # what needs a few JSON files only is found before PyTorch is imported
+    target = output or merged_folder(sources[0])
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} already exists", "add --overwrite, or name another place with --output")
     require_one_process()
     with starting(settings["debug"]) as progress:
         import torch

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from rich.markup import escape
 
+from folora_q.cli.console import err
 from folora_q.models.trust import CODE_FLAG, PICKLE_FLAG, Trust
 from folora_q.recipe import load_recipe
+from folora_q.recipe.shipped import recipe_file
 
 
 def recipe_arguments(command: Callable[..., None], with_data: bool = True) -> Callable[..., None]:
@@ -21,13 +24,18 @@ def recipe_arguments(command: Callable[..., None], with_data: bool = True) -> Ca
     """
 
     @click.argument(
-        "path", metavar="RECIPE", type=click.Path(path_type=Path), help="A YAML file, e.g. recipes/demo.yaml."
+        "path",
+        metavar="RECIPE",
+        type=click.Path(path_type=Path),
+        help="A YAML file, or the name of a shipped recipe, e.g. demo.",
     )
     @click.argument("overrides", nargs=-1, help="section.key=value, e.g. training.learning_rate=2e-4.")
     @click.option("--set", "more", multiple=True, metavar="KEY=VALUE", help="Same as an override; can be repeated.")
     @wraps(command)
     def with_recipe(*args: Any, path: Path, overrides: tuple[str, ...], more: tuple[str, ...], **kwargs: Any) -> None:
         given = (*overrides, *more)
+        if (file := recipe_file(path)) != path:
+            err.print(f"[dim]recipe: {escape(str(file))}[/]", soft_wrap=True)
         command(*args, path=path, overrides=given, recipe=load_recipe(path, given, with_data), **kwargs)
 
     return with_recipe

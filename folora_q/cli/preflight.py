@@ -1,4 +1,4 @@
-"""Check the base model, for `validate`, `estimate` and `train`."""
+"""Check the run folder and the base model, for `validate`, `estimate` and `train`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from folora_q.cli.console import starting
+from rich.markup import escape
+
+from folora_q.cli.console import err, starting
 from folora_q.preflight.model import Examined, examine_model
 from folora_q.recipe import Recipe, places_in
+from folora_q.recipe.load import OVERRIDE
+from folora_q.recipe.shipped import recipe_file
 from folora_q.recipe.target_modules import Modules
+from folora_q.runs.earlier import find_run, read_earlier
+from folora_q.runs.folder import RunFolder, check_run_folder
+from folora_q.runs.lock import require_unlocked
+
+
+def placed(recipe: Recipe, path: Path, overrides: Sequence[str], resume: bool, overwrite: bool) -> Recipe:
+    """Check the run folder without importing anything heavy, and return the recipe with the folder to resume in.
+
+    Raises:
+        UserError: there is no run to resume, a run is there already, or another process writes in the folder.
+    """
+    folder = Path(recipe.training.output_dir)
+    if resume:
+        given_here = places_in(path, overrides)(("training", "output_dir")).startswith(OVERRIDE)
+        folder = find_run(str(folder), Path.cwd() / "." if given_here else recipe_file(path))
+        if folder != Path(recipe.training.output_dir):
+            err.print(f"[dim]resuming the run in {escape(str(folder))}[/]", soft_wrap=True)
+    require_unlocked(folder)
+    if resume:
+        read_earlier(RunFolder(folder))
+    else:
+        check_run_folder(folder, overwrite)
+    training = recipe.training.model_copy(update={"output_dir": str(folder)})
+    return recipe.model_copy(update={"training": training})
 
 
 def examined(recipe: Recipe, path: Path, overrides: Sequence[str], debug: bool, ask_the_hub: bool) -> Examined:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from folora_q.cli.console import out, starting
 from folora_q.cli.evaluation_table import print_answer, print_evaluation
 from folora_q.cli.options import recipe_arguments, trust_options
-from folora_q.cli.preflight import examined
+from folora_q.cli.preflight import examined, placed
 from folora_q.cli.wording import duration
 from folora_q.distributed import require_one_process
 from folora_q.errors import Terminated, UserError
@@ -66,6 +66,7 @@ def command(
     if force and not resume:
         raise UserError("--force requires --resume", "add --resume, or replace the run with --overwrite")
     require_one_process()
+    recipe = placed(recipe, path, overrides, resume, overwrite)
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
     with starting(settings["debug"]) as progress:
         from folora_q.workflows.train import TrainingRequest, run_training

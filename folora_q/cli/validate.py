@@ -13,16 +13,18 @@ from folora_q.cli.console import out
 from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
 from folora_q.cli.wording import counted
-from folora_q.data.loading import SourceFacts, examine
+from folora_q.data.loading import SourceFacts, examine, require_left, share_of
 from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
 from folora_q.memory.config import read_config
 from folora_q.models.stored_quantization import stored_quantization
+from folora_q.preflight.lengths import examine_lengths
 from folora_q.preflight.model import examine_rows
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
 from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.size_advice import heldout_advice, step_advice
+from folora_q.runs.folder import RunFolder, check_run_folder, held_run
 
 # Number of rows to check without --all-rows.
 FIRST_ROWS = 1000
@@ -36,18 +38,23 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
     """Check a RECIPE, the model's configuration and the data. Nothing is downloaded, and no model is loaded."""
     if recipe.data.chat_template is not None:
         read_template(recipe.data.chat_template)
+    check_run_folder(Path(recipe.training.output_dir), overwrite=True)
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=False)
     rows = None if all_rows else FIRST_ROWS
     data = recipe.data
     train, heldout = ([_look_at(source, rows, data) for source in given or []] for given in _sources(data))
+    _require_training_rows(data, train)
     facts = list(_facts(recipe, train, heldout))
     examine_rows(recipe, model, rows)
+    too_long = examine_lengths(recipe, rows)
     out.print(f"[green]✓[/] {escape(str(path))} is valid", soft_wrap=True)
     for name, text in facts:
         out.print(f"  [dim]{name:9}[/] {escape(text)}", soft_wrap=True)
     for warning in _size_warnings(recipe, train, heldout):
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
-    for note in [*model.notes, *recipe.advice]:
+    for warning in [*too_long, *recipe.advice]:
+        out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
+    for note in model.notes:
         out.print(f"  [yellow]note[/]      {escape(note)}", soft_wrap=True)
 
 
@@ -84,6 +91,17 @@ def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
     return Look(text, facts)
 
 
+def _require_training_rows(data: DataSection, train: Sequence[Look]) -> None:
+    """Check that rows are left after some are held out, for sources that were read in full.
+
+    Raises:
+        UserError: none is left.
+    """
+    for number, look in enumerate(train):
+        if data.eval_dataset is None and look.whole and look.facts is not None and look.facts.shape != "text":
+            require_left(look.facts.rows, share_of(data.eval_size, number, len(train)), look.facts.path)
+
+
 def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> Iterator[tuple[str, str]]:
     training, gate = recipe.training, recipe.gate
     yield "model", f"{recipe.model.model_name_or_path}, {_held(recipe)}"
@@ -110,8 +128,15 @@ def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> It
         f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )
     yield "gate", gate.words if gate.enabled else "off: plain QLoRA"
-    taken = " (already holds a run: --overwrite)" if (Path(training.output_dir) / "run.json").exists() else ""
-    yield "run", training.output_dir + taken
+    yield "run", training.output_dir + _taken(Path(training.output_dir))
+
+
+def _taken(folder: Path) -> str:
+    """Say that the run folder holds a run, and which options train there nevertheless."""
+    if not RunFolder(folder).manifest.exists():
+        return ""
+    what, unfinished = held_run(folder)
+    return f" (already holds {what}: {'--resume or ' if unfinished else ''}--overwrite)"
 
 
 def _size_warnings(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> list[str]:

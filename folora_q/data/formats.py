@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from folora_q.data.column_guess import guess_fields
 from folora_q.data.rows import Row, RowError, kind_of
 from folora_q.data.tools import Tool, parse_tools
 from folora_q.data.turns import Message, Turn, check_order, parse_turns
 from folora_q.recipe.dataset import FormatName, Source
+from folora_q.recipe.strict_yaml import dump_yaml
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,26 @@ def detect_format(row: Row, source: Source) -> FormatName:
             "`chosen` is a list of turns",
         )
     raise RowError(
-        row.where,
-        f"its columns ({_listed(row.values)}) match no known format",
-        "known are messages, conversations, instruction with output, prompt with completion, and text; map other names "
-        "with `fields`, e.g. train_dataset: {path: ..., fields: {prompt: question, completion: answer}}",
+        row.where, f"its columns ({_listed(row.values)}) match no known format", _hint_on_columns(row, source)
     )
+
+
+def _hint_on_columns(row: Row, source: Source) -> str:
+    """Propose `fields` for a row of unknown columns: those that are probably meant, or an example."""
+    guess = guess_fields([row.values])
+    if guess is None:
+        return (
+            "known are messages, conversations, instruction with output, prompt with completion, and text; other "
+            "names go into `fields`, e.g. train_dataset: {path: ..., fields: {instruction: TASK, output: RESULT}}; "
+            "`folora-q explain data.fields`"
+        )
+    plain = ""
+    if guess.format == "alpaca":
+        pair = {"prompt": guess.fields["instruction"], "completion": guess.fields["output"]}
+        plain = f"; as plain text without a chat template: {dump_yaml(pair, flow=True)}"
+    told = f"if {guess.words}, write" if guess.sure else f"is it that {guess.words}? then write"
+    path = dump_yaml(source.path, flow=True)
+    return f"{told} train_dataset: {{path: {path}, fields: {guess.yaml}}}{plain}"
 
 
 def to_example(row: Row, name: FormatName, source: Source) -> Example:

@@ -87,7 +87,7 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
         examples = _read(source, error_policy, facts)
         chooser = random.Random(f"{seed} {number}")
         if section.eval_dataset is None:
-            size = _share_of(section.eval_size, number, len(section.train_dataset))
+            size = share_of(section.eval_size, number, len(section.train_dataset))
             examples, held = _hold_out(examples, size, chooser, source)
             heldout += held
         train += _weighted(examples, source.weight, chooser)
@@ -172,9 +172,24 @@ def _read(
     return usable
 
 
-def _share_of(size: float, number: int, sources: int) -> float:
+def share_of(size: float, number: int, sources: int) -> float:
     """Return what one of several sources holds out: the same share, or its part of a number of rows."""
     return size if size < 1 else size // sources + (number < size % sources)
+
+
+def require_left(rows: int, size: float, path: str) -> int:
+    """Return how many of a source's rows are held out.
+
+    Raises:
+        UserError: none would be left to train on.
+    """
+    count = max(1, round(rows * size)) if 0 < size < 1 else int(size)
+    if count >= rows:
+        raise UserError(
+            f"{Path(path).name} has {rows} row{'s' * (rows != 1)}: too few to hold {count} out for evaluation",
+            "name a data.eval_dataset, or set a smaller data.eval_size",
+        )
+    return count
 
 
 def _hold_out(
@@ -183,13 +198,7 @@ def _hold_out(
     """Hold out a random share or number of one source's rows; both parts keep their order."""
     if len(examples) == 1 and isinstance(examples[0], Text) and 0 < size < 1:
         return _cut_in_two(examples[0], size)
-    count = max(1, round(len(examples) * size)) if 0 < size < 1 else int(size)
-    if count >= len(examples):
-        name = Path(source.path).name
-        raise UserError(
-            f"{name} has {len(examples)} rows: too few to hold {count} out for evaluation",
-            "name a data.eval_dataset, or set a smaller data.eval_size",
-        )
+    count = require_left(len(examples), size, source.path)
     held = set(chooser.sample(range(len(examples)), count))
     return (
         [example for index, example in enumerate(examples) if index not in held],

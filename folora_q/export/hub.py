@@ -13,8 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from folora_q import __version__
 from folora_q.errors import FoloraError, RunError, UserError
-from folora_q.export.merge import REPORT
 from folora_q.models.trust import ADAPTER_CONFIG
+from folora_q.runs.folder import MERGE_REPORT as REPORT
 
 LOG_IN = (
     "log in with `hf auth login`, or set HF_TOKEN to a token that may write: https://huggingface.co/settings/tokens"

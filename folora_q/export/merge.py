@@ -23,11 +23,10 @@ from folora_q.models.layout import Layout, quantized_parameters, read_layout
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.models.weight_files import INDEX, SINGLE, Checkpoint
+from folora_q.runs.folder import MERGE_REPORT as REPORT
 from folora_q.storage.files import commit_directory, free_bytes
 
 BaseWeights = Literal["original", "dequantized"]
-# Written last, with the result of the verification; a merged folder without it is incomplete.
-REPORT = "merge.json"
 # Files that accompany a model's weights: the adapter's own if it has them, else the base's.
 COMPANIONS = (
     "tokenizer.json",

@@ -14,6 +14,7 @@ from typing import Any
 from folora_q.errors import UserError, first_line
 from folora_q.memory.gguf_header import gguf_config
 from folora_q.memory.shipped_models import shipped_model
+from folora_q.recipe.hub import hub_problem
 from folora_q.storage.untrusted import read_object
 
 # The demo's model, which comes from a wheel (folora_q.models.demo): no hub has it under this name.
@@ -22,10 +23,13 @@ DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
 MAX_SECONDS_TO_ANSWER = 3.0
 
 
-def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
+def read_config(name: str, revision: str | None = None, or_shipped: bool = True) -> dict[str, Any]:
     """Read the configuration of `model.model_name_or_path`, which loading a recipe has checked.
 
     For a hub id it is that of the cache, else the hub's, else the shipped numbers (`folora_q.memory.shipped_models`).
+
+    Args:
+        or_shipped: use the shipped numbers if the hub does not give the file.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -36,7 +40,7 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     try:
         return _read(_from_the_hub(name, revision))
     except UserError:
-        if (shipped := shipped_model(name)) is not None:
+        if or_shipped and (shipped := shipped_model(name)) is not None:
             return deepcopy(shipped.config)
         raise
 
@@ -85,10 +89,11 @@ def _from_the_hub(name: str, revision: str | None) -> Path:
         _check_that_the_hub_answers()
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # the hub client raises whatever its transport does
-        raise UserError(
+        problem = hub_problem(name, error) or (
             f"cannot get config.json of {name}: {first_line(error)}",
             "an estimate needs only that file: put it into a folder, and add model.model_name_or_path=FOLDER",
-        ) from None
+        )
+        raise UserError(*problem) from None
 
 
 def _check_that_the_hub_answers() -> None:

@@ -17,6 +17,7 @@ from folora_q.errors import UserError, first_line
 from folora_q.models.demo import DEMO_MODEL, demo_model_folder
 from folora_q.models.gguf import MALFORMED, convert_gguf
 from folora_q.models.trust import CONFIG, HEADS, NOTHING, Trust, check_model, code_needed, pickled_weights
+from folora_q.recipe.hub import hub_problem
 from folora_q.recipe.schema import ModelSection
 
 # Arguments of `cached_file` for files that a model need not have.
@@ -66,10 +67,11 @@ def loading(section: ModelSection) -> Iterator[None]:
             raise code_needed(name) from error
         if "cannot be loaded with `safetensors`" in reason:  # on a hub, whose files are not known in advance
             raise pickled_weights(name) from error
-        raise UserError(
+        problem = hub_problem(name, error) or (
             f"cannot load the model {name}: {first_line(error)}",
             "give a hub id, a local folder with config.json, or a .gguf file",
-        ) from error
+        )
+        raise UserError(*problem) from error
     except MALFORMED as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

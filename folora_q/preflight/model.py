@@ -20,6 +20,7 @@ from folora_q.models.unsupported import refuse_unsupported
 from folora_q.preflight.tokens import needed_tokens, tokens_beyond, tokens_in
 from folora_q.recipe import Recipe
 from folora_q.recipe.adapter import AdapterSection
+from folora_q.recipe.hub import did_you_mean
 from folora_q.recipe.paths import is_hub_dataset, listed, short
 from folora_q.recipe.target_modules import Modules, adapter_findings
 
@@ -61,16 +62,14 @@ def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modu
     """
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
     config, notes = config_here(name, revision), []
-    if config is None and not ask_the_hub:
+    if config is None and ask_the_hub:
+        config = read_config(name, revision, or_shipped=False)  # training needs the hub for the weights too
+    elif config is None:
         if (shipped := shipped_model(name)) is None:
-            return Examined([f"the files of {name} are not in the hub's cache, so the model was not checked"])
+            kept = f"the files of {name} are not in the hub's cache, so the model was not checked"
+            return Examined([f"{kept}{did_you_mean(name)}"])
         notes.append(f"config.json of {name} is not in the hub's cache: shipped numbers are used ({shipped.date})")
         config = shipped.config
-    elif config is None:
-        try:
-            config = read_config(name, revision)
-        except UserError:  # loading the model will report it
-            return Examined()
     refuse_unsupported(name, config)
     folder = files_here(name, revision)
     if (method := foreign_quantization(config, folder)) is not None:

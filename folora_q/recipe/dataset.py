@@ -45,8 +45,8 @@ class Source(Section):
     shape: Literal["auto", FormatName] = "auto"
     """The row format. auto: detected from the columns."""
     fields: dict[FieldName, str] = {}
-    """Names of columns that differ from the format's, as {ours: theirs}, e.g. {prompt: question, completion:
-    answer}."""
+    """Names of columns that differ from the format's, as {ours: theirs}: {instruction: question, output: answer} makes
+    chats, {prompt: question, completion: answer} plain text."""
     roles: dict[str, Role] = {}
     """Names of roles, as {theirs: ours}, e.g. {customer: user}. human, gpt, model and bot are known."""
 

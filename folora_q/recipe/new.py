@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from folora_q.recipe.dataset import FormatName
+from folora_q.recipe.run_length import Amount, RunLength, run_length
 from folora_q.recipe.strict_yaml import dump_yaml
+from folora_q.recipe.training import TrainingSection
 
 Card = Literal["8", "12", "16", "24", "cpu"]
 
@@ -30,6 +33,7 @@ class Answers:
         data: as in the recipe.
         format: the format of the rows.
         card: memory of the GPU in GB, or cpu.
+        fields: the columns whose names differ from the format's, as {ours: theirs}.
     """
 
     model: str
@@ -37,16 +41,27 @@ class Answers:
     format: FormatName
     card: Card
     output_dir: str
+    amount: Amount = Amount()
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def length(self) -> RunLength:
+        """The length of the run."""
+        micro_batch, accumulation, length, *_ = SIZES[self.card]
+        batches = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+        return run_length(self.amount, TrainingSection(output_dir="run", max_length=length, **batches))
 
 
 def new_recipe(answers: Answers) -> str:
     """Return the text of the recipe, which can be loaded if the data are where the answers say."""
-    micro_batch, accumulation, length, sampled, measured = SIZES[answers.card]
+    micro_batch, _, length, sampled, measured = SIZES[answers.card]
+    run = answers.length
     is_text = answers.format == "text"
     source = "bos" if is_text or answers.format == "prompt_completion" else "mixed"
     on_gpu = answers.card != "cpu"
     machine = f"a {answers.card} GB card" if on_gpu else "a CPU"
     name = answers.output_dir.rstrip("/").rsplit("/", 1)[-1]
+    held = "share held out for measuring" if run.eval_size < 1 else "rows held out for measuring"
     lines = f"""\
 # yaml-language-server: $schema=recipe.schema.json
 # {name}: rows of `{answers.format}`, for {machine}
@@ -62,8 +77,8 @@ adapter:
   lora_alpha: 32 ## the adapter's output is scaled by lora_alpha / r
 
 data:
-  train_dataset: {dump_yaml(answers.data, flow=True)} ## a file, a folder, a glob, a hub id, or a list of them
-  eval_size: 0.05 ## share held out for measuring; or name an eval_dataset
+{_source(answers)}
+  eval_size: {run.eval_size:g} ## {held}; or name an eval_dataset
   overlong: {"split" if is_text else "drop"} ## over max_length: drop, truncate, raise; plain text: split
   on_error: raise ## a broken row stops the run; skip leaves it out and counts it
 
@@ -80,9 +95,9 @@ gate:
 training:
   output_dir: {dump_yaml(answers.output_dir, flow=True)}
   learning_rate: 2e-3 ## in units of the KL that a step costs; plain QLoRA's is 2e-4
-  num_train_epochs: 1
+  num_train_epochs: {run.epochs} ## passes over the rows
   per_device_train_batch_size: {micro_batch}
-  gradient_accumulation_steps: {accumulation} ## {micro_batch} x {accumulation} sequences in a step
+  gradient_accumulation_steps: {run.accumulation} ## {micro_batch} x {run.accumulation} sequences in a step
   max_length: {length} ## in tokens
   packing: {str(is_text).lower()} ## several examples in one sequence, which do not see each other
   activation_checkpointing: {str(on_gpu).lower()} ## recompute activations: slower, far less memory
@@ -90,9 +105,21 @@ training:
 
 evaluation:
   metric: none ## exact_match: greedy answers to the held-out prompts, compared with yours
+  steps: {run.evaluation_steps} ## steps between measurements during training: loss, KL, general text
   batch_size: {measured}
 """
     return "".join(_aligned(line) + "\n" for line in lines.splitlines())
+
+
+def _source(answers: Answers) -> str:
+    """Return the lines of `train_dataset`."""
+    data = dump_yaml(answers.data, flow=True)
+    comment = "a file, a folder, a glob, a hub id, or a list of them"
+    if not answers.fields:
+        return f"  train_dataset: {data} ## {comment}"
+    fields = dump_yaml(dict(answers.fields), flow=True)
+    rendered = "; it becomes a chat" if answers.format == "alpaca" else ""
+    return f"  train_dataset:\n    path: {data} ## {comment}\n    fields: {fields} ## our names: your columns{rendered}"
 
 
 def _aligned(line: str) -> str:

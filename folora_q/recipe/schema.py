@@ -10,12 +10,14 @@ from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.gate import RANK, GateSection, sketch_rank
-from folora_q.recipe.gate_rules import default_learning_rate
+from folora_q.recipe.gate_rules import PLAIN_LEARNING_RATE, default_learning_rate
 from folora_q.recipe.section import Positive, PositiveInt, Section, Seed, as_list
 from folora_q.recipe.training import TrainingSection
 
 # A learning rate this many times above or below the default is probably meant for another method.
 FAR_RATE = 5
+# With this many times the default, plain training diverges.
+EXTREME_RATE = 50
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
 
@@ -136,13 +138,26 @@ class Recipe(Section):
         """A warning if the learning rate is far from the rule's default, as plain LoRA's rates are."""
         rate, default = self.training.learning_rate, self.gate.facts.learning_rate
         if not self.gate.enabled or not self.gate.scales_rows or not self.gate.weighted:
-            return None
+            return self._usual_rate_advice
         if default / FAR_RATE < rate < default * FAR_RATE:
             return None
         how = "little is learned" if rate < default else "much is forgotten"
         return (
             f"training.learning_rate {rate:g} is far from {default:g}, the default of gate.rule {self.gate.rule}, "
             f"whose rate is in units of the KL that a step costs: with it {how}"
+        )
+
+    @property
+    def _usual_rate_advice(self) -> str | None:
+        """A warning about a rate that no LoRA training uses, for rules whose rates are usual ones."""
+        rate, gate = self.training.learning_rate, self.gate
+        default = gate.facts.learning_rate if gate.enabled else PLAIN_LEARNING_RATE
+        if rate < default * EXTREME_RATE:
+            return None
+        method = f"gate.rule {gate.rule}" if gate.enabled else "plain QLoRA"
+        return (
+            f"training.learning_rate {rate:g} is {rate / default:,.0f} times {default:g}, the default of {method}: "
+            "the loss will probably diverge"
         )
 
     @property

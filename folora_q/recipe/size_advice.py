@@ -23,18 +23,32 @@ def step_advice(training: TrainingSection, sequences: int) -> str | None:
     if training.max_steps is not None:
         return f"training.max_steps: {_steps(steps)} little: raise it to {FEW_STEPS} or more"
     found = f"{_count(sequences, 'training sequence', 'give')} {_steps(steps)} little: "
+    longer = reach(training, sequences, FEW_STEPS)
+    most = longer.steps_for(sequences)
+    if most < FEW_STEPS:
+        return f"{found}add rows; with these, even {MAX_EPOCHS} epochs are {most} steps"
+    changes = [
+        f"training.{name} to {getattr(longer, name):g}"
+        for name in ("gradient_accumulation_steps", "num_train_epochs")
+        if getattr(longer, name) != getattr(training, name)
+    ]
+    return f"{found}set {' and '.join(changes)}, for {most} steps"
+
+
+def reach(training: TrainingSection, sequences: int, steps: int) -> TrainingSection:
+    """Return the settings with which a run has at least so many steps: smaller batches first, then more epochs.
+
+    If that is not possible, it has the most that are proposed: MAX_EPOCHS with batches of MIN_BATCH_SIZE.
+    """
     rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     least = ceil(min(MIN_BATCH_SIZE, rows * passes) / rows)
-    for fewer in range(passes - 1, least - 1, -1):
-        if (more := _with(training, fewer, training.num_train_epochs).steps_for(sequences)) >= FEW_STEPS:
-            return f"{found}set training.gradient_accumulation_steps to {fewer}, for {more} steps"
-    an_epoch = _with(training, least, 1).steps_for(sequences)
-    epochs = ceil(FEW_STEPS / an_epoch)
-    if epochs > MAX_EPOCHS:
-        return f"{found}add rows; with these, even {MAX_EPOCHS} epochs are {MAX_EPOCHS * an_epoch} steps"
-    changes = [f"training.gradient_accumulation_steps to {least}"] if least < passes else []
-    changes.append(f"training.num_train_epochs to {epochs}")
-    return f"{found}set {' and '.join(changes)}, for {epochs * an_epoch} steps"
+    more = range(1, MAX_EPOCHS + 1)
+    for epochs in (training.num_train_epochs, *(count for count in more if count > training.num_train_epochs)):
+        for fewer in range(passes, least - 1, -1):
+            changed = _with(training, fewer, epochs)
+            if changed.steps_for(sequences) >= steps:
+                return changed
+    return _with(training, least, max(MAX_EPOCHS, training.num_train_epochs))
 
 
 def heldout_advice(data: DataSection, train: int, heldout: int, plain_text: bool = False) -> str | None:

@@ -13,6 +13,8 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from folora_q.recipe.yaml_causes import with_cause
+
 KeyPath = tuple[str | int, ...]
 # Deep enough for any recipe, far from Python's recursion limit.
 MAX_DEPTH = 20
@@ -86,7 +88,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """Return the value of a YAML document, and the line of every key and list item in it.
 
     Raises:
-        ValueError: it is not valid YAML, or exceeds a limit; the message is one line and names the place.
+        ValueError: it is not valid YAML, or exceeds a limit; the message is one line and names the place. A YamlError
+            also has the line itself and a hint.
     """
     if len(text) > MAX_RECIPE_LENGTH:
         raise ValueError(f"it has {len(text):,} characters, more than the limit of {MAX_RECIPE_LENGTH:,}")
@@ -95,7 +98,7 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int]]:
         node = loader.get_single_node()
         return (loader.construct_document(node), dict(_lines(node))) if node is not None else (None, {})
     except yaml.YAMLError as error:
-        raise ValueError(_sentence(error)) from None
+        raise with_cause(text, error) from None
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         # A value that does not fit its explicit tag, such as `!!int x` or `!!timestamp x`.
         raise ValueError(f"a value does not fit its tag ({error})") from None
@@ -117,11 +120,3 @@ def _lines(node: yaml.Node, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, int
         for index, value in enumerate(node.value):
             yield (*prefix, index), value.start_mark.line + 1
             yield from _lines(value, (*prefix, index))
-
-
-def _sentence(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or " ".join(str(error).split())
-    if getattr(error, "context", None) == "while scanning an alias":
-        problem = "a value that begins with * must be in quotes"
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else problem

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from folora_q.recipe.gate_rules import DEFAULT_RULE, GATE_RULES, PLAIN_LEARNING_RATE, defaults_by_rule, written
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
@@ -107,6 +108,11 @@ class TrainingSection(Section):
     """Minimum decrease of the held-out loss that counts as lower."""
     seed: Seed = 0
     """Random seed of the adapter's initialization, the data order, the split and dropout."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _home_is_written_as_tilde(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
     def steps_for(self, sequences: int) -> int:
         """Return the number of optimizer steps for a number of sequences, as transformers counts them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
 from folora_q.runs.results import read_metrics
 from folora_q.storage.files import atomic_write, sha256
-from folora_q.storage.untrusted import finite, read_text
+from folora_q.storage.untrusted import finite, read_object, read_text
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The last file of a merged model's folder, with the result of the verification; without it the folder is incomplete.
+MERGE_REPORT = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -158,11 +163,36 @@ def check_run_folder(path: Path, overwrite: bool) -> None:
     try:
         if RunFolder(path).manifest.exists():
             if not overwrite:
-                raise UserError(f"{path} already holds a run", "add --overwrite, or name another training.output_dir")
+                raise _occupied(path)
         elif path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise UserError(f"{path} holds files that are not a run", "name another training.output_dir")
     except OSError as error:
         raise UserError(f"cannot use {path} as the run folder: {error.strerror}", "see training.output_dir") from error
+
+
+def held_run(path: Path) -> tuple[str, bool]:
+    """Describe the run that a folder holds, and whether it can be resumed."""
+    try:
+        status = str(read_object(RunFolder(path).manifest).get("status"))
+    except (OSError, ValueError):
+        status = "None"
+    ended = {"complete": "a run, which is complete", "evaluation": "an evaluation", "None": "a run"}
+    if status in ended:
+        return ended[status], False
+    unfinished = {"interrupted": "that was interrupted", "failed": "that failed"}
+    return f"a run {unfinished.get(status, 'that did not finish')}", True
+
+
+def _occupied(path: Path) -> UserError:
+    """Return the error for a folder with a run: one that can be resumed is not to be deleted by mistake."""
+    what, unfinished = held_run(path)
+    other = "name another training.output_dir"
+    if not unfinished:
+        return UserError(f"{path} already holds {what}", f"add --overwrite to replace it, or {other}")
+    steps = [int(found[1]) for file in path.glob("checkpoint-*") if (found := CHECKPOINT.fullmatch(file.name))]
+    at = f" from step {max(steps)}" if steps else ""
+    hint = f"add --resume to continue it{at}; --overwrite deletes it and starts again; or {other}"
+    return UserError(f"{path} already holds {what}", hint)
 
 
 def open_run_folder(path: Path, overwrite: bool) -> RunFolder:

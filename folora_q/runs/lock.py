@@ -95,6 +95,17 @@ def locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
         _remove_empty(made)
 
 
+def require_unlocked(folder: Path) -> None:
+    """Check that no other process writes in a run folder, without locking it.
+
+    Raises:
+        UserError: one does.
+    """
+    with suppress(OSError):  # no lock, or no folder
+        if content := (folder / NAME).read_bytes()[:4096]:
+            _see_through(folder / NAME, content, lambda _: None)
+
+
 def _require_space(folder: Path) -> None:
     if (free := free_bytes(folder)) < MIN_FREE_BYTES:
         raise UserError(

@@ -12,18 +12,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from folora_q.errors import UserError, first_line
-from folora_q.export.merge import REPORT as MERGE_REPORT
-from folora_q.models.demo import DEMO_MODEL
+from folora_q.memory.config import DEMO_MODEL
 from folora_q.models.trust import ADAPTER_CONFIG
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
 from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
-from folora_q.runs.folder import RunFolder
+from folora_q.runs.folder import MERGE_REPORT, RunFolder
 from folora_q.storage.untrusted import read_object, read_text
 from folora_q.training.checkpoints import checkpoints
 
 # Folders inside a run folder that can be named as targets.
 INSIDE_A_RUN = re.compile(r"adapter|merged|checkpoint-\d+")
+WHAT_TO_MERGE = "name a folder with run.json or adapter_config.json"
 WHAT_TO_NAME = "name a run folder, an adapter's folder, a model's folder, a .gguf file or a hub id"
 
 
@@ -80,6 +80,35 @@ def find_target(name: str) -> Target:
     if name != DEMO_MODEL and not there and (path.suffix == ".gguf" or not is_hub_name):
         raise UserError(f"there is no run, adapter or model at {short(name)!r}{_near(path)}", WHAT_TO_NAME)
     return Target(name, "model", ModelSection(model_name_or_path=name))
+
+
+def adapter_folder(source: Path) -> Path:
+    """Return the adapter of a run folder, or the folder itself if it is an adapter.
+
+    Raises:
+        UserError: it is neither, or the run has none yet.
+    """
+    run = RunFolder(source)
+    if run.manifest.exists():
+        if not (run.adapter / ADAPTER_CONFIG).exists():
+            status = _read_json(run.manifest).get("status")
+            marked = f"; it is marked as {status}" if status else ""
+            hint = "complete it with `folora-q train RECIPE --resume`, or merge a checkpoint of it"
+            raise UserError(f"the run in {source} has no adapter yet{marked}", hint)
+        return run.adapter
+    if (source / ADAPTER_CONFIG).exists():
+        return source
+    if not source.exists():
+        raise UserError(f"there is no run or adapter at {short(source)}{_near(source)}", WHAT_TO_MERGE)
+    hint = _hint_inside(source) if source.is_dir() else WHAT_TO_MERGE
+    hint = WHAT_TO_MERGE if hint == WHAT_TO_NAME else hint
+    raise UserError(f"{source} is neither a run folder nor an adapter", hint)
+
+
+def merged_folder(source: Path) -> Path:
+    """Return the folder of the merged model of a run or an adapter, if no other is named."""
+    run = RunFolder(source)
+    return run.merged if run.manifest.exists() else source.with_name(f"{source.resolve().name}-merged")
 
 
 def _find_run(name: str, run: RunFolder) -> Target:

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
 from folora_q.errors import UserError, first_line
-from folora_q.export.merge import REPORT as MERGE_REPORT
 from folora_q.memory.config import files_here
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import Hardware, choose_hardware
@@ -26,6 +25,7 @@ from folora_q.models.tokenizer import IF_THERE, load_tokenizer, loading
 from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
+from folora_q.runs.folder import MERGE_REPORT
 from folora_q.targets.embeddings import fit_embedding
 from folora_q.targets.find import WHAT_TO_NAME, Target, find_target
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from folora_q.errors import RunError, UserError, first_line
+from folora_q.errors import RunError, UserError
 from folora_q.recipe.paths import listed, short
 from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder
 from folora_q.storage.files import sha256
-from folora_q.storage.untrusted import read_object
 from folora_q.training.checkpoints import discard_after, newest_whole, step_of
 
 # Packages whose version can change results.
@@ -29,8 +28,6 @@ MAKE_SHAPES = (
 )
 # Hardware facts that change results, and those that only change the order in which sums are rounded.
 RESULT_CHANGING_HARDWARE, ROUNDING_ONLY_HARDWARE = ("device", "dtype"), ("name", "threads")
-# The objects of run.json that are read, and the types of their values.
-OBJECTS, SCALARS = ("model", "data_sha256", "versions", "computing", "files_sha256"), (str, int, float, type(None))
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = 60
 
@@ -108,45 +105,6 @@ class Resumption:
         touched = {re.split(r"[.: ]", change)[0] for change in self.changes}
         known = self.earlier.get("files_sha256", {})
         return {name: known[name] for name, makers in MADE_FROM.items() if name in known and not touched & makers}
-
-
-def read_earlier(folder: RunFolder) -> dict[str, Any] | None:
-    """Read run.json of a run that can be resumed; None if there is no run.
-
-    Raises:
-        UserError: the run is complete, or its run.json cannot be read.
-    """
-    try:
-        earlier = read_object(folder.manifest)
-        _check(earlier)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder.manifest} cannot be read: {first_line(error)}", "start again with --overwrite"
-        ) from None
-    if earlier["status"] == "complete":
-        raise UserError(
-            f"the run in {folder.path} is complete: there is nothing to resume",
-            "`folora-q report` shows it; to train again, replace --resume with --overwrite",
-        )
-    return earlier
-
-
-def _check(earlier: dict[str, Any]) -> None:
-    """Check the types of the values in run.json that are used here.
-
-    Raises:
-        ValueError: a type is wrong; the message is the end of a sentence.
-    """
-    if not isinstance(earlier.get("status"), str):
-        raise ValueError("it has no status")
-    for key in OBJECTS:
-        found = earlier.get(key, {})
-        if not isinstance(found, dict) or not all(isinstance(value, SCALARS) for value in found.values()):
-            raise ValueError(f"its {key} is not an object of texts and numbers")
-    if not isinstance(earlier.get("resumed", []), list):
-        raise ValueError("its resumed is not a list")
 
 
 def prepare_resume(

@@ -26,11 +26,11 @@ from folora_q.export.verify import MergedModel, Verification, check_outputs, che
 from folora_q.models.classes import auto_class
 from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
-from folora_q.models.trust import ADAPTER_CONFIG, CODE_FLAG, NOTHING, Trust, names_code
+from folora_q.models.trust import CODE_FLAG, NOTHING, Trust, names_code
 from folora_q.models.weight_files import Checkpoint, model_folder, open_checkpoint
 from folora_q.progress import Progress, StageTimer
 from folora_q.recipe.schema import ModelSection
-from folora_q.runs.folder import RunFolder
+from folora_q.targets.find import adapter_folder, merged_folder
 
 # A file in a merged folder whose verification failed.
 UNVERIFIED = "UNVERIFIED"
@@ -109,7 +109,7 @@ class MergeRun:
 
     def __init__(self, request: MergeRequest, timer: StageTimer) -> None:
         self.request, self.timer = request, timer
-        self.target = request.output or _beside(request.sources[0])
+        self.target = request.output or merged_folder(request.sources[0])
         self.verification: Verification | None = None
         self.failures: list[str] = []
 
@@ -201,24 +201,6 @@ class MergeRun:
         return report
 
 
-def adapter_folder(source: Path) -> Path:
-    """Return the adapter of a run folder, or the folder itself if it is an adapter.
-
-    Raises:
-        UserError: it is neither.
-    """
-    run = RunFolder(source)
-    if run.manifest.exists():
-        if not (run.adapter / ADAPTER_CONFIG).exists():
-            raise UserError(f"the run in {source} has no adapter yet: see its run.json")
-        return run.adapter
-    if (source / ADAPTER_CONFIG).exists():
-        return source
-    raise UserError(
-        f"{source} is neither a run folder nor an adapter", "name a folder with run.json or adapter_config.json"
-    )
-
-
 def _adapter_name(folder: Path) -> str:
     """Return the name of the run, or of the folder; the path to it stays private."""
     folder = folder.resolve()
@@ -297,8 +279,3 @@ def _dtype_of(base: Checkpoint) -> tuple[torch.dtype, str]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _beside(source: Path) -> Path:
-    run = RunFolder(source)
-    return run.merged if run.manifest.exists() else source.with_name(f"{source.resolve().name}-merged")

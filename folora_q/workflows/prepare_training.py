@@ -33,7 +33,7 @@ class TrainingRequest:
 
     Attributes:
         overwrite: replace an earlier run in `training.output_dir`.
-        resume: resume the run there from its newest complete checkpoint; start it if there is none.
+        resume: resume the run there from its newest complete checkpoint.
         force: resume although the recipe, its data, the model or a library has changed.
         allow_code: run the Python that `evaluation.metric_function` names.
         trust: what the model may do.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from folora_q.distributed import require_one_process
 from folora_q.progress import Progress, StageTimer
+from folora_q.runs.earlier import read_earlier, require_run
 from folora_q.runs.folder import RunFolder, check_run_folder
 from folora_q.runs.lock import locked
 from folora_q.storage.redaction import conceal
-from folora_q.training.resume import read_earlier
 from folora_q.workflows.prepare_training import TrainingRequest, prepare
 from folora_q.workflows.training_run import TrainingResult, TrainingRun
 
@@ -27,12 +27,14 @@ def run_training(request: TrainingRequest, progress: Progress) -> TrainingResult
     require_one_process()
     timer = StageTimer(progress)
     target = Path(request.recipe.training.output_dir)
+    if request.resume:
+        require_run(target)
     with locked(target, timer.note):
         earlier = read_earlier(RunFolder(target)) if request.resume else None
         if earlier is None:
             check_run_folder(target, request.overwrite)
         if request.resume and earlier is None:
-            timer.note(f"there is no run in {target} to resume: a new run starts")
+            timer.note(f"the run in {target} was killed before its first file: it starts again")
         prepared = prepare(request, earlier, timer)
         try:
             return TrainingRun(prepared, timer).run()

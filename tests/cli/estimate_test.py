@@ -105,4 +105,4 @@ def test_data_that_are_not_here_are_no_error_but_a_template_is(tmp_path: Path, c
 
 def test_a_model_that_is_not_here(capfd) -> None:
     assert run("estimate", RECIPE, "model.model_name_or_path=nobody/nothing") == 2
-    assert "cannot get config.json of nobody/nothing" in capfd.readouterr().err
+    assert "the model nobody/nothing is not in the hub's cache" in capfd.readouterr().err

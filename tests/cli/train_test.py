@@ -274,7 +274,7 @@ def test_a_finished_run_is_not_overwritten_unasked_and_foreign_files_never(
 
 def test_a_failure_is_one_line_and_its_folder_says_so(recipe_file: Path, tmp_path: Path, capfd) -> None:
     assert run("train", recipe_file, "model.model_name_or_path=no/such-model") == 2
-    assert "error: cannot load the model no/such-model" in capfd.readouterr().err
+    assert "error: the model no/such-model is not in the hub's cache" in capfd.readouterr().err
     assert not (tmp_path / "run").exists(), "found before anything is written"
     assert run("train", recipe_file, "training.learning_rate=1e30") == 1
     talk = capfd.readouterr().err

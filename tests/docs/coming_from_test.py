@@ -77,7 +77,9 @@ def test_there_are_ten_pairs_of_three_tools() -> None:
 
 @pytest.mark.parametrize("block", OURS, ids=range(1, len(OURS) + 1))
 def test_our_side_is_a_recipe(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("folora_q.recipe.paths.find_spec", lambda name: object())  # trackers need not be installed here
+    monkeypatch.setattr(
+        "folora_q.recipe.resolve.find_spec", lambda name: object()
+    )  # trackers need not be installed here
     make_data(tmp_path, yaml.safe_load(block))
     path = tmp_path / "recipe.yaml"
     path.write_text(block, encoding="utf-8")

@@ -154,8 +154,9 @@ def assert_it_resumes(arguments: Sequence[object], folder: Path, straight: Path)
     for checkpoint in checkpoints(folder):
         assert damage(checkpoint) is None, f"{checkpoint.name}: {damage(checkpoint)}"
     if not (folder / "run.json").exists() or manifest(folder)["status"] != "complete":
-        code = in_a_child(lambda: main(["train", *map(str, arguments), "--resume"]))
-        assert code == 0, f"--resume exits with {code}"
+        begun = (folder / "run.json").exists() or (folder / ".lock").exists()
+        code = in_a_child(lambda: main(["train", *map(str, arguments), *["--resume"] * begun]))
+        assert code == 0, f"train, with --resume: {begun}, exits with {code}"
         assert not list(folder.glob(".*")), f"left behind: {[path.name for path in folder.glob('.*')]}"
     assert_the_same_run(straight, folder)
 

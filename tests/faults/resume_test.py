@@ -169,8 +169,11 @@ def test_a_damaged_best_checkpoint_is_not_what_a_run_ends_with(
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(saving: list[object], tmp_path: Path, capfd) -> None:
-    assert run(*saving, "training.max_steps=1", "--resume") == 0
-    assert "there is no run in " in capfd.readouterr().err, "--resume begins where there is nothing"
+    assert run(*saving, "training.max_steps=1", "--resume") == 2
+    assert f"there is no run to resume in {tmp_path / 'stopped' / 'run'}" in capfd.readouterr().err
+    assert not (tmp_path / "stopped" / "run").exists()
+    assert run(*saving, "training.max_steps=1") == 0
+    capfd.readouterr()
     before = (tmp_path / "stopped" / "run" / "run.json").read_bytes()
     assert run(*saving, "training.max_steps=1", "--resume") == 2
     assert "is complete: there is nothing to resume" in capfd.readouterr().err

@@ -157,8 +157,9 @@ def seal_again(folder: Path, file: str) -> None:
 
 def read_checkpoint(folder: Path, file: str) -> None:
     """Choose a checkpoint as `train --resume` does, and write what it records in run.json."""
+    from folora_q.runs.earlier import read_earlier
     from folora_q.runs.folder import RunFolder
-    from folora_q.training.resume import Manifests, prepare_resume, read_earlier
+    from folora_q.training.resume import Manifests, prepare_resume
 
     seal_again(folder, file)
     run, recipe = RunFolder(folder / "run"), recipe_of(folder, STEP + 1)

@@ -21,7 +21,7 @@ from folora_q.errors import UserError
 from folora_q.recipe import Recipe, load_recipe
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.hints import FOREIGN_WORDS
-from folora_q.recipe.paths import PACKAGES
+from folora_q.recipe.resolve import PACKAGES
 from folora_q.recipe.strict_yaml import dump_yaml, parse_yaml
 
 SECTIONS = {name: field.annotation.model_fields for name, field in Recipe.model_fields.items()}

@@ -78,8 +78,7 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
     assert error.exit_code == 2
     for part in (
         f"unknown key `training.learning_rat`; did you mean `learning_rate`? ({path} line 7)",
-        f"`training.max_length`: input should be a valid integer, unable to parse string as an integer, got 'many' "
-        f"({path} line 8)",
+        f"`training.max_length` must be an integer, not 'many' ({path} line 8)",
         f"unknown key `gates`; did you mean `gate`? ({path} line 9)",
         "unknown key `adapter.rank`; folora-q calls it `adapter.r` (override 'adapter.rank=8')",
     ):
@@ -97,7 +96,7 @@ def test_every_finding_is_reported_at_once_with_its_line_and_the_nearest_key(wri
         ("data: {train_dataset: train.jsonl}\ntraining: {output_dir: x}\n", "`model` is required"),
         (MINIMAL.replace("train.jsonl", "gone.jsonl"), "`data.train_dataset.path`: no file at"),
         (MINIMAL + "  learning_rate: .nan\n", "`training.learning_rate`"),
-        (MINIMAL + "  learning_rate: 0\n", "`training.learning_rate`: input should be greater than 0"),
+        (MINIMAL + "  learning_rate: 0\n", "`training.learning_rate` must be above 0, not 0"),
         (MINIMAL + "gate: {rule: spectral, places: [a_step, b_step]}\n", "rule spectral leaves B to AdamW"),
         (MINIMAL + "gate: {rule: spectral, places: [a_start]}\n", "rule spectral needs a_step"),
         (MINIMAL + "gate: {rule: step, places: [a_start]}\n", "rule step gates no step with these gate.places"),
@@ -335,7 +334,7 @@ def test_every_missing_file_is_named_at_once(write) -> None:
 
 
 def test_trackers_may_be_named_in_each_way(write, monkeypatch) -> None:
-    monkeypatch.setattr("folora_q.recipe.paths.find_spec", lambda name: object())
+    monkeypatch.setattr("folora_q.recipe.resolve.find_spec", lambda name: object())
     for written, found in (("none", []), ("[]", []), ("wandb", ["wandb"]), ("[wandb, mlflow]", ["wandb", "mlflow"])):
         assert load_recipe(write(MINIMAL + f"logging: {{report_to: {written}}}\n")).logging.report_to == found
 

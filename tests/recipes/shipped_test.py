@@ -57,7 +57,7 @@ def test_titles_differ() -> None:
 
 @each_recipe
 def test_it_says_how_to_run_it(path: Path) -> None:
-    assert f"#   folora-q train recipes/{path.name}" in path.read_text("utf-8")
+    assert f"#   folora-q train {path.stem}" in path.read_text("utf-8")
 
 
 @each_recipe
