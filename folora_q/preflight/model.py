@@ -68,7 +68,7 @@ def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modu
         config = shipped.config
     elif config is None:
         try:
-            config = read_config(name, revision)
+            config = read_config(name, revision, use_shipped=False)
         except UserError:  # loading the model will report it
             return Examined()
     refuse_unsupported(name, config)
