@@ -23,13 +23,13 @@ DEMO_MODEL = "demo/SmolLM2-135M-Instruct"
 MAX_SECONDS_TO_ANSWER = 3.0
 
 
-def read_config(name: str, revision: str | None = None, or_shipped: bool = True) -> dict[str, Any]:
+def read_config(name: str, revision: str | None = None, use_shipped: bool = True) -> dict[str, Any]:
     """Read the configuration of `model.model_name_or_path`, which loading a recipe has checked.
 
     For a hub id it is that of the cache, else the hub's, else the shipped numbers (`folora_q.memory.shipped_models`).
 
     Args:
-        or_shipped: use the shipped numbers if the hub does not give the file.
+        use_shipped: False for a run, which needs the files themselves.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -40,9 +40,10 @@ def read_config(name: str, revision: str | None = None, or_shipped: bool = True)
     try:
         return _read(_from_the_hub(name, revision))
     except UserError:
-        if or_shipped and (shipped := shipped_model(name)) is not None:
-            return deepcopy(shipped.config)
-        raise
+        shipped = shipped_model(name) if use_shipped else None
+        if shipped is None:
+            raise
+        return deepcopy(shipped.config)
 
 
 def files_here(name: str, revision: str | None = None) -> Path | None:
@@ -100,9 +101,10 @@ def _check_that_the_hub_answers() -> None:
     """Ask the hub anything, in a thread: a client's time limit does not cover the lookup of a name.
 
     Raises:
-        OSError: it does not answer in time.
+        LocalEntryNotFoundError: it does not answer in time; the client's own error for a hub that cannot be reached.
     """
     from huggingface_hub import constants, is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import get_session
 
     if is_offline_mode():
@@ -121,7 +123,7 @@ def _check_that_the_hub_answers() -> None:
     thread.join(MAX_SECONDS_TO_ANSWER)
     reason = outcome[0] if outcome else f"no answer within {MAX_SECONDS_TO_ANSWER:g} s"
     if reason is not None:
-        raise OSError(f"{constants.ENDPOINT} cannot be reached ({reason})")
+        raise LocalEntryNotFoundError(f"{constants.ENDPOINT} cannot be reached ({reason})")
 
 
 def _kept(name: str, revision: str | None) -> Path | None:

@@ -63,7 +63,7 @@ def examine_model(recipe: Recipe, place: KeyPath, build: Callable[[Config], Modu
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
     config, notes = config_here(name, revision), []
     if config is None and ask_the_hub:
-        config = read_config(name, revision, or_shipped=False)  # training needs the hub for the weights too
+        config = read_config(name, revision, use_shipped=False)  # training needs the hub for the weights too
     elif config is None:
         if (shipped := shipped_model(name)) is None:
             kept = f"the files of {name} are not in the hub's cache, so the model was not checked"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -118,12 +119,14 @@ def test_a_run_that_is_there_is_mentioned(recipe_file: Path, tmp_path: Path, cap
 # recipes
 
 
-def test_every_shipped_recipe_is_listed_with_its_title(capfd) -> None:
+def test_every_shipped_recipe_is_listed_with_its_memory_and_title(capfd) -> None:
     assert run("recipes") == 0
     lines = capfd.readouterr().out.splitlines()
     for recipe in shipped_recipes():
         assert recipe.title
-        assert any(line.split() == [recipe.name, *recipe.title.split()] for line in lines)
+        said = re.search(r"`folora-q estimate` says ([\d.]+ GiB)\.", recipe.path.read_text("utf-8"))
+        memory = said[1] if said else "1.1 GiB"  # the demo names none
+        assert any(line.split() == f"{recipe.name} {memory} {recipe.title}".split() for line in lines)
 
 
 def test_a_copied_recipe_works_where_it_lies(tmp_path: Path, capfd) -> None:

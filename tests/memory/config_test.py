@@ -55,6 +55,8 @@ def test_the_cache_comes_before_the_hub_and_the_hub_before_the_shipped_numbers(
     assert shipped is not None
     assert read_config(QWEN) == shipped.config  # no hub may be asked (tests/conftest.py)
     assert config_here(QWEN) is None
+    with pytest.raises(UserError, match=f"cannot get config.json of {QWEN}"):
+        read_config(QWEN, use_shipped=False)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(file))
     assert read_config(QWEN)["vocab_size"] == 77
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
