@@ -98,7 +98,7 @@ def guess_fields(rows: Rows) -> Guess | None:
         rest = [column for column in texts if column not in named and _plain(column) not in LABELS]
         return Guess("text", {"text": named[0]}, len(named) == 1 and not rest)
     unlabelled = [column for column in texts if _plain(column) not in LABELS]
-    if len(unlabelled) == 1:
+    if len(unlabelled) == 1 and not _named(unlabelled, (*QUESTIONS, *ANSWERS)):
         return Guess("text", {"text": unlabelled[0]}, False)
     if len(unlabelled) == 2:
         return Guess("alpaca", {"instruction": unlabelled[0], "output": unlabelled[1]}, False)
