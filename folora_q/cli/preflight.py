@@ -28,7 +28,7 @@ def placed(recipe: Recipe, path: Path, overrides: Sequence[str], resume: bool, o
     folder = Path(recipe.training.output_dir)
     if resume:
         given_here = places_in(path, overrides)(("training", "output_dir")).startswith(OVERRIDE)
-        folder = find_run(str(folder), Path.cwd() / "." if given_here else recipe_file(path))
+        folder = find_run(str(folder), None if given_here else recipe_file(path))
         if folder != Path(recipe.training.output_dir):
             err.print(f"[dim]resuming the run in {escape(str(folder))}[/]", soft_wrap=True)
     require_unlocked(folder)

@@ -98,7 +98,7 @@ def guess_fields(rows: Rows) -> Guess | None:
         rest = [column for column in texts if column not in named and _plain(column) not in LABELS]
         return Guess("text", {"text": named[0]}, len(named) == 1 and not rest)
     unlabelled = [column for column in texts if _plain(column) not in LABELS]
-    if len(unlabelled) == 1:
+    if len(unlabelled) == 1 and not _named(unlabelled, (*QUESTIONS, *ANSWERS)):
         return Guess("text", {"text": unlabelled[0]}, False)
     if len(unlabelled) == 2:
         return Guess("alpaca", {"instruction": unlabelled[0], "output": unlabelled[1]}, False)
@@ -118,13 +118,13 @@ def _pair(texts: Sequence[str], asked: Sequence[str], answered: Sequence[str]) -
     return Guess("alpaca", fields, not others and not _named(texts, REJECTED))
 
 
-def fields_given(fields: Mapping[str, str]) -> Guess:
+def fields_given(fields: dict[FieldName, str]) -> Guess:
     """Return the guess that a user made: fields of a source, whose format follows from them.
 
     Raises:
         UserError: they make no row; the message says which fields do.
     """
-    known: dict[frozenset[str], FormatName] = {
+    known: dict[frozenset[FieldName], FormatName] = {
         frozenset({"messages"}): "messages",
         frozenset({"prompt", "completion"}): "prompt_completion",
         frozenset({"instruction", "output"}): "alpaca",
@@ -132,7 +132,7 @@ def fields_given(fields: Mapping[str, str]) -> Guess:
     }
     for needed, name in known.items():
         if needed <= fields.keys():
-            return Guess(name, dict(fields), True)  # type: ignore[arg-type]
+            return Guess(name, dict(fields), True)
     raise UserError(
         f"the fields {', '.join(fields)} make no row",
         "give instruction and output, prompt and completion, messages, or text",

@@ -48,8 +48,13 @@ class Answers:
     def length(self) -> RunLength:
         """The length of the run."""
         micro_batch, accumulation, length, *_ = SIZES[self.card]
-        batches = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
-        return run_length(self.amount, TrainingSection(output_dir="run", max_length=length, **batches))
+        training = TrainingSection(
+            output_dir=self.output_dir,
+            max_length=length,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        return run_length(self.amount, training)
 
 
 def new_recipe(answers: Answers) -> str:

@@ -15,10 +15,13 @@ from folora_q.storage.untrusted import read_object
 OBJECTS, SCALARS = ("model", "data_sha256", "versions", "computing", "files_sha256"), (str, int, float, type(None))
 
 
-def find_run(output_dir: str, recipe: Path) -> Path:
+def find_run(output_dir: str, recipe: Path | None) -> Path:
     """Return the folder of the run to resume: `training.output_dir` from where the run was probably started.
 
     That is the working directory or, if nothing is there, the recipe's folder or the nearest one above it.
+
+    Args:
+        recipe: the file that names the folder; None looks in the working directory only.
 
     Raises:
         UserError: there is no run; the message says where it was looked for.
@@ -26,7 +29,8 @@ def find_run(output_dir: str, recipe: Path) -> Path:
     given = Path(output_dir)
     if _is_begun(given):
         return given
-    above = [] if given.is_absolute() else [folder / given for folder in Path(os.path.abspath(recipe)).parents]
+    folders = () if recipe is None or given.is_absolute() else Path(os.path.abspath(recipe)).parents
+    above = [folder / given for folder in folders]
     for place in above:
         if _is_begun(place):
             return place

@@ -168,12 +168,13 @@ def test_init_writes_a_recipe_that_validates(data: Path, tmp_path: Path, capfd) 
 
 
 def test_init_replaces_nothing_and_asks_nobody_who_is_not_there(data: Path, tmp_path: Path, capfd, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     path = tmp_path / "recipe.yaml"
-    assert run("init", path) == 2
-    assert "--data is required without a terminal" in capfd.readouterr().err
-    assert run("init", path, "--data", data) == 0, "the rest has defaults"
-    assert run("init", path, "--data", data) == 2
+    with open(os.devnull) as nobody:
+        monkeypatch.setattr(sys, "stdin", nobody)
+        assert run("init", path) == 2
+        assert "--data is required without a terminal" in capfd.readouterr().err
+        assert run("init", path, "--data", data) == 0, "the rest has defaults"
+        assert run("init", path, "--data", data) == 2
     assert "already exists" in capfd.readouterr().err
 
 

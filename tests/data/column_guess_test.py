@@ -78,7 +78,7 @@ def test_columns_of_turns_come_first(row: dict[str, Any], column: str, sure: boo
     assert (guess.format, guess.fields, guess.sure) == ("messages", {"messages": column}, sure)
 
 
-@pytest.mark.parametrize("row", [{}, {"a": 1, "b": 2}, {"x": "1", "y": "2", "z": "3"}, {"url": "x"}])
+@pytest.mark.parametrize("row", [{}, {"a": 1, "b": 2}, {"x": "1", "y": "2", "z": "3"}, {"url": "x"}, {"prompt": "x"}])
 def test_nothing_is_guessed_where_nothing_fits(row: dict[str, Any]) -> None:
     assert guess_fields([row]) is None
 
