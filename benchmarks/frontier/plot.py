@@ -11,13 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.frontier.comparing import MIN_KL, PLAIN
+from benchmarks.frontier.methods.replay import BaseKL
 from benchmarks.frontier.results import Cell, Result
 from benchmarks.frontier.series import methods
 
 # A method has the same colour in every plot. Plain LoRA and ours stand out.
-STRONG = {PLAIN: "#000000", "ours": "#1f4fbf", "ours, rank 64": "#0b8f5a"}
+STRONG = {PLAIN: "#000000", "ours": "#1f4fbf", "ours, rank 64": "#0b8f5a", BaseKL.name: "#c2410c"}
 # The names of these series for a reader who has not seen the benchmark.
-TITLES = {PLAIN: "plain QLoRA", "ours": "gated (the default, rank 32)", "ours, rank 64": "gated, rank 64"}
+TITLES = {
+    PLAIN: "plain QLoRA",
+    "ours": "gated (the default, rank 32)",
+    "ours, rank 64": "gated, rank 64",
+    BaseKL.name: "plain QLoRA with a KL loss",
+}
 OTHERS = [series.name for series in methods() if series.name not in STRONG]
 COLOURS, MARKERS = plt.get_cmap("tab10"), "osD^vPX<>"
 VALUES: tuple[Callable[[Result], float], ...] = (lambda run: max(run.kl, MIN_KL), lambda run: run.mean_rise)

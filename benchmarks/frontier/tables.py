@@ -12,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.frontier.comparing import PLAIN, Curve, Spread, gain, wanted_loss
 from benchmarks.frontier.methods.base import USUAL_RATE
+from benchmarks.frontier.methods.replay import BaseKL
 from benchmarks.frontier.plot import draw, draw_summary
 from benchmarks.frontier.results import Cell, Result, rate_text
 from benchmarks.frontier.series import methods
@@ -38,6 +39,7 @@ SUMMARIZED = (
     ("plain QLoRA", PLAIN, USUAL_RATE, "usual"),
     ("**gated**", "ours", DEFAULT_RATE, "default"),
     ("gated, rank 64", "ours, rank 64", DEFAULT_RATE, "default"),
+    ("plain QLoRA with a KL loss", BaseKL.name, USUAL_RATE, "usual"),
 )
 Rows = list[list[str]]
 
