@@ -15,14 +15,15 @@ from folora_q.recipe.shipped import copy_recipe, shipped_recipes
 @click.group("recipes", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """List the shipped recipes. `folora-q recipes copy NAME` copies one for you to edit."""
+    """List the shipped recipes. `folora-q train NAME` runs one; `recipes copy NAME` copies one for you to edit."""
     if ctx.invoked_subcommand is not None:
         return
     recipes = shipped_recipes()
     width = max(len(recipe.name) for recipe in recipes)
     for recipe in recipes:
         out.print(f"[cyan]{recipe.name:{width}}[/]  {escape(recipe.title)}", soft_wrap=True)
-    out.print("\nfolora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one for you to edit[/]")
+    out.print("\nfolora-q train NAME                       [dim]runs one[/]")
+    out.print("folora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one for you to edit[/]")
 
 
 @command.command("copy")
