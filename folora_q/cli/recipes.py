@@ -21,7 +21,7 @@ from folora_q.recipe.shipped import copy_recipe, shipped_recipes
 def command(ctx: click.Context) -> None:
     """List the shipped recipes, with their estimated peak of GPU memory.
 
-    `folora-q recipes copy NAME` copies one for you to edit.
+    `folora-q train NAME` runs one; `folora-q recipes copy NAME` copies one for you to edit.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -31,6 +31,7 @@ def command(ctx: click.Context) -> None:
         size = f"[bold]{_peak(recipe.path) / GIB:4.1f}[/] GiB"
         out.print(f"[cyan]{recipe.name:{width}}[/]  {size}  {escape(recipe.title)}", soft_wrap=True)
     out.print("\nGiB: the estimated peak of GPU memory; `folora-q estimate` shows its parts", style="dim")
+    out.print("folora-q train NAME                       [dim]runs one[/]")
     out.print("folora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one for you to edit[/]")
 
 

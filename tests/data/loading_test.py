@@ -79,7 +79,7 @@ def test_what_is_held_out_is_drawn_from_anywhere_and_both_halves_keep_their_orde
 def test_too_few_rows_to_hold_some_out_are_refused(tmp_path: Path, rows: int, size: float, count: int) -> None:
     path = write_jsonl(tmp_path / "few.jsonl", [CHAT] * rows)
     error = refusal(path, eval_size=size)
-    assert error.message == f"few.jsonl has {rows} rows: too few to hold {count} out for evaluation"
+    assert error.message == f"few.jsonl has {rows} row{'s' * (rows > 1)}: too few to hold {count} out for evaluation"
     assert error.hint == "name a data.eval_dataset, or set a smaller data.eval_size"
 
 
@@ -102,7 +102,7 @@ def test_a_document_without_two_halves_is_refused(tmp_path: Path, text: str) -> 
 
 def test_a_single_document_cannot_give_a_number_of_rows(tmp_path: Path) -> None:
     (tmp_path / "book.md").write_text("a\n" * 100)
-    assert "book.md has 1 rows: too few to hold 3 out" in refusal(tmp_path / "book.md", eval_size=3).message
+    assert "book.md has 1 row: too few to hold 3 out" in refusal(tmp_path / "book.md", eval_size=3).message
 
 
 @pytest.mark.parametrize(
