@@ -125,7 +125,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 def _stop_texts(tokenizer: Tokenizer, config: dict[str, Any]) -> list[str]:
     ends = config.get("eos_token_id")
     ids = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-    texts = [tokenizer.decode([token]) for token in ids if isinstance(token, int) and 0 <= token < len(tokenizer)]
+    texts = [str(tokenizer.decode([token])) for token in ids if isinstance(token, int) and 0 <= token < len(tokenizer)]
     return [text for text in dict.fromkeys(texts) if text.strip() and text.isprintable()]
 
 
