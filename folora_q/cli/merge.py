@@ -20,6 +20,10 @@ from folora_q.targets.find import adapter_folder, merged_folder
 if TYPE_CHECKING:
     from folora_q.export.merge import BaseWeights
     from folora_q.workflows.merge import MergeResult
+    from folora_q.workflows.merge_gguf import GgufResult
+
+# Those of folora_q/export/llama_quantize.py, which imports PyTorch; a test compares them.
+GGUF_TYPES = ["f16", "bf16", "q8_0", "f32", "auto", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
 
 
 @click.command("merge")
@@ -44,12 +48,17 @@ if TYPE_CHECKING:
 )
 @click.option("--verify/--no-verify", default=True, help="Compare the merged model with the adapter. Default: on.")
 @click.option(
-    "--gguf", type=click.Choice(["f16", "bf16", "q8_0", "f32", "auto"]), help="Also write a GGUF file of this type."
+    "--gguf",
+    type=click.Choice(GGUF_TYPES),
+    help="Also write a GGUF file of this type, and Ollama's Modelfile. Types with k need llama-quantize.",
 )
 @click.option(
     "--converter",
     type=click.Path(path_type=Path),
     help="Path of llama.cpp's convert_hf_to_gguf.py, if it is not found.",
+)
+@click.option(
+    "--llama-quantize", "quantizer", type=click.Path(path_type=Path), help="Path of llama-quantize, if it is not found."
 )
 @click.option("--push-to-hub", metavar="REPO", help="Push the merged model to this repository, in one commit.")
 @click.option("--public", is_flag=True, help="Make a new repository public. Default: private.")
@@ -67,6 +76,7 @@ def command(
     verify: bool,
     gguf: str | None,
     converter: Path | None,
+    quantizer: Path | None,
     push_to_hub: str | None,
     public: bool,
     overwrite: bool,
@@ -102,6 +112,7 @@ def command(
         overwrite=overwrite,
         gguf=gguf,
         converter=converter,
+        quantizer=quantizer,
         push_to_hub=push_to_hub,
         private=not public,
         trust=trust,
@@ -129,17 +140,28 @@ def _print_result(result: MergeResult) -> None:
         out.print(
             f"{found.weights} weights changed, each to the nearest number of its dtype{explained}", soft_wrap=True
         )
+    if result.gguf is not None and result.gguf.quality is not None:
+        out.print(result.gguf.quality.in_words(result.gguf.kind), soft_wrap=True)
     out.print(f"\n[bold]Next[/]  (the model is in [cyan]{escape(str(result.folder))}[/])", soft_wrap=True)
     if result.gguf is not None:
-        path, facts = result.gguf
-        checked = (
-            "its numbers are the model's" if facts.compared else "names, shapes and vocabulary checked, not numbers"
-        )
-        line = f"llama-cli -m {shlex.quote(str(path))}"
-        out.print(f"  [dim]# {facts.tensors} tensors; {checked}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
+        _print_gguf(result.gguf)
     if result.url is not None:
         out.print(f"  [dim]# pushed in one commit[/]\n  [cyan]{escape(result.url)}[/]", soft_wrap=True)
     chat = f"folora-q chat {shlex.quote(str(result.folder))}"
     out.print(f"  [dim]# talk to it[/]\n  [cyan]{escape(chat)}[/]", soft_wrap=True)
     loading = f"{result.loader}.from_pretrained({str(result.folder)!r})"
     out.print(f"  [dim]# any program that reads Hugging Face folders[/]\n  [cyan]{escape(loading)}[/]", soft_wrap=True)
+
+
+def _print_gguf(result: GgufResult) -> None:
+    """Print how to run a GGUF file."""
+    facts = result.facts
+    checked = "its numbers are the model's" if facts.compared else "names, shapes and vocabulary checked, not numbers"
+    modelfile = result.modelfile
+    template = "with the chat template" if modelfile.template else "without a template; see the comment in it"
+    steps = [
+        (f"{facts.tensors} tensors; {checked}", f"llama-cli -m {shlex.quote(str(result.path))}"),
+        (f"Ollama, {template}", f"ollama create my-model -f {shlex.quote(str(modelfile.path))}"),
+    ]
+    for purpose, line in steps:
+        out.print(f"  [dim]# {escape(purpose)}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ from folora_q.distributed import require_one_process
 from folora_q.errors import Terminated, UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import Recipe
-from folora_q.recipe.gate_rules import PLAIN_LEARNING_RATE, written
 from folora_q.recipe.strict_yaml import dump_yaml
 
 if TYPE_CHECKING:
@@ -86,7 +84,7 @@ def command(
         line = f"{_program()} {shlex.join(['train', str(path), *overrides, *options])}"
         raise type(stop)(f"{stop}; resume it with\n  {line}") from None
     _print_result(result, recipe)
-    _print_next(path, overrides, recipe, trust)
+    _print_next(recipe, trust)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -114,23 +112,17 @@ def _print_result(result: TrainingResult, recipe: Recipe) -> None:
     )
 
 
-def _print_next(path: Path, overrides: Sequence[str], recipe: Recipe, trust: Trust) -> None:
-    """Print commands to run next, quoted for the shell."""
+def _print_next(recipe: Recipe, trust: Trust) -> None:
+    """Print the three commands that follow a run, quoted for the shell."""
     program = _program()
     folder = Path(recipe.training.output_dir)
     quoted = shlex.quote(str(folder))
     allowed = "".join(f" {flag}" for flag in trust.flags())
     steps = [
-        (f"{program} report {quoted}", "one page: curves, changes by layer, answers of the base and the tuned model"),
-        (f"less {quoted}/proxy.jsonl", "the sampled text that the gate preserves"),
-        (f"{program} chat {quoted} --base{allowed}", "chat with it and its base"),
-        (f"{program} merge {quoted}{allowed}", "merge it into its base, with verification"),
+        (f"{program} report {quoted}", "one page: what was learned and forgotten, where the model moved, answers"),
+        (f"{program} chat {quoted} --base{allowed}", "talk to the tuned model and to its base"),
+        (f"{program} merge {quoted}{allowed}", "an ordinary model; --gguf writes a file for llama.cpp and Ollama too"),
     ]
-    if recipe.gate.enabled:
-        plain = ["gate.enabled=false", f"training.learning_rate={written(PLAIN_LEARNING_RATE)}"]
-        plain.append(f"training.output_dir={folder}-plain")
-        line = shlex.join(["train", str(path), *overrides, *plain, *trust.flags()])
-        steps.append((f"{program} {line}", "plain QLoRA, to compare"))
     out.print(f"\n[bold]Next[/]  (the adapter is in [cyan]{escape(str(folder / 'adapter'))}[/])", soft_wrap=True)
     for line, purpose in steps:
         out.print(f"  [dim]# {escape(purpose)}[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)

@@ -87,23 +87,16 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
     if target.is_dir() or re.search(r"[{}]", target.name):
         raise UserError(f"{target} cannot be a GGUF file", "name a file, without { and } in its name")
     wanted, bytes_each = OUTTYPES[outtype]
-    needed = bytes_each * sum(stored.numel for stored in open_checkpoint(folder).tensors.values())
-    free = free_bytes(target.absolute().parent)
-    if free < needed:
-        raise UserError(
-            f"the GGUF file needs {needed / 1e9:.1f} GB at {target.parent}, where {free / 1e9:.1f} GB are free",
-            "name another place, or a smaller type such as q8_0",
-        )
+    require_room(target, bytes_each * sum(stored.numel for stored in open_checkpoint(folder).tensors.values()))
 
     def command(file: Path) -> list[str]:
         return [*converter, "--outtype", outtype, "--outfile", str(file), str(folder)]
 
     name, by_hand = Path(converter[-1]).name, shlex.join(command(target))
     with commit_file(target) as staging:
-        _run(command(staging), name, by_hand, folder)
+        run_program(command(staging), f"the converter {name}", by_hand, folder)
         try:
-            if not staging.is_file() or not staging.stat().st_size:
-                raise RunError(f"the converter {name} ended without an error and wrote nothing")
+            require_written(staging, f"the converter {name}")
             facts = check_gguf(staging, folder, target)
             if wanted is not None and wanted.name not in facts.types:
                 held = ", ".join(facts.types)
@@ -115,8 +108,38 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
     return facts
 
 
-def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
-    """Run the converter, offline, since a model in a folder needs no network.
+def require_room(target: Path, needed: float) -> None:
+    """Check that the disk has room for GGUF files of so many bytes.
+
+    Raises:
+        UserError: it does not.
+    """
+    free = free_bytes(target.absolute().parent)
+    if free < needed:
+        raise UserError(
+            f"the GGUF file needs {needed / 1e9:.1f} GB at {target.parent}, where {free / 1e9:.1f} GB are free",
+            "name another place, or a smaller type such as q8_0",
+        )
+
+
+def require_written(path: Path, called: str) -> None:
+    """Check that a program that succeeded wrote a file.
+
+    Raises:
+        RunError: it did not.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        raise RunError(f"{called} ended without an error and wrote nothing")
+
+
+def run_program(command: list[str], called: str, by_hand: str, source: Path, install: str = INSTALL) -> None:
+    """Run a program of llama.cpp, offline, since a model in a folder needs no network.
+
+    Args:
+        called: what messages call the program.
+        by_hand: the command for a person to run, to see its full output.
+        source: the model that it reads.
+        install: the hint if it cannot be started.
 
     Raises:
         UserError: it cannot be started.
@@ -132,7 +155,7 @@ def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
     except OSError as error:
-        raise UserError(f"cannot run the converter {command[0]}: {error.strerror}", INSTALL) from None
+        raise UserError(f"cannot run {called}: {error.strerror}", install) from None
     if not done.returncode:
         return
     hint = f"to see its full output, run {by_hand}"
@@ -151,7 +174,7 @@ def _run(command: list[str], name: str, by_hand: str, folder: Path) -> None:
         )
     elif "pre-tokenizer was not recognized" in reason:
         hint = "llama.cpp does not know this tokenizer; a newer llama.cpp may"
-    raise RunError(f"the converter {name} failed on {folder}: {reason}", hint)
+    raise RunError(f"{called} failed on {source}: {reason}", hint)
 
 
 def _last_words(output: str) -> str:

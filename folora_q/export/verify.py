@@ -192,9 +192,9 @@ def check_outputs(
         on_progress: called with 1 after each of three models.
     """
     merge = merged_model.merge
-    tuned, bare = _reference_logits(merge, texts, compute)
+    tuned, bare = reference_logits(merge, texts, compute)
     on_progress(2)
-    model = _loaded(merged_model.folder, compute, merge)
+    model = loaded_model(merged_model.folder, compute, merge)
     merged = logits_of(model, texts, tuned.shape[-1])
     rounding = None
     if merge.dtype != torch.float32:
@@ -219,9 +219,9 @@ def check_outputs(
     return Verification(weights.changed, found, effect, rounding, len(tuned), failures, weights.kept)
 
 
-def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
+def reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the logits of PEFT's adapter on the base, and of the base."""
-    base = _loaded(merge.trained_on or merge.base.folder, compute, merge)
+    base = loaded_model(merge.trained_on or merge.base.folder, compute, merge)
     if isinstance(merge.base, FittedCheckpoint):
         base.resize_token_embeddings(merge.base.rows, mean_resizing=False)  # the adapter has the rows themselves
     for name in merge.quantized if merge.trained_on is None else ():
@@ -242,7 +242,7 @@ def _reference_logits(merge: Merge, texts: Sequence[Sequence[int]], compute: tor
     return logits_of(model.eval(), texts, vocabulary), bare
 
 
-def _loaded(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel:
+def loaded_model(folder: Path, compute: torch.dtype, merge: Merge) -> PreTrainedModel:
     """Load the base, or the merged model made from it; `check_model` has checked the base's folder."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=merge.trust.remote_code)
     model = auto_class(config).from_pretrained(

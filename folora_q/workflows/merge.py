@@ -17,8 +17,6 @@ from folora_q.errors import RunError, UserError
 from folora_q.export.adapter import AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
 from folora_q.export.ends import FittedCheckpoint, fitted
-from folora_q.export.gguf import find_converter, write_gguf
-from folora_q.export.gguf_check import GgufFacts
 from folora_q.export.hub import push_folder, require_token
 from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
@@ -31,6 +29,7 @@ from folora_q.models.weight_files import Checkpoint, model_folder, open_checkpoi
 from folora_q.progress import Progress, StageTimer
 from folora_q.recipe.schema import ModelSection
 from folora_q.targets.find import adapter_folder, merged_folder
+from folora_q.workflows.merge_gguf import GgufResult, export_gguf, find_tools
 
 # A file in a merged folder whose verification failed.
 UNVERIFIED = "UNVERIFIED"
@@ -50,6 +49,7 @@ class MergeRequest:
         base_model: the base to use instead of the one that the adapter names.
         gguf: also write a GGUF file of this type, next to the output.
         converter: path of llama.cpp's converter, if it is not found.
+        quantizer: path of llama-quantize, if it is not found.
         push_to_hub: the repository to push the merged model to.
         private: whether to create that repository as private.
         trust: what base and adapters may do.
@@ -65,6 +65,7 @@ class MergeRequest:
     overwrite: bool = False
     gguf: str | None = None
     converter: Path | None = None
+    quantizer: Path | None = None
     push_to_hub: str | None = None
     private: bool = True
     trust: Trust = NOTHING
@@ -76,14 +77,14 @@ class MergeResult:
 
     Attributes:
         verification: None if it was not asked for.
-        gguf: the GGUF file, and its content.
+        gguf: the GGUF file, its content, and what it keeps of the tuning.
         url: the repository that the model was pushed to.
     """
 
     folder: Path
     merge: Merge
     verification: Verification | None
-    gguf: tuple[Path, GgufFacts] | None = None
+    gguf: GgufResult | None = None
     url: str | None = None
 
     @property
@@ -116,7 +117,7 @@ class MergeRun:
     def run(self) -> MergeResult:
         """Run all steps."""
         request, target = self.request, self.target
-        converter = find_converter(request.converter) if request.gguf else []
+        tools = find_tools(request.gguf, request.converter, request.quantizer) if request.gguf else None
         if request.push_to_hub:
             require_token()
         adapters = [read_adapter(adapter_folder(source), request.trust) for source in request.sources]
@@ -127,10 +128,9 @@ class MergeRun:
         merge = self.prepare(adapters)
         self.write(merge)
         gguf = url = None
-        if request.gguf:
-            path = target.with_name(f"{target.name}-{request.gguf}.gguf")
-            with self.timer.stage(f"writing and checking {path}", None):
-                gguf = path, write_gguf(target, path, request.gguf, converter)
+        if request.gguf and tools:
+            compute = _compute_dtype(merge)[0] if request.verify else None
+            gguf = export_gguf(MergedModel(merge, target), request.gguf, tools, compute, self.timer)
         if request.push_to_hub:
             with self.timer.stage(f"pushing to {request.push_to_hub}", None):
                 url = push_folder(target, request.push_to_hub, request.private)

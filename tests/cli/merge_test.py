@@ -14,9 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folora_q.cli.app import main
 from folora_q.export.merge import REPORT
+from folora_q.runs.results import read_evaluation
 from folora_q.workflows import merge as merging
 from folora_q.workflows.merge import UNVERIFIED
+from tests.export.gguf_test import CONVERTER
+from tests.export.go import parse_modelfile
 from tests.export.models import save_adapter, sharded_llama
+from tests.export.quantizer import save_quantizer
 from tests.forked import forked, wait_until
 
 
@@ -136,3 +140,50 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         assert process.exitcode == 130 and "error: interrupted" in said, said
     assert not (tmp_path / "adapter-merged").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".adapter-merged")]
+
+
+@pytest.fixture
+def llama_cpp(tmp_path: Path) -> list[object]:
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(CONVERTER, encoding="utf-8")
+    return ["--converter", script, "--llama-quantize", save_quantizer(tmp_path / "bin")]
+
+
+def test_a_k_quant_is_written_measured_and_ready_for_ollama(trained: Path, llama_cpp: list[object], capfd) -> None:
+    capfd.readouterr()
+    assert run("merge", trained, "--dtype", "float16", "--gguf", "q4_k_m", *llama_cpp) == 0
+    text, talk = capfd.readouterr()
+    path = trained / "merged-q4_k_m.gguf"
+    [written] = report_of(trained / "merged")["gguf"]
+    assert (written["file"], written["type"], written["size"]) == (path.name, "q4_k_m", path.stat().st_size)
+    assert written["compared"] == written["tensors"] == 22 and written["types"] == {"Q5_0": 16, "F32": 6}
+    quality = written["quality"]
+    assert quality["task"]["tokens"] == 40, "of four held-out rows the completions and their end"
+    evaluation = read_evaluation(trained / "evaluation.json")
+    loss = evaluation.text("task").loss
+    assert quality["task"]["base"] == pytest.approx(loss.base.value, rel=1e-3)
+    assert quality["task"]["trained"] == pytest.approx(loss.tuned.value, rel=1e-3)
+    assert quality["task_share"] > 0.8 and 0.8 < quality["update_kept"] < 1.2 and 0 < quality["kl"] < 0.1
+    assert f"q4_k_m keeps {quality['task_share']:.1%} of what the task's training gained" in text
+    assert f"comparing {path.name} with the trained model" in talk
+    assert f"llama-cli -m {path}" in text and f"ollama create my-model -f {trained / 'Modelfile'}" in text
+    assert ("FROM", f"./{path.name}") in parse_modelfile((trained / "Modelfile").read_text("utf-8"))
+    again = ["--overwrite", "--no-verify", "--dtype", "float16", "--gguf", "f16", *llama_cpp]
+    assert run("merge", trained, *again) == 0
+    [written] = report_of(trained / "merged")["gguf"]
+    assert (written["type"], written["quality"]) == ("f16", None)
+    assert "# Ollama, with the chat template" in capfd.readouterr().out
+
+
+def test_without_llama_quantize_the_error_comes_first_and_says_what_to_install(
+    trained: Path, llama_cpp: list[object], monkeypatch, capfd
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    for name in ("LLAMA_QUANTIZE", "LLAMA_CPP_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    capfd.readouterr()
+    assert run("merge", trained, "--gguf", "q5_k_m", *llama_cpp[:2]) == 2
+    talk = capfd.readouterr().err
+    assert "llama-quantize was not found on PATH" in talk and "hint: install llama.cpp" in talk
+    assert "--gguf q8_0 and f16 do not need it" in talk
+    assert not (trained / "merged").exists()

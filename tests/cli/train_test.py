@@ -44,11 +44,6 @@ def measured(folder: Path) -> Evaluation:
     return read_evaluation(folder / "evaluation.json")
 
 
-def named_files(text: str) -> list[str]:
-    """What the last lines of a run tell the user to read."""
-    return [line.split()[1] for line in text.splitlines() if line.lstrip().startswith("less ")]
-
-
 def assert_plain_lines_of_training(talk: str) -> None:
     """Check what a run of five steps, logged every other, prints without a terminal."""
     assert talk.isascii() and not set("\r\x1b\b") & set(talk)
@@ -134,7 +129,6 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert "gated (step at a_start, a_step, b_step; λ = 64" in card
 
     text, talk = capfd.readouterr()
-    assert [Path(line).exists() for line in named_files(text)] == [True]
     assert "What was learned, what was forgotten (gated QLoRA)" in text
     assert f"{found.text('task').loss.tuned.value:.4f}" in text
     assert f"chat {folder} --base" in text and f"merge {folder}\n" in text
@@ -150,16 +144,21 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
     assert resolved.model_dump() == load_recipe(recipe_file, [packaged]).model_dump()
 
 
-def test_what_to_type_next_exists_and_keeps_the_overrides(recipe_file: Path, tmp_path: Path, capfd) -> None:
-    changes = ["evaluation.metric=none", "training.max_steps=1", "gate.places=[a_start, a_step]"]
-    assert run("train", recipe_file, *changes) == 0
+def test_the_three_commands_to_run_next_are_named_with_the_runs_path_and_run(recipe_file: Path, capfd) -> None:
+    folder = recipe_file.parent / "a run"
+    quick = ["evaluation.metric=none", "gate.enabled=false", "training.max_steps=1"]
+    assert run("train", recipe_file, *quick, f"training.output_dir={folder}") == 0
     text = capfd.readouterr().out
-    assert [Path(line).exists() for line in named_files(text)] == [True]
-    [line] = [line for line in text.splitlines() if "gate.enabled=false" in line]
-    plain = shlex.split(line)
-    assert run(*plain[plain.index("train") :]) == 0
-    resolved = load_recipe(tmp_path / "run-plain" / "recipe.resolved.yaml")
-    assert (resolved.gate.enabled, resolved.training.max_steps) == (False, 1)
+    following = [line for line in text[text.index("Next  (") :].splitlines()[1:] if "#" not in line]
+    commands = [shlex.split(line) for line in following]
+    assert [words[-len(rest) - 1 :] for words, rest in zip(commands, [("",), ("", ""), ("",)], strict=True)] == [
+        ["report", str(folder)],
+        ["chat", str(folder), "--base"],
+        ["merge", str(folder)],
+    ]
+    for words in (commands[0], commands[2]):
+        assert run(*words[words.index(str(folder)) - 1 :]) == 0
+    assert (folder / "report.html").exists() and (folder / "merged" / "config.json").exists()
 
 
 def test_plain_peft_loads_the_adapter_and_gets_the_measured_loss(recipe_file: Path, tmp_path: Path) -> None:
