@@ -85,8 +85,8 @@ class GgufQuality:
             f"tokens are the same ({self.tokens:,} tokens)"
         )
         if self.task is None or self.task.share is None:
-            update = f"has {self.update_kept:.0%} of the update of the weights, and rounding of {self.update_noise:.2g} times"
-            return f"{kind} {update} its norm; {near}"
+            rounding = f"rounding of {self.update_noise:.2g} times its norm"
+            return f"{kind} has {self.update_kept:.0%} of the update of the weights, and {rounding}; {near}"
         task = self.task
         losses = f"task loss {task.file:.4f}, trained {task.trained:.4f}, base {task.base:.4f}"
         words = f"{kind} keeps {task.share:.1%} of what the task's training gained ({losses}); {near}"
