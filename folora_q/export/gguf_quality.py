@@ -85,7 +85,8 @@ class GgufQuality:
             f"tokens are the same ({self.tokens:,} tokens)"
         )
         if self.task is None or self.task.share is None:
-            return f"{kind} keeps {self.update_kept:.1%} of the update of the weights; {near}"
+            rounding = f"rounding of {self.update_noise:.2g} times its norm"
+            return f"{kind} has {self.update_kept:.0%} of the update of the weights, and {rounding}; {near}"
         task = self.task
         losses = f"task loss {task.file:.4f}, trained {task.trained:.4f}, base {task.base:.4f}"
         words = f"{kind} keeps {task.share:.1%} of what the task's training gained ({losses}); {near}"

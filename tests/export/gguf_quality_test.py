@@ -124,5 +124,5 @@ def test_words() -> None:
     )
     for without in (None, TaskLosses(0.5, 0.6, 0.6, 100)):
         words = GgufQuality(0.0123, 0.97, 1200, without, 0.99, 2.0).in_words("q8_0")
-        assert words.startswith("q8_0 keeps 99.0% of the update of the weights; KL from the trained model is 0.012")
+        assert words.startswith("q8_0 has 99% of the update of the weights, and rounding of 2 times its norm; KL from")
     assert quality.to_dict()["task_share"] == pytest.approx(0.9)
