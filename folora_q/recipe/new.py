@@ -64,7 +64,7 @@ def new_recipe(answers: Answers) -> str:
     is_text = answers.format == "text"
     source = "bos" if is_text or answers.format == "prompt_completion" else "mixed"
     on_gpu = answers.card != "cpu"
-    machine = f"a {answers.card} GB card" if on_gpu else "a CPU"
+    machine = f"{'an' if answers.card.startswith('8') else 'a'} {answers.card} GB card" if on_gpu else "a CPU"
     name = answers.output_dir.rstrip("/").rsplit("/", 1)[-1]
     held = "share held out for measuring" if run.eval_size < 1 else "rows held out for measuring"
     lines = f"""\

@@ -7,9 +7,9 @@ from math import ceil
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.training import TrainingSection
 
-# With fewer steps little is learned, and a loss on fewer rows says little.
+# With fewer steps little is learned. The number of held-out rows that is proposed where there are too few.
 FEW_STEPS, FEW_ROWS = 50, 20
-# With fewer texts there is no confidence interval, since its coverage would be too low (evaluation/intervals.py).
+# With fewer texts or rows there is no confidence interval: its coverage would be too low (evaluation/intervals.py).
 MIN_TEXTS = 12
 # The smallest batch per step that is proposed for more steps, and the most epochs that are proposed.
 MIN_BATCH_SIZE, MAX_EPOCHS = 4, 10
@@ -58,9 +58,9 @@ def heldout_advice(data: DataSection, train: int, heldout: int, plain_text: bool
         train, heldout: numbers of sequences.
         plain_text: they are pieces of documents, of which a share is held out, not a number.
     """
-    if heldout >= FEW_ROWS:
+    if heldout >= MIN_TEXTS:
         return None
-    found = f"{_count(heldout, 'held-out row', 'are')} few: intervals are wide, and the best step is chance. "
+    found = f"{_count(heldout, 'held-out row', 'are')} too few for confidence intervals, and the best step is chance. "
     if data.max_eval_samples is not None and data.max_eval_samples <= heldout:
         return f"{found}Raise data.max_eval_samples to {FEW_ROWS} or more"
     if data.eval_dataset is not None:

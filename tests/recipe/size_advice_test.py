@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folora_q.recipe.dataset import DataSection
-from folora_q.recipe.size_advice import FEW_ROWS, FEW_STEPS, heldout_advice, step_advice
+from folora_q.recipe.size_advice import FEW_STEPS, MIN_TEXTS, heldout_advice, step_advice
 from folora_q.recipe.training import TrainingSection
 
 
@@ -90,7 +90,7 @@ def test_what_is_proposed_gives_the_steps_that_it_says(sequences: int, rows: int
         (500, 4, {"eval_dataset": "b.jsonl"}, False, "Name more of them in data.eval_dataset"),
         (500, 4, {"max_eval_samples": 4}, False, "Raise data.max_eval_samples to 20 or more"),
         (500, 1, {"max_eval_samples": 1}, False, "Raise data.max_eval_samples to 20 or more"),
-        (500, FEW_ROWS, {}, False, None),
+        (500, MIN_TEXTS, {}, False, None),
     ],
 )
 def test_few_held_out_rows_are_told_with_what_helps(
@@ -98,7 +98,7 @@ def test_few_held_out_rows_are_told_with_what_helps(
 ) -> None:
     found = heldout_advice(data(**keys), train, heldout, text)
     assert found is None if told is None else found is not None and found.endswith(told)
-    assert found is None or re.match(rf"{heldout} held-out rows? (is|are) few: ", found)
+    assert found is None or re.match(rf"{heldout} held-out rows? (is|are) too few for confidence intervals", found)
 
 
 @given(sequences=st.integers(1, 5000), rows=st.integers(1, 8), passes=st.integers(1, 8), epochs=st.floats(0.1, 4))

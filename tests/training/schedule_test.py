@@ -103,7 +103,7 @@ def test_a_run_of_fewer_rows_than_a_batch_learns_and_warns(recipe_file: Path, tm
         assert caught.value.code == 0
         shown = " ".join(capfd.readouterr().out.split())
         assert "warning: 3 training sequences give 1 step" in shown.replace("warning ", "warning: ", 1), command
-        assert "4 held-out rows are few" in shown, command
+        assert "4 held-out rows are too few" in shown, command
     saved = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(saved["warnings"]) == 2
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
