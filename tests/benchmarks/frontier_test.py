@@ -324,7 +324,7 @@ def test_replay_adds_the_loss_on_the_bases_own_text(testbed: Testbed) -> None:
     logits = model(input_ids=text.input_ids, attention_mask=text.attention_mask).logits[:, :-1]
     expected = 2 * cross_entropy(logits.flatten(0, 1), text.labels[:, 1:].flatten(), ignore_index=-100)
     step = dataclasses.replace(_empty_step(), number=1 + len(method.own))
-    assert method.penalty(testbed, model, step).item() == pytest.approx(float(expected), rel=1e-5)
+    assert method.penalty(testbed, model, step).item() == pytest.approx(expected.item(), rel=1e-5)
     assert sum(len(text.input_ids) for text in method.own) == len(testbed.generated)
     model.unload()
 

@@ -104,7 +104,7 @@ def test_a_run_leaves_everything_that_was_promised(recipe_file: Path, tmp_path: 
         "code",
     ]
     assert found.text("generated text").kl.value > 0 and found.text("generated text").texts == 2
-    assert found.text("task").loss.change.high < 0
+    assert found.text("task").loss.change.value < 0
     assert found.text("task").tokens == 40, "of four rows the completions and their end"
     assert found.score.answers == 4
     assert len(found.layers) == 14

@@ -141,7 +141,10 @@ def test_what_has_no_base_cannot_be_compared(tiny_folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_model_name_or_path": "gone/away"}, "needs its base and tokenizer: cannot load the model"),
+        (
+            {"base_model_name_or_path": "gone/away"},
+            "needs its base and tokenizer: the model gone/away is not in the hub's cache",
+        ),
         ({"target_modules": ["nothing"]}, "cannot load the adapter .* on"),
         ({"r": 7}, "cannot load the adapter .* on"),
         ({"peft_type": "WISHFUL"}, "cannot load the adapter .* on"),
