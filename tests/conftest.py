@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and rich prefers it to the terminal's own width
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "FOLORA_Q_TEST_ON_GPU" not in os.environ:  # tiny models gain nothing there, and forked children cannot use it

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pty
 import sys
+import termios
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +41,10 @@ def forked(arguments: Sequence[object], output: Path) -> Iterator[ForkProcess]:
 
 
 @contextmanager
-def in_a_terminal(arguments: Sequence[object]) -> Iterator[tuple[ForkProcess, int]]:
+def in_a_terminal(arguments: Sequence[object], columns: int = 80) -> Iterator[tuple[ForkProcess, int]]:
     """Run `folora-q` in a pseudo-terminal; also yield the descriptor to type on and to read the screen from."""
     keyboard, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
     with _started(lambda: _run_program(arguments, lambda: os.login_tty(terminal))) as process:
         os.close(terminal)
         yield process, keyboard

@@ -180,8 +180,8 @@ def _ask_all(questions: Iterator[str], sides: dict[str, Conversation]) -> None:
 
 
 def _ask(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
-    beside = len(sides) > 1 and out.is_terminal and not out.is_dumb_terminal and out.width >= SIDE_BY_SIDE
-    (_answer_beside if beside else _answer_below)(question, sides, can_be_stopped)
+    side_by_side = len(sides) > 1 and out.is_terminal and not out.is_dumb_terminal and out.width >= SIDE_BY_SIDE
+    (_answer_side_by_side if side_by_side else _answer_below)(question, sides, can_be_stopped)
 
 
 def _answer_below(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
@@ -204,7 +204,7 @@ def _answer_below(question: str, sides: dict[str, Conversation], can_be_stopped:
             click.echo()
 
 
-def _answer_beside(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
+def _answer_side_by_side(question: str, sides: dict[str, Conversation], can_be_stopped: bool) -> None:
     """Print both answers in columns, generated one after the other."""
     columns = _Columns(dict.fromkeys(sides, ""))
     with Live(columns, console=out, refresh_per_second=REFRESHES_PER_SECOND):

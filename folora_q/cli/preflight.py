@@ -23,7 +23,7 @@ def placed(recipe: Recipe, path: Path, overrides: Sequence[str], resume: bool, o
     """Check the run folder without importing anything heavy, and return the recipe with the folder to resume in.
 
     Raises:
-        UserError: there is no run to resume, a run is there already, or another process writes in the folder.
+        UserError: there is no run to resume, a run already exists, or another process writes in the folder.
     """
     folder = Path(recipe.training.output_dir)
     if resume:

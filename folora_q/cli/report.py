@@ -34,18 +34,18 @@ def command(folder: Path, baseline: Path | None, output: Path | None) -> None:
     The page of an unfinished run shows what exists so far.
     """
     run = load_run(folder)
-    beside = _named_baseline(run, baseline) if baseline is not None else _usual_baseline(run)
+    baseline_run = _named_baseline(run, baseline) if baseline is not None else _usual_baseline(run)
     page_file = output or run.folder.report
     figures = run.folder.figures if output is None else output.with_name(f"{output.stem}-figures")
     check_target(page_file)
     progress = ConsoleProgress()
-    if beside is not None:
-        progress.note(f"compared with {beside.folder.path}, {beside.method}")
+    if baseline_run is not None:
+        progress.note(f"compared with {baseline_run.folder.path}, {baseline_run.method}")
     with progress.stage("drawing the report", None):
         from folora_q.report.page import report_page
         from folora_q.report.render import png
 
-        page = report_page(run, beside)
+        page = report_page(run, baseline_run)
         write(page_file, page.html)
         for picture in page.pictures:
             write(figures / f"{picture.name}.png", png(picture.figure))
@@ -68,11 +68,11 @@ def _named_baseline(run: Run, path: Path) -> Run:
 def _usual_baseline(run: Run) -> Run | None:
     """Return the plain run that `folora-q train` proposes, if it exists and can be compared."""
     path = run.folder.path.resolve()
-    beside = path.with_name(path.name + PLAIN_SUFFIX)
-    if not path.name or not (beside / "run.json").is_file():
+    sibling = path.with_name(path.name + PLAIN_SUFFIX)
+    if not path.name or not (sibling / "run.json").is_file():
         return None
     try:
-        baseline = load_run(run.folder.path.parent / beside.name)
+        baseline = load_run(run.folder.path.parent / sibling.name)
     except UserError:
         return None
     return baseline if baseline.evaluation is not None and same_base([run, baseline]) else None

@@ -109,7 +109,7 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
 
 
 def require_room(target: Path, needed: float) -> None:
-    """Check that the disk has room for GGUF files of so many bytes.
+    """Check that the disk has room for GGUF files of this many bytes.
 
     Raises:
         UserError: it does not.

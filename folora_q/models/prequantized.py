@@ -94,7 +94,7 @@ def _original(name: str, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def config_beside(folder: Path) -> Mapping[str, Any]:
+def config_next_to(folder: Path) -> Mapping[str, Any]:
     """Read a folder's config.json; return {} if it cannot be read, which loading the model will report."""
     try:
         return read_object(folder / "config.json")

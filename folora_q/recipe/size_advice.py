@@ -36,7 +36,7 @@ def step_advice(training: TrainingSection, sequences: int) -> str | None:
 
 
 def reach(training: TrainingSection, sequences: int, steps: int) -> TrainingSection:
-    """Return the settings with which a run has at least so many steps: smaller batches first, then more epochs.
+    """Return the settings with which a run has at least `steps` steps: smaller batches first, then more epochs.
 
     If that is not possible, it has the most that are proposed: MAX_EPOCHS with batches of MIN_BATCH_SIZE.
     """

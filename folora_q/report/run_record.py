@@ -231,8 +231,8 @@ def _no_run(path: Path) -> UserError:
     if inside := sorted(path.glob("*/run.json")):
         near = [str(manifest.parent) for manifest in inside]
     else:
-        beside = {manifest.parent.name: manifest.parent for manifest in path.parent.glob("*/run.json")}
-        near = [str(beside[name]) for name in get_close_matches(path.name, beside)]
+        siblings = {manifest.parent.name: manifest.parent for manifest in path.parent.glob("*/run.json")}
+        near = [str(siblings[name]) for name in get_close_matches(path.name, siblings)]
     what = "it holds no run.json" if path.is_dir() else "no such folder"
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "name the training.output_dir of a recipe that was run"
     return UserError(f"there is no run in {path}: {what}", hint)

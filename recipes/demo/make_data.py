@@ -1,6 +1,6 @@
 """Makes the demo's task: a booking said in plain words, and the strict JSON record that it means.
 
-    python recipes/demo/make_data.py            writes train.jsonl and heldout.jsonl beside this file, byte for byte
+    python recipes/demo/make_data.py            writes train.jsonl and heldout.jsonl next to this file, byte for byte
 
 Held-out rows use names that training never sees, and half of them phrasings that it never sees.
 """

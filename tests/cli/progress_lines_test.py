@@ -217,9 +217,9 @@ def test_quiet_shows_warnings_alone(recipe_file: Path, tmp_path: Path, capfd) ->
     assert capfd.readouterr().err.startswith("error: no recipe at gone.yaml")
 
 
-def on_screen(arguments: list[object]) -> str:
+def on_screen(arguments: list[object], columns: int = 80) -> str:
     """Everything that a command writes to a terminal."""
-    with in_a_terminal(arguments) as (process, screen):
+    with in_a_terminal(arguments, columns) as (process, screen):
         text = b""
         try:
             while piece := os.read(screen, 65_536):
@@ -237,12 +237,11 @@ def test_plain_is_the_form_of_a_log_on_a_terminal(recipe_file: Path) -> None:
     assert "\x1b" not in text and "[done] tokenizing training rows, " in text
 
 
-def test_on_a_narrow_terminal_no_line_of_training_wraps(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
+def test_on_a_narrow_terminal_no_line_of_training_wraps(recipe_file: Path) -> None:
     quick = ["training.max_steps=3", "evaluation.metric=none", "evaluation.num_answers=0", "gate.enabled=false"]
-    text = on_screen(["train", recipe_file, *quick])
+    text = on_screen(["train", recipe_file, *quick], columns=40)
     frames = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", frame).strip() for frame in re.split(r"[\r\n]+", text)]
     live = [frame for frame in frames if re.match(r"step \d/3", frame)]
     # How often the line is drawn depends on the machine's speed.
-    form = re.compile(r"step \d/3(  loss [\d.]+)?(  \d+ tok/s)?  \d:\d\d( < \d:\d\d)?")
+    form = re.compile(r"step \d/3(  loss [\d.]+)?(  [\d,]+ tok/s)?  \d:\d\d( < \d:\d\d)?")
     assert live and all(form.fullmatch(frame) and len(frame) <= 40 for frame in live), frames

@@ -241,7 +241,7 @@ def test_an_evaluation_of_an_adapter_from_elsewhere_is_finished(tmp_path: Path) 
 
 def test_plain_qlora_has_no_section_on_the_gate(runs: tuple[Run, Run]) -> None:
     page = parts_of(report_page(runs[1]).html)
-    assert "plain QLoRA" in page.text and "gate" not in page.ids and "beside" not in page.ids and "moved" in page.ids
+    assert "plain QLoRA" in page.text and "gate" not in page.ids and "compared" not in page.ids and "moved" in page.ids
 
 
 def test_numbers_that_are_none_are_dashes(tmp_path: Path) -> None:
