@@ -242,6 +242,5 @@ def test_on_a_narrow_terminal_no_line_of_training_wraps(recipe_file: Path) -> No
     text = on_screen(["train", recipe_file, *quick], columns=40)
     frames = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", frame).strip() for frame in re.split(r"[\r\n]+", text)]
     live = [frame for frame in frames if re.match(r"step \d/3", frame)]
-    # How often the line is drawn depends on the machine's speed.
-    form = re.compile(r"step \d/3(  loss [\d.]+)?(  [\d,]+ tok/s)?  \d:\d\d( < \d:\d\d)?")
-    assert live and all(form.fullmatch(frame) and len(frame) <= 40 for frame in live), frames
+    # Which fields fit, and how often the line is drawn, depends on the machine's speed.
+    assert live and all(len(frame) <= 40 and re.search(r"  \d:\d\d( < \d:\d\d)?$", frame) for frame in live), frames
