@@ -66,7 +66,7 @@ def _named_baseline(run: Run, path: Path) -> Run:
 
 
 def _usual_baseline(run: Run) -> Run | None:
-    """Return the plain run that `folora-q train` proposes, if it exists and can be compared."""
+    """Return the plain run next to this one, named as in docs/getting-started.md, if it exists and can be compared."""
     path = run.folder.path.resolve()
     sibling = path.with_name(path.name + PLAIN_SUFFIX)
     if not path.name or not (sibling / "run.json").is_file():

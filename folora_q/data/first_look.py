@@ -52,10 +52,10 @@ def guess_for(source: Source) -> Guess | None:
     rows = _first_rows(source)
     try:
         detect_format(rows[0], source)
-    except RowError as error:
+    except RowError:
         guess = guess_fields([row.values for row in rows])
         if guess is None:
-            raise RowError(error.where, error.reason, error.hint) from None
+            raise
         return guess
     return None
 

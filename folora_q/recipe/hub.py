@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -28,16 +27,10 @@ def did_you_mean(name: str) -> str:
     return "".join(f"; did you mean {model}?" for model in similar_models(name))
 
 
-def is_offline() -> bool:
-    """Return whether huggingface_hub was told not to contact a hub."""
-    return any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
-
-
 def hub_problem(name: str, error: BaseException) -> tuple[str, str] | None:
     """Say why a model could not be fetched and what to do about it; None if the error is not huggingface_hub's."""
+    from huggingface_hub import is_offline_mode
+
     kinds = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
     near = did_you_mean(name)
     if "GatedRepoError" in kinds:
@@ -54,7 +47,7 @@ def hub_problem(name: str, error: BaseException) -> tuple[str, str] | None:
         )
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
         local = "or name a local folder with the model's files (config.json is enough for an estimate)"
-        if is_offline():
+        if is_offline_mode():
             reason = "is not in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
             return f"the model {name} {reason}{near}", f"check the spelling, unset HF_HUB_OFFLINE, {local}"
         reason = "is not in the hub's cache, and the hub cannot be reached"
