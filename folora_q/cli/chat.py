@@ -22,7 +22,7 @@ from folora_q.cli.console import err, out, print_error, starting, visible
 from folora_q.cli.options import trust_options
 from folora_q.errors import FoloraError, UserError
 from folora_q.models.trust import Trust
-from folora_q.targets.find import find_target
+from folora_q.targets.find import find_target, require_reachable
 
 if TYPE_CHECKING:
     from folora_q.chat.reply import Conversation
@@ -93,7 +93,7 @@ def command(
         raise UserError("--temperature must be a number")
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt is empty")
-    find_target(name)  # what needs a few JSON files only is found before PyTorch is imported
+    require_reachable(find_target(name))  # what needs a few JSON files only is found before PyTorch is imported
     with starting(settings["debug"]) as progress:
         from folora_q.chat.load import load_chat
         from folora_q.chat.reply import Conversation, Sampling

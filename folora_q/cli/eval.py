@@ -18,7 +18,7 @@ from folora_q.models.trust import Trust
 from folora_q.recipe import load_recipe
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import Evaluation, TextKind, answer_lines, to_json
-from folora_q.targets.find import find_target
+from folora_q.targets.find import find_target, require_reachable
 
 if TYPE_CHECKING:
     from folora_q.workflows.evaluate import EvaluationResult
@@ -92,7 +92,7 @@ def command(
     if output is not None and output.exists():
         raise UserError(f"{output} already exists", "name another folder with --output")
     require_one_process()
-    find_target(name)  # what needs a few JSON files only is found before PyTorch is imported
+    require_reachable(find_target(name))  # what needs a few JSON files only is found before PyTorch is imported
     with starting(settings["debug"]) as progress:
         from folora_q.evaluation.harness import HarnessRequest
         from folora_q.workflows.evaluate import EvaluationRequest, run_evaluation

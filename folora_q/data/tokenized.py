@@ -133,7 +133,10 @@ def tokenize(
         on_progress(1)
     counts.sequences = len(ids)
     if not ids:
-        raise UserError(_nothing_left(examples, counts, unfit.max_length, kind), "look at them with `folora-q preview`")
+        longer = f"raise training.max_length to {counts.longest} or more, " if counts.dropped else ""
+        raise UserError(
+            _nothing_left(examples, counts, unfit.max_length, kind), f"{longer}look at them with `folora-q preview`"
+        )
     with commit_directory(folder) as staging:
         made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
         made.save_to_disk(staging)

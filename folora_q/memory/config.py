@@ -71,6 +71,27 @@ def config_here(name: str, revision: str | None = None) -> dict[str, Any] | None
     return None if folder is None else _read(folder / "config.json")
 
 
+def require_hub_if_absent(name: str, revision: str | None = None) -> None:
+    """Check that a model or adapter is on this machine, or else that the hub answers.
+
+    Raises:
+        UserError: neither.
+    """
+    if name == DEMO_MODEL or Path(name).exists():
+        return
+    if any(_kept(name, revision, file) for file in ("config.json", "adapter_config.json")):
+        return
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        _check_that_the_hub_answers()
+        if is_offline_mode():
+            raise LocalEntryNotFoundError("the hub may not be asked")
+    except Exception as error:
+        raise UserError(*(hub_problem(name, error) or (f"cannot get {name}: {first_line(error)}", None))) from None
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         config = read_object(file)
@@ -126,8 +147,8 @@ def _check_that_the_hub_answers() -> None:
         raise LocalEntryNotFoundError(f"{constants.ENDPOINT} cannot be reached ({reason})")
 
 
-def _kept(name: str, revision: str | None) -> Path | None:
+def _kept(name: str, revision: str | None, file: str = "config.json") -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    kept = try_to_load_from_cache(name, file, revision=revision)
     return Path(kept) if isinstance(kept, str) else None

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from folora_q.errors import UserError, first_line
-from folora_q.memory.config import DEMO_MODEL
+from folora_q.memory.config import DEMO_MODEL, require_hub_if_absent
 from folora_q.models.trust import ADAPTER_CONFIG
 from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
@@ -80,6 +80,29 @@ def find_target(name: str) -> Target:
     if name != DEMO_MODEL and not there and (path.suffix == ".gguf" or not is_hub_name):
         raise UserError(f"there is no run, adapter or model at {short(name)!r}{_near(path)}", WHAT_TO_NAME)
     return Target(name, "model", ModelSection(model_name_or_path=name))
+
+
+def require_reachable(target: Target) -> None:
+    """Check that a target's model is on this machine, or that the hub can be asked for it.
+
+    Raises:
+        UserError: neither.
+    """
+    try:
+        require_hub_if_absent(target.section.model_name_or_path, target.section.revision)
+    except UserError as error:
+        raise explained(target, error) from error
+
+
+def explained(target: Target, error: UserError) -> UserError:
+    """Rephrase a loading error in terms of the target that the user named."""
+    if target.adapter is not None:
+        return UserError(f"the adapter {target.adapter} needs its base and tokenizer: {error.message}", error.hint)
+    name = target.section.model_name_or_path
+    if os.path.exists(name):
+        return error
+    reason = error.message.removeprefix(f"cannot load the model {name}: ")
+    return UserError(f"{name} is neither a run or adapter here nor a model that can be loaded: {reason}", WHAT_TO_NAME)
 
 
 def adapter_folder(source: Path) -> Path:

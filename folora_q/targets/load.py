@@ -27,7 +27,7 @@ from folora_q.recipe.paths import HUB_MODEL, short
 from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import MERGE_REPORT
 from folora_q.targets.embeddings import fit_embedding
-from folora_q.targets.find import WHAT_TO_NAME, Target, find_target
+from folora_q.targets.find import Target, explained, find_target
 
 ADAPTER_WEIGHTS = (SAFE_ADAPTER, PICKLED_ADAPTER)
 # Files that are fetched of a hub adapter, besides its configuration.
@@ -115,7 +115,7 @@ def load_target(
         tokenizer = _tokenizer(adapter, section, trust)
         model, fingerprint, four_bit = _load(section, hardware, tokenizer, precision.bits, trust)
     except UserError as error:
-        raise _explained(target, error) from error
+        raise explained(target, error) from error
     if adapter is not None and (adapter / "generation_config.json").is_file():
         with loading(section):
             model.generation_config = GenerationConfig.from_pretrained(adapter)
@@ -240,14 +240,3 @@ def _with_adapter(model: PreTrainedModel, folder: Path, section: ModelSection, c
             "was it trained on another model?",
         )
     return tuned
-
-
-def _explained(target: Target, error: UserError) -> UserError:
-    """Rephrase a loading error in terms of the target that the user named."""
-    if target.adapter is not None:
-        return UserError(f"the adapter {target.adapter} needs its base and tokenizer: {error.message}", error.hint)
-    name = target.section.model_name_or_path
-    if os.path.exists(name):
-        return error
-    reason = error.message.removeprefix(f"cannot load the model {name}: ")
-    return UserError(f"{name} is neither a run or adapter here nor a model that can be loaded: {reason}", WHAT_TO_NAME)

@@ -108,6 +108,8 @@ def test_a_run_is_found_from_any_folder(here: Path, recipe: str, capfd, monkeypa
         ("eval ./gone", "there is no run, adapter or model at"),
         ("eval runs/a", "the run in runs/a has no adapter: it is marked as interrupted"),
         ("chat files", "is not a run, adapter or model"),
+        ("chat some-name", "the model some-name is not in the hub's cache, and HF_HUB_OFFLINE forbids"),
+        ("eval some/adapter", "neither a run or adapter here nor a model that can be loaded: the model some/adapter"),
         ("merge gone", "there is no run or adapter at gone"),
         ("merge runs/a", "the run in runs/a has no adapter yet; it is marked as interrupted"),
         ("merge adapter", "adapter-merged already exists"),

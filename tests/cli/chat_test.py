@@ -459,6 +459,7 @@ class Parrot:
 
 @pytest.fixture
 def parrot(monkeypatch) -> None:
+    monkeypatch.setattr(chat_cli, "require_reachable", lambda _: None)
     monkeypatch.setattr(load, "load_chat", lambda *_: Parrot())
 
 
