@@ -113,7 +113,8 @@ def _described(data: Tokenized, max_length: int) -> str:
     """Describe in one line what there is to train on, what was left out, and where it is stored."""
     counts = data.counts
     share = counts.trained / counts.tokens
-    parts = [f"{counts.sequences:,} sequence{'s' * (counts.sequences != 1)}, {counts.tokens:,} tokens, {share:.0%} of them trained"]
+    sequences = f"{counts.sequences:,} sequence{'s' * (counts.sequences != 1)}"
+    parts = [f"{sequences}, {counts.tokens:,} tokens, {share:.0%} of them trained"]
     happened = {"left out": counts.dropped, "cut": counts.cut, "split": counts.split}
     parts += [f"{count:,} over {max_length} tokens {what}" for what, count in happened.items() if count]
     if counts.given:

@@ -72,7 +72,7 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
             logging_nan_inf_filter=False,  # it would show a running average instead of a NaN
             report_to=list(recipe.logging.report_to) or "none",
             run_name=recipe.logging.run_name or output_dir.name,
-            bf16=on_gpu and hardware.dtype == torch.bfloat16,
+            bf16=hardware.dtype == torch.bfloat16,  # autocast: adapters are float32 and compute in bfloat16
             fp16=on_gpu and hardware.dtype == torch.float16,
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,

@@ -11,18 +11,19 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, pack_dataset
 from trl.trainer import sft_trainer
 
 from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.tokens import Batch, batches
+from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.evaluation.model_pair import ModelPair
@@ -43,9 +44,6 @@ class GatedTrainer(FaultTolerantTrainer):
     Args:
         recipe: its sections `gate`, `evaluation` and `training` are used.
         gates: by adapted layer; layers with the same input share one object. None is plain QLoRA.
-
-    Attributes:
-        means_batches: the model's own loss is a mean over each batch, as in vision-language models.
     """
 
     def __init__(self, *args: Any, recipe: Recipe, gates: Mapping[str, SpectralGate] | None, **kwargs: Any) -> None:
@@ -55,7 +53,6 @@ class GatedTrainer(FaultTolerantTrainer):
         self.gated: GatedOptimizer | None = None
         super().__init__(*args, **kwargs)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # the pre-flight check's
-        self.means_batches = not self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # every token has the same weight, in whichever batch it is
         self.remove_callback(PrinterCallback)  # it prints every line of metrics
         self.add_callback(BeforeTraining(self.before_first_step))
@@ -218,12 +215,13 @@ class GatedTrainer(FaultTolerantTrainer):
         # It uses the head's weight directly and bypasses the module, so an adapter on the head would learn nothing.
         if self.args.device.type == "cuda" and not trains_head(self.model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.means_batches and not self.aux_loss_enabled:
-            return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        targets = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the head is applied to no other position
         balancing = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, **balancing)
-        words = outputs.logits.shape[-1]
-        loss = ForCausalLMLoss(outputs.logits, inputs["labels"], words, num_items_in_batch=num_items_in_batch)
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**others, logits_to_keep=columns, **balancing)
+        words, targets = outputs.logits.shape[-1], targets[:, columns]
+        loss = ForCausalLMLoss(outputs.logits, None, words, num_items_in_batch=num_items_in_batch, shift_labels=targets)
         if self.aux_loss_enabled:  # a mean over a micro-batch
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
