@@ -122,8 +122,9 @@ def _captured(
     sketches = {name: CovarianceSketch(width, rank, OVERSAMPLING) for name, width in widths.items()}
     with torch.no_grad(), model.disable_adapter(), collect_inputs(readers, sketches) as counted:
         for batch in text:
-            counted.mask = batch.attention_mask
+            counted.count(batch.attention_mask)
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+            counted.require_finite()
             done(1)
     return {name: sketch.covariance().captured for name, sketch in sketches.items()}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -17,15 +17,61 @@ from folora_q.errors import RunError
 class TokenSink(Protocol):
     """Receives tokens: a sketch, or a projection."""
 
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None: ...
+    def update(self, x: Tensor, mask: Tensor | None = None, check: bool = True) -> None: ...
 
 
-@dataclass
 class Counted:
-    """Which tokens of a forward pass count, (b, t) or None for all, and how often each."""
+    """Which tokens of a forward pass count, and how often; and whether what was read is finite.
 
-    mask: Tensor | None = None
-    weight: float = 1.0
+    Nothing here waits for the device except `count` and `require_finite`, once for a batch and not for each module.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.weight = 1.0
+        self._rows: Tensor | None = None
+        self._inputs: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def count(self, mask: Tensor | None = None, weight: float = 1.0) -> None:
+        """Set which tokens of the next forward pass count, (b, t) or None for all, and how often each."""
+        self.mask, self.weight = mask, weight
+        self._rows = None if mask is None else mask.bool().flatten().nonzero()[:, 0]
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Return the tokens that count, (n, d). Experts get tokens picked from the batch, and then all count."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._rows is None or self.mask is None or self.mask.shape != x.shape[:-1]:
+            return rows
+        return rows.index_select(0, self._rows)
+
+    def saw_input(self, name: str, x: Tensor) -> None:
+        self._inputs[name] = _largest(x)
+
+    def saw_gradient(self, name: str, weighted: Tensor) -> None:
+        self._gradients[name] = _largest(weighted)
+
+    def require_finite(self) -> None:
+        """Check everything that was read since the last call.
+
+        Raises:
+            RunError: an input or a gradient is not finite; the first module is named.
+        """
+        for seen, what in (
+            (self._inputs, "the activations hold a NaN or an infinity, at the input of {}"),
+            (self._gradients, "the gradient behind {} holds a NaN or an infinity"),
+        ):
+            largest = torch.stack(list(seen.values())).tolist() if seen else []
+            wrong = [name for name, value in zip(seen, largest, strict=True) if not math.isfinite(value)]
+            seen.clear()
+            if wrong:
+                raise RunError(what.format(wrong[0]))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return max |x| in float32, on x's device; NaN or infinite if any value is."""
+    x = x.detach()
+    return torch.linalg.vector_norm(x, float("inf")).float() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
 def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor) -> list[list[str]]:
@@ -59,19 +105,14 @@ def collect_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str, TokenSi
     """Feed each module's input to its sink in every forward pass within this context.
 
     Yields:
-        Which tokens count, to be set before each forward pass.
-
-    Raises:
-        RunError: an input is not finite; the module is named.
+        To be told which tokens count before each forward pass, and to be asked after it whether they were finite.
     """
     current = Counted()
 
     def feed(name: str, x: Tensor) -> None:
-        try:
-            x = x if current.weight == 1 else x.float() * current.weight**0.5
-            sinks[name].update(x, _fitting(current.mask, x))
-        except ValueError as error:
-            raise RunError(f"{error}, at the input of {name}") from error
+        rows = current.rows_of(x)
+        current.saw_input(name, rows)
+        sinks[name].update(rows if current.weight == 1 else rows.float() * current.weight**0.5, check=False)
 
     with _inputs_of({name: modules[name] for name in sinks}, feed):
         yield current
@@ -90,17 +131,15 @@ def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str
     current = Counted()
 
     def feed(name: str, x: Tensor, gradient: Tensor) -> None:
-        weights = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True, dtype=torch.float32)
-        try:
-            sinks[name].update(x.float() * weights * current.weight**0.5, _fitting(current.mask, x))
-        except ValueError as error:
-            raise RunError(f"the gradient behind {name} holds a NaN or an infinity") from error
+        rows = current.rows_of(gradient)
+        weights = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        weighted = current.rows_of(x).float() * (weights * current.weight**0.5)
+        current.saw_gradient(name, weighted)
+        sinks[name].update(weighted, check=False)
 
     def watch(name: str, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0].detach()
-        # Checked here, since it affects every gradient: the backward pass would name the last layer.
-        if not bool(torch.isfinite(torch.linalg.vector_norm(x, float("inf")))):
-            raise RunError(f"the activations hold a NaN or an infinity, at the input of {name}")
+        current.saw_input(name, x)  # it affects every gradient: the backward pass would name the last layer
         return _Watched.apply(output, x, lambda x, g: feed(name, x, g)) if output.requires_grad else output
 
     handles = [modules[name].register_forward_hook(partial(watch, name)) for name in sinks]
@@ -109,11 +148,6 @@ def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return the mask if it fits; experts get tokens picked from the batch, where padding was dropped or is rare."""
-    return mask.bool() if mask is not None and mask.shape == x.shape[:-1] else None
 
 
 class _Watched(torch.autograd.Function):

@@ -10,13 +10,13 @@ from typing import TypeVar
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from folora_q.calibration.hooks import TokenSink, collect_inputs, collect_weighted_inputs
+from folora_q.calibration.hooks import Counted, TokenSink, collect_inputs, collect_weighted_inputs
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
 from folora_q.data.tokens import Batch
@@ -80,7 +80,7 @@ class Reading:
             draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
                 weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
         """
-        labels = torch.Generator(self.model.device).manual_seed(draw) if draw is not None else None
+        labels = torch.Generator().manual_seed(draw) if draw is not None else None
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
         seen, learned = (
             [int(x.sum()) for x in marks]
@@ -95,23 +95,27 @@ class Reading:
                 rows = len(batch.input_ids)
                 for start in range(0, rows, size := self.splitter.fitting(rows)):
                     part = rows_of(batch, start, start + size)
-                    counted.mask = part.attention_mask if self.weighted else part.loss_positions
-                    counted.weight = part.weight
+                    counted.count(part.attention_mask if self.weighted else part.loss_positions, part.weight)
                     if self.weighted:
-                        _backward(base_of(self.model), part, unit, labels)
+                        _backward(base_of(self.model), part, unit, counted, labels)
                     else:
                         ids, seen_by = part.input_ids, part.attention_mask
                         self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)
+                    counted.require_finite()
                 self.on_progress(tokens)
 
 
-def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Generator | None = None) -> None:
+def _backward(
+    model: PreTrainedModel, part: Batch, unit: float, counted: Counted, labels: torch.Generator | None = None
+) -> None:
     """Compute the gradient of the sum over tokens of their losses, times `unit`; logits a chunk at a time.
 
     Args:
+        counted: has seen the forward pass, and is asked before labels are drawn, which needs finite logits.
         labels: draws each token's label from the model's own distribution, instead of the text's.
     """
     hidden = hidden_states(model, part.input_ids, part.attention_mask)[part.loss_positions]
+    counted.require_finite()
     wanted = part.targets
     if len(wanted) == 0:
         return
@@ -120,9 +124,19 @@ def _backward(model: PreTrainedModel, part: Batch, unit: float, labels: torch.Ge
         logits = head_logits(model, states[rows])
         targets = wanted[rows]
         if labels is not None:
-            targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels)[:, 0]
+            targets = _drawn(logits.detach(), labels)
         (unit * cross_entropy(logits, targets, reduction="sum")).backward()
     hidden.backward(states.grad)
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a label for each row of logits (n, vocabulary) by inverting the distribution function.
+
+    It takes one number per row from a generator on the CPU, so labels depend on neither the device nor the batch size.
+    """
+    cumulative = logits.softmax(-1).cumsum_(-1)
+    thresholds = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 @contextmanager

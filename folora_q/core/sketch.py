@@ -18,9 +18,55 @@ from folora_q.core.spectrum import LowRankCovariance
 _TEST_MATRICES: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 # Rows converted at a time: a batch in float32, and in float64 for its energy, would be larger than the sketches.
 ROWS = 512
+NOT_FINITE = "the activations hold a NaN or an infinity"
 
 
-class CovarianceSketch:
+class TokenSums:
+    """The count and the energy Σᵢ ||xᵢ||² of tokens, with further sums that a subclass adds up in `_add`.
+
+    Args:
+        dim: d, the width of the activations.
+        sums: a tensor with the device and the dtype of the sums.
+    """
+
+    def __init__(self, dim: int, sums: Tensor) -> None:
+        self.dim, self._sums = dim, sums
+        self.energy_sum = torch.zeros((), dtype=torch.float64, device=sums.device)
+        self.count = 0
+
+    @property
+    def energy(self) -> float:
+        """Σᵢ ||xᵢ||²; not finite if an unchecked update held a NaN or an infinity."""
+        return self.energy_sum.item()
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None, check: bool = True) -> None:
+        """Add tokens.
+
+        Args:
+            x: (..., d) activations of any floating type.
+            mask: (...,) bool; rows where it is False are ignored, whatever they contain.
+            check: look for a NaN or an infinity first, for which the host waits for the device. Otherwise `energy`
+                shows it afterwards.
+
+        Raises:
+            ValueError: x is not d wide, or `check` found a NaN or an infinity; nothing is added.
+        """
+        rows = _unmasked(x, mask, self.dim)
+        energy = _energy(rows, self._sums.dtype)
+        if check and not energy.item() < float("inf"):
+            raise ValueError(NOT_FINITE)
+        self.energy_sum += energy
+        with _exact_float32(rows.device.type):
+            for part in rows.split(ROWS):
+                self._add(part.to(self._sums))
+        self.count += rows.shape[0]
+
+    def _add(self, part: Tensor) -> None:
+        raise NotImplementedError
+
+
+class CovarianceSketch(TokenSums):
     """A randomized Nyström sketch of Σ = E[x xᵀ], updated batch by batch.
 
     It keeps Y = Σᵢ xᵢ (xᵢᵀΩ) for a fixed orthonormal test matrix Ω (d, l), the energy Σᵢ ||xᵢ||², and the count: d x l
@@ -49,31 +95,14 @@ class CovarianceSketch:
     ) -> None:
         if dim < 1 or rank < 1 or oversampling < 0:
             raise ValueError(f"need dim >= 1, rank >= 1, oversampling >= 0, got {dim}, {rank}, {oversampling}")
-        self.dim, self.rank, self.seed = dim, min(rank, dim), seed
+        self.rank, self.seed = min(rank, dim), seed
         self.columns = min(rank + oversampling, dim)
         self.test_matrix = _test_matrix(dim, self.columns, seed, torch.device(device), dtype)
         self.product = torch.zeros(dim, self.columns, device=device, dtype=dtype)  # Y
-        self.energy = 0.0
-        self.count = 0
+        super().__init__(dim, self.product)
 
-    @torch.no_grad()
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add tokens.
-
-        Args:
-            x: (..., d) activations of any floating type.
-            mask: (...,) bool; rows where it is False are ignored, whatever they contain.
-
-        Raises:
-            ValueError: x is not d wide, or holds a NaN or an infinity; nothing is added.
-        """
-        rows = _unmasked(x, mask, self.dim)
-        self.energy += _energy(rows, self.product.dtype)
-        with _exact_float32(rows.device.type):
-            for part in rows.split(ROWS):
-                part = part.to(self.product)
-                self.product.addmm_(part.T, part @ self.test_matrix)
-        self.count += rows.shape[0]
+    def _add(self, part: Tensor) -> None:
+        self.product.addmm_(part.T, part @ self.test_matrix)
 
     def merge(self, other: CovarianceSketch) -> None:
         """Add another sketch's tokens to this one.
@@ -85,7 +114,7 @@ class CovarianceSketch:
         if mine != theirs:
             raise ValueError(f"cannot merge a sketch of {theirs} into one of {mine}")
         self.product += other.product.to(self.product)
-        self.energy += other.energy
+        self.energy_sum += other.energy_sum.to(self.energy_sum)
         self.count += other.count
 
     def covariance(self) -> LowRankCovariance:
@@ -109,7 +138,7 @@ class CovarianceSketch:
         return LowRankCovariance(basis, eigenvalues, tail, trace, self.count)
 
 
-class ProjectedCovariance:
+class ProjectedCovariance(TokenSums):
     """The exact S = P₀ᵀΣP₀ (m, m) in a given orthonormal basis P₀ (d, m), updated batch by batch, and optionally ΣP₀.
 
     S makes every reported quotient the true quotient of its direction (Rayleigh-Ritz; docs/method.md, section 6). ΣP₀
@@ -126,22 +155,13 @@ class ProjectedCovariance:
         self.basis = basis.to(device=device, dtype=dtype)
         self.image = torch.zeros_like(self.basis) if with_image else None
         self.gram = torch.zeros(basis.shape[1], basis.shape[1], device=device, dtype=dtype)
-        self.energy = 0.0
-        self.count = 0
+        super().__init__(basis.shape[0], self.gram)
 
-    @torch.no_grad()
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add tokens; arguments and errors as in `CovarianceSketch.update`."""
-        rows = _unmasked(x, mask, self.basis.shape[0])
-        self.energy += _energy(rows, self.gram.dtype)
-        with _exact_float32(rows.device.type):
-            for part in rows.split(ROWS):
-                part = part.to(self.gram)
-                coordinates = part @ self.basis
-                self.gram.addmm_(coordinates.T, coordinates)
-                if self.image is not None:
-                    self.image.addmm_(part.T, coordinates)
-        self.count += rows.shape[0]
+    def _add(self, part: Tensor) -> None:
+        coordinates = part @ self.basis
+        self.gram.addmm_(coordinates.T, coordinates)
+        if self.image is not None:
+            self.image.addmm_(part.T, coordinates)
 
     def mean(self) -> Tensor:
         """Return S = P₀ᵀ E[x xᵀ] P₀, (m, m) float64 on the CPU."""
@@ -164,16 +184,13 @@ def _unmasked(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
 
 
-def _energy(rows: Tensor, dtype: torch.dtype) -> float:
-    """Return Σ||x||² in float64, of the values in the accumulator's dtype.
+def _energy(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return Σ||x||² in float64, of the values in the accumulator's dtype; on the device of the rows.
 
     The sum overflows if any value is NaN, infinite or far too large, so one reduction detects them all.
     """
     norms = [torch.linalg.vector_norm(part.to(dtype), dtype=torch.float64) for part in rows.split(ROWS)]
-    energy = float(torch.stack(norms).square().sum())
-    if not energy < float("inf"):
-        raise ValueError("the activations hold a NaN or an infinity")
-    return energy
+    return torch.stack(norms).square().sum()
 
 
 def _test_matrix(dim: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy.linalg import eigh
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OPTConfig, OPTForCausalLM
 
 from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.gate_store import load_gates, save_gates
 from folora_q.calibration.hooks import collect_inputs, shared_inputs
-from folora_q.calibration.reading import Reading
+from folora_q.calibration.reading import Reading, _drawn
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.tokens import IGNORED, batches
 from folora_q.errors import RunError
-from folora_q.models.adapters import adapter_pairs, attach_adapter
+from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.progress import StageTimer
@@ -244,6 +246,27 @@ def test_refinements_find_larger_quotients_and_the_gate_stays_as_small(model) ->
         )
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_gates_do_not_depend_on_the_batch_size(model, rows: int) -> None:
+    settings = StatisticsSettings(GateSection(rank=6, oversampling=2, ridge=0.05))
+    together, apart = (
+        build_gates(
+            model, *(list(batches(sequences(seed), size, CPU)) for seed in (1, 2)), settings, StageTimer(Silent())
+        )
+        for size in (6, rows)
+    )
+    for name, gate in together.items():
+        assert torch.allclose(apart[name].quotients, gate.quotients, rtol=1e-5), name
+
+
+def test_labels_are_drawn_from_the_models_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]]).expand(20_000, 5)
+    drawn = torch.cat([_drawn(part, g) for g in [torch.Generator().manual_seed(0)] for part in logits.split(3_000)])
+    shares = torch.bincount(drawn, minlength=5) / len(drawn)
+    assert torch.allclose(shares, logits[0].softmax(-1), atol=0.01) and shares[4] == 0
+    assert torch.equal(drawn, _drawn(logits, torch.Generator().manual_seed(0)))
+
+
 def test_the_penalty_of_as_rows_is_that_of_the_dense_covariance_of_each_text(model) -> None:
     seen, unseen = sequences(1), sequences(3)
     texts = [list(batches(text, 4, CPU)) for text in (seen, unseen)]
@@ -330,11 +353,36 @@ def test_a_mask_of_another_shape_masks_nothing() -> None:
     layer = torch.nn.Linear(8, 8)
     sketch = CovarianceSketch(8, 4)
     with collect_inputs({"expert": layer}, {"expert": sketch}) as counted:
-        counted.mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        counted.count(torch.tensor([[1, 1, 0], [1, 0, 0]]))
         layer(torch.randn(2, 3, 8))
         assert sketch.count == 3
         layer(torch.randn(5, 8))
         assert sketch.count == 8
+
+
+@pytest.mark.parametrize("covariance", ["fisher", "activation"])
+def test_the_host_waits_for_the_device_once_a_batch_and_not_for_each_layer(model, covariance: str) -> None:
+    """Reading a scalar (aten::_local_scalar_dense) or a number of indices (aten::nonzero) waits for a GPU."""
+    section = GateSection(rank=4, oversampling=0, covariance=covariance)
+
+    class Waits(TorchDispatchMode):
+        counts: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.counts[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    def waits(layers: int) -> int:
+        modules = {pair.name: pair.module for pair in adapter_pairs(model)[:layers]}
+        reading = Reading(model, modules, [[name] for name in modules], section.weighted)
+        text = list(batches(sequences(1, 2), 4, CPU))
+        sinks = {name: CovarianceSketch(module.in_features, 4) for name, module in modules.items()}
+        with adapter_off(model), Waits() as seen:
+            seen.counts.clear()
+            reading.feed(text, sinks, draw=0 if section.weighted else None)
+        return sum(seen.counts[name] for name in ("_local_scalar_dense", "nonzero", "masked_select"))
+
+    assert 0 < waits(2) == waits(len(adapter_pairs(model)))
 
 
 def test_gates_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
