@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 from rich.markup import escape
@@ -15,11 +16,12 @@ from rich.text import Text
 from folora_q.cli.console import err, out, print_table, starting
 from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
-from folora_q.memory.advice import MARGIN, Advice, advise, fits
+from folora_q.memory.advice import Advice, advise
 from folora_q.memory.config import read_config
-from folora_q.memory.estimate import GIB, PARTS, MemoryEstimate, estimate
-from folora_q.memory.shapes import ModelShape, is_known, leaving_out, shape_of
-from folora_q.memory.shapes_from_meta import shape_of_parameters
+from folora_q.memory.estimate import GIB, MARGIN, PARTS, MemoryEstimate, estimate
+from folora_q.memory.micro_batches import StepPlan, plan_step
+from folora_q.memory.shapes import ModelShape
+from folora_q.memory.shapes_from_meta import Built, find_shape
 from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
 from folora_q.models.unsupported import refuse_unsupported
 from folora_q.recipe import Recipe
@@ -47,13 +49,15 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
         held = {"bnb_4bit_quant_type": stored.quant_type, "bnb_4bit_use_double_quant": stored.double_quant}
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=held)})
     found = estimate(recipe, shape)
+    if card is not None:  # as it would run there
+        recipe, found = (plan := plan_step(recipe, shape, card)).recipe, plan.memory
     _print_head(recipe, shape, found)
     for note in model.notes:
         out.print(f"[yellow]note[/] {escape(note)}\n", soft_wrap=True)
     print_table(_table(found))
-    _print_cards(found, CARDS if card is None else (card,))
+    _print_cards([(each, plan_step(recipe, shape, each)) for each in (CARDS if card is None else (card,))])
     _print_host_and_disk(found)
-    if card is not None and not fits(found, card):
+    if card is not None and not found.fits(card):
         _print_advice(advise(recipe, shape, card), card, path, overrides)
         ctx.exit(1)
 
@@ -67,15 +71,16 @@ def _shape(recipe: Recipe, debug: bool) -> tuple[ModelShape, StoredQuantization 
         config = read_config(name, recipe.model.revision)
     refuse_unsupported(name, config)
     stored = stored_quantization(config)
-    skipped = stored.skipped or () if stored is not None else ()
-    if is_known(config):
-        return leaving_out(shape_of(config), skipped), stored
-    with starting(debug) as progress:
-        from folora_q.models.meta import parameter_shapes
-    progress.note(
-        f"models of the type {config.get('model_type')} are not in our table, so this one was built without weights"
-    )
-    return leaving_out(shape_of_parameters(*parameter_shapes(config)), skipped), stored
+
+    def build(config: Mapping[str, Any]) -> Built:
+        with starting(debug) as progress:
+            from folora_q.models.meta import parameter_shapes
+        progress.note(
+            f"models of the type {config.get('model_type')} are not in our table, so this one was built without weights"
+        )
+        return parameter_shapes(config)
+
+    return find_shape(config, stored.skipped or () if stored is not None else (), build), stored
 
 
 def _print_head(recipe: Recipe, shape: ModelShape, found: MemoryEstimate) -> None:
@@ -86,8 +91,9 @@ def _print_head(recipe: Recipe, shape: ModelShape, found: MemoryEstimate) -> Non
         share = shape.experts / shape.parameters
         out.print(f"{share:.0%} of them are experts, which stay in 16 bits and have no adapter", soft_wrap=True)
     training = recipe.training
-    rows = training.per_device_train_batch_size
-    out.print(f"[dim]steps of {rows} x {training.max_length:,} tokens, all rows at their longest[/]\n", soft_wrap=True)
+    rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    step = f"{rows} x {training.max_length:,} tokens" + f", {passes} times per step" * (passes != 1)
+    out.print(f"[dim]{step}, all rows at their longest[/]\n", soft_wrap=True)
 
 
 def _table(found: MemoryEstimate) -> Table:
@@ -111,24 +117,27 @@ def _gib(size: int) -> str:
     return f"{size / GIB:,.2f}" if size >= 0.005 * GIB else "·"
 
 
-def _print_cards(found: MemoryEstimate, cards: Sequence[float]) -> None:
-    """Print a bar for each card: frozen weights, and all other memory at the peak."""
+def _print_cards(plans: Sequence[tuple[float, StepPlan]]) -> None:
+    """Print a bar for each card: frozen weights, and all other memory at the peak, as the step is cut there."""
     out.print()
-    frozen = sum(found.largest.device[name] for name in FROZEN)
-    for card in cards:
+    for card, plan in plans:
+        found = plan.memory
+        frozen = sum(found.largest.device[name] for name in FROZEN)
         bar = Text(f"{card:>3g} GB  ")
         filled = min(round(BAR_WIDTH * found.peak / GIB / card), BAR_WIDTH)
         still = min(round(BAR_WIDTH * frozen / GIB / card), filled)
         bar.append("█" * still, HELD).append("█" * (filled - still), WORKING)
         bar.append("░" * (BAR_WIDTH - filled), "bright_black")
-        if fits(found, card):
+        if found.fits(card):
             bar.append(f"  fits, {card - found.peak / GIB:.1f} free", "green")
         elif found.peak <= card * GIB:
             bar.append(f"  too tight, {card - found.peak / GIB:.1f} free", "yellow")
         else:
             bar.append(f"  does not fit, {found.peak / GIB:.1f} needed", "red")
         out.print(bar, soft_wrap=True)
-    rest = f"the rest, at the peak: {found.largest.name}; {MARGIN:.0%} is kept free"
+        if found.fits(card):
+            out.print(f"{' ' * 8}[dim]{plan}[/]", soft_wrap=True)
+    rest = f"the rest, at the peak; {MARGIN:.0%} is kept free"
     out.print(f"{' ' * 8}[{HELD}]█[/][dim] frozen weights [/][{WORKING}]█[/][dim] {rest}[/]", soft_wrap=True)
 
 

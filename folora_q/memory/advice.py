@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from folora_q.memory.estimate import GIB, MemoryEstimate, estimate
+from folora_q.memory.micro_batches import plan_step
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
 
-# Share of a card that is kept free, for fragmentation and the estimate's error.
-MARGIN = 0.05
 # A change that saves less than this share of the card is not proposed.
 MIN_SAVING = 0.005
 # Kinds of changes, least harm first.
@@ -56,25 +55,26 @@ class Advice:
         return {key: value for change in self.changes for key, value in change.overrides.items()}
 
 
-def fits(found: MemoryEstimate, card: float) -> bool:
-    """Return whether a run fits a card of `card` GiB, with the margin."""
-    return found.peak <= card * GIB * (1 - MARGIN)
-
-
 def advise(recipe: Recipe, shape: ModelShape, card: float) -> Advice:
-    """Propose changes until the run fits: each time the first of the ladder that lowers the peak."""
+    """Propose changes until the run fits: each time the first of the ladder that lowers the peak.
+
+    They are changes to the run as it would be on this card, with the smallest forward passes that the recipe allows.
+    """
     changes: dict[str, Change] = {}
-    found = estimate(recipe, shape)
-    while not fits(found, card):
-        step = _first_that_helps(recipe, shape, found, card)
+    plan = plan_step(recipe, shape, card)
+    smaller, found = plan.recipe, plan.memory
+    while not found.fits(card):
+        step = _first_that_helps(smaller, shape, found, card)
         if step is None:
             return Advice(_in_order(changes), found, False)
-        name, change, recipe, after = step
+        name, change, smaller, after = step
         before = changes.get(name)
         saved = found.peak - after.peak + (before.saves if before else 0)
         changes[name] = replace(change, overrides=(before.overrides if before else {}) | change.overrides, saves=saved)
         found = after
-    return Advice(_in_order(changes), found, True)
+    made = _in_order(changes)
+    overrides = {key: value for change in made for key, value in change.overrides.items()}
+    return Advice(made, plan_step(_with(recipe, overrides), shape, card).memory, True)
 
 
 def _in_order(changes: Mapping[str, Change]) -> tuple[Change, ...]:

@@ -44,6 +44,8 @@ PARTS = (
 Device = Literal["gpu", "cpu"]
 Parts = dict[str, int]
 GIB = 2**30
+# Share of a card that is kept free, for fragmentation and the estimate's error.
+MARGIN = 0.05
 # Assumed, not measured: memory of the driver and CUDA's libraries, and cuBLAS's workspace.
 CUDA_CONTEXT = GIB // 2
 # Python with all libraries: measured on a CPU, assumed with CUDA.
@@ -103,6 +105,10 @@ class MemoryEstimate:
     def peak(self) -> int:
         """The bytes that the device needs."""
         return self.largest.on_device
+
+    def fits(self, gib: float) -> bool:
+        """Return whether the run fits a card of `gib` GiB, with the margin."""
+        return self.peak <= gib * GIB * (1 - MARGIN)
 
     @property
     def host(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -14,6 +14,9 @@ from folora_q.memory.shapes import (
     ModelShape,
     activation_of,
     adaptable,
+    is_known,
+    leaving_out,
+    shape_of,
     size,
     sizes,
     text_config,
@@ -24,6 +27,23 @@ IN_A_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|blocks|layer|block))\.(?P<
 OUTPUTS = re.compile(r"(^|\.)(o_proj|out_proj|dense|c_proj|down_proj|fc2|w2|wo|dense_4h_to_h)$")
 NORM = re.compile(r"(norm|ln_?\w*)\.weight$")
 NOT_TEXT = re.compile(r"(^|\.)(embed_)?(vision|visual|audio|multi_modal|mm_|image|patch)")
+
+
+Built = tuple[Config, Iterable[tuple[str, tuple[int, ...], bool]]]
+
+
+def find_shape(config: Config, skipped: Sequence[str], build: Callable[[Config], Built]) -> ModelShape:
+    """Return the shapes of a model: from the table of families, or built without weights.
+
+    Args:
+        skipped: modules that a 4-bit checkpoint keeps in 16 bits.
+        build: returns the arguments of `shape_of_parameters`, for a model that is not in the table.
+
+    Raises:
+        UserError: config.json lacks a required value, or the model cannot be built.
+    """
+    shape = shape_of(config) if is_known(config) else shape_of_parameters(*build(config))
+    return leaving_out(shape, skipped)
 
 
 def shape_of_parameters(config: Config, found: Iterable[tuple[str, tuple[int, ...], bool]]) -> ModelShape:

@@ -81,6 +81,14 @@ def used_memory(device: torch.device) -> Memory:
     return Memory(psutil.Process().memory_info().rss, psutil.virtual_memory().total)
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes of a GPU that this process's tensors use or can use; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
 class PeakMemory:
     """The peak memory of the device, or on a CPU of the process, since the last reset (`folora_q.progress.Meter`).
 

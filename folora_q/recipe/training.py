@@ -84,9 +84,11 @@ class TrainingSection(Section):
     adam_epsilon: Positive = 1e-8
     """Added to the square root of Adam's second moment."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: about a third slower, far less memory. auto: on a GPU only."""
+    """Recompute activations in the backward pass: about a third slower, far less memory. auto: on a GPU, where the
+    memory estimate finds no faster way to compute a step."""
     auto_batch_size: bool = True
-    """If memory runs out, split batches in half. Optimizer steps, data order and results stay the same."""
+    """On a GPU, cut per_device_train_batch_size x gradient_accumulation_steps into forward passes by the memory
+    estimate, and split them further if memory runs out. Optimizer steps, data order and results stay the same."""
     max_skipped_steps: PositiveInt = 3
     """A step is skipped if its loss or gradient is not finite or its loss spikes; after this many in a row the run
     stops."""

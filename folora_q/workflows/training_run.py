@@ -23,12 +23,13 @@ from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
-from folora_q.errors import FoloraError, RunError, first_line
+from folora_q.errors import FoloraError, RunError, UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
+from folora_q.memory.estimate import GIB
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
 from folora_q.models.hardware import PeakMemory, used_memory
 from folora_q.models.load import LoadedModel, load_model, stop_at
@@ -48,6 +49,7 @@ from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
 from folora_q.workflows.prepare_training import PreparedRun
+from folora_q.workflows.step_plan import plan_on
 from folora_q.workflows.training_work import estimated_work, training_plan
 
 Gates = Mapping[str, SpectralGate]
@@ -91,6 +93,7 @@ class TrainingRun:
         """Run all steps."""
         self.write_inputs()
         base = self.load_base()
+        self.plan_steps(base)
         text = self.sample(base)
         measured_on = self.held_out(base, text)
         model = self.attach_adapter(base)
@@ -138,6 +141,17 @@ class TrainingRun:
             self.manifest["files_sha256"] = self.resumed.require_model(base.fingerprint)
         self.manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         return base
+
+    def plan_steps(self, base: LoadedModel) -> None:
+        """Choose by the GPU's memory how optimizer steps are computed; a CPU computes them as the recipe says."""
+        try:
+            plan = plan_on(self.hardware, self.recipe, base)
+        except UserError as error:
+            self.timer.note(f"the batch is computed as the recipe says: {first_line(error.message)}")
+            return
+        if plan is not None:
+            self.recipe = plan.recipe
+            self.timer.note(f"each step computes {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
 
     def sample(self, base: LoadedModel) -> CalibrationText:
         """Get the sampled text from the resumed run, from the cache, or from the model."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from folora_q.memory.advice import fits
 from folora_q.memory.config import DEMO_MODEL, read_config
 from folora_q.memory.estimate import GIB, estimate
 from folora_q.memory.shapes import shape_of
@@ -20,7 +19,7 @@ def test_it_fits_the_card_that_it_names(path: Path, tmp_path: Path) -> None:
     said = re.search(r"for an? (\d+) GB card, not yet measured on one: `folora-q estimate` says ([\d.]+) GiB\.", text)
     assert said, "it names no card"
     found = estimate(recipe, shape_of(read_config(recipe.model.model_name_or_path)))
-    assert fits(found, float(said[1]))
+    assert found.fits(float(said[1]))
     assert f"{found.peak / GIB:.1f}" == said[2]
 
 

@@ -1,0 +1,91 @@
+"""Choose how an optimizer step is cut into forward passes, and whether activations are recomputed, by memory.
+
+The optimizer step stays as the recipe says: the loss of a step is a mean over its tokens, however it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from folora_q.memory.estimate import MemoryEstimate, estimate
+from folora_q.memory.shapes import ModelShape
+from folora_q.recipe import Recipe
+
+# Kernel launches and Python take as long as this many tokens of a forward and backward pass, and recomputation makes a
+# pass longer by this factor. Both are assumptions, which only rank the choices: 4,800 tokens on an H100
+# (docs/performance.md), fewer on slower cards.
+LAUNCH_TOKENS, RECOMPUTATION = 2000, 4 / 3
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A way to compute the recipe's optimizer step.
+
+    Attributes:
+        recipe: the recipe with these settings; its effective batch size is the same.
+        recompute: whether activations are recomputed in the backward pass.
+        memory: the estimate with these settings.
+    """
+
+    recipe: Recipe
+    recompute: bool
+    memory: MemoryEstimate
+
+    @property
+    def rows(self) -> int:
+        """The number of sequences in one forward pass."""
+        return self.recipe.training.per_device_train_batch_size
+
+    @property
+    def passes(self) -> int:
+        """The number of forward passes in an optimizer step."""
+        return self.recipe.training.gradient_accumulation_steps
+
+    @property
+    def time(self) -> float:
+        """A step's time in units of a token's forward and backward pass, to rank plans by."""
+        tokens = LAUNCH_TOKENS + self.rows * self.recipe.training.max_length
+        return self.passes * tokens * (RECOMPUTATION if self.recompute else 1)
+
+    def __str__(self) -> str:
+        rows, passes = self.rows, self.passes
+        at_once = f"{rows} sequence{'s' * (rows != 1)} at a time" + f", {passes} times per step" * (passes != 1)
+        return f"{at_once}, {'with' if self.recompute else 'without'} activation checkpointing"
+
+
+def plan_step(recipe: Recipe, shape: ModelShape, gib: float) -> StepPlan:
+    """Return the plan that is expected to be the fastest of those that fit; if none fits, the one that needs least.
+
+    What the recipe fixes stays: with `training.auto_batch_size: false` the batch size, and any
+    `training.activation_checkpointing` but auto.
+
+    Args:
+        gib: memory of the GPU.
+    """
+    plans = list(_plans(recipe, shape))
+    fitting = [plan for plan in plans if plan.memory.fits(gib)]
+    if fitting:
+        return min(fitting, key=lambda plan: (plan.time, plan.memory.peak))
+    return min(plans, key=lambda plan: (plan.memory.peak, plan.time))
+
+
+def _plans(recipe: Recipe, shape: ModelShape) -> Iterator[StepPlan]:
+    training = recipe.training
+    sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    sizes = [rows for rows in range(1, sequences + 1) if sequences % rows == 0]
+    if not training.auto_batch_size:
+        sizes = [training.per_device_train_batch_size]
+    recomputing = [False, True]
+    if training.activation_checkpointing != "auto":
+        recomputing = [training.activation_checkpointing]
+    for rows in sizes:
+        for recompute in recomputing:
+            update: dict[str, Any] = {
+                "per_device_train_batch_size": rows,
+                "gradient_accumulation_steps": sequences // rows,
+                "activation_checkpointing": recompute,
+            }
+            changed = recipe.model_copy(update={"training": training.model_copy(update=update)})
+            yield StepPlan(changed, recompute, estimate(changed, shape))
