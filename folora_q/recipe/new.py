@@ -102,10 +102,10 @@ training:
   learning_rate: 2e-3 ## in units of the KL that a step costs; plain QLoRA's is 2e-4
   num_train_epochs: {run.epochs} ## passes over the rows
   per_device_train_batch_size: {micro_batch}
-  gradient_accumulation_steps: {run.accumulation} ## {micro_batch} x {run.accumulation} sequences in a step
+  gradient_accumulation_steps: {run.accumulation} ## {micro_batch} x {run.accumulation} sequences in a step, computed as memory allows
   max_length: {length} ## in tokens
   packing: {str(is_text).lower()} ## several examples in one sequence, which do not see each other
-  activation_checkpointing: {str(on_gpu).lower()} ## recompute activations: slower, far less memory
+  activation_checkpointing: {"auto" if on_gpu else "false"} ## recompute activations: slower, far less memory
   optim: {"paged_adamw_8bit" if on_gpu else "adamw_torch"}
 
 evaluation:
