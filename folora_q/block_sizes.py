@@ -4,5 +4,7 @@
 LOGIT_ROWS = 128
 # Rows of the output layer's weight that are converted to float32 at a time: 4k of width 4,096 are 64 MiB.
 HEAD_ROWS = 4_096
+# Tokens of a training row that the statistics read at most: a backward pass over more would limit the context length.
+STATISTICS_LENGTH = 2_048
 # Tokens in a window of general text.
 GENERAL_WINDOW = 256

@@ -19,6 +19,7 @@ from folora_q.cli.preflight import examined
 from folora_q.memory.advice import Advice, advise
 from folora_q.memory.config import read_config
 from folora_q.memory.estimate import GIB, MARGIN, PARTS, MemoryEstimate, estimate
+from folora_q.memory.longest_context import SMALLEST_BATCHES, longest_context
 from folora_q.memory.micro_batches import StepPlan, plan_step
 from folora_q.memory.shapes import ModelShape
 from folora_q.memory.shapes_from_meta import Built, find_shape
@@ -35,8 +36,11 @@ FROZEN = ("4-bit weights", "their constants", "16-bit weights")
 @click.command("estimate")
 @partial(recipe_arguments, with_data=False)
 @click.option("--gpu", "card", type=click.FloatRange(min=1), metavar="GB", help="Memory of the GPU: 8, 12, 16, 24, ...")
+@click.option("--longest", is_flag=True, help="Show the longest sequences that fit, instead of the memory.")
 @click.pass_context
-def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: Recipe, card: float | None) -> None:
+def command(
+    ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: Recipe, card: float | None, longest: bool
+) -> None:
     """Estimate a RECIPE's peak memory by stage and component, from the model's config.json alone.
 
     The data need not exist. Of much-used models the numbers of config.json are shipped, for use without a network.
@@ -48,6 +52,9 @@ def command(ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: 
     if stored is not None:  # the recipe's quantization settings are for models in 16 bits
         held = {"bnb_4bit_quant_type": stored.quant_type, "bnb_4bit_use_double_quant": stored.double_quant}
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=held)})
+    if longest:
+        _print_longest(recipe, shape, CARDS if card is None else (card,))
+        return
     found = estimate(recipe, shape)
     if card is not None:  # as it would run there
         recipe, found = (plan := plan_step(recipe, shape, card)).recipe, plan.memory
@@ -139,6 +146,24 @@ def _print_cards(plans: Sequence[tuple[float, StepPlan]]) -> None:
             out.print(f"{' ' * 8}[dim]{plan}[/]", soft_wrap=True)
     rest = f"the rest, at the peak; {MARGIN:.0%} is kept free"
     out.print(f"{' ' * 8}[{HELD}]█[/][dim] frozen weights [/][{WORKING}]█[/][dim] {rest}[/]", soft_wrap=True)
+
+
+def _print_longest(recipe: Recipe, shape: ModelShape, cards: Sequence[float]) -> None:
+    """Print the longest `training.max_length` for each card, with and without activation offloading."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("card", "training.max_length", "with activation_offloading"):
+        table.add_column(heading, justify="right")
+    for card in cards:
+        lengths = [longest_context(recipe, shape, card, offloading) for offloading in (False, True)]
+        table.add_row(f"{card:g} GB", *(f"{length:,}" if length else "too small" for length in lengths))
+    print_table(table)
+    smallest = ", ".join(
+        f"{section}.{key}={value}" for section, values in SMALLEST_BATCHES.items() for key, value in values.items()
+    )
+    out.print(
+        f"\n[dim]In tokens, one sequence at a time, with activation checkpointing and {smallest}. By arithmetic: not "
+        f"measured on a GPU. {MARGIN:.0%} of the card is kept free.[/]"
+    )
 
 
 def _print_host_and_disk(found: MemoryEstimate) -> None:

@@ -16,6 +16,9 @@ FLOAT32 = 4
 # Float32 tensors (n, h) in the backward pass of an RMS norm at the same time: the gradient, the two products that are
 # summed, and the gradients of the power and of the mean.
 NORM_BACKWARD = 5
+# Layers' inputs on the device with offloading: those that TRL keeps while they are copied, and the present one
+# (max_fwd_stash_size in trl/models/activation_offloading.py).
+IN_FLIGHT = 5 + 1
 # Tokens and vocabulary entries per tile in TRL's fused head (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32_768
 # Activation functions that transformers implements with several PyTorch operations, whose results are kept.
@@ -46,7 +49,7 @@ class Arithmetic:
 
     Attributes:
         compute: bytes of the compute dtype.
-        autocast: the Trainer's autocast is on, as on a GPU: PEFT then does not cast an adapter's input, and PyTorch
+        autocast: the Trainer's autocast is on, as in 16 bits: PEFT then does not cast an adapter's input, and PyTorch
             casts the adapter; without it PEFT casts the input of every adapted layer to float32.
         rank: of the adapter.
         adapted: names of the adapted linear layers; None for all.
@@ -54,6 +57,7 @@ class Arithmetic:
         dropout: the adapter's dropout is on, whose mask and result are kept.
         eager: attention scores are materialized.
         frozen: only B is trained.
+        offloading: layers' inputs that checkpointing keeps are moved to the host.
     """
 
     compute: int
@@ -64,6 +68,7 @@ class Arithmetic:
     dropout: bool = False
     eager: bool = False
     frozen: bool = False
+    offloading: bool = False
 
     @property
     def adapter(self) -> int:
@@ -156,8 +161,18 @@ def kept(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
 
 def kept_with_checkpointing(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
     """Return the bytes of the layers' inputs, which checkpointing keeps, and of what the last norm keeps."""
-    layers = shape.depth * shape.hidden * how.compute
-    return (layers + FLOAT32 * (shape.hidden + 1)) * batch.tokens + shared(shape, batch, how)
+    return inputs_on_device(shape, batch, how) + FLOAT32 * (shape.hidden + 1) * batch.tokens + shared(shape, batch, how)
+
+
+def inputs_of_layers(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
+    """Return the bytes of all layers' inputs, which checkpointing keeps."""
+    return shape.depth * shape.hidden * how.compute * batch.tokens
+
+
+def inputs_on_device(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
+    """Return the bytes of the layers' inputs that are on the device: all, or with offloading those on their way."""
+    share = min(IN_FLIGHT / shape.depth, 1) if how.offloading else 1
+    return int(inputs_of_layers(shape, batch, how) * share)
 
 
 def shared(shape: ModelShape, batch: BatchShape, how: Arithmetic) -> int:
@@ -193,9 +208,8 @@ def at_backward(shape: ModelShape, batch: BatchShape, how: Arithmetic, checkpoin
     """
     layers = [layer for layer, _ in shape.layers]
     if checkpointing:
-        inputs = shape.depth * shape.hidden * how.compute * batch.tokens
         again = (kept_in_layer(shape, each, batch, how) + passing_backward(shape, each, batch, how) for each in layers)
-        return inputs + shared(shape, batch, how), max(again)
+        return inputs_on_device(shape, batch, how) + shared(shape, batch, how), max(again)
     passing = [passing_backward(shape, each, batch, how) for each in layers]
     return kept(shape, batch, how), max(*passing, passing_last_norm(shape, batch, how))
 

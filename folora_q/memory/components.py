@@ -67,7 +67,7 @@ def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
 
 
 def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
-    """Return how layers compute in training: on a GPU under autocast, unless in float32."""
+    """Return how layers compute in training: under autocast, unless in float32."""
     compute, section = BYTES[recipe.model.dtype], recipe.adapter
     adapted, head = None, False
     if section.target_modules != ALL_LINEAR or section.exclude_modules:
@@ -81,11 +81,12 @@ def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:
         )
     return Arithmetic(
         compute=compute,
-        autocast=on_gpu and compute < FLOAT32,
+        autocast=compute < FLOAT32 and (on_gpu or recipe.model.dtype != "float16"),
         rank=recipe.adapter.r,
         adapted=adapted,
         head=head,
         dropout=recipe.adapter.lora_dropout > 0,
+        offloading=on_gpu and recipe.training.activation_offloading,
         frozen=recipe.gate.enabled and not recipe.gate.facts.trains_a,
         eager=shape.eager or recipe.model.attn_implementation == "eager",
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from folora_q.block_sizes import GENERAL_WINDOW, HEAD_ROWS, LOGIT_ROWS
+from folora_q.block_sizes import GENERAL_WINDOW, HEAD_ROWS, LOGIT_ROWS, STATISTICS_LENGTH
 from folora_q.memory import components as parts
 from folora_q.memory.activations import (
     FLOAT32,
     Arithmetic,
     BatchShape,
     at_backward,
+    inputs_of_layers,
     kept,
     kept_with_checkpointing,
     passing_head,
@@ -169,7 +170,7 @@ class _Run:
 
     def statistics(self) -> MemoryStage:
         recipe, shape = self.recipe, self.shape
-        length = max(recipe.training.max_length, self.sampled)
+        length = max(min(recipe.training.max_length, STATISTICS_LENGTH), self.sampled)
         batch = BatchShape(recipe.statistics_batch_size(length), length)
         held = parts.sketches(recipe, shape, self.how)
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
@@ -232,7 +233,8 @@ class _Run:
             | {"optimizer": self.state, "gates": self.gates}
             | max(moments, key=lambda moment: sum(moment.values()))
         )
-        host = self.always | {"optimizer": self.pages, "gates": self.solved}
+        offloaded = inputs_of_layers(shape, batch, how) if how.offloading else 0
+        host = self.always | {"optimizer": self.pages, "gates": self.solved, "activations": offloaded}
         return MemoryStage("training", device | self.context, host)
 
     def _optimizer_step(self) -> int:

@@ -77,7 +77,7 @@ def _plans(recipe: Recipe, shape: ModelShape) -> Iterator[StepPlan]:
     sizes = [rows for rows in range(1, sequences + 1) if sequences % rows == 0]
     if not training.auto_batch_size:
         sizes = [training.per_device_train_batch_size]
-    recomputing = [False, True]
+    recomputing = [True] if training.activation_offloading else [False, True]
     if training.activation_checkpointing != "auto":
         recomputing = [training.activation_checkpointing]
     for rows in sizes:

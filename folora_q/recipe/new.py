@@ -101,8 +101,8 @@ training:
   output_dir: {dump_yaml(answers.output_dir, flow=True)}
   learning_rate: 2e-3 ## in units of the KL that a step costs; plain QLoRA's is 2e-4
   num_train_epochs: {run.epochs} ## passes over the rows
-  per_device_train_batch_size: {micro_batch}
-  gradient_accumulation_steps: {run.accumulation} ## {micro_batch} x {run.accumulation} sequences in a step, computed as memory allows
+  per_device_train_batch_size: {micro_batch} ## computed together, as far as memory allows
+  gradient_accumulation_steps: {run.accumulation} ## {micro_batch} x {run.accumulation} sequences in a step
   max_length: {length} ## in tokens
   packing: {str(is_text).lower()} ## several examples in one sequence, which do not see each other
   activation_checkpointing: {"auto" if on_gpu else "false"} ## recompute activations: slower, far less memory

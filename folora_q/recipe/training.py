@@ -6,7 +6,7 @@ import os
 from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from folora_q.recipe.gate_rules import DEFAULT_RULE, GATE_RULES, PLAIN_LEARNING_RATE, defaults_by_rule, written
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
@@ -86,6 +86,9 @@ class TrainingSection(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: about a third slower, far less memory. auto: on a GPU, where the
     memory estimate finds no faster way to compute a step."""
+    activation_offloading: bool = False
+    """On a GPU: keep what activation checkpointing saves in the host's memory until the backward pass. For long
+    contexts; slower, and requires activation_checkpointing."""
     auto_batch_size: bool = True
     """On a GPU, cut per_device_train_batch_size x gradient_accumulation_steps into forward passes by the memory
     estimate, and split them further if memory runs out. Optimizer steps, data order and results stay the same."""
@@ -115,6 +118,12 @@ class TrainingSection(Section):
     @classmethod
     def _home_is_written_as_tilde(cls, value: str) -> str:
         return os.path.expanduser(value)
+
+    @model_validator(mode="after")
+    def _only_checkpoints_are_offloaded(self) -> TrainingSection:
+        if self.activation_offloading and self.activation_checkpointing is False:
+            raise ValueError("activation_offloading requires activation_checkpointing: set that to true or auto")
+        return self
 
     def steps_for(self, sequences: int) -> int:
         """Return the number of optimizer steps for a number of sequences, as transformers counts them."""

@@ -52,6 +52,7 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
             adam_beta2=training.adam_beta2,
             adam_epsilon=training.adam_epsilon,
             **checkpointing,
+            activation_offloading=training.activation_offloading and on_gpu,
             seed=training.seed,
             router_aux_loss_coef=training.router_aux_loss_coef,  # if omitted, TRL would use the model configuration's
             max_length=training.max_length,

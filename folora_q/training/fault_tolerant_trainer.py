@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
+from trl.models import get_act_offloading_ctx_manager
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch
@@ -203,12 +204,18 @@ class FaultTolerantTrainer(SFTTrainer):
                 inputs,
                 first,
                 lambda part: compute(model, part, num_items_in_batch),
-                lambda: model.zero_grad(set_to_none=True),
+                lambda: self._clear_step(model),
             )
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         self.step_loss = loss if first else self.step_loss + loss  # both stay on the device
         self.step_tokens = tokens if first else self.step_tokens + tokens
         return loss
+
+    def _clear_step(self, model: torch.nn.Module) -> None:
+        """Forget the gradients of a step that ran out of memory, and the activations that it had moved to the host."""
+        model.zero_grad(set_to_none=True)
+        if self.args.activation_offloading:
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model=self.model)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient norm, and skip a harmful step. The Trainer calls this right before each optimizer step.

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from trl import SFTConfig
 
+from folora_q.block_sizes import STATISTICS_LENGTH
 from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
 from folora_q.calibration.sample import ProxySample
@@ -22,7 +23,7 @@ from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
 from folora_q.data.tokens import batches
-from folora_q.data.windows import crops
+from folora_q.data.windows import crops, last_windows
 from folora_q.errors import FoloraError, RunError, UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
@@ -304,7 +305,8 @@ class TrainingRun:
         size, task = recipe.statistics_batch_size, self.data.train.sequences
         count = min(recipe.gate.num_task_samples, len(task))
         rows = task[random.Random(recipe.training.seed).sample(range(len(task)), count)]
-        task_text = list(batches(rows["input_ids"], size, device, rows["labels"]))
+        ids, labels = last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
+        task_text = list(batches(ids, size, device, labels))
         # A different seed than for the held-out crops, so that their offsets differ.
         whole = [sample.ids for sample in samples]
         penalty = penalty_text(
