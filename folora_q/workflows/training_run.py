@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
 import shlex
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,11 @@ import torch
 from peft import PeftModel
 from trl import SFTConfig
 
-from folora_q.block_sizes import STATISTICS_LENGTH
-from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
-from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, write_samples
-from folora_q.calibration.texts import penalty_text, public_windows
-from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import first_rows
 from folora_q.data.tokens import batches
-from folora_q.data.windows import crops, last_windows
+from folora_q.data.windows import crops
 from folora_q.errors import FoloraError, RunError, UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
@@ -49,12 +42,10 @@ from folora_q.training.monitor import Monitor
 from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
+from folora_q.workflows.calibration import Calibration, CalibrationText, Gates
 from folora_q.workflows.prepare_training import PreparedRun
 from folora_q.workflows.step_plan import plan_on
 from folora_q.workflows.training_work import estimated_work, training_plan
-
-Gates = Mapping[str, SpectralGate]
-Samples = Sequence[ProxySample]
 
 
 @dataclass(frozen=True)
@@ -66,14 +57,6 @@ class TrainingResult:
     answers: list[AnswerResult]
     stages: list[Stage]
     warnings: list[str]
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Text sampled from the base model: for the statistics, and held out."""
-
-    seen: Samples
-    held_out: Samples
 
 
 class TrainingRun:
@@ -213,17 +196,19 @@ class TrainingRun:
     def calibrate(self, base: LoadedModel, model: PeftModel, text: CalibrationText) -> Gates:
         """Compute the gates, or load those of the resumed run, and initialize A from them."""
         pairs, path, section = adapter_pairs(model), self.folder.gates, self.recipe.gate
+        on_gpu = self.hardware.device.type == "cuda"
+        calibration = Calibration(self.recipe, base.tokenizer, self.data.train.sequences, self.timer, on_gpu)
         if self.resumed is not None and self.resumed.keeps(path):
             gates = load_gates(path, base.model.device)
         else:
-            gates = self._collected_gates(base, model, text.seen)
+            gates = calibration.gates(model, text.seen)
             save_gates(path, gates)
             if self.resumed is not None:
                 self.resumed.require_gates(path)
         self.timer.note(f"{len({id(gate) for gate in gates.values()})} gates for {len(gates)} adapted layers")
         rule = rule_of(section)
         rule.initialize(pairs, gates, section)  # a checkpoint later restores its own A
-        penalties = self._row_penalties(model, gates, text)
+        penalties = calibration.penalties(model, gates, text)
         atomic_write(self.folder.gate_results, to_json(gate_results(gates, penalties)))
         self.folder.remember(self.manifest, path)
         return rule.before_training(pairs, gates)
@@ -294,39 +279,6 @@ class TrainingRun:
 
     def _record(self, line: dict[str, Any]) -> None:
         self.folder.append_metrics({"stage": "training", **line})
-
-    def _statistics_settings(self) -> StatisticsSettings:
-        recompute = self.recipe.training.recomputes_on(self.hardware.device.type == "cuda")
-        return StatisticsSettings(self.recipe.gate, self.recipe.proxy.statistics_memory, recompute)
-
-    def _collected_gates(self, base: LoadedModel, model: PeftModel, samples: Samples) -> dict[str, SpectralGate]:
-        """Collect statistics of the penalty's text and of the task's, and compute the gates."""
-        recipe, device = self.recipe, base.model.device
-        size, task = recipe.statistics_batch_size, self.data.train.sequences
-        count = min(recipe.gate.num_task_samples, len(task))
-        rows = task[random.Random(recipe.training.seed).sample(range(len(task)), count)]
-        ids, labels = last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
-        task_text = list(batches(ids, size, device, labels))
-        # A different seed than for the held-out crops, so that their offsets differ.
-        whole = [sample.ids for sample in samples]
-        penalty = penalty_text(
-            written=list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device)),
-            public=list(batches(public_windows(base.tokenizer), size, device)),
-            share=recipe.proxy.public_share,
-        )
-        return build_gates(model, penalty, task_text, self._statistics_settings(), self.timer)
-
-    def _row_penalties(self, model: PeftModel, gates: Gates, text: CalibrationText) -> dict[str, tuple[float, float]]:
-        """Measure the penalty of A's rows on text that the gates were computed from, and on as much held-out text."""
-        size, device = self.recipe.statistics_batch_size, model.device
-        both = text.seen[: len(text.held_out)], text.held_out
-        seen, unseen = (list(batches([sample.ids for sample in of], size, device)) for of in both)
-        penalties = row_penalties(model, gates, (seen, unseen), self._statistics_settings(), self.timer)
-        inside, outside = (sum(both[of] for both in penalties.values()) for of in (0, 1))
-        if outside > 0 and inside > 0:
-            ratio = f"{outside / inside:.2g} times the in-sample penalty"
-            self.timer.note(f"penalty of A's directions on held-out model-generated text: {ratio}")
-        return penalties
 
     def _evaluation_failed(self, error: Exception) -> RunError:
         """Return the error to raise: what is kept, and how to repeat the evaluation without training again."""

@@ -1,0 +1,81 @@
+"""Choose the texts that a run's gates are computed from, compute the gates, and measure their penalty."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from folora_q.block_sizes import STATISTICS_LENGTH
+from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
+from folora_q.calibration.sample import ProxySample
+from folora_q.calibration.texts import penalty_text, public_windows
+from folora_q.core import SpectralGate
+from folora_q.data.tokens import batches
+from folora_q.data.windows import crops, last_windows
+from folora_q.progress import StageTimer
+from folora_q.recipe.schema import Recipe
+
+Gates = Mapping[str, SpectralGate]
+Samples = Sequence[ProxySample]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text sampled from the base model: for the statistics, and held out."""
+
+    seen: Samples
+    held_out: Samples
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Collects statistics with a recipe's settings.
+
+    Attributes:
+        task: the training rows, with columns `input_ids` and `labels`.
+        on_gpu: whether activations are recomputed if the recipe leaves that open.
+    """
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    task: Dataset
+    timer: StageTimer
+    on_gpu: bool
+
+    @property
+    def settings(self) -> StatisticsSettings:
+        recipe = self.recipe
+        recompute = recipe.training.recomputes_on(self.on_gpu)
+        return StatisticsSettings(recipe.gate, recipe.proxy.statistics_memory, recompute)
+
+    def gates(self, model: PeftModel, samples: Samples) -> dict[str, SpectralGate]:
+        """Collect statistics of the penalty's text and of the task's, and compute the gates."""
+        recipe, device, size = self.recipe, model.device, self.recipe.statistics_batch_size
+        count = min(recipe.gate.num_task_samples, len(self.task))
+        rows = self.task[random.Random(recipe.training.seed).sample(range(len(self.task)), count)]
+        ids, labels = last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
+        # A different seed than for the held-out crops, so that their offsets differ.
+        whole = [sample.ids for sample in samples]
+        penalty = penalty_text(
+            written=list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device)),
+            public=list(batches(public_windows(self.tokenizer), size, device)),
+            share=recipe.proxy.public_share,
+        )
+        return build_gates(model, penalty, list(batches(ids, size, device, labels)), self.settings, self.timer)
+
+    def penalties(self, model: PeftModel, gates: Gates, text: CalibrationText) -> dict[str, tuple[float, float]]:
+        """Measure the penalty of A's rows on text that the gates were computed from, and on as much held-out text."""
+        size, device = self.recipe.statistics_batch_size, model.device
+        both = text.seen[: len(text.held_out)], text.held_out
+        seen, unseen = (list(batches([sample.ids for sample in of], size, device)) for of in both)
+        penalties = row_penalties(model, gates, (seen, unseen), self.settings, self.timer)
+        inside, outside = (sum(both[of] for both in penalties.values()) for of in (0, 1))
+        if outside > 0 and inside > 0:
+            ratio = f"{outside / inside:.2g} times the in-sample penalty"
+            self.timer.note(f"penalty of A's directions on held-out model-generated text: {ratio}")
+        return penalties
