@@ -86,6 +86,9 @@ class TrainingSection(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: about a third slower, far less memory. auto: on a GPU, where the
     memory estimate finds no faster way to compute a step."""
+    compile_layers: bool = False
+    """Compile the decoder layers for training steps with torch.compile: fewer kernel launches, after a minute or more
+    for compiling. If that fails, training goes on without it. Not measured on a GPU."""
     activation_offloading: bool = False
     """On a GPU: keep what activation checkpointing saves in the host's memory until the backward pass. For long
     contexts; slower, and requires activation_checkpointing."""

@@ -9,6 +9,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,6 +34,7 @@ from folora_q.models.parts import base_of
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
+from folora_q.training.compiled_layers import CompilationError, CompiledLayers
 from folora_q.training.monitor import StepReading
 from folora_q.training.step_guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
 
@@ -57,6 +59,7 @@ class FaultTolerance:
     Attributes:
         micro_batches, measuring: split batches that do not fit into memory.
         skipped: detects and counts skipped steps.
+        compiled: decoder layers that run compiled in training steps; None compiles none.
         kept: number of checkpoints to keep.
         needs_saves: whether a checkpoint that cannot be written ends the run.
     """
@@ -64,6 +67,7 @@ class FaultTolerance:
     micro_batches: MicroBatches
     measuring: BatchSplitter
     skipped: SkippedSteps
+    compiled: CompiledLayers | None = None
     kept: int = 2
     needs_saves: bool = True
 
@@ -102,6 +106,7 @@ class FaultTolerantTrainer(SFTTrainer):
     ) -> None:
         self.micro_batches, self.measuring = tolerance.micro_batches, tolerance.measuring
         self.skipped, self.kept, self.needs_saves = tolerance.skipped, tolerance.kept, tolerance.needs_saves
+        self.compiled = tolerance.compiled
         self.heldout, self.generated_text, self.real_text = heldout, monitored.generated_text, monitored.real_text
         self.exceeded: tuple[int, float] | None = None
         self.last_good: Path | None = None
@@ -170,7 +175,14 @@ class FaultTolerantTrainer(SFTTrainer):
         tokens = self._total_train_tokens
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             inputs = self.data_collator(longest_rows(self.train_dataset, self.args.per_device_train_batch_size))
-            self.training_step(self.model, inputs, (inputs["labels"] != IGNORED).sum().to(device))
+            trained = (inputs["labels"] != IGNORED).sum().to(device)
+            try:
+                self.training_step(self.model, inputs, trained)
+            except CompilationError as error:
+                self.compiled = None
+                self.skipped.tell(f"training.compile_layers has no effect: {error.message}")
+                self._clear_step(self.model)
+                self.training_step(self.model, inputs, trained)
             self.model.zero_grad(set_to_none=True)
             if self.args.eval_strategy != "no":
                 self.model.eval()  # once B is not zero, dropout has an effect
@@ -193,19 +205,19 @@ class FaultTolerantTrainer(SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Compute a micro-batch, split into parts if it does not fit into memory."""
-        compute = super().training_step
+        step = super().training_step
+
+        def compute(part: dict[str, Any]) -> Tensor:
+            with nullcontext() if self.compiled is None else self.compiled.active():
+                return step(model, part, num_items_in_batch)
+
         first, self.step_in_hand = self.step_in_hand != self.state.global_step, self.state.global_step
         if first:
             self.loss_before = self._tr_loss.clone()
         if num_items_in_batch is None:  # then the losses of parts would not add up
-            loss = compute(model, inputs, num_items_in_batch)
+            loss = compute(inputs)
         else:
-            loss = self.micro_batches.add(
-                inputs,
-                first,
-                lambda part: compute(model, part, num_items_in_batch),
-                lambda: self._clear_step(model),
-            )
+            loss = self.micro_batches.add(inputs, first, compute, lambda: self._clear_step(model))
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         self.step_loss = loss if first else self.step_loss + loss  # both stay on the device
         self.step_tokens = tokens if first else self.step_tokens + tokens

@@ -32,6 +32,7 @@ from folora_q.models.parts import embedding_rows
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
+from folora_q.training.compiled_layers import CompiledLayers
 from folora_q.training.config import BEST
 from folora_q.training.fault_tolerant_trainer import FaultTolerance, FaultTolerantTrainer, Monitored
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
@@ -290,6 +291,7 @@ def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
         micro_batches=MicroBatches(BatchSplitter("training on", setup.notify, training.auto_batch_size)),
         measuring=BatchSplitter("measuring", setup.notify, training.auto_batch_size),
         skipped=SkippedSteps(training.max_skipped_steps, factor, vocabulary, setup.notify, setup.record),
+        compiled=CompiledLayers(setup.model) if training.compile_layers else None,
         kept=training.save_total_limit,
         needs_saves=training.on_save_error == "stop",
     )
