@@ -164,7 +164,7 @@ class _Bench:
         self.ids = torch.randint(5, embedding_rows(base_of(self.model)), (batch, length), device=self.device)
         self.labels = self.ids.clone()
         self.labels[:, : length // 2] = IGNORED
-        self.attention = base_of(self.model).config._attn_implementation
+        self.attention = base_of(self.model).config._attn_implementation or "sdpa"
         self.optimizers = {frozen: self._optimizer(frozen) for frozen in (False, True)}
 
     def _optimizer(self, frozen: bool) -> torch.optim.Optimizer:

@@ -31,7 +31,7 @@ class TokenSums:
 
     def __init__(self, dim: int, sums: Tensor) -> None:
         self.dim, self._sums = dim, sums
-        self.energy_sum = torch.zeros((), dtype=torch.float64, device=sums.device)
+        self.energy_sum: Tensor = torch.zeros((), dtype=torch.float64, device=sums.device)
         self.count = 0
 
     @property

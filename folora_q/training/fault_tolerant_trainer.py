@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.models import get_act_offloading_ctx_manager
 
 from folora_q.data.batch_splitting import BatchSplitter
@@ -99,6 +99,7 @@ class FaultTolerantTrainer(SFTTrainer):
     """
 
     model: PeftModel
+    args: SFTConfig
     train_dataset: Dataset
 
     def __init__(
