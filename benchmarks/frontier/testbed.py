@@ -74,8 +74,6 @@ class Testbed:
         self.device_name = str(hardware.facts()["name"])
         loaded = load_model(recipe.model, hardware, self.tokenizer)
         self.base: PreTrainedModel = loaded.model
-        if self.base.device.type == "cpu":
-            decode(self.base)
         samples = read_samples(generated_text_path(recipe), embedding_rows(self.base)) or load_or_sample(
             SampledModel(self.base, self.tokenizer, loaded.fingerprint, hardware.dtype), recipe.proxy, clock
         )

@@ -74,11 +74,9 @@ def compare(
 def _tally(model_pair: ModelPair, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return sums over each text's tokens, (4, b): losses of base and tuned, KL, agreement; and token counts, (b,)."""
     counted = batch.loss_positions
-    inputs = batch.input_ids, batch.attention_mask
-    with model_pair.base() as base:
-        of_base = hidden_states(base, *inputs)[counted]
+    of_base = model_pair.base_states(batch)
     with model_pair.tuned() as tuned:
-        of_tuned = hidden_states(tuned, *inputs)[counted]
+        of_tuned = hidden_states(tuned, batch.input_ids, batch.attention_mask)[counted]
     wanted, owners = batch.targets, counted.nonzero()[:, 0].cpu()
     sums = torch.zeros(4, len(counted), dtype=torch.float64)
     for part in chunks(len(wanted)):

@@ -10,11 +10,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from folora_q.data.tokens import Batch
 from folora_q.errors import UserError
 from folora_q.models.adapters import adapter_off
+from folora_q.models.logits import hidden_states
 from folora_q.models.parts import base_of
 
 
@@ -24,12 +26,16 @@ class ModelPair:
     Args:
         model: a model with an adapter, whose base is itself with the adapter off, or one without an adapter.
         base: the base of a model without an adapter.
+        remember: keep the base's hidden states of every batch in the host's memory, for texts that are read repeatedly.
 
     Raises:
         UserError: the vocabularies have different sizes.
     """
 
-    def __init__(self, model: PeftModel | PreTrainedModel, base: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, base: PreTrainedModel | None = None, remember: bool = False
+    ) -> None:
+        self._remembered: dict[tuple[bytes, ...], Tensor] | None = {} if remember else None
         self.adapted = model if isinstance(model, PeftModel) else None
         self.model = base_of(model)
         self.other = base
@@ -62,6 +68,20 @@ class ModelPair:
         else:
             with adapter_off(self.adapted):
                 yield self.model
+
+    def base_states(self, batch: Batch) -> Tensor:
+        """Return the base's hidden states at the tokens of a batch that count, (n, h)."""
+        if self._remembered is None:
+            return self._base_states(batch)
+        parts = batch.input_ids, batch.attention_mask, batch.labels
+        key = tuple(part.cpu().numpy().tobytes() for part in parts)
+        if key not in self._remembered:
+            self._remembered[key] = self._base_states(batch).cpu()
+        return self._remembered[key].to(batch.input_ids.device)
+
+    def _base_states(self, batch: Batch) -> Tensor:
+        with self.base() as base:
+            return hidden_states(base, batch.input_ids, batch.attention_mask)[batch.loss_positions]
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:

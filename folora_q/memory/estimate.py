@@ -30,6 +30,7 @@ PARTS = (
     "4-bit weights",
     "their constants",
     "16-bit weights",
+    "decoded weights",
     "CUDA context",
     "adapter",
     "adapter in 16 bits",
@@ -142,6 +143,8 @@ class _Run:
         self.adapter = self.pairs + whole
         self.trained = parts.trained_parameters(shape, self.how) + whole
         self.weights = parts.weights(shape, recipe.model.bnb_4bit_use_double_quant, self.how.compute)
+        if not self.on_gpu:  # folora_q.models.decoded, where memory is not short
+            self.weights["decoded weights"] = shape.quantized * self.how.compute
         self.gates, self.solved = parts.gates(recipe, shape, self.how, self.on_gpu)
         self.state, self.pages = parts.optimizer_state(recipe, shape, self.how, self.on_gpu)
         self.always = {"libraries": LIBRARIES[device]}

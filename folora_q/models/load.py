@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.errors import RunError, UserError
 from folora_q.models.classes import auto_class
+from folora_q.models.decoded import hold_decoded
 from folora_q.models.hardware import Hardware
 from folora_q.models.prequantized import refuse_foreign_quantization
 from folora_q.models.quantization import Quantization
@@ -84,6 +85,8 @@ def load_model(
         raise RunError(f"no layer of {section.model_name_or_path} could be loaded in 4 bits", "use another base model")
     if held.prequantized:
         compute_in(model, hardware.dtype)
+    if hardware.device.type == "cpu":
+        hold_decoded(model)
     fingerprint = _fingerprint(found, f"{held.bnb_4bit_quant_type} {held.bnb_4bit_use_double_quant}")
     revision = None if Path(found.source).is_dir() else found.revision
     loader = auto_class(found.config).__name__

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -27,7 +27,7 @@ from trl.models import get_act_offloading_ctx_manager
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch
 from folora_q.errors import FoloraError, RunError, first_line
-from folora_q.evaluation.divergence import HeldOutText, compare
+from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.parts import base_of
@@ -95,6 +95,7 @@ class FaultTolerantTrainer(SFTTrainer):
 
     Attributes:
         exceeded: the step and the KL at which training stopped because the KL exceeded its limit.
+        model_pair: the model and its base, which is the model with the adapter off.
         reading: loss, gradient norm and tokens of the last step, even if it was skipped.
     """
 
@@ -119,6 +120,7 @@ class FaultTolerantTrainer(SFTTrainer):
         self.reading = StepReading()
         self.loss_before: Tensor | None = None
         super().__init__(*args, **kwargs)
+        self.model_pair = ModelPair(self.model, remember=True)  # the texts are the same in every evaluation
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
         """Train, or resume from a checkpoint as if training had never stopped.
@@ -165,9 +167,10 @@ class FaultTolerantTrainer(SFTTrainer):
             self._bring_back(self.continued)
 
     def rehearse(self) -> None:
-        """Run the pre-flight check: a step on the longest batch, a batch of each evaluation, and a save.
+        """Run the pre-flight check: a step on the longest batch, and a save.
 
-        This finds too little memory or disk space early. It changes neither weights nor random states.
+        This finds too little memory or disk space early, as does the evaluation that follows if the recipe has some. It
+        changes neither weights nor random states.
 
         Raises:
             RunError: a single sequence does not fit into memory, or nothing can be saved.
@@ -176,21 +179,15 @@ class FaultTolerantTrainer(SFTTrainer):
         tokens = self._total_train_tokens
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             inputs = self.data_collator(longest_rows(self.train_dataset, self.args.per_device_train_batch_size))
-            trained = (inputs["labels"] != IGNORED).sum().to(device)
+            count = (inputs["labels"] != IGNORED).sum().to(device)
             try:
-                self.training_step(self.model, inputs, trained)
+                self.training_step(self.model, inputs, count)
             except CompilationError as error:
                 self.compiled = None
                 self.skipped.tell(f"training.compile_layers has no effect: {error.message}")
                 self._clear_step(self.model)
-                self.training_step(self.model, inputs, trained)
+                self.training_step(self.model, inputs, count)
             self.model.zero_grad(set_to_none=True)
-            if self.args.eval_strategy != "no":
-                self.model.eval()  # once B is not zero, dropout has an effect
-                self.loss_of(self.heldout[:1])
-                for text in (*([self.generated_text] if self.generated_text is not None else []), *self.real_text):
-                    first = replace(text, batches=text.batches[:1])
-                    compare(ModelPair(self.model), first, splitter=self.measuring)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rehearse_saving(self.save_model, self.run, trained, self.kept if self.saves else 0)
         self.step_in_hand = None

@@ -26,7 +26,6 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
-from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.parts import embedding_rows
 from folora_q.recipe.schema import Recipe
@@ -120,12 +119,12 @@ class GatedTrainer(FaultTolerantTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss}
         within = True
         if self.generated_text is not None:
-            generated = compare(ModelPair(self.model), self.generated_text, splitter=self.measuring)
+            generated = compare(self.model_pair, self.generated_text, splitter=self.measuring)
             metrics[f"{metric_key_prefix}_kl"] = generated.kl.value
             metrics[f"{metric_key_prefix}_top1_agreement"] = generated.top1_agreement.value
             within = self.max_kl is None or generated.kl.value <= self.max_kl
         for text in self.real_text:
-            rise = compare(ModelPair(self.model), text, splitter=self.measuring).loss.change
+            rise = compare(self.model_pair, text, splitter=self.measuring).loss.change
             metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
             if rise.bounds and rise.bounds[0] > 0:
                 self.skipped.tell(

@@ -79,8 +79,9 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
         require_packable(recipe.model, request.trust)
     task = read_task(recipe, timer)
     _try(scorer, task.heldout)
-    config = require_loadable(recipe.model, request.trust)
-    tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
+    with timer.stage("fetching the model's configuration and tokenizer", None):
+        config = require_loadable(recipe.model, request.trust)
+        tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
     data = tokenize_task(recipe, task, tokenizer, timer)
     require_rows(data, tokenizer, config)
     warnings = size_warnings(recipe, data)

@@ -26,7 +26,7 @@ from folora_q.models.load import load_model
 from folora_q.recipe import load_recipe
 from folora_q.runs.results import Evaluation, TextKind, read_answers, read_evaluation, read_gate_results
 from folora_q.training.trainer import GatedTrainer
-from folora_q.workflows import train, training_run
+from folora_q.workflows import calibration, train, training_run
 from tests.forked import forked, wait_until
 
 
@@ -216,8 +216,8 @@ def test_held_out_text_is_never_used_for_statistics(recipe_file: Path, monkeypat
         used["held out"] = [batch.input_ids for text in held_out for batch in text.batches]
         return evaluate(model_pair, on, *rest)
 
-    build_gates, evaluate = training_run.build_gates, training_run.evaluate
-    monkeypatch.setattr(training_run, "build_gates", spy)
+    build_gates, evaluate = calibration.build_gates, training_run.evaluate
+    monkeypatch.setattr(calibration, "build_gates", spy)
     monkeypatch.setattr(training_run, "evaluate", spy_evaluate)
     assert run("train", recipe_file, "training.max_steps=1") == 0
 

@@ -11,7 +11,7 @@ import torch
 
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
-from folora_q.workflows import training_run
+from folora_q.workflows import calibration
 from tests.faults.commands import assert_the_same_run, manifest, metrics, run
 from tests.training.trainer_test import trainer_of
 
@@ -36,14 +36,14 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], shape
 def test_an_activation_that_is_not_finite_is_refused_with_its_layer_and_no_gate_is_written(
     demanding: list[object], tmp_path: Path, monkeypatch, capfd
 ) -> None:
-    build = training_run.build_gates
+    build = calibration.build_gates
 
     def spoiled(model, *rest):
         layer = model.get_base_model().get_submodule(SPOILED)
         layer.register_forward_pre_hook(lambda _, args: (args[0] * torch.inf, *args[1:]), prepend=True)
         return build(model, *rest)
 
-    monkeypatch.setattr(training_run, "build_gates", spoiled)
+    monkeypatch.setattr(calibration, "build_gates", spoiled)
     assert run(*demanding) == 1
     folder = tmp_path / "stopped" / "run"
     assert f"error: the activations hold a NaN or an infinity, at the input of {SPOILED}" in capfd.readouterr().err

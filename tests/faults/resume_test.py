@@ -15,7 +15,7 @@ from folora_q.calibration.gate_store import load_gates
 from folora_q.models.hardware import Hardware
 from folora_q.runs.folder import RunFolder
 from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
-from folora_q.workflows import prepare_training, training_run
+from folora_q.workflows import calibration, prepare_training, training_run
 from folora_q.workflows.training_run import TrainingRun
 from tests.faults.commands import assert_the_same_run, at_step, manifest, metrics, run, signalled, steps_saved
 
@@ -99,7 +99,7 @@ def test_without_a_whole_checkpoint_training_begins_again_and_the_gates_are_take
     (tmp_path / "cache" / "proxy").rename(tmp_path / "gone")  # the folder's own text must do
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "build_gates", lambda *a: pytest.fail("the gates are there"))
+        patch.setattr(calibration, "build_gates", lambda *a: pytest.fail("the gates are there"))
         assert run(*demanding, "--resume") == 0
     talk = capfd.readouterr().err
     assert "there is no complete checkpoint: training starts again" in talk and "sampling text" not in talk
@@ -126,14 +126,14 @@ def test_gates_that_come_out_otherwise_than_the_checkpoints_are_refused(
     folder = tmp_path / "stopped" / "run"
     stop_at(monkeypatch, 3, demanding)
     (folder / "gates.safetensors").write_bytes(b"")
-    made = training_run.build_gates
+    made = calibration.build_gates
 
     def otherwise(model, proxy, task, settings, *rest):
         stronger = settings.gate.model_copy(update={"gate_lambda": 2.0})
         return made(model, proxy, task, replace(settings, gate=stronger), *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "build_gates", otherwise)
+        patch.setattr(calibration, "build_gates", otherwise)
         for _ in range(2):  # the refusal itself must not make them the run's gates
             assert run(*demanding, "--resume") == 1
             talk = capfd.readouterr().err
