@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv, with the versions of constraints.txt
-# make demo    the main job on a real model: about half an hour on two CPU cores
+# make demo    the main job on a real model: five minutes on two CPU cores with bfloat16 instructions
 # make test    every test
 # make check   lint, types, and the tests that take seconds
 # make docs    the documentation site, into site/
