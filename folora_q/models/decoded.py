@@ -7,6 +7,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import psutil
+import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -24,14 +25,19 @@ def hold_decoded(model: nn.Module) -> int:
         The bytes of the decoded weights; 0 if none are held.
     """
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    size = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
+    size = sum(layer.in_features * layer.out_features * _dtype(layer).itemsize for layer in layers)
     if size > MAX_SHARE * psutil.virtual_memory().available:
         return 0
     for layer in layers:
         packed: Any = layer.weight  # bitsandbytes declares a plain tensor
-        weight = dequantize_4bit(packed.data, packed.quant_state).to(layer.compute_dtype)
+        weight = dequantize_4bit(packed.data, packed.quant_state).to(_dtype(layer))
         layer.forward = partial(_forward, layer, weight)
     return size
+
+
+def _dtype(layer: bnb.nn.Linear4bit) -> torch.dtype:
+    assert layer.compute_dtype is not None  # transformers sets it from the configuration
+    return layer.compute_dtype
 
 
 def _forward(layer: bnb.nn.Linear4bit, weight: Tensor, x: Tensor) -> Tensor:
