@@ -159,5 +159,4 @@ def _with(recipe: Recipe, overrides: Overrides) -> Recipe:
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    changed = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
-    return recipe.model_copy(update=changed)
+    return recipe.changed(sections)

@@ -45,5 +45,4 @@ def _memory(recipe: Recipe, shape: ModelShape, length: int, offloading: bool) ->
             "activation_offloading": offloading,
         }
     }
-    sections = {name: getattr(recipe, name).model_copy(update=values) for name, values in changes.items()}
-    return estimate(recipe.model_copy(update=sections), shape)
+    return estimate(recipe.changed(changes), shape)

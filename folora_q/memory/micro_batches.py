@@ -87,5 +87,5 @@ def _plans(recipe: Recipe, shape: ModelShape) -> Iterator[StepPlan]:
                 "gradient_accumulation_steps": sequences // rows,
                 "activation_checkpointing": recompute,
             }
-            changed = recipe.model_copy(update={"training": training.model_copy(update=update)})
+            changed = recipe.changed({"training": update})
             yield StepPlan(changed, recompute, estimate(changed, shape))

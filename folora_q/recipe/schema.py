@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -177,6 +178,11 @@ class Recipe(Section):
     def advice(self) -> list[str]:
         """Warnings about settings that are valid but rarely intended."""
         return [sentence for sentence in (self.rate_advice, self.rank_advice) if sentence is not None]
+
+    def changed(self, sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """Return a copy with other values, by section and key; they are not validated."""
+        update = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        return self.model_copy(update=update)
 
     def statistics_batch_size(self, length: int) -> int:
         """Return the batch size for statistics on sequences of at most this length.

@@ -88,7 +88,7 @@ class TrainingSection(Section):
     memory estimate finds no faster way to compute a step."""
     compile_layers: bool = False
     """Compile the decoder layers for training steps with torch.compile: fewer kernel launches, after a minute or more
-    for compiling. If that fails, training goes on without it. Not measured on a GPU."""
+    for compiling. If that fails, training continues without it. Not measured on a GPU."""
     activation_offloading: bool = False
     """On a GPU: keep what activation checkpointing saves in the host's memory until the backward pass. For long
     contexts; slower, and requires activation_checkpointing."""

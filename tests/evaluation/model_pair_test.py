@@ -32,7 +32,7 @@ def test_the_base_reads_a_text_once_and_the_results_are_the_same(
     read = ModelPair._base_states
     monkeypatch.setattr(ModelPair, "_base_states", lambda pair, batch: (reads.append(1), read(pair, batch))[1])
     remembering = ModelPair(model, remember=True)
-    for std in (0.1, 0.2):  # as training goes on
+    for std in (0.1, 0.2):  # as the adapter changes during training
         for pair in adapter_pairs(model):
             torch.nn.init.normal_(pair.b, std=std, generator=torch.Generator().manual_seed(1))
         found = compare(remembering, text)
