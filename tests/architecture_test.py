@@ -19,7 +19,7 @@ TIERS = [
     {"block_sizes", "errors", "progress", "storage", "folora_q"},
     {"core", "distributed", "recipe"},
     {"models", "data", "runs", "memory"},
-    {"calibration", "evaluation", "preflight", "rules"},
+    {"calibration", "evaluation", "kernels", "preflight", "rules"},
     {"training", "export", "report"},
     {"targets"},
     {"workflows", "chat", "doctor"},

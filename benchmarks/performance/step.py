@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -33,14 +33,16 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.performance._process import in_a_process
 from benchmarks.performance.shapes import SHAPES, random_4bit
+from folora_q.calibration.hooks import shared_inputs
 from folora_q.data.tokens import IGNORED
-from folora_q.models.adapters import adapter_pairs, keep_in_float32
+from folora_q.kernels.compiled_layers import CompiledLayers
+from folora_q.kernels.fused_adapters import FusedAdapters
+from folora_q.models.adapters import adapter_pairs, freeze_lora_a, keep_in_float32
 from folora_q.models.demo import DEMO_MODEL
 from folora_q.models.hardware import PeakMemory, choose_hardware
 from folora_q.models.load import load_model
 from folora_q.models.parts import base_of, embedding_rows
 from folora_q.recipe.schema import ModelSection
-from folora_q.training.compiled_layers import CompiledLayers
 
 MODULE = "benchmarks.performance.step"
 WARM_UP = 2
@@ -52,6 +54,7 @@ class Way:
 
     Attributes:
         frozen: A is not trained.
+        fused: layers with a frozen A are computed by our autograd function.
         autocast: adapters compute in 16 bits on a CPU too.
         trained_positions: the head is applied only where a token is trained.
         eager: attention is computed without a fused kernel.
@@ -59,22 +62,26 @@ class Way:
     """
 
     frozen: bool = False
+    fused: bool = False
     autocast: bool = False
     trained_positions: bool = False
     eager: bool = False
     compiled: bool = False
 
 
+DEFAULT = Way(frozen=True, fused=True, autocast=True, trained_positions=True)
 WAYS = {
     "plain PEFT": Way(),
     "A frozen": Way(frozen=True),
+    "A frozen, adapters fused": Way(frozen=True, fused=True),
     "adapters under autocast": Way(autocast=True),
     "head at trained positions": Way(trained_positions=True),
     "eager attention": Way(eager=True),
     "compiled layers": Way(compiled=True),
-    "the default": Way(frozen=True, autocast=True, trained_positions=True),
-    "the default, compiled": Way(frozen=True, autocast=True, trained_positions=True, compiled=True),
-    "the demo": Way(frozen=True, autocast=True, trained_positions=True, eager=True),
+    "A frozen, compiled layers": Way(frozen=True, compiled=True),
+    "the default": DEFAULT,
+    "the default, compiled": replace(DEFAULT, compiled=True),
+    "the demo": replace(DEFAULT, eager=True),
 }
 
 
@@ -165,11 +172,22 @@ class _Bench:
         self.labels = self.ids.clone()
         self.labels[:, : length // 2] = IGNORED
         self.attention = base_of(self.model).config._attn_implementation or "sdpa"
+        self.fused = self._fuse()
         self.optimizers = {frozen: self._optimizer(frozen) for frozen in (False, True)}
 
     def _optimizer(self, frozen: bool) -> torch.optim.Optimizer:
         pairs = adapter_pairs(self.model)
         return torch.optim.AdamW([p for pair in pairs for p in ((pair.b,) if frozen else (pair.a, pair.b))], lr=1e-5)
+
+    def _fuse(self) -> FusedAdapters:
+        """Give layers that read the same tensor the same A, as the default rule does."""
+        pairs = {pair.name: pair for pair in adapter_pairs(self.model)}
+        groups = shared_inputs(self.model, {name: pair.module for name, pair in pairs.items()}, self.ids[:1, :8])
+        for first, *others in groups:
+            for name in others:
+                pairs[name].a.data.copy_(pairs[first].a.data)
+        freeze_lora_a(list(pairs.values()))
+        return FusedAdapters(self.model, groups)
 
     def step(self, way: Way) -> float:
         """Take a step, and return its seconds."""
@@ -197,6 +215,8 @@ class _Bench:
         autocast = self.dtype != torch.float32 and (way.autocast or self.on_gpu)
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, self.dtype) if autocast else nullcontext())
+            if way.fused:
+                stack.enter_context(self.fused.active())
             if way.compiled:
                 self.compiled = self.compiled or CompiledLayers(self.model)
                 stack.enter_context(self.compiled.active())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,6 +13,21 @@ from torch.nn.functional import linear
 
 # The largest share of the free memory that decoded weights may take.
 MAX_SHARE = 0.25
+
+
+class DecodedLinear4bit(bnb.nn.Linear4bit):
+    """A 4-bit layer that computes with weights which were decoded once.
+
+    Attributes:
+        decoded: (o, d), in the dtype that the layer computes in.
+    """
+
+    decoded: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.decoded
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def hold_decoded(model: nn.Module) -> int:
@@ -29,17 +43,19 @@ def hold_decoded(model: nn.Module) -> int:
     if size > MAX_SHARE * psutil.virtual_memory().available:
         return 0
     for layer in layers:
-        packed: Any = layer.weight  # bitsandbytes declares a plain tensor
-        weight = dequantize_4bit(packed.data, packed.quant_state).to(_dtype(layer))
-        layer.forward = partial(_forward, layer, weight)
+        layer.decoded = decoded_weight(layer)
+        layer.__class__ = DecodedLinear4bit
     return size
+
+
+def decoded_weight(layer: bnb.nn.Linear4bit) -> Tensor:
+    """Return the weights (o, d) of a 4-bit layer in the dtype that it computes in: held, or decoded now."""
+    if isinstance(layer, DecodedLinear4bit):
+        return layer.decoded
+    packed: Any = layer.weight  # bitsandbytes declares a plain tensor
+    return dequantize_4bit(packed.data, packed.quant_state).to(_dtype(layer))
 
 
 def _dtype(layer: bnb.nn.Linear4bit) -> torch.dtype:
     assert layer.compute_dtype is not None  # transformers sets it from the configuration
     return layer.compute_dtype
-
-
-def _forward(layer: bnb.nn.Linear4bit, weight: Tensor, x: Tensor) -> Tensor:
-    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
-    return linear(x.to(weight.dtype), weight, bias).to(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,8 +41,9 @@ PACKAGES = {
     "swanlab": "swanlab",
     "clearml": "clearml",
     "dvclive": "dvclive",
+    "liger": "liger_kernel",
 }
-PIP_NAMES = {"flash_attn": "flash-attn --no-build-isolation", "comet_ml": "comet-ml"}
+PIP_NAMES = {"flash_attn": "flash-attn --no-build-isolation", "comet_ml": "comet-ml", "liger_kernel": "liger-kernel"}
 WITHOUT_PIP = {"flash_attn_interface": "build it from https://github.com/Dao-AILab/flash-attention (folder hopper)"}
 
 
@@ -112,14 +113,17 @@ def with_absolute_paths(
     name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, find_model)
     model = recipe.model.model_copy(update={"model_name_or_path": name})
 
-    _require_packages(model.attn_implementation, recipe.logging.report_to, findings)
+    _require_packages(recipe, findings)
     findings.require_none()
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model})
 
 
-def _require_packages(attention: str, trackers: Sequence[str], findings: _Findings) -> None:
-    needed: list[tuple[Key, str]] = [(("model", "attn_implementation"), attention)]
-    needed += [(("logging", "report_to"), tracker) for tracker in trackers]
+def _require_packages(recipe: Recipe, findings: _Findings) -> None:
+    needed: list[tuple[Key, str]] = [
+        (("model", "attn_implementation"), recipe.model.attn_implementation),
+        (("training", "kernels"), recipe.training.kernels),
+        *((("logging", "report_to"), tracker) for tracker in recipe.logging.report_to),
+    ]
     for key, value in needed:
         module = PACKAGES.get(value)
         if module is not None and find_spec(module) is None:

@@ -31,6 +31,7 @@ Optimizer = Literal[
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+Kernels = Literal["auto", "compile", "liger", "none"]
 
 
 class TrainingSection(Section):
@@ -86,9 +87,11 @@ class TrainingSection(Section):
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: about a third slower, far less memory. auto: on a GPU, where the
     memory estimate finds no faster way to compute a step."""
-    compile_layers: bool = False
-    """Compile the decoder layers for training steps with torch.compile: fewer kernel launches, after a minute or more
-    for compiling. If that fails, training continues without it. Not measured on a GPU."""
+    kernels: Kernels = "auto"
+    """How training steps are computed. auto: layers whose A is frozen share A x and one gradient of their input (the
+    adapter stays PEFT's); in runs of ten minutes or more torch.compile is tried on the decoder layers, and kept if it
+    is faster. compile: always. liger: Liger's norms, rotary embeddings and activations, on a GPU (not measured). none:
+    PEFT's and transformers' own code."""
     activation_offloading: bool = False
     """On a GPU: keep what activation checkpointing saves in the host's memory until the backward pass. For long
     contexts; slower, and requires activation_checkpointing."""

@@ -34,6 +34,7 @@ class SavedProgress(Saved):
     skipped: tuple[Count, Count]
     losses: tuple[list[float], list[float]]
     rows_that_fit: tuple[Count | None, Count | None]
+    compiled: bool = False
     tokens: int | float
     metrics: dict[Literal["train", "eval"], dict[str, list[int | float]]]
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,11 +29,11 @@ from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
+from folora_q.kernels.step_kernels import StepKernels
 from folora_q.models.parts import base_of
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
-from folora_q.training.compiled_layers import CompilationError, CompiledLayers
 from folora_q.training.monitor import StepReading
 from folora_q.training.step_guards import MicroBatches, SkippedSteps, longest_rows, rehearse_saving
 
@@ -59,7 +58,7 @@ class FaultTolerance:
     Attributes:
         micro_batches, measuring: split batches that do not fit into memory.
         skipped: detects and counts skipped steps.
-        compiled: decoder layers that run compiled in training steps; None compiles none.
+        kernels: compute training steps, and fall back to others if they fail.
         kept: number of checkpoints to keep.
         needs_saves: whether a checkpoint that cannot be written ends the run.
     """
@@ -67,7 +66,7 @@ class FaultTolerance:
     micro_batches: MicroBatches
     measuring: BatchSplitter
     skipped: SkippedSteps
-    compiled: CompiledLayers | None = None
+    kernels: StepKernels
     kept: int = 2
     needs_saves: bool = True
 
@@ -108,7 +107,7 @@ class FaultTolerantTrainer(SFTTrainer):
     ) -> None:
         self.micro_batches, self.measuring = tolerance.micro_batches, tolerance.measuring
         self.skipped, self.kept, self.needs_saves = tolerance.skipped, tolerance.kept, tolerance.needs_saves
-        self.compiled = tolerance.compiled
+        self.kernels = tolerance.kernels
         self.heldout, self.generated_text, self.real_text = heldout, monitored.generated_text, monitored.real_text
         self.exceeded: tuple[int, float] | None = None
         self.last_good: Path | None = None
@@ -162,9 +161,11 @@ class FaultTolerantTrainer(SFTTrainer):
 
     def before_first_step(self) -> None:
         """Run the pre-flight check, and restore the state that needs a running Trainer."""
+        saved = None if self.continued is None else read_saved(self.continued / PROGRESS, SavedProgress)
+        self.kernels.prepare(compiled=saved is not None and saved.compiled)
         self.rehearse()
-        if self.continued is not None:
-            self._bring_back(self.continued)
+        if self.continued is not None and saved is not None:
+            self._bring_back(self.continued, saved)
 
     def rehearse(self) -> None:
         """Run the pre-flight check: a step on the longest batch, and a save.
@@ -176,24 +177,27 @@ class FaultTolerantTrainer(SFTTrainer):
             RunError: a single sequence does not fit into memory, or nothing can be saved.
         """
         device = self.args.device
-        tokens = self._total_train_tokens
+        tokens, rows = self._total_train_tokens, self.args.per_device_train_batch_size
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            inputs = self.data_collator(longest_rows(self.train_dataset, self.args.per_device_train_batch_size))
-            count = (inputs["labels"] != IGNORED).sum().to(device)
-            try:
-                self.training_step(self.model, inputs, count)
-            except CompilationError as error:
-                self.compiled = None
-                self.skipped.tell(f"training.compile_layers has no effect: {error.message}")
-                self._clear_step(self.model)
-                self.training_step(self.model, inputs, count)
-            self.model.zero_grad(set_to_none=True)
+            self._try_step(longest_rows(self.train_dataset, rows))
+            if self.continued is None:  # a resumed run computes its steps as before
+                usual = [self.train_dataset[index] for index in range(min(rows, len(self.train_dataset)))]
+                steps = (self.state.max_steps or 0) * self.current_gradient_accumulation_steps
+                self.kernels.choose_by_time(lambda: self._try_step(usual), steps)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rehearse_saving(self.save_model, self.run, trained, self.kept if self.saves else 0)
         self.step_in_hand = None
         self._total_train_tokens = tokens
         for kind in self._metrics.values():
             kind.clear()
+
+    def _try_step(self, rows: list[dict[str, Any]]) -> None:
+        """Compute a micro-batch, wait for it, and discard its gradients."""
+        inputs = self.data_collator(rows)
+        count = (inputs["labels"] != IGNORED).sum().to(self.args.device)
+        self.step_in_hand = None
+        self.training_step(self.model, inputs, count).item()
+        self.model.zero_grad(set_to_none=True)
 
     def loss_of(self, rows: Sequence[Batch]) -> float:
         """Return the mean loss per token of held-out batches."""
@@ -206,7 +210,7 @@ class FaultTolerantTrainer(SFTTrainer):
         step = super().training_step
 
         def compute(part: dict[str, Any]) -> Tensor:
-            with nullcontext() if self.compiled is None else self.compiled.active():
+            with self.kernels.active():
                 return step(model, part, num_items_in_batch)
 
         first, self.step_in_hand = self.step_in_hand != self.state.global_step, self.state.global_step
@@ -331,12 +335,12 @@ class FaultTolerantTrainer(SFTTrainer):
             "skipped": [self.skipped.in_a_row, self.skipped.total],
             "losses": [self.skipped.first, self.skipped.last],
             "rows_that_fit": [self.micro_batches.splitter.rows, self.measuring.rows],
+            "compiled": self.kernels.compiled is not None,
             "tokens": self._total_train_tokens,
             "metrics": {kind: dict(values) for kind, values in self._metrics.items()},
         }
 
-    def _bring_back(self, checkpoint: Path) -> None:
-        saved = read_saved(checkpoint / PROGRESS, SavedProgress)
+    def _bring_back(self, checkpoint: Path, saved: SavedProgress) -> None:
         self._tr_loss.fill_(saved.loss_sum)
         self._total_loss_scalar, self._globalstep_last_logged = saved.loss_total, saved.last_logged
         self.ended, self.exceeded = saved.ended, saved.exceeded

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of_inputs
 from folora_q.errors import RunError
+from folora_q.kernels.compiled_layers import CompilationError
 from folora_q.storage.files import free_bytes
 
 Inputs = dict[str, Any]
@@ -24,15 +25,18 @@ MEASURE, MIN_MEASURED_LOSSES = 32, 10
 
 
 class MicroBatches:
-    """The micro-batches of one optimizer step, split and recomputed if memory runs out.
+    """The micro-batches of one optimizer step; recomputed in parts if memory runs out, or without compiled layers.
 
     The loss of a part is a sum over its tokens, divided by the number of tokens in the complete step, so that the parts
     add up. An error during a backward pass leaves a partial gradient: the step's gradients are then cleared, and all
     its micro-batches recomputed.
+
+    Args:
+        stop_compiling: lets layers run as they are, since they could not be compiled.
     """
 
-    def __init__(self, splitter: BatchSplitter) -> None:
-        self.splitter = splitter
+    def __init__(self, splitter: BatchSplitter, stop_compiling: Callable[[CompilationError], None]) -> None:
+        self.splitter, self.stop_compiling = splitter, stop_compiling
         self.gathered: list[Inputs] = []
 
     def add(
@@ -57,12 +61,16 @@ class MicroBatches:
             try:
                 losses = [sum(compute(part) for part in self._parts(each)) for each in todo]
                 return cast(Tensor, losses[-1])
+            except CompilationError as error:
+                self.stop_compiling(error)
+                out_of_memory = False
             except RuntimeError as error:
-                if not ran_out(error):
+                if not (out_of_memory := ran_out(error)):
                     raise
-            rows, length = inputs["input_ids"].shape
-            clear()
-            self.splitter.halve(self.splitter.fitting(rows), length)
+            clear()  # here, where the error no longer holds the tensors of its frames
+            if out_of_memory:
+                rows, length = inputs["input_ids"].shape
+                self.splitter.halve(self.splitter.fitting(rows), length)
             todo = self.gathered
 
     def _parts(self, inputs: Inputs) -> list[Inputs]:

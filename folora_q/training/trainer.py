@@ -26,12 +26,12 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
+from folora_q.kernels.step_kernels import StepKernels
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.parts import embedding_rows
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
-from folora_q.training.compiled_layers import CompiledLayers
 from folora_q.training.config import BEST
 from folora_q.training.fault_tolerant_trainer import FaultTolerance, FaultTolerantTrainer, Monitored
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
@@ -286,11 +286,16 @@ def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
     training = setup.recipe.training
     factor = None if setup.config.fp16 else training.max_loss_factor  # the loss scaler decides then
     vocabulary = embedding_rows(setup.model)
+    readers: dict[int, list[str]] = {}  # of each gate
+    for name, gate in (setup.gates or {}).items():
+        readers.setdefault(id(gate), []).append(name)
+    kernels = StepKernels(setup.model, training.kernels, list(readers.values()), setup.notify)
+    splitter = BatchSplitter("training on", setup.notify, training.auto_batch_size)
     return FaultTolerance(
-        micro_batches=MicroBatches(BatchSplitter("training on", setup.notify, training.auto_batch_size)),
+        micro_batches=MicroBatches(splitter, kernels.stop_compiling),
         measuring=BatchSplitter("measuring", setup.notify, training.auto_batch_size),
         skipped=SkippedSteps(training.max_skipped_steps, factor, vocabulary, setup.notify, setup.record),
-        compiled=CompiledLayers(setup.model) if training.compile_layers else None,
+        kernels=kernels,
         kept=training.save_total_limit,
         needs_saves=training.on_save_error == "stop",
     )

@@ -23,6 +23,7 @@ from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
+from folora_q.kernels.liger import apply_liger
 from folora_q.memory.estimate import GIB
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
 from folora_q.models.hardware import PeakMemory, used_memory
@@ -118,6 +119,8 @@ class TrainingRun:
         for token in self.data.ends_of_turn:
             stop_at(base.model, token)
         first = torch.tensor([self.data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
+        if recipe.training.kernels == "liger":
+            apply_liger(base.model, first)
         verify_chunked_logits(base.model, first)  # statistics, KL and losses all rest on it
         note(f"{base.quantized_modules} linear layers in 4 bits ({base.quantization})")
         note(f"in 16 bits: {listed(in_16_bits(base.model))} of the weights")

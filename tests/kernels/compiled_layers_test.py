@@ -11,10 +11,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from folora_q.kernels.compiled_layers import CompiledLayers
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
 from folora_q.training import trainer as trainer_module
-from folora_q.training.compiled_layers import CompiledLayers
 from folora_q.training.trainer import GatedTrainer
 from tests.training.trainer_test import trainer_of
 

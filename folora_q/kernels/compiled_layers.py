@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from folora_q.errors import RunError, first_line
@@ -47,16 +46,15 @@ class CompiledLayers:
         Raises:
             CompilationError: a layer could not be compiled.
         """
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # importing it takes a second
+
         for layer, function in self._compiled.items():
             layer._compiled_call_impl = function
         try:
             yield
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             cause = getattr(error, "inner_exception", error)  # a backend's own
-            raise CompilationError(
-                f"a decoder layer could not be compiled: {first_line(cause)}",
-                "resume with --resume --force training.compile_layers=false",
-            ) from error
+            raise CompilationError(f"a decoder layer could not be compiled: {first_line(cause)}") from error
         finally:
             for layer in self._compiled:
                 layer._compiled_call_impl = None
