@@ -6,5 +6,7 @@ LOGIT_ROWS = 128
 HEAD_ROWS = 4_096
 # Tokens of a training row that the statistics read at most: a backward pass over more would limit the context length.
 STATISTICS_LENGTH = 2_048
+# Tokens in a batch of the statistics on a GPU, where its memory allows that. More make no token faster.
+STATISTICS_TOKENS = 8_192
 # Tokens in a window of general text.
 GENERAL_WINDOW = 256

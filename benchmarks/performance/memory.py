@@ -241,7 +241,7 @@ def _prepared(stage: str, base: LoadedModel, recipe: Recipe, folder: Path) -> Ca
     if stage == "statistics":
         clock = StageTimer(ConsoleProgress())
         size = recipe.gate.batch_size
-        recompute = recipe.training.recomputes_on(hardware.device.type == "cuda")
+        recompute = recipe.statistics_recompute_on(hardware.device.type == "cuda")
         settings = StatisticsSettings(recipe.gate, recompute=recompute)
         return lambda: build_gates(model, text(size), text(size), settings, clock)
     if stage == "evaluation":

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from folora_q.calibration.hooks import shared_inputs
+from folora_q.calibration.penalty_cache import CachedPenalty, rounded
 from folora_q.calibration.reading import Reading, Text
 from folora_q.core import (
     CovarianceSketch,
@@ -38,11 +39,13 @@ class StatisticsSettings:
     Attributes:
         memory: GiB for the sketches of the layers that are processed together; None: all layers.
         recompute: keep only the layers' inputs for the backward pass.
+        penalty_key: identifies the base model and the penalty's text in the cache of Σp; None does not use it.
     """
 
     gate: GateSection
     memory: float | None = None
     recompute: bool = False
+    penalty_key: str | None = None
 
 
 def build_gates(
@@ -72,12 +75,15 @@ def build_gates(
         shares = partition_by_memory(needed, settings.memory)
         readings = 1 + len(section.readings)
         found: dict[str, SpectralGate] = {}
-        tokens = count_tokens(proxy) + count_tokens(task)
-        with clock.stage("statistics of both texts", len(shares) * readings * tokens, "tokens") as done:
+        widths = [{name: modules[name].in_features for name in share} for share in shares]
+        caches = [CachedPenalty(settings.penalty_key, section, each, clock) for each in widths]
+        tokens = len(shares) * readings * (count_tokens(proxy) + count_tokens(task))
+        tokens -= count_tokens(proxy) * sum(cached.exists for cached in caches)
+        with clock.stage("statistics of both texts", tokens, "tokens") as done:
             splitter = BatchSplitter("taking statistics of", clock.warn)
             reading = Reading(model, modules, groups, settings.gate.weighted, settings.recompute, done, splitter)
-            for share in shares:
-                found |= _gates_of({name: modules[name].in_features for name in share}, reading, (proxy, task), section)
+            for each, cached in zip(widths, caches, strict=True):
+                found |= _gates_of(each, reading, (proxy, task), section, cached)
     torch.cuda.empty_cache()  # blocks of a text batch's size would fragment memory in training; no effect without CUDA
     if len(shares) > 1:
         clock.note(f"statistics in {len(shares)} rounds, by proxy.statistics_memory")
@@ -130,7 +136,7 @@ def row_penalties(
 
 
 def _gates_of(
-    widths: Mapping[str, int], reading: Reading, texts: tuple[Text, Text], section: GateSection
+    widths: Mapping[str, int], reading: Reading, texts: tuple[Text, Text], section: GateSection, cached: CachedPenalty
 ) -> dict[str, SpectralGate]:
     """Compute the gates of some layers' inputs: one reading for sketches, one for exact quotients, one per refinement.
 
@@ -149,14 +155,14 @@ def _gates_of(
     def draws(number: int) -> tuple[int | None, None]:
         return number if reading.weighted else None, None
 
-    penalties, utilities = (
-        {
-            name: sketch.covariance()
-            for name, sketch in reading.stream(text, len(widths), new_sketches, draw).items()
-            if sketch.count > 0
-        }
-        for text, draw in zip(texts, draws(0), strict=True)
-    )
+    def sketched(text: Text, draw: int | None) -> dict[str, LowRankCovariance]:
+        sketches = reading.stream(text, len(widths), new_sketches, draw)
+        return {name: sketch.covariance() for name, sketch in sketches.items() if sketch.count > 0}
+
+    penalties, utilities = cached.load(), sketched(texts[1], draws(0)[1])
+    if penalties is None:
+        penalties = {name: rounded(each) for name, each in sketched(texts[0], draws(0)[0]).items()}
+        cached.save(penalties)
     widths = {name: width for name, width in widths.items() if name in penalties and name in utilities}
     both = {name: (penalties[name], utilities[name]) for name in widths}
     bases = {name: joint_basis(*both[name]) for name in widths}

@@ -113,6 +113,9 @@ class _Group:
         self._input, self._outputs = None, {}
 
     def output(self, number: int, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which finds equal products itself, and lets no state change in checkpoints
+            (output,) = _Adapted.apply(x, self._a, self.bases[number : number + 1], self.pairs[number].b)
+            return output
         if x is not self._input or number not in self._outputs:
             self._input = x
             factors = [pair.b for pair in self.pairs]

@@ -108,9 +108,10 @@ class MemoryEstimate:
         """The bytes that the device needs."""
         return self.largest.on_device
 
-    def fits(self, gib: float) -> bool:
-        """Return whether the run fits a card of `gib` GiB, with the margin."""
-        return self.peak <= gib * GIB * (1 - MARGIN)
+    def fits(self, gib: float, stage: str | None = None) -> bool:
+        """Return whether the run, or one of its stages, fits a card of `gib` GiB, with the margin."""
+        needed = self.peak if stage is None else next(s.on_device for s in self.stages if s.name == stage)
+        return needed <= gib * GIB * (1 - MARGIN)
 
     @property
     def host(self) -> int:
@@ -151,6 +152,7 @@ class _Run:
         self.context = {"CUDA context": CUDA_CONTEXT} if self.on_gpu else {}
         self.decoded = shape.largest * self.how.compute
         self.checkpointing = recipe.training.recomputes_on(self.on_gpu)
+        self.statistics_recompute = recipe.statistics_recompute_on(self.on_gpu)
         self.sampled = OPENING + recipe.proxy.max_new_tokens
 
     def loading(self) -> MemoryStage:
@@ -191,10 +193,11 @@ class _Run:
         """A backward pass without adapters, which keeps adapted layers' inputs; the loss is computed in chunks."""
         shape, how = self.shape, self.plain
         spaces = parts.input_spaces(shape, self.how)
-        depth = 1 if not self.checkpointing else shape.depth
+        recompute = self.statistics_recompute
+        depth = 1 if not recompute else shape.depth
         inputs = sum(space.count * space.width for space in spaces) // depth * how.compute * batch.tokens
-        stored, passing = at_backward(shape, batch, how, self.checkpointing)
-        forward = (kept_with_checkpointing if self.checkpointing else kept)(shape, batch, how)
+        stored, passing = at_backward(shape, batch, how, recompute)
+        forward = (kept_with_checkpointing if recompute else kept)(shape, batch, how)
         logits = LOGIT_ROWS * shape.vocabulary * (how.compute + WEIGHTED_TENSORS * FLOAT32)
         head = logits + 2 * batch.tokens * shape.hidden * how.compute
         # A layer's input in float32, weighted and not, and the rows that a sketch converts.

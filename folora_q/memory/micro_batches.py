@@ -1,4 +1,4 @@
-"""Choose how an optimizer step is cut into forward passes, and whether activations are recomputed, by memory.
+"""Choose the batches of sampling, statistics and training by memory, and whether training recomputes activations.
 
 The optimizer step stays as the recipe says: the loss of a step is a mean over its tokens, however it is cut.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from folora_q.block_sizes import STATISTICS_LENGTH, STATISTICS_TOKENS
 from folora_q.memory.estimate import MemoryEstimate, estimate
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
@@ -17,6 +18,8 @@ from folora_q.recipe import Recipe
 # pass longer by this factor. Both are assumptions, which only rank the choices: 4,800 tokens on an H100
 # (docs/performance.md), fewer on slower cards.
 LAUNCH_TOKENS, RECOMPUTATION = 2000, 4 / 3
+# Generating a token for this many texts takes little longer than for one: the weights are read for all of them.
+MAX_SAMPLING_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ class StepPlan:
     recipe: Recipe
     recompute: bool
     memory: MemoryEstimate
+
+    @property
+    def calibration(self) -> str:
+        """How many texts are sampled at a time, and how many tokens the statistics read at a time."""
+        proxy, gate = self.recipe.proxy, self.recipe.gate
+        reading = f", statistics of {gate.batch_tokens:,} tokens at a time" if gate.batch_tokens else ""
+        return f"sampling {proxy.batch_size} texts at a time{reading}"
 
     @property
     def rows(self) -> int:
@@ -64,11 +74,40 @@ def plan_step(recipe: Recipe, shape: ModelShape, gib: float) -> StepPlan:
     Args:
         gib: memory of the GPU.
     """
-    plans = list(_plans(recipe, shape))
+    plans = list(_plans(plan_calibration(recipe, shape, gib), shape))
     fitting = [plan for plan in plans if plan.memory.fits(gib)]
     if fitting:
         return min(fitting, key=lambda plan: (plan.time, plan.memory.peak))
     return min(plans, key=lambda plan: (plan.memory.peak, plan.time))
+
+
+def plan_calibration(recipe: Recipe, shape: ModelShape, gib: float) -> Recipe:
+    """Return the recipe with the largest batches for sampling and statistics that fit; the smallest if none does.
+
+    Nothing changes with `training.auto_batch_size: false`. Statistics do not depend on their batches; sampled
+    text does, as on a seed.
+    """
+    if not recipe.training.auto_batch_size:
+        return recipe
+    texts = recipe.proxy.num_samples + recipe.proxy.num_heldout_samples
+    batches = [-(-texts // count) for count in range(-(-texts // MAX_SAMPLING_ROWS), texts + 1)]
+    sampling = (recipe.changed({"proxy": {"batch_size": rows}}) for rows in dict.fromkeys(batches))
+    recipe = _first_that_fits(sampling, shape, gib, "sampling")
+    if not recipe.gate.enabled:
+        return recipe
+    sizes = [recipe.gate.batch_tokens or STATISTICS_TOKENS]
+    while sizes[-1] >= 2 * min(recipe.training.max_length, STATISTICS_LENGTH):  # a row is never cut for memory
+        sizes.append(sizes[-1] // 2)
+    reading = (recipe.changed({"gate": {"batch_tokens": size, "batch_size": size}}) for size in sizes)
+    return _first_that_fits(reading, shape, gib, "statistics")
+
+
+def _first_that_fits(recipes: Iterator[Recipe], shape: ModelShape, gib: float, stage: str) -> Recipe:
+    """Return the first recipe with which a stage fits, or the last."""
+    for recipe in recipes:
+        if estimate(recipe, shape).fits(gib, stage):
+            break
+    return recipe
 
 
 def _plans(recipe: Recipe, shape: ModelShape) -> Iterator[StepPlan]:

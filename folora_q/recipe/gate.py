@@ -79,8 +79,11 @@ class GateSection(Section):
     num_task_samples: PositiveInt = 256
     """Number of training rows for the task's statistics."""
     batch_size: PositiveInt = 16
-    """Batch size for the statistics. With covariance: fisher it is capped at the number of tokens of a training
-    batch."""
+    """Batch size for the statistics, which do not depend on it. Short texts are read together, but at most
+    batch_tokens."""
+    batch_tokens: PositiveInt | None = None
+    """Maximum number of tokens in a batch of the statistics with covariance: fisher. Default: as many as in a training
+    batch; on a GPU as memory allows."""
     basis_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the gates' bases during training. auto: bfloat16 on a GPU, float32 on a CPU."""
     refresh_every: PositiveInt = 10

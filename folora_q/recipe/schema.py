@@ -58,7 +58,7 @@ class ProxySection(Section):
     filters: bool = False
     """Discard degenerate samples as the paper does: duplicates, short samples, repeated runs, few distinct tokens."""
     batch_size: PositiveInt = 32
-    """Batch size for sampling."""
+    """Batch size for sampling. On a GPU with training.auto_batch_size it follows from the memory estimate."""
     public_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Share of packaged public text (prose, languages, tables, code) in the penalty; the rest is sampled text."""
     statistics_memory: Positive | None = None
@@ -187,12 +187,17 @@ class Recipe(Section):
     def statistics_batch_size(self, length: int) -> int:
         """Return the batch size for statistics on sequences of at most this length.
 
-        A backward pass has no more memory than in training, so it processes no more tokens.
+        A backward pass has no more memory than in training, so by default it processes no more tokens.
         """
-        if self.gate.covariance == "activation":
-            return self.gate.batch_size
-        rows, longest = self.training.per_device_train_batch_size, self.training.max_length
-        return min(self.gate.batch_size, max(rows, rows * longest // length))
+        gate, training = self.gate, self.training
+        if gate.covariance == "activation":
+            return gate.batch_size
+        tokens = gate.batch_tokens or training.per_device_train_batch_size * training.max_length
+        return min(gate.batch_size, max(1, tokens // length))
+
+    def statistics_recompute_on(self, gpu: bool) -> bool:
+        """Return whether statistics recompute activations: always on a GPU, where their batches are large."""
+        return gpu or self.training.recomputes_on(gpu)
 
     @property
     def keeps_best(self) -> bool:

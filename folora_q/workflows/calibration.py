@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset
 from peft import PeftModel
@@ -39,6 +41,7 @@ class Calibration:
     Attributes:
         task: the training rows, with columns `input_ids` and `labels`.
         on_gpu: whether activations are recomputed if the recipe leaves that open.
+        identity: of the base model and how it computes, for the cache of Σp; None does not use it.
     """
 
     recipe: Recipe
@@ -46,11 +49,12 @@ class Calibration:
     task: Dataset
     timer: StageTimer
     on_gpu: bool
+    identity: str | None = None
 
     @property
     def settings(self) -> StatisticsSettings:
         recipe = self.recipe
-        recompute = recipe.training.recomputes_on(self.on_gpu)
+        recompute = recipe.statistics_recompute_on(self.on_gpu)
         return StatisticsSettings(recipe.gate, recipe.proxy.statistics_memory, recompute)
 
     def gates(self, model: PeftModel, samples: Samples) -> dict[str, SpectralGate]:
@@ -61,12 +65,13 @@ class Calibration:
         ids, labels = last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
         # A different seed than for the held-out crops, so that their offsets differ.
         whole = [sample.ids for sample in samples]
-        penalty = penalty_text(
-            written=list(batches([*whole, *crops(whole, recipe.proxy.seed + 1)], size, device)),
-            public=list(batches(public_windows(self.tokenizer), size, device)),
-            share=recipe.proxy.public_share,
-        )
-        return build_gates(model, penalty, list(batches(ids, size, device, labels)), self.settings, self.timer)
+        written, public = [*whole, *crops(whole, recipe.proxy.seed + 1)], public_windows(self.tokenizer)
+        share = recipe.proxy.public_share
+        penalty = penalty_text(list(batches(written, size, device)), list(batches(public, size, device)), share=share)
+        read = json.dumps([self.identity, written, public, share])
+        key = None if self.identity is None else hashlib.sha256(read.encode()).hexdigest()
+        settings = replace(self.settings, penalty_key=key)
+        return build_gates(model, penalty, list(batches(ids, size, device, labels)), settings, self.timer)
 
     def penalties(self, model: PeftModel, gates: Gates, text: CalibrationText) -> dict[str, tuple[float, float]]:
         """Measure the penalty of A's rows on text that the gates were computed from, and on as much held-out text."""

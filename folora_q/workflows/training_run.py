@@ -139,6 +139,7 @@ class TrainingRun:
         if plan is not None:
             self.recipe = plan.recipe
             self.timer.note(f"each step computes {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
+            self.timer.note(plan.calibration)
 
     def sample(self, base: LoadedModel) -> CalibrationText:
         """Get the sampled text from the resumed run, from the cache, or from the model."""
@@ -200,7 +201,8 @@ class TrainingRun:
         """Compute the gates, or load those of the resumed run, and initialize A from them."""
         pairs, path, section = adapter_pairs(model), self.folder.gates, self.recipe.gate
         on_gpu = self.hardware.device.type == "cuda"
-        calibration = Calibration(self.recipe, base.tokenizer, self.data.train.sequences, self.timer, on_gpu)
+        identity = f"{base.fingerprint} {self.hardware} {self.recipe.training.kernels == 'liger'}"
+        calibration = Calibration(self.recipe, base.tokenizer, self.data.train.sequences, self.timer, on_gpu, identity)
         if self.resumed is not None and self.resumed.keeps(path):
             gates = load_gates(path, base.model.device)
         else:

@@ -79,6 +79,7 @@ def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool) -> Work:
     """Estimate a run's work from the numbers of its tokens, as if every sample and answer had its maximum length."""
     training, train = recipe.training, data.train.counts
     learning = FORWARD_BACKWARD + FORWARD * training.recomputes_on(on_gpu)
+    reading = FORWARD_BACKWARD + FORWARD * recipe.statistics_recompute_on(on_gpu)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     passes = training.num_train_epochs
     if training.max_steps is not None:
@@ -86,7 +87,7 @@ def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool) -> Work:
     section, kept = recipe.proxy, recipe.proxy.num_heldout_samples
     return Work(
         sampling=_generating(section.num_samples + kept, section.max_new_tokens, section.batch_size),
-        statistics=_statistics_tokens(recipe, data) * (learning if recipe.gate.weighted else FORWARD),
+        statistics=_statistics_tokens(recipe, data) * (reading if recipe.gate.weighted else FORWARD),
         training=passes * train.tokens * learning,
         evaluation=_evaluation(recipe, data),
     )

@@ -99,14 +99,17 @@ BATCH_TOLERANCE, MEAN_TOLERANCE = 1e-6, 1e-7
 STEPS = ["logging.logging_steps=1", "training.max_steps=20"]
 
 
-def test_four_rows_at_once_are_one_row_four_times(recipe_file: Path) -> None:
-    once = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]
-    four_times = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
-    _, losses = trained(load_recipe(recipe_file, [*STEPS, *once]))
-    _, others = trained(load_recipe(recipe_file, [*STEPS, *four_times]))
-    relative = [(other - loss) / loss for loss, other in zip(losses, others, strict=True)]
-    assert len(losses) == 20 and max(map(abs, relative)) < BATCH_TOLERANCE
-    assert abs(sum(relative)) / 20 < MEAN_TOLERANCE
+@pytest.mark.parametrize("rule", ["step", "frozen"])
+def test_a_step_of_eight_rows_is_the_same_in_one_pass_in_two_and_in_eight(recipe_file: Path, rule: str) -> None:
+    def losses_of(rows: int) -> list[float]:
+        cut = [f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={8 // rows}"]
+        return trained(load_recipe(recipe_file, [*STEPS, *cut, f"gate.rule={rule}"]))[1]
+
+    losses = losses_of(8)
+    for rows in (4, 1):
+        relative = [(other - loss) / loss for loss, other in zip(losses, losses_of(rows), strict=True)]
+        assert len(losses) == 20 and max(map(abs, relative)) < BATCH_TOLERANCE
+        assert abs(sum(relative)) / 20 < MEAN_TOLERANCE
 
 
 def test_activations_computed_again_change_no_bit(recipe_file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from folora_q.block_sizes import STATISTICS_TOKENS
 from folora_q.memory.estimate import estimate
 from folora_q.memory.micro_batches import plan_step
 from folora_q.memory.shapes import shape_of
@@ -22,6 +23,23 @@ def test_the_step_is_the_recipes_on_every_card(gib: float) -> None:
     unchanged = {"per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing"}
     recipe = a_recipe(training=BATCH)
     assert plan.recipe.training.model_dump(exclude=unchanged) == recipe.training.model_dump(exclude=unchanged)
+
+
+def test_calibration_reads_and_samples_as_much_at_a_time_as_fits() -> None:
+    plans = [plan_step(a_recipe(training=BATCH), MISTRAL, gib).recipe for gib in (6, 8, 12, 24, 80)]
+    tokens, texts = (
+        [value or 0 for value in values]
+        for values in zip(*((plan.gate.batch_tokens, plan.proxy.batch_size) for plan in plans), strict=True)
+    )
+    assert tokens == sorted(tokens) and texts == sorted(texts)
+    assert tokens[-1] == STATISTICS_TOKENS and texts[-1] == 96, "288 texts in three equal batches"
+    assert tokens[0] < STATISTICS_TOKENS or texts[0] < 96
+    for plan, gib in zip(plans, (6, 8, 12, 24, 80), strict=True):
+        found = estimate(plan, MISTRAL)
+        assert found.fits(gib, "sampling") and found.fits(gib, "statistics")
+    fixed = a_recipe(training=BATCH | {"auto_batch_size": False})
+    planned = plan_step(fixed, MISTRAL, 80).recipe
+    assert (planned.gate, planned.proxy) == (fixed.gate, fixed.proxy)
 
 
 def test_more_memory_is_never_slower_and_is_used() -> None:
