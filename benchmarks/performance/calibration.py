@@ -2,9 +2,9 @@
 
     .venv/bin/python -m benchmarks.performance.calibration
 
-Compared are the recipe's own batches, as before plans by memory existed, and those of the plan for each card. Passes and
-tokens follow from the batches. Synchronizations are those waits for the device that PyTorch dispatches: they are counted
-on a tiny model, for one batch, and before there was one for each adapted layer besides.
+Compared are the recipe's own batches, as before plans by memory existed, and those of the plan for each card. Passes
+and tokens follow from the batches. Waits for the device are counted on a tiny model, for one batch; before, there was
+one more for each adapted layer.
 """
 
 from __future__ import annotations
@@ -124,8 +124,10 @@ def main() -> None:
         out.print(table)
         spaces = input_spaces(shape, arithmetic(recipe, shape, on_gpu=True))
         cached = sum(space.count * space.width * recipe.gate.rank * 4 for space in spaces)
-        out.print(f"Σp in the cache: {cached / 1e6:,.0f} MB; a second task saves one of its {1 + len(recipe.gate.readings)} "
-                  "readings, and all sampling\n")  # fmt: skip
+        readings = 1 + len(recipe.gate.readings)
+        out.print(
+            f"Σp in the cache: {cached / 1e6:,.0f} MB; a second task saves one of {readings} readings of its text\n"
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The optimizer step stays as the recipe says: the loss of a step is a mean over i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,18 +74,19 @@ def plan_step(recipe: Recipe, shape: ModelShape, gib: float) -> StepPlan:
     Args:
         gib: memory of the GPU.
     """
-    plans = list(_plans(plan_calibration(recipe, shape, gib), shape))
+    plans = list(_plans(plan_batches(recipe, shape, gib), shape))
     fitting = [plan for plan in plans if plan.memory.fits(gib)]
     if fitting:
         return min(fitting, key=lambda plan: (plan.time, plan.memory.peak))
     return min(plans, key=lambda plan: (plan.memory.peak, plan.time))
 
 
-def plan_calibration(recipe: Recipe, shape: ModelShape, gib: float) -> Recipe:
-    """Return the recipe with the largest batches for sampling and statistics that fit; the smallest if none does.
+def plan_batches(recipe: Recipe, shape: ModelShape, gib: float) -> Recipe:
+    """Return the recipe with the largest batches for sampling, statistics and the evaluation that fit.
 
-    Nothing changes with `training.auto_batch_size: false`. Statistics do not depend on their batches; sampled
-    text does, as on a seed.
+    If none does, one text is sampled or evaluated at a time, and statistics read as many tokens as training. Nothing
+    changes with `training.auto_batch_size: false`. Of the results only the sampled text depends on its batches, as on a
+    seed.
     """
     if not recipe.training.auto_batch_size:
         return recipe
@@ -93,16 +94,26 @@ def plan_calibration(recipe: Recipe, shape: ModelShape, gib: float) -> Recipe:
     batches = [-(-texts // count) for count in range(-(-texts // MAX_SAMPLING_ROWS), texts + 1)]
     sampling = (recipe.changed({"proxy": {"batch_size": rows}}) for rows in dict.fromkeys(batches))
     recipe = _first_that_fits(sampling, shape, gib, "sampling")
+    rows = _halves(recipe.evaluation.batch_size, 1)
+    evaluating = (recipe.changed({"evaluation": {"batch_size": size}}) for size in rows)
+    recipe = _first_that_fits(evaluating, shape, gib, "evaluation")
     if not recipe.gate.enabled:
         return recipe
-    sizes = [recipe.gate.batch_tokens or STATISTICS_TOKENS]
-    while sizes[-1] >= 2 * min(recipe.training.max_length, STATISTICS_LENGTH):  # a row is never cut for memory
+    longest = min(recipe.training.max_length, STATISTICS_LENGTH)  # a row is never cut for memory
+    sizes = _halves(recipe.gate.batch_tokens or STATISTICS_TOKENS, longest)
+    reading = [recipe.changed({"gate": {"batch_tokens": size, "batch_size": size}}) for size in sizes]
+    return _first_that_fits([*reading, recipe], shape, gib, "statistics")
+
+
+def _halves(size: int, least: int) -> list[int]:
+    """Return a size, half of it, and so on, but nothing below `least` except the size itself."""
+    sizes = [size]
+    while sizes[-1] >= 2 * least:
         sizes.append(sizes[-1] // 2)
-    reading = (recipe.changed({"gate": {"batch_tokens": size, "batch_size": size}}) for size in sizes)
-    return _first_that_fits(reading, shape, gib, "statistics")
+    return sizes
 
 
-def _first_that_fits(recipes: Iterator[Recipe], shape: ModelShape, gib: float, stage: str) -> Recipe:
+def _first_that_fits(recipes: Iterable[Recipe], shape: ModelShape, gib: float, stage: str) -> Recipe:
     """Return the first recipe with which a stage fits, or the last."""
     for recipe in recipes:
         if estimate(recipe, shape).fits(gib, stage):

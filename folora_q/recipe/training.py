@@ -98,7 +98,7 @@ class TrainingSection(Section):
     auto_batch_size: bool = True
     """On a GPU, cut per_device_train_batch_size x gradient_accumulation_steps into forward passes by the memory
     estimate, and split them further if memory runs out. Optimizer steps, data order and results stay the same. Batches
-    of sampling and statistics follow from the estimate too."""
+    of sampling, statistics and evaluation follow from the estimate too."""
     max_skipped_steps: PositiveInt = 3
     """A step is skipped if its loss or gradient is not finite or its loss spikes; after this many in a row the run
     stops."""

@@ -141,7 +141,7 @@ def test_an_adapters_own_template_and_stops_are_used(untrained: Path, run_folder
 def test_a_model_answers_in_4_or_16_bits(bits: int, tiny_folder: Path) -> None:
     chatter = load_chat(str(tiny_folder), "float32", bits)
     kinds = {type(module).__name__ for module in chatter.model.modules()}
-    assert ("Linear4bit" in kinds) == (bits == 4)
+    assert ("DecodedLinear4bit" in kinds) == (bits == 4)
     assert said(chatter, [user("hello")]) == generated(chatter.model, chatter.tokenizer, [user("hello")])
     assert chatter.system is None
     with pytest.raises(UserError, match="is not an adapter, so there is nothing to compare it with"):

@@ -25,8 +25,8 @@ def test_the_step_is_the_recipes_on_every_card(gib: float) -> None:
     assert plan.recipe.training.model_dump(exclude=unchanged) == recipe.training.model_dump(exclude=unchanged)
 
 
-def test_calibration_reads_and_samples_as_much_at_a_time_as_fits() -> None:
-    plans = [plan_step(a_recipe(training=BATCH), MISTRAL, gib).recipe for gib in (6, 8, 12, 24, 80)]
+def test_sampling_statistics_and_evaluation_take_as_much_at_a_time_as_fits() -> None:
+    plans = [plan_step(a_recipe(training=BATCH), MISTRAL, gib).recipe for gib in (8, 12, 24, 80)]
     tokens, texts = (
         [value or 0 for value in values]
         for values in zip(*((plan.gate.batch_tokens, plan.proxy.batch_size) for plan in plans), strict=True)
@@ -34,9 +34,9 @@ def test_calibration_reads_and_samples_as_much_at_a_time_as_fits() -> None:
     assert tokens == sorted(tokens) and texts == sorted(texts)
     assert tokens[-1] == STATISTICS_TOKENS and texts[-1] == 96, "288 texts in three equal batches"
     assert tokens[0] < STATISTICS_TOKENS or texts[0] < 96
-    for plan, gib in zip(plans, (6, 8, 12, 24, 80), strict=True):
+    for plan, gib in zip(plans, (8, 12, 24, 80), strict=True):
         found = estimate(plan, MISTRAL)
-        assert found.fits(gib, "sampling") and found.fits(gib, "statistics")
+        assert all(found.fits(gib, stage) for stage in ("sampling", "statistics", "evaluation"))
     fixed = a_recipe(training=BATCH | {"auto_batch_size": False})
     planned = plan_step(fixed, MISTRAL, 80).recipe
     assert (planned.gate, planned.proxy) == (fixed.gate, fixed.proxy)
@@ -45,7 +45,7 @@ def test_calibration_reads_and_samples_as_much_at_a_time_as_fits() -> None:
 def test_more_memory_is_never_slower_and_is_used() -> None:
     plans = [plan_step(a_recipe(training=BATCH), MISTRAL, gib) for gib in (12, 16, 24, 80)]
     times = [plan.time for plan in plans]
-    assert times == sorted(times, reverse=True) and times[-1] < 0.8 * times[0]
+    assert times == sorted(times, reverse=True) and times[-1] < 0.85 * times[0]
     assert plans[0].recompute and not plans[-1].recompute
 
 
@@ -70,4 +70,5 @@ def test_what_fits_nowhere_gets_the_smallest_plan() -> None:
     plan = plan_step(a_recipe(training=long), MISTRAL, 6)
     one = {"per_device_train_batch_size": 1, "activation_checkpointing": True}
     assert not plan.memory.fits(6)
-    assert plan.recompute and plan.memory.peak == estimate(a_recipe(training=long | one), MISTRAL).peak
+    smallest = a_recipe(training=long | one, evaluation={"batch_size": 1}, proxy={"batch_size": 1})
+    assert plan.recompute and plan.memory.peak == estimate(smallest, MISTRAL).peak
