@@ -101,8 +101,9 @@ def work(recipe: Recipe, waits: int) -> Work:
     return Work(decoding, readings * passes, readings * tokens, readings * passes * waits)
 
 
-@click.command(help=__doc__.partition("\n")[0])
+@click.command()
 def main() -> None:
+    """Count the work of sampling and statistics at 7B shapes."""
     now = waits_in_a_batch()
     for name in ("llama-2-7b", "llama-3-8b"):
         shape = shape_of({**SHAPES[name].to_dict(), "torch_dtype": None})

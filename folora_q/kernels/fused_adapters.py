@@ -96,17 +96,17 @@ class _Group:
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
         self._a = (pairs[0].a.detach() * pairs[0].scale).to(self.bases[0].compute_dtype)  # A is frozen
-        for number, pair in enumerate(pairs):
-            module = cast(_Fused, pair.module)
+        self._modules: list[Any] = [pair.module for pair in pairs]
+        for number, module in enumerate(self._modules):
             module.group, module.number = self, number
 
     def attach(self) -> None:
-        for pair in self.pairs:
-            pair.module.__class__ = _Fused
+        for module in self._modules:
+            module.__class__ = _Fused
 
     def detach(self) -> None:
-        for pair in self.pairs:
-            pair.module.__class__ = Linear4bit
+        for module in self._modules:
+            module.__class__ = Linear4bit
         self._forget()
 
     def _forget(self) -> None:
