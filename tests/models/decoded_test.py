@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from folora_q.models.decoded import hold_decoded
+from folora_q.models.decoded import DecodedLinear4bit, hold_decoded
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe.schema import ModelSection
@@ -45,4 +45,4 @@ def test_a_model_on_a_cpu_holds_them_where_memory_is_not_short(
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: type("Memory", (), {"available": free}))
         model = load_model(section, cpu).model
         layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-        assert all(("forward" in vars(layer)) == held for layer in layers) and layers
+        assert all(isinstance(layer, DecodedLinear4bit) == held for layer in layers) and layers
