@@ -29,6 +29,10 @@ class RunError(FoloraError):
     """The run itself failed: a non-finite number, a missing tool, a broken download. Exit code 1."""
 
 
+class OtherProcessError(RunError):
+    """Another process of the same run has ended, and says why itself."""
+
+
 class Terminated(KeyboardInterrupt):
     """The process was asked to end by SIGTERM, as Ctrl-C asks by SIGINT."""
 

@@ -106,6 +106,23 @@ class Progress(Protocol):
         ...
 
 
+class Silence:
+    """Shows nothing: the progress of a process that another one speaks for."""
+
+    @contextmanager
+    def stage(self, title: str, total: int | None, unit: Unit = "units") -> Iterator[Callable[[int], None]]:
+        yield lambda done: None
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+    def show(self, event: TrainingEvent) -> None:
+        pass
+
+
 class Meter(Protocol):
     """Measures the memory that a stage takes at its peak; `folora_q.models.hardware` has one."""
 

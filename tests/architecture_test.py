@@ -76,7 +76,7 @@ def test_only_the_cli_prints_or_exits_and_only_files_renames(path: Path) -> None
     [
         "import folora_q",
         "import folora_q.errors, folora_q.storage.files",
-        "import folora_q.distributed",
+        "import folora_q.distributed.launch",
         "import folora_q.recipe",
         "import folora_q.cli.app",
         "import folora_q.cli.train",

@@ -23,6 +23,7 @@ from folora_q.core import (
 )
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import count_tokens
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, first_line
 from folora_q.models.adapters import adapter_off, adapter_pairs
 from folora_q.progress import StageTimer
@@ -40,12 +41,14 @@ class StatisticsSettings:
         memory: GiB for the sketches of the layers that are processed together; None: all layers.
         recompute: keep only the layers' inputs for the backward pass.
         penalty_key: identifies the base model and the penalty's text in the cache of Σp; None does not use it.
+        processes: read the text together.
     """
 
     gate: GateSection
     memory: float | None = None
     recompute: bool = False
     penalty_key: str | None = None
+    processes: Processes = ONE
 
 
 def build_gates(
@@ -81,7 +84,8 @@ def build_gates(
         tokens -= count_tokens(proxy) * sum(cached.exists for cached in caches)
         with clock.stage("statistics of both texts", tokens, "tokens") as done:
             splitter = BatchSplitter("taking statistics of", clock.warn)
-            reading = Reading(model, modules, groups, settings.gate.weighted, settings.recompute, done, splitter)
+            how = section.weighted, settings.recompute
+            reading = Reading(model, modules, groups, *how, done, splitter, settings.processes)
             for each, cached in zip(widths, caches, strict=True):
                 found |= _gates_of(each, reading, (proxy, task), section, cached)
     torch.cuda.empty_cache()  # blocks of a text batch's size would fragment memory in training; no effect without CUDA
@@ -124,7 +128,8 @@ def row_penalties(
     title, tokens = "penalty of A's rows, in sample and held out", sum(map(count_tokens, texts))
     with adapter_off(model), clock.stage(title, tokens, "tokens") as done:
         splitter = BatchSplitter("taking statistics of", clock.warn)
-        reading = Reading(model, modules, groups, settings.gate.weighted, settings.recompute, done, splitter)
+        how = settings.gate.weighted, settings.recompute
+        reading = Reading(model, modules, groups, *how, done, splitter, settings.processes)
         draw = 0 if reading.weighted else None
         fitted, heldout = (reading.stream(text, len(rows), new_sinks, draw) for text in texts)
     return {
@@ -159,10 +164,11 @@ def _gates_of(
         sketches = reading.stream(text, len(widths), new_sketches, draw)
         return {name: sketch.covariance() for name, sketch in sketches.items() if sketch.count > 0}
 
-    penalties, utilities = cached.load(), sketched(texts[1], draws(0)[1])
+    penalties, utilities = reading.processes.share(cached.load), sketched(texts[1], draws(0)[1])
     if penalties is None:
         penalties = {name: rounded(each) for name, each in sketched(texts[0], draws(0)[0]).items()}
-        cached.save(penalties)
+        if reading.processes.first:
+            cached.save(penalties)
     widths = {name: width for name, width in widths.items() if name in penalties and name in utilities}
     both = {name: (penalties[name], utilities[name]) for name in widths}
     bases = {name: joint_basis(*both[name]) for name in widths}

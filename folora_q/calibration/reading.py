@@ -20,11 +20,14 @@ from folora_q.calibration.hooks import Counted, TokenSink, collect_inputs, colle
 from folora_q.core import CovarianceSketch, ProjectedCovariance
 from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
 from folora_q.data.tokens import Batch
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError
 from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.models.parts import base_of
 
 Text = Sequence[Batch]
+# With fewer, the processes' shares of a text can differ by a quarter.
+BATCHES_PER_PROCESS = 4
 Sink = TypeVar("Sink", CovarianceSketch, ProjectedCovariance)
 
 
@@ -36,6 +39,7 @@ class Reading:
         modules: adapted layers by name; those of a group in `groups` read the same tensor.
         on_progress: called with the number of tokens read.
         weighted: weight tokens by their gradient; the unit is then that of the loss per labelled token.
+        processes: share the text's batches; all of them call the same methods, and get the same sums.
     """
 
     model: PeftModel
@@ -45,6 +49,7 @@ class Reading:
     recompute: bool = False
     on_progress: Callable[[int], None] = lambda _: None
     splitter: BatchSplitter = field(default_factory=lambda: BatchSplitter("taking statistics of"))
+    processes: Processes = ONE
 
     def stream(
         self, text: Text, count: int, new_sinks: Callable[[], dict[str, Sink]], draw: int | None = None
@@ -60,10 +65,14 @@ class Reading:
             try:
                 sinks = new_sinks()
                 self.feed(text, sinks, draw=draw)
-                return sinks
+                fitted = True
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
+                fitted = False
+            if self.processes.least(fitted):
+                self._add_up(list(sinks.values()))
+                return sinks
             if not sinks:
                 raise RunError(
                     f"memory ran out for the sketches of {count} layers' inputs",
@@ -73,13 +82,21 @@ class Reading:
             rows = max(self.splitter.fitting(len(batch.input_ids)) for batch in text)
             self.splitter.halve(rows, text[0].input_ids.shape[1])
 
+    def _add_up(self, sinks: Sequence[CovarianceSketch | ProjectedCovariance]) -> None:
+        """Add up what the processes have seen."""
+        counts = torch.tensor([sink.count for sink in sinks], dtype=torch.float64, device=self.model.device)
+        self.processes.add([counts, *(tensor for sink in sinks for tensor in sink.sums())])
+        for sink, count in zip(sinks, counts.tolist(), strict=True):
+            sink.count = int(count)
+
     def feed(self, text: Text, sinks: Mapping[str, TokenSink], draw: int | None = None) -> None:
-        """Feed a text to the sinks.
+        """Feed this process's share of a text to the sinks.
 
         Args:
             draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
                 weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
         """
+        text = _divided(text, self.processes.count)
         labels = torch.Generator().manual_seed(draw) if draw is not None else None
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
         seen, learned = (
@@ -91,7 +108,12 @@ class Reading:
             collect_weighted_inputs(self.modules, by_module) if self.weighted else collect_inputs(self.modules, sinks)
         )
         with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
-            for batch, tokens in zip(text, seen, strict=True):
+            for number, (batch, tokens) in enumerate(zip(text, seen, strict=True)):
+                if number % self.processes.count != self.processes.rank:
+                    if labels is not None:  # each token's label is the same, whichever process draws it
+                        _numbers(len(batch.targets), labels)
+                    self.on_progress(tokens)
+                    continue
                 rows = len(batch.input_ids)
                 for start in range(0, rows, size := self.splitter.fitting(rows)):
                     part = rows_of(batch, start, start + size)
@@ -135,8 +157,25 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     It takes one number per row from a generator on the CPU, so labels depend on neither the device nor the batch size.
     """
     cumulative = logits.softmax(-1).cumsum_(-1)
-    thresholds = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulative[:, -1:]
+    thresholds = _numbers(len(logits), generator).to(logits.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def _divided(text: Text, processes: int) -> Text:
+    """Return the same rows in more batches, if there are too few for every process to get about as many."""
+    if processes == 1 or len(text) >= BATCHES_PER_PROCESS * processes:
+        return text
+    sizes = [-(-len(batch.input_ids) // processes) for batch in text]
+    return [
+        rows_of(batch, start, start + size)
+        for batch, size in zip(text, sizes, strict=True)
+        for start in range(0, len(batch.input_ids), size)
+    ]
+
+
+def _numbers(count: int, generator: torch.Generator) -> Tensor:
+    """Return uniform numbers (count, 1)."""
+    return torch.rand(count, 1, generator=generator)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.calibration.sample import ProxySample, sample_proxy
 from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.models.parts import embedding_rows
 from folora_q.progress import StageTimer
 from folora_q.recipe.schema import ProxySection
@@ -22,6 +23,8 @@ from folora_q.storage.untrusted import parse_json, read_lines
 
 # Increased when the same settings give other text.
 FORMAT = 2
+# Between the seeds of two processes.
+SEEDS_APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,40 @@ class SampledModel:
         return cache_path(self.fingerprint, str(self.dtype), template, section)
 
 
-def load_or_sample(base: SampledModel, section: ProxySection, clock: StageTimer) -> list[ProxySample]:
-    """Load the text that a model generated before with these settings, or sample it now.
+def load_or_sample(
+    base: SampledModel, section: ProxySection, clock: StageTimer, processes: Processes = ONE
+) -> list[ProxySample]:
+    """Load the text that a model generated before with these settings, or sample it now, each process a part.
 
     Raises:
         UserError, RunError: as `sample_proxy`.
     """
     model, tokenizer = base.model, base.tokenizer
     path = base.cached(section)
-    samples = read_samples(path, embedding_rows(model))
+    samples = processes.share(lambda: read_samples(path, embedding_rows(model)))
     if samples is not None:
         clock.note(f"sampled text read from {path}")
         return samples
-    count = section.num_samples + section.num_heldout_samples
-    with clock.stage("sampling text from the base model", count, "texts") as done:
-        samples = sample_proxy(model, tokenizer, section, done, BatchSplitter("sampling", clock.warn))
+    part = _part(section, processes)
+    with clock.stage("sampling text from the base model", part.num_samples, "texts") as done:
+        samples = sample_proxy(model, tokenizer, part, done, BatchSplitter("sampling", clock.warn))
+    samples = [sample for each in processes.gather(samples) for sample in each]
+    if not processes.first:
+        return samples
     try:
         write_samples(path, samples, tokenizer)
         clock.note(f"sampled text saved in {path}")
     except OSError as error:  # the run has the text, which took long to sample
         clock.note(f"sampled text could not be saved in {path}: {error.strerror}")
     return samples
+
+
+def _part(section: ProxySection, processes: Processes) -> ProxySection:
+    """Return the settings of the texts that a process samples, all of them in `num_samples`."""
+    count, rest = divmod(section.num_samples + section.num_heldout_samples, processes.count)
+    seed = section.seed + SEEDS_APART * processes.rank
+    mine = {"num_samples": count + (processes.rank < rest), "num_heldout_samples": 0, "seed": seed}
+    return section.model_copy(update=mine)
 
 
 def cache_path(fingerprint: str, dtype: str, chat_template: str | dict[str, str] | None, section: ProxySection) -> Path:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -20,8 +21,12 @@ from click.exceptions import NoSuchOption
 
 from folora_q import __version__
 from folora_q.cli.console import concealing, print_error, set_output
-from folora_q.errors import FoloraError, RunError, Terminated, UserError, first_line
+from folora_q.distributed.launch import rank
+from folora_q.errors import FoloraError, OtherProcessError, RunError, Terminated, UserError, first_line
 from folora_q.storage.files import NoCacheError, cache_folder
+
+# Another process waits this long before it ends with an error that the first process shows too.
+SECONDS_TO_SPEAK = 3
 
 # Command names and their modules in this folder. The command is the module's attribute `command`.
 COMMANDS = {
@@ -100,7 +105,8 @@ def _run(arguments: list[str]) -> None:
             code = group.main(arguments, prog_name="folora-q", standalone_mode=False)
         except (click.Abort, KeyboardInterrupt) as stop:
             interrupt = stop.__context__ or stop  # click wraps it
-            print_error("interrupted", str(interrupt) or None)
+            if rank() == 0:
+                print_error("interrupted", str(interrupt) or None)
             sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
         except Exception as error:
             if debug and not isinstance(error, click.ClickException):
@@ -134,6 +140,8 @@ def _recording_interrupts() -> Iterator[list[int]]:
 
 def _exit(error: Exception, arguments: list[str]) -> NoReturn:
     """Print an error in the user's terms and exit with its code."""
+    if rank():
+        _exit_as_one_of_several(error)
     if isinstance(error, NoSuchOption) and (setting := _setting(error, arguments)) is not None:
         message = f"there is no option {error.option_name}; settings of the recipe are written as key=value"
         print_error(message, setting)
@@ -145,6 +153,17 @@ def _exit(error: Exception, arguments: list[str]) -> NoReturn:
         print_error(error.message, error.hint)
         sys.exit(error.exit_code)
     print_error(*_in_words(error))
+    sys.exit(RunError.exit_code)
+
+
+def _exit_as_one_of_several(error: Exception) -> NoReturn:
+    """Exit as another process than the first, and print only what no other process prints."""
+    if isinstance(error, UserError | click.ClickException):
+        time.sleep(SECONDS_TO_SPEAK)  # the launcher ends the first process as soon as this one has ended
+        sys.exit(error.exit_code)
+    if not isinstance(error, OtherProcessError):
+        message, hint = (error.message, error.hint) if isinstance(error, FoloraError) else _in_words(error)
+        print_error(f"process {rank()}: {message}", hint)
     sys.exit(RunError.exit_code)
 
 

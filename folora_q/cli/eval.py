@@ -12,7 +12,7 @@ from rich.markup import escape
 from folora_q.cli.console import out, starting, visible
 from folora_q.cli.evaluation_table import print_answer, print_evaluation, print_harness
 from folora_q.cli.options import trust_options
-from folora_q.distributed import require_one_process
+from folora_q.distributed.launch import require_one_process
 from folora_q.errors import UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import load_recipe
@@ -91,7 +91,7 @@ def command(
     recipe = None if path is None else load_recipe(path)
     if output is not None and output.exists():
         raise UserError(f"{output} already exists", "name another folder with --output")
-    require_one_process()
+    require_one_process("eval")
     require_reachable(find_target(name))  # what needs a few JSON files only is found before PyTorch is imported
     with starting(settings["debug"]) as progress:
         from folora_q.evaluation.harness import HarnessRequest

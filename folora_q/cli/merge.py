@@ -12,7 +12,7 @@ from rich.table import Table
 
 from folora_q.cli.console import out, print_table, starting
 from folora_q.cli.options import trust_options
-from folora_q.distributed import require_one_process
+from folora_q.distributed.launch import require_one_process
 from folora_q.errors import UserError
 from folora_q.models.trust import Trust
 from folora_q.targets.find import adapter_folder, merged_folder
@@ -96,7 +96,7 @@ def command(
     target = output or merged_folder(sources[0])
     if target.exists() and not overwrite:
         raise UserError(f"{target} already exists", "add --overwrite, or name another place with --output")
-    require_one_process()
+    require_one_process("merge")
     with starting(settings["debug"]) as progress:
         import torch
 

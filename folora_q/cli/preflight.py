@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from folora_q.cli.console import err, starting
+from folora_q.distributed.launch import rank
 from folora_q.preflight.model import Examined, examine_model
 from folora_q.recipe import Recipe, places_in
 from folora_q.recipe.load import OVERRIDE
@@ -31,11 +32,12 @@ def placed(recipe: Recipe, path: Path, overrides: Sequence[str], resume: bool, o
         folder = find_run(str(folder), None if given_here else recipe_file(path))
         if folder != Path(recipe.training.output_dir):
             err.print(f"[dim]resuming the run in {escape(str(folder))}[/]", soft_wrap=True)
-    require_unlocked(folder)
-    if resume:
-        read_earlier(RunFolder(folder))
-    else:
-        check_run_folder(folder, overwrite)
+    if rank() == 0:  # which may hold the lock before another of its processes comes here
+        require_unlocked(folder)
+        if resume:
+            read_earlier(RunFolder(folder))
+        else:
+            check_run_folder(folder, overwrite)
     training = recipe.training.model_copy(update={"output_dir": str(folder)})
     return recipe.model_copy(update={"training": training})
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import rich_click as click
 from rich.markup import escape
 
-from folora_q.cli.console import out, starting
+from folora_q.cli.console import out, set_output, starting
 from folora_q.cli.evaluation_table import print_answer, print_evaluation
 from folora_q.cli.options import recipe_arguments, trust_options
 from folora_q.cli.preflight import examined, placed
 from folora_q.cli.wording import duration
-from folora_q.distributed import require_one_process
+from folora_q.distributed.launch import launched_processes, rank
 from folora_q.errors import Terminated, UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import Recipe
@@ -63,9 +63,11 @@ def command(
         raise UserError("--resume continues a run and --overwrite removes it", "give one of them")
     if force and not resume:
         raise UserError("--force requires --resume", "add --resume, or replace the run with --overwrite")
-    require_one_process()
+    launched_processes()
     recipe = placed(recipe, path, overrides, resume, overwrite)
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
+    if rank():
+        set_output(quiet=True, plain=True)  # the first process speaks for all
     with starting(settings["debug"]) as progress:
         from folora_q.workflows.train import TrainingRequest, run_training
     for note in model.notes:
@@ -83,8 +85,9 @@ def command(
         options = [*["--allow-code"] * allow_code, *trust.flags(), "--resume"]
         line = f"{_program()} {shlex.join(['train', str(path), *overrides, *options])}"
         raise type(stop)(f"{stop}; resume it with\n  {line}") from None
-    _print_result(result, recipe)
-    _print_next(recipe, trust)
+    if result is not None:
+        _print_result(result, recipe)
+        _print_next(recipe, trust)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

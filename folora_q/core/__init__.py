@@ -3,7 +3,7 @@
 Imports only PyTorch, so that it can be used in any training loop.
 """
 
-from folora_q.core.gate import SpectralGate, normalizers
+from folora_q.core.gate import SpectralGate, gates_on, normalizers
 from folora_q.core.optimizer import GatedOptimizer, SpectralAdamW
 from folora_q.core.refine_basis import refined_basis
 from folora_q.core.sketch import CovarianceSketch, ProjectedCovariance
@@ -16,6 +16,7 @@ __all__ = [
     "ProjectedCovariance",
     "SpectralAdamW",
     "SpectralGate",
+    "gates_on",
     "joint_basis",
     "normalizers",
     "refined_basis",

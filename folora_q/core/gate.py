@@ -13,7 +13,7 @@ Source: FoLoRA (arXiv 2606.00132) section 3 for quotient and gate; docs/method.m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -288,6 +288,12 @@ class SpectralGate:
     def from_state_dict(cls, state: dict[str, Any]) -> SpectralGate:
         """Rebuild a gate; bit for bit the same on the same machine."""
         return cls(**state)
+
+
+def gates_on(gates: Mapping[str, SpectralGate], device: torch.device | str) -> dict[str, SpectralGate]:
+    """Return gates by layer on a device; layers that shared a gate share it again."""
+    moved = {id(gate): gate.to(device) for gate in gates.values()}
+    return {layer: moved[id(gate)] for layer, gate in gates.items()}
 
 
 def rank_gates(penalty: Tensor, utility: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Tensor:

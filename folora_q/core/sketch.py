@@ -65,6 +65,10 @@ class TokenSums:
     def _add(self, part: Tensor) -> None:
         raise NotImplementedError
 
+    def sums(self) -> list[Tensor]:
+        """Return all tensors that are sums over tokens: those of several processes can be added up."""
+        return [self.energy_sum, self._sums]
+
 
 class CovarianceSketch(TokenSums):
     """A randomized Nyström sketch of Σ = E[x xᵀ], updated batch by batch.
@@ -162,6 +166,9 @@ class ProjectedCovariance(TokenSums):
         self.gram.addmm_(coordinates.T, coordinates)
         if self.image is not None:
             self.image.addmm_(part.T, coordinates)
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), *([self.image] if self.image is not None else [])]
 
     def mean(self) -> Tensor:
         """Return S = P₀ᵀ E[x xᵀ] P₀, (m, m) float64 on the CPU."""

@@ -137,7 +137,7 @@ def tokenize(
         raise UserError(
             _nothing_left(examples, counts, unfit.max_length, kind), f"{longer}look at them with `folora-q preview`"
         )
-    with commit_directory(folder) as staging:
+    with commit_directory(folder, keeps_existing=True) as staging:
         made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
         made.save_to_disk(staging)
         (staging / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")

@@ -56,7 +56,7 @@ def convert_gguf(path: Path, target: Path | None = None) -> Path:
         raise
     except (OSError, ValueError, struct.error, *MALFORMED) as error:
         raise UserError(f"transformers cannot read {path}: {first_line(error)}", "is it damaged?") from error
-    with commit_directory(target) as staging:
+    with commit_directory(target, keeps_existing=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return target

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from folora_q.core import SpectralGate
+from folora_q.core import SpectralGate, gates_on
 from folora_q.models.adapters import AdapterPair, freeze_lora_a
 from folora_q.recipe.gate import GateSection
 from folora_q.rules.base import OptimizerContext, Rule
@@ -28,8 +28,7 @@ class FrozenRule(Rule):
         self, pairs: Sequence[AdapterPair], gates: Mapping[str, SpectralGate]
     ) -> Mapping[str, SpectralGate]:
         freeze_lora_a(pairs)
-        on_host = {id(gate): gate.to("cpu") for gate in gates.values()}  # no step needs them
-        return {layer: on_host[id(gate)] for layer, gate in gates.items()}
+        return gates_on(gates, "cpu")  # no step needs them
 
     def build_optimizer(self, context: OptimizerContext) -> Optimizer:
         return context.configured()

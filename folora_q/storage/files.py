@@ -83,10 +83,12 @@ def commit_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def commit_directory(target: Path) -> Iterator[Path]:
+def commit_directory(target: Path, keeps_existing: bool = False) -> Iterator[Path]:
     """Yield a staging folder next to `target`, which replaces `target` if the block succeeds.
 
-    If another process creates `target` meanwhile, the newer content wins.
+    Args:
+        keeps_existing: if another process has created `target` meanwhile, its content stays, as in a cache. Otherwise
+            the newer content wins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -99,19 +101,34 @@ def commit_directory(target: Path) -> Iterator[Path]:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         _sync_folder(staging)
-        replaced = _set_aside(target) if target.is_dir() else None
+        replaced: list[Path] = []
         try:
-            os.replace(staging, target)
+            while not _renamed(staging, target):  # it exists, even if it did not a moment ago
+                if keeps_existing:
+                    shutil.rmtree(staging)
+                    return
+                replaced.append(_set_aside(target))
         except BaseException:
-            if replaced is not None:
-                os.replace(replaced, target)
+            if replaced:
+                os.replace(replaced[0], target)
             raise
         _sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    if replaced is not None:
-        _delete(replaced)
+    for path in replaced:
+        _delete(path)
+
+
+def _renamed(staging: Path, target: Path) -> bool:
+    """Rename a folder; False if the target is a folder with files."""
+    try:
+        os.replace(staging, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def remove_directory(path: Path) -> None:

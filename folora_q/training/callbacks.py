@@ -61,12 +61,23 @@ class Stopping(TrainerCallback):
 
     Args:
         tell: receives a line at the first signal.
+        alone: there is one process. Otherwise all stop after the same step: the trainer tells each with `agree`.
+
+    Attributes:
+        asked: the signal that this process received.
+        received: the signal to stop for.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
+    def __init__(self, tell: Callable[[str], None], alone: bool = True) -> None:
+        self.tell, self.alone = tell, alone
+        self.asked: int | None = None
         self.received: int | None = None
         self.stepping = False
+
+    def agree(self, stop: bool) -> None:
+        """Stop after this step, if any process was asked to."""
+        if stop and self.received is None:
+            self.received = self.asked or signal.SIGTERM
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -87,7 +98,9 @@ class Stopping(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again, self.received = self.received is not None, number
+        again, self.asked = self.asked is not None, number
+        if self.alone or again or not self.stepping:
+            self.received = number
         if again or not self.stepping:
             self._stop_if_asked()
         with suppress(RuntimeError):  # the signal interrupted the printing of another line

@@ -21,7 +21,9 @@ from folora_q.training.checkpoint_schema import MAX_STATE_BYTES, PROGRESS, TRAIN
 
 MANIFEST = "manifest.json"
 # Without one of these, part of the training state would silently start from scratch.
-REQUIRED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE, PROGRESS}
+REQUIRED = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", TRAINER_STATE, PROGRESS}
+# Random states: of one process, or of the first of several.
+RANDOM_STATES = ("rng_state.pth", "rng_state_0.pth")
 # Weights of a complete model, which the Trainer would load instead of the adapter's.
 PLACELESS = {
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors", "model.safetensors.index.json"),
@@ -79,7 +81,10 @@ def damage(checkpoint: Path) -> str | None:
         return f"its {MANIFEST} cannot be read"
     if step != step_of(checkpoint):
         return f"its {MANIFEST} belongs to step {step}"
-    if missing := sorted(REQUIRED - files.keys()):
+    missing = sorted(REQUIRED - files.keys())
+    if files.keys().isdisjoint(RANDOM_STATES):
+        missing.append(RANDOM_STATES[0])
+    if missing:
         return f"its {MANIFEST} does not name {missing[0]}"
     if outside := [name for name in files if not is_inside(name) or "/" in name]:
         return f"its {MANIFEST} names {outside[0]!r}, which is not a file in its folder"

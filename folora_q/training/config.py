@@ -20,8 +20,13 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIEL
 BEST = "loss_within_limit"
 
 
-def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_dir: Path) -> SFTConfig:
+def trainer_config(
+    model: PeftModel, recipe: Recipe, hardware: Hardware, output_dir: Path, processes: int = 1
+) -> SFTConfig:
     """Return the configuration of a run's trainer, on one device.
+
+    Args:
+        processes: share the forward passes of a step.
 
     Raises:
         UserError: transformers rejects a combination of settings, or this model does not support it.
@@ -42,7 +47,8 @@ def trainer_config(model: PeftModel, recipe: Recipe, hardware: Hardware, output_
             num_train_epochs=training.num_train_epochs,
             max_steps=training.max_steps or -1,
             per_device_train_batch_size=training.per_device_train_batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            gradient_accumulation_steps=training.gradient_accumulation_steps // processes,
+            ddp_find_unused_parameters=False,
             lr_scheduler_type=training.lr_scheduler_type,
             warmup_steps=training.warmup_steps,
             weight_decay=training.weight_decay,

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -19,12 +22,14 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 from trl.models import get_act_offloading_ctx_manager
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.loss import mean_loss
@@ -32,6 +37,7 @@ from folora_q.evaluation.model_pair import ModelPair
 from folora_q.kernels.step_kernels import StepKernels
 from folora_q.models.parts import base_of
 from folora_q.storage.files import atomic_write, commit_directory
+from folora_q.training.callbacks import Stopping
 from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
 from folora_q.training.monitor import StepReading
@@ -61,6 +67,7 @@ class FaultTolerance:
         kernels: compute training steps, and fall back to others if they fail.
         kept: number of checkpoints to keep.
         needs_saves: whether a checkpoint that cannot be written ends the run.
+        processes: of the run; they react together.
     """
 
     micro_batches: MicroBatches
@@ -69,6 +76,7 @@ class FaultTolerance:
     kernels: StepKernels
     kept: int = 2
     needs_saves: bool = True
+    processes: Processes = ONE
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,8 @@ class FaultTolerantTrainer(SFTTrainer):
     ) -> None:
         self.micro_batches, self.measuring = tolerance.micro_batches, tolerance.measuring
         self.skipped, self.kept, self.needs_saves = tolerance.skipped, tolerance.kept, tolerance.needs_saves
-        self.kernels = tolerance.kernels
+        self.kernels, self.processes = tolerance.kernels, tolerance.processes
+        self.stopping: Stopping | None = None
         self.heldout, self.generated_text, self.real_text = heldout, monitored.generated_text, monitored.real_text
         self.exceeded: tuple[int, float] | None = None
         self.last_good: Path | None = None
@@ -180,16 +189,45 @@ class FaultTolerantTrainer(SFTTrainer):
         tokens, rows = self._total_train_tokens, self.args.per_device_train_batch_size
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._try_step(longest_rows(self.train_dataset, rows))
-            if self.continued is None:  # a resumed run computes its steps as before
+            self._agree_on_rows()
+            if self.continued is None and self.processes.count == 1:  # a resumed run computes its steps as before
                 usual = [self.train_dataset[index] for index in range(min(rows, len(self.train_dataset)))]
                 steps = (self.state.max_steps or 0) * self.current_gradient_accumulation_steps
                 self.kernels.choose_by_time(lambda: self._try_step(usual), steps)
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            rehearse_saving(self.save_model, self.run, trained, self.kept if self.saves else 0)
+            kept = self.kept if self.saves else 0
+            self.processes.share(lambda: rehearse_saving(self.save_model, self.run, trained, kept))
         self.step_in_hand = None
         self._total_train_tokens = tokens
         for kind in self._metrics.values():
             kind.clear()
+
+    def _agree_on_rows(self) -> None:
+        """Let all processes split batches alike; later a process alone could not, since the others wait for it."""
+        splitter = self.micro_batches.splitter
+        if self.processes.count > 1:
+            rows = self.args.per_device_train_batch_size
+            splitter.rows = self.processes.least(splitter.fitting(rows))
+            splitter.enabled = False
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Get the micro-batches of a step, without rows that accelerate repeats so that all processes have as many."""
+        if self.processes.count > 1:
+            epoch_iterator = self._without_repeated_rows(epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _without_repeated_rows(self, epoch_iterator: Iterator) -> Iterator:
+        """Yield micro-batches in which no token of a repeated row is trained."""
+        size, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        count, rank = self.processes.count, self.processes.rank
+        rows = len(self.train_dataset)
+        mine = ceil(rows / (size * count))  # micro-batches of this process in an epoch
+        number = self.state.global_step % ceil(mine / accumulation) * accumulation
+        for inputs in epoch_iterator:
+            new = min(max(rows - (number * count + rank) * size, 0), size)
+            inputs["labels"][new:] = IGNORED
+            number += 1
+            yield inputs
 
     def _try_step(self, rows: list[dict[str, Any]]) -> None:
         """Compute a micro-batch, wait for it, and discard its gradients."""
@@ -209,8 +247,10 @@ class FaultTolerantTrainer(SFTTrainer):
         """Compute a micro-batch, split into parts if it does not fit into memory."""
         step = super().training_step
 
-        def compute(part: dict[str, Any]) -> Tensor:
-            with self.kernels.active():
+        def compute(part: dict[str, Any], more: bool = False) -> Tensor:
+            # Gradients of several processes are added up with the last part of a step only.
+            later = model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
+            with self.kernels.active(), later:
                 return step(model, part, num_items_in_batch)
 
         first, self.step_in_hand = self.step_in_hand != self.state.global_step, self.state.global_step
@@ -239,9 +279,14 @@ class FaultTolerantTrainer(SFTTrainer):
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        numbers = (self.step_loss, norm, self.step_tokens)
-        seen = torch.stack([torch.as_tensor(each, device=self.args.device).float() for each in numbers])
-        loss, size, tokens = seen.tolist()  # the one synchronization with the device in a step
+        stop = self.stopping is not None and self.stopping.asked is not None
+        numbers = (self.step_loss / self.processes.count, self.step_tokens, float(stop))  # each loss is a share
+        seen = [torch.as_tensor(each, device=self.args.device).float() for each in numbers]
+        sums = self.processes.sums(torch.stack(seen))
+        numbers = torch.cat([sums, torch.as_tensor(norm, device=self.args.device).float().view(1)])
+        loss, tokens, stops, size = numbers.tolist()  # the one synchronization with the device in a step
+        if self.stopping is not None:
+            self.stopping.agree(stops > 0)
         self.reading = StepReading(loss, size, round(tokens))
         # In float16 the loss scaler finds its scale from overflowing gradients, and skips those steps itself.
         reason = self.skipped.reason(loss, 0.0 if scaled else size)
@@ -279,9 +324,27 @@ class FaultTolerantTrainer(SFTTrainer):
         Raises:
             RunError: it cannot be written and the run requires it; earlier checkpoints are kept.
         """
+        self.store_flos()
+        files = self.processes.gather(self._random_states())
+        others = {name: content for each in files[1:] for name, content in each.items()}
+        self.last_good, self.state.best_model_checkpoint = self.processes.share(lambda: self._write_checkpoint(others))
+
+    def _random_states(self) -> dict[str, bytes]:
+        """Return the files with this process's random states; only those of other processes than the first are sent."""
+        if self.processes.first:
+            return {}
+        with TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    def _write_checkpoint(self, random_states: Mapping[str, bytes]) -> tuple[Path | None, str | None]:
+        """Write a checkpoint in the first process.
+
+        Returns:
+            The last good checkpoint, and the best one.
+        """
         run, step = self.run, self.state.global_step
         target = checkpoint_path(run, step)
-        self.store_flos()
         best, best_before = self.state.best_global_step, self.state.best_model_checkpoint
         if best and (best == step or checkpoint_path(run, best).is_dir()):
             self.state.best_model_checkpoint = str(checkpoint_path(run, best))
@@ -291,6 +354,8 @@ class FaultTolerantTrainer(SFTTrainer):
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
+                for name, content in random_states.items():
+                    (folder / name).write_bytes(content)
                 states = cast(dict[str, Any], self.state.stateful_callbacks)  # since it is constructed
                 for callback in (*self.callback_handler.callbacks, self.control):
                     if isinstance(callback, ExportableState):
@@ -306,13 +371,14 @@ class FaultTolerantTrainer(SFTTrainer):
                 raise RunError(what, "is the disk full? `--resume` continues from the previous checkpoint") from error
             self.state.best_model_checkpoint = best_before
             self.skipped.tell(f"{what}; training continues without it (training.on_save_error)")
-            return
+            return self.last_good, best_before
         if self.skipped.in_a_row == 0:
             self.last_good = target
         needed = [self.last_good] if self.last_good is not None else []
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             needed.append(Path(self.state.best_model_checkpoint))
         rotate(run, self.kept, needed)
+        return self.last_good, self.state.best_model_checkpoint
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None  # the Trainer checks this first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,14 +40,14 @@ class MicroBatches:
         self.gathered: list[Inputs] = []
 
     def add(
-        self, inputs: Inputs, first: bool, compute: Callable[[Inputs], Tensor], clear: Callable[[], None]
+        self, inputs: Inputs, first: bool, compute: Callable[[Inputs, bool], Tensor], clear: Callable[[], None]
     ) -> Tensor:
         """Compute a micro-batch's loss and add its gradient.
 
         Args:
             inputs: tensors (rows, ...).
             first: whether it is the first of its step.
-            compute: forward and backward of one part.
+            compute: forward and backward of one part; is told whether more parts of the micro-batch follow.
             clear: clears the step's gradients.
 
         Raises:
@@ -59,7 +59,7 @@ class MicroBatches:
         todo = [inputs]
         while True:
             try:
-                losses = [sum(compute(part) for part in self._parts(each)) for each in todo]
+                losses = [sum(self._losses(each, compute)) for each in todo]
                 return cast(Tensor, losses[-1])
             except CompilationError as error:
                 self.stop_compiling(error)
@@ -72,6 +72,11 @@ class MicroBatches:
                 rows, length = inputs["input_ids"].shape
                 self.splitter.halve(self.splitter.fitting(rows), length)
             todo = self.gathered
+
+    def _losses(self, inputs: Inputs, compute: Callable[[Inputs, bool], Tensor]) -> Iterator[Tensor]:
+        parts = self._parts(inputs)
+        for number, part in enumerate(parts, 1):
+            yield compute(part, number < len(parts))
 
     def _parts(self, inputs: Inputs) -> list[Inputs]:
         rows = len(inputs["input_ids"])

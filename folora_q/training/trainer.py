@@ -24,6 +24,7 @@ from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch, batches
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.kernels.step_kernels import StepKernels
@@ -114,15 +115,26 @@ class GatedTrainer(FaultTolerantTrainer):
 
         The Trainer's own evaluation averages over batches, whatever their size, and keeps all logits in memory.
         """
+        metrics = self.processes.share(lambda: self._measured(metric_key_prefix))
+        loss, kl = metrics[f"{metric_key_prefix}_loss"], metrics.get(f"{metric_key_prefix}_kl")
+        within = self.max_kl is None or kl is None or kl <= self.max_kl
+        self.log(dict(metrics))
+        # The Trainer keeps the checkpoint with the lowest value: never one over the limit.
+        metrics[f"{metric_key_prefix}_{BEST}"] = loss if within else math.inf
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if kl is not None and not within:
+            self.exceeded = self.state.global_step, kl
+            self.control.should_training_stop = True
+        return metrics
+
+    def _measured(self, metric_key_prefix: str) -> dict[str, float]:
+        """Return the measurements of `evaluate`."""
         self.model.eval()
-        loss = self.loss_of(self.heldout)
-        metrics = {f"{metric_key_prefix}_loss": loss}
-        within = True
+        metrics = {f"{metric_key_prefix}_loss": self.loss_of(self.heldout)}
         if self.generated_text is not None:
             generated = compare(self.model_pair, self.generated_text, splitter=self.measuring)
             metrics[f"{metric_key_prefix}_kl"] = generated.kl.value
             metrics[f"{metric_key_prefix}_top1_agreement"] = generated.top1_agreement.value
-            within = self.max_kl is None or generated.kl.value <= self.max_kl
         for text in self.real_text:
             rise = compare(self.model_pair, text, splitter=self.measuring).loss.change
             metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
@@ -131,13 +143,6 @@ class GatedTrainer(FaultTolerantTrainer):
                     f"step {self.state.global_step}: real text got worse: the loss on {text.name} rose by "
                     f"{rise.value:.4f} nats per token (95 % interval {rise.bounds[0]:.4f} to {rise.bounds[1]:.4f})"
                 )
-        self.log(dict(metrics))
-        # The Trainer keeps the checkpoint with the lowest value: never one over the limit.
-        metrics[f"{metric_key_prefix}_{BEST}"] = loss if within else math.inf
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if not within:
-            self.exceeded = self.state.global_step, generated.kl.value
-            self.control.should_training_stop = True
         return metrics
 
     def conclude(self, steps: int, tell: Callable[[str], None]) -> None:
@@ -222,6 +227,8 @@ class GatedTrainer(FaultTolerantTrainer):
         outputs = model(**others, logits_to_keep=columns, **balancing)
         words, targets = outputs.logits.shape[-1], targets[:, columns]
         loss = ForCausalLMLoss(outputs.logits, None, words, num_items_in_batch=num_items_in_batch, shift_labels=targets)
+        if num_items_in_batch is not None:  # the tokens of all processes, whose gradients are averaged
+            loss = loss * self.processes.count
         if self.aux_loss_enabled:  # a mean over a micro-batch
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
@@ -237,6 +244,7 @@ class TrainerSetup:
         gates: by adapted layer, after `Rule.before_training`; None is plain QLoRA.
         notify: receives a line whenever memory runs out or a step is skipped.
         record: receives a line of metrics for each skipped step.
+        processes: train together.
     """
 
     model: PeftModel
@@ -250,6 +258,7 @@ class TrainerSetup:
     callbacks: Sequence[TrainerCallback] = ()
     notify: Callable[[str], None] = lambda line: None
     record: Callable[[dict[str, Any]], None] = lambda line: None
+    processes: Processes = ONE
 
 
 def build_trainer(setup: TrainerSetup) -> GatedTrainer:
@@ -298,6 +307,7 @@ def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
         kernels=kernels,
         kept=training.save_total_limit,
         needs_saves=training.on_save_error == "stop",
+        processes=setup.processes,
     )
 
 

@@ -19,6 +19,7 @@ from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops, last_windows
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.progress import StageTimer
 from folora_q.recipe.schema import Recipe
 
@@ -42,6 +43,7 @@ class Calibration:
         task: the training rows, with columns `input_ids` and `labels`.
         on_gpu: whether activations are recomputed if the recipe leaves that open.
         identity: of the base model and how it computes, for the cache of Σp; None does not use it.
+        processes: read the texts together.
     """
 
     recipe: Recipe
@@ -50,12 +52,13 @@ class Calibration:
     timer: StageTimer
     on_gpu: bool
     identity: str | None = None
+    processes: Processes = ONE
 
     @property
     def settings(self) -> StatisticsSettings:
         recipe = self.recipe
         recompute = recipe.statistics_recompute_on(self.on_gpu)
-        return StatisticsSettings(recipe.gate, recipe.proxy.statistics_memory, recompute)
+        return StatisticsSettings(recipe.gate, recipe.proxy.statistics_memory, recompute, processes=self.processes)
 
     def gates(self, model: PeftModel, samples: Samples) -> dict[str, SpectralGate]:
         """Collect statistics of the penalty's text and of the task's, and compute the gates."""

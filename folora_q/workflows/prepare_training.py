@@ -14,6 +14,8 @@ from folora_q.data.formats import Example, Text
 from folora_q.data.sources import find
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.thoughts import Said
+from folora_q.distributed.processes import Processes
+from folora_q.errors import UserError
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import require_loadable, require_packable
@@ -48,6 +50,19 @@ class TrainingRequest:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a process runs.
+
+    Attributes:
+        scratch: a temporary folder, in which others than the first process keep what they would write; None in the
+            first.
+    """
+
+    processes: Processes
+    scratch: Path | None = None
+
+
+@dataclass(frozen=True)
 class PreparedRun:
     """Everything that is prepared before the model is loaded.
 
@@ -55,9 +70,11 @@ class PreparedRun:
         scorer: scores answers; None where the recipe has no metric.
         manifest: content of run.json, updated as the run proceeds.
         resumed: the run that is resumed, if any.
+        processes: compute the run together; `folder` is the run folder in the first, and a temporary one in others.
     """
 
     request: TrainingRequest
+    recipe: Recipe
     folder: RunFolder
     data: TaskTokens
     tokenizer: Tokenizer
@@ -65,25 +82,21 @@ class PreparedRun:
     hardware: Hardware
     manifest: dict[str, Any]
     resumed: Resumption | None
+    processes: Processes
 
 
-def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: StageTimer) -> PreparedRun:
+def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: StageTimer, place: Place) -> PreparedRun:
     """Read and tokenize the data, choose the hardware, and open the folder.
 
     Args:
         earlier: run.json of the run to resume.
     """
-    recipe = request.recipe
+    recipe, processes = request.recipe, place.processes
+    shared = divided_among(recipe, processes.count)
     scorer = make_scorer(recipe.evaluation, request.allow_code)
     if recipe.training.packing:
         require_packable(recipe.model, request.trust)
-    task = read_task(recipe, timer)
-    _try(scorer, task.heldout)
-    with timer.stage("fetching the model's configuration and tokenizer", None):
-        config = require_loadable(recipe.model, request.trust)
-        tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
-    data = tokenize_task(recipe, task, tokenizer, timer)
-    require_rows(data, tokenizer, config)
+    data, tokenizer = processes.after_the_first(lambda: _read(request, scorer, timer))
     warnings = size_warnings(recipe, data)
     for warning in warnings:
         timer.warn(warning)
@@ -96,15 +109,57 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
     }
     if request.trust != NOTHING:
         manifest["allowed"] = request.trust.flags()
-    target, resumed = Path(recipe.training.output_dir), None
-    if earlier is None:
-        folder = open_run_folder(target, request.overwrite)
-    else:
-        folder = RunFolder(target)
-        resumed = prepare_resume(folder, recipe, Manifests(earlier, manifest), request.force, timer.note)
+    target = Path(recipe.training.output_dir)
+
+    def open_folder() -> Resumption | None:
+        if earlier is None:
+            open_run_folder(target, request.overwrite)
+            return None
+        manifests = Manifests(earlier, manifest)
+        return prepare_resume(RunFolder(target), recipe, manifests, request.force, timer.note)
+
+    resumed = processes.share(open_folder)
+    if resumed is not None:
         manifest = resumed.manifest(manifest)
+    folder = RunFolder(target if place.scratch is None else place.scratch)
     folder.write_manifest(manifest)
-    return PreparedRun(request, folder, data, tokenizer, scorer, hardware, manifest, resumed)
+    return PreparedRun(request, shared, folder, data, tokenizer, scorer, hardware, manifest, resumed, processes)
+
+
+def _read(request: TrainingRequest, scorer: Scorer | None, timer: StageTimer) -> tuple[TaskTokens, Tokenizer]:
+    """Read and tokenize the data."""
+    recipe = request.recipe
+    task = read_task(recipe, timer)
+    _try(scorer, task.heldout)
+    with timer.stage("fetching the model's configuration and tokenizer", None):
+        config = require_loadable(recipe.model, request.trust)
+        tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
+    data = tokenize_task(recipe, task, tokenizer, timer)
+    require_rows(data, tokenizer, config)
+    return data, tokenizer
+
+
+def divided_among(recipe: Recipe, processes: int) -> Recipe:
+    """Return the recipe with forward passes that divide among processes; its steps stay the same.
+
+    Raises:
+        UserError: the rows of a step do not.
+    """
+    training = recipe.training
+    rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if passes % processes == 0:
+        return recipe
+    if rows * passes % processes:
+        fitting = [count for count in range(1, rows * passes + 1) if rows * passes % count == 0]
+        raise UserError(
+            f"the {rows * passes} rows of a step (training.per_device_train_batch_size x gradient_accumulation_steps) "
+            f"do not divide among {processes} processes",
+            f"start one of {', '.join(map(str, fitting))} processes, or change either setting",
+        )
+    each = rows * passes // processes
+    size = max(size for size in range(1, rows + 1) if each % size == 0)
+    update = {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows * passes // size}
+    return recipe.changed({"training": update})
 
 
 def _data_files(recipe: Recipe) -> dict[str, Path]:

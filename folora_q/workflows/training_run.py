@@ -13,7 +13,9 @@ from peft import PeftModel
 from trl import SFTConfig
 
 from folora_q.calibration.gate_store import gate_results, load_gates, save_gates
+from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, write_samples
+from folora_q.core import gates_on
 from folora_q.data.batch_splitting import first_rows
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops
@@ -32,6 +34,7 @@ from folora_q.models.logits import verify_chunked_logits
 from folora_q.models.parts import embedding_rows
 from folora_q.models.target_modules import in_16_bits, listed, without_adapter
 from folora_q.progress import Stage, StageTimer
+from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
 from folora_q.runs.results import GENERATED_TEXT, AnswerResult, Evaluation, TextKind, answer_lines, to_json
@@ -70,12 +73,13 @@ class TrainingRun:
 
     def __init__(self, prepared: PreparedRun, timer: StageTimer) -> None:
         self.prepared, self.timer = prepared, timer
-        self.recipe, self.folder, self.data = prepared.request.recipe, prepared.folder, prepared.data
+        self.recipe, self.folder, self.data = prepared.recipe, prepared.folder, prepared.data
         self.hardware, self.manifest, self.resumed = prepared.hardware, prepared.manifest, prepared.resumed
+        self.processes = prepared.processes
         timer.meter = PeakMemory(self.hardware.device)
 
-    def run(self) -> TrainingResult:
-        """Run all steps."""
+    def run(self) -> TrainingResult | None:
+        """Run all steps; the first of several processes alone saves and evaluates."""
         self.write_inputs()
         base = self.load_base()
         self.plan_steps(base)
@@ -96,9 +100,12 @@ class TrainingRun:
                 monitored=self.monitored(base, text, measured_on),
                 notify=self.timer.warn,
                 record=self._record,
+                processes=self.processes,
             )
         )
         self.train(trainer)
+        if not self.processes.first:
+            return None
         self.save(base, model)  # before the evaluation, which can fail and must not cost what was trained
         return self.evaluate(base, trainer, measured_on)
 
@@ -106,7 +113,7 @@ class TrainingRun:
         """Write the recipe with all its defaults, and the rows that were left out."""
         if skipped := self.data.skipped():
             self.folder.write_lines(self.folder.skipped, skipped)
-        atomic_write(self.folder.recipe, dump_yaml(self.recipe.model_dump(mode="json")))
+        atomic_write(self.folder.recipe, dump_yaml(self.prepared.request.recipe.model_dump(mode="json")))
 
     def load_base(self) -> LoadedModel:
         """Load the base model in 4 bits, and check that a resumed run started with the same one."""
@@ -132,27 +139,32 @@ class TrainingRun:
     def plan_steps(self, base: LoadedModel) -> None:
         """Choose by the GPU's memory how optimizer steps are computed; a CPU computes them as the recipe says."""
         try:
-            plan = plan_on(self.hardware, self.recipe, base)
+            plan = plan_on(self.hardware, _passes(self.recipe, 1, self.processes.count), base, self.processes)
         except UserError as error:
             self.timer.note(f"the batch is computed as the recipe says: {first_line(error.message)}")
             return
         if plan is not None:
-            self.recipe = plan.recipe
+            self.recipe = _passes(plan.recipe, self.processes.count, 1)
             self.timer.note(f"each step computes {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
             self.timer.note(plan.calibration)
 
     def sample(self, base: LoadedModel) -> CalibrationText:
         """Get the sampled text from the resumed run, from the cache, or from the model."""
-        section, path, samples = self.recipe.proxy, self.folder.proxy, None
-        if self.resumed is not None and self.resumed.keeps(path):
-            samples = read_samples(path, embedding_rows(base.model))
+        section, path = self.recipe.proxy, self.folder.proxy
+
+        def kept() -> list[ProxySample] | None:
+            if self.resumed is None or not self.resumed.keeps(path):
+                return None
+            return read_samples(path, embedding_rows(base.model))
+
+        samples = self.processes.share(kept)
         if samples is None:
             sampled = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
             work = estimated_work(self.recipe, self.data, self.hardware.device.type == "cuda")
             self.timer.note(work.sentence(sampled.cached(section).exists()))
-            samples = load_or_sample(sampled, section, self.timer)
+            samples = load_or_sample(sampled, section, self.timer, self.processes)
             write_samples(path, samples, base.tokenizer)
-        self.folder.remember(self.manifest, path)
+        self._remember(path)
         return CalibrationText(samples[: section.num_samples], samples[section.num_samples :])
 
     def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
@@ -192,7 +204,7 @@ class TrainingRun:
         Raises:
             UserError: transformers rejects a combination of settings, or this model does not support it.
         """
-        config = trainer_config(model, self.recipe, self.hardware, self.folder.path)
+        config = trainer_config(model, self.recipe, self.hardware, self.folder.path, self.processes.count)
         for advice in self.recipe.advice:
             self.timer.warn(advice)
         return config
@@ -202,20 +214,24 @@ class TrainingRun:
         pairs, path, section = adapter_pairs(model), self.folder.gates, self.recipe.gate
         on_gpu = self.hardware.device.type == "cuda"
         identity = f"{base.fingerprint} {self.hardware} {self.recipe.training.kernels == 'liger'}"
-        calibration = Calibration(self.recipe, base.tokenizer, self.data.train.sequences, self.timer, on_gpu, identity)
-        if self.resumed is not None and self.resumed.keeps(path):
-            gates = load_gates(path, base.model.device)
+        rows = self.data.train.sequences
+        calibration = Calibration(self.recipe, base.tokenizer, rows, self.timer, on_gpu, identity, self.processes)
+        resumed, processes = self.resumed, self.processes
+        if processes.share(lambda: resumed is not None and resumed.keeps(path)):
+            gates = processes.share(lambda: load_gates(path))
         else:
             gates = calibration.gates(model, text.seen)
             save_gates(path, gates)
-            if self.resumed is not None:
-                self.resumed.require_gates(path)
+            if resumed is not None:
+                processes.share(lambda: resumed.require_gates(path))
+            gates = processes.share(lambda: gates_on(gates, "cpu"))  # of other processes they differ by rounding
+        gates = gates_on(gates, base.model.device)
         self.timer.note(f"{len({id(gate) for gate in gates.values()})} gates for {len(gates)} adapted layers")
         rule = rule_of(section)
         rule.initialize(pairs, gates, section)  # a checkpoint later restores its own A
         penalties = calibration.penalties(model, gates, text)
         atomic_write(self.folder.gate_results, to_json(gate_results(gates, penalties)))
-        self.folder.remember(self.manifest, path)
+        self._remember(path)
         return rule.before_training(pairs, gates)
 
     def train(self, trainer: GatedTrainer) -> None:
@@ -232,7 +248,7 @@ class TrainingRun:
         steps = training.steps_for(len(trainer.train_dataset))
         if (warmup := warmup_of(training.warmup_steps, steps)) < int(training.warmup_steps):
             note(f"training.warmup_steps: {warmup} of {steps} steps, at most a third, not {training.warmup_steps:g}")
-        stopping = Stopping(note)
+        trainer.stopping = stopping = Stopping(note, alone=self.processes.count == 1)
         self.timer.show(training_plan(trainer.model, self.recipe, self.data, len(trainer.train_dataset)))
         with self.timer.stage("training", steps, "steps") as done:
             if checkpoint is not None:
@@ -282,6 +298,11 @@ class TrainingRun:
         stages = list(self.timer.stages.values())
         return TrainingResult(folder.path, evaluation, answers, stages, self.manifest["warnings"])
 
+    def _remember(self, path: Path) -> None:
+        """Record the checksum of a finished file of the run; others than the first process may not have it."""
+        if self.processes.first:
+            self.folder.remember(self.manifest, path)
+
     def _record(self, line: dict[str, Any]) -> None:
         self.folder.append_metrics({"stage": "training", **line})
 
@@ -296,3 +317,9 @@ class TrainingRun:
             f"the evaluation failed: {reason}; the adapter that was trained is in {folder.adapter}",
             f"{helps}`{line}` repeats the evaluation alone; `folora-q train` with --resume repeats it and ends the run",
         )
+
+
+def _passes(recipe: Recipe, times: int, divided_by: int) -> Recipe:
+    """Return the recipe with the forward passes of one process instead of all, or of all instead of one."""
+    passes = recipe.training.gradient_accumulation_steps * times // divided_by
+    return recipe.changed({"training": {"gradient_accumulation_steps": passes}})

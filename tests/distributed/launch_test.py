@@ -1,4 +1,4 @@
-"""Several processes are refused, and of several GPUs one is used: before anything is written, and said."""
+"""What a launcher set is checked before anything is written, and of several GPUs one process uses one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ import torch
 from trl import SFTConfig
 
 from folora_q.cli.app import main
-from folora_q.distributed import require_one_process
+from folora_q.distributed.launch import launched_processes, require_one_process
 from folora_q.errors import UserError
 from folora_q.models.hardware import choose_hardware
-from folora_q.recipe import load_recipe
 from folora_q.training.config import on_one_device
-from folora_q.workflows.train import TrainingRequest, run_training
-from tests.conftest import Silent
 
 
 def everything(folder: Path) -> set[str]:
@@ -27,7 +24,7 @@ def everything(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
 @pytest.mark.parametrize("command", [["train"], ["train", "--resume"], ["train", "--overwrite"]])
-def test_one_of_several_processes_is_refused_before_anything_is_written(
+def test_processes_that_cannot_find_each_other_are_refused_before_anything_is_written(
     recipe_file: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, variable: str, command: list[str]
 ) -> None:
     monkeypatch.setenv(variable, "4")
@@ -38,23 +35,24 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(
         main([command[0], str(recipe_file), *command[1:]])
     assert caught.value.code == 2
     talk = capfd.readouterr().err
-    assert (
-        f"error: this is one of 4 processes ({variable}=4), but folora-q runs as a single process on one GPU\n" in talk
-    )
-    assert "without torchrun" in talk and "[done]" not in talk
-    assert everything(tmp_path) == before
-    assert (tmp_path / "run" / "run.json").read_text() == '{"status": "failed"}'
+    assert "error: this is one of 4 processes" in talk and "torchrun --nproc-per-node 2 -m folora_q" in talk
+    assert "[done]" not in talk and everything(tmp_path) == before
 
 
-def test_it_is_refused_where_the_run_is_started_from_python_too(
-    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["merge", "eval"])
+def test_commands_of_one_process_say_so(
+    recipe_file: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    recipe = load_recipe(recipe_file)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    before = everything(tmp_path)
-    with pytest.raises(UserError, match="one of 2 processes"):
-        run_training(TrainingRequest(recipe=recipe), Silent())
-    assert everything(tmp_path) == before
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"`folora-q {command}` runs in one process, and this is one of 2"):
+        require_one_process(command)
 
 
 def test_it_is_known_before_torch_is_imported(recipe_file: Path) -> None:
@@ -68,7 +66,7 @@ def test_it_is_known_before_torch_is_imported(recipe_file: Path) -> None:
 @pytest.mark.parametrize("value", ["1", "", "0", "many", "-3"])
 def test_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
-    require_one_process()
+    assert launched_processes() == 1
 
 
 @pytest.fixture
@@ -134,4 +132,4 @@ def test_a_launcher_that_changes_nothing_is_none(monkeypatch: pytest.MonkeyPatch
     """As `accelerate launch --num_processes 1` sets them."""
     for name, value in {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_CPU": "false"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    require_one_process()
+    assert launched_processes() == 1
