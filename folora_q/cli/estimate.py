@@ -20,7 +20,7 @@ from folora_q.memory.advice import Advice, advise
 from folora_q.memory.config import read_config
 from folora_q.memory.estimate import GIB, MARGIN, PARTS, MemoryEstimate, estimate
 from folora_q.memory.longest_context import SMALLEST_BATCHES, longest_context
-from folora_q.memory.micro_batches import StepPlan, plan_step
+from folora_q.memory.micro_batches import StepPlan, divided_among, of_one_process, plan_step
 from folora_q.memory.shapes import ModelShape
 from folora_q.memory.shapes_from_meta import Built, find_shape
 from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
@@ -36,10 +36,17 @@ FROZEN = ("4-bit weights", "their constants", "16-bit weights")
 @click.command("estimate")
 @partial(recipe_arguments, with_data=False)
 @click.option("--gpu", "card", type=click.FloatRange(min=1), metavar="GB", help="Memory of the GPU: 8, 12, 16, 24, ...")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, metavar="N", help="Number of GPUs that share each step.")
 @click.option("--longest", is_flag=True, help="Show the longest sequences that fit, instead of the memory.")
 @click.pass_context
 def command(
-    ctx: click.Context, path: Path, overrides: tuple[str, ...], recipe: Recipe, card: float | None, longest: bool
+    ctx: click.Context,
+    path: Path,
+    overrides: tuple[str, ...],
+    recipe: Recipe,
+    card: float | None,
+    gpus: int,
+    longest: bool,
 ) -> None:
     """Estimate a RECIPE's peak memory by stage and component, from the model's config.json alone.
 
@@ -52,6 +59,7 @@ def command(
     if stored is not None:  # the recipe's quantization settings are for models in 16 bits
         held = {"bnb_4bit_quant_type": stored.quant_type, "bnb_4bit_use_double_quant": stored.double_quant}
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=held)})
+    recipe = of_one_process(divided_among(recipe, gpus), gpus)
     if longest:
         _print_longest(recipe, shape, CARDS if card is None else (card,))
         return
@@ -59,6 +67,8 @@ def command(
     if card is not None:  # as it would run there
         recipe, found = (plan := plan_step(recipe, shape, card)).recipe, plan.memory
     _print_head(recipe, shape, found)
+    if gpus > 1:
+        out.print(f"[dim]on each of {gpus} GPUs, which share the steps and hold the complete model[/]\n")
     for note in model.notes:
         out.print(f"[yellow]note[/] {escape(note)}\n", soft_wrap=True)
     print_table(_table(found))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from folora_q.block_sizes import STATISTICS_LENGTH, STATISTICS_TOKENS
+from folora_q.errors import UserError
 from folora_q.memory.estimate import MemoryEstimate, estimate
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
@@ -139,3 +140,40 @@ def _plans(recipe: Recipe, shape: ModelShape) -> Iterator[StepPlan]:
             }
             changed = recipe.changed({"training": update})
             yield StepPlan(changed, recompute, estimate(changed, shape))
+
+
+def divided_among(recipe: Recipe, processes: int) -> Recipe:
+    """Return the recipe with forward passes that divide among processes, one for each GPU; its steps stay the same.
+
+    Raises:
+        UserError: the rows of a step do not.
+    """
+    training = recipe.training
+    rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if passes % processes == 0:
+        return recipe
+    if rows * passes % processes:
+        fitting = [count for count in range(1, rows * passes + 1) if rows * passes % count == 0]
+        raise UserError(
+            f"the {rows * passes} rows of a step (training.per_device_train_batch_size x gradient_accumulation_steps) "
+            f"do not divide among {processes} processes",
+            f"start one of {', '.join(map(str, fitting))} processes, or change either setting",
+        )
+    each = rows * passes // processes
+    size = max(size for size in range(1, rows + 1) if each % size == 0)
+    update = {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows * passes // size}
+    return recipe.changed({"training": update})
+
+
+def of_one_process(recipe: Recipe, processes: int) -> Recipe:
+    """Return a recipe that divides among processes with the forward passes of one of them."""
+    return _with_passes(recipe, recipe.training.gradient_accumulation_steps // processes)
+
+
+def of_all_processes(recipe: Recipe, processes: int) -> Recipe:
+    """Return the recipe of one process with the forward passes of all."""
+    return _with_passes(recipe, recipe.training.gradient_accumulation_steps * processes)
+
+
+def _with_passes(recipe: Recipe, passes: int) -> Recipe:
+    return recipe.changed({"training": {"gradient_accumulation_steps": passes}})

@@ -27,7 +27,7 @@ MAKE_SHAPES = (
     *("gate.rule:", "gate.enabled:", "training.optim:"),
 )
 # Hardware facts that change results, and those that only change the order in which sums are rounded.
-RESULT_CHANGING_HARDWARE, ROUNDING_ONLY_HARDWARE = ("device", "dtype"), ("name", "threads")
+RESULT_CHANGING_HARDWARE, ROUNDING_ONLY_HARDWARE = ("device", "dtype"), ("name", "threads", "processes")
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = 60
 

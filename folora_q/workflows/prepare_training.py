@@ -15,8 +15,8 @@ from folora_q.data.sources import find
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.thoughts import Said
 from folora_q.distributed.processes import Processes
-from folora_q.errors import UserError
 from folora_q.evaluation.task import Scorer, make_scorer
+from folora_q.memory.micro_batches import divided_among
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import require_loadable, require_packable
 from folora_q.models.tokenizer import load_tokenizer
@@ -105,7 +105,7 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
         "data": data.summary(),
         "warnings": warnings,
         "hardware": hardware.reason,
-        "computing": hardware.facts(),
+        "computing": {**hardware.facts(), "processes": processes.count},
     }
     if request.trust != NOTHING:
         manifest["allowed"] = request.trust.flags()
@@ -137,29 +137,6 @@ def _read(request: TrainingRequest, scorer: Scorer | None, timer: StageTimer) ->
     data = tokenize_task(recipe, task, tokenizer, timer)
     require_rows(data, tokenizer, config)
     return data, tokenizer
-
-
-def divided_among(recipe: Recipe, processes: int) -> Recipe:
-    """Return the recipe with forward passes that divide among processes; its steps stay the same.
-
-    Raises:
-        UserError: the rows of a step do not.
-    """
-    training = recipe.training
-    rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    if passes % processes == 0:
-        return recipe
-    if rows * passes % processes:
-        fitting = [count for count in range(1, rows * passes + 1) if rows * passes % count == 0]
-        raise UserError(
-            f"the {rows * passes} rows of a step (training.per_device_train_batch_size x gradient_accumulation_steps) "
-            f"do not divide among {processes} processes",
-            f"start one of {', '.join(map(str, fitting))} processes, or change either setting",
-        )
-    each = rows * passes // processes
-    size = max(size for size in range(1, rows + 1) if each % size == 0)
-    update = {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows * passes // size}
-    return recipe.changed({"training": update})
 
 
 def _data_files(recipe: Recipe) -> dict[str, Path]:

@@ -27,6 +27,7 @@ from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
 from folora_q.kernels.liger import apply_liger
 from folora_q.memory.estimate import GIB
+from folora_q.memory.micro_batches import of_all_processes, of_one_process
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
 from folora_q.models.hardware import PeakMemory, used_memory
 from folora_q.models.load import LoadedModel, load_model, stop_at
@@ -34,7 +35,6 @@ from folora_q.models.logits import verify_chunked_logits
 from folora_q.models.parts import embedding_rows
 from folora_q.models.target_modules import in_16_bits, listed, without_adapter
 from folora_q.progress import Stage, StageTimer
-from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
 from folora_q.runs.results import GENERATED_TEXT, AnswerResult, Evaluation, TextKind, answer_lines, to_json
@@ -139,13 +139,14 @@ class TrainingRun:
     def plan_steps(self, base: LoadedModel) -> None:
         """Choose by the GPU's memory how optimizer steps are computed; a CPU computes them as the recipe says."""
         try:
-            plan = plan_on(self.hardware, _passes(self.recipe, 1, self.processes.count), base, self.processes)
+            plan = plan_on(self.hardware, of_one_process(self.recipe, self.processes.count), base, self.processes)
         except UserError as error:
             self.timer.note(f"the batch is computed as the recipe says: {first_line(error.message)}")
             return
         if plan is not None:
-            self.recipe = _passes(plan.recipe, self.processes.count, 1)
-            self.timer.note(f"each step computes {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
+            self.recipe = of_all_processes(plan.recipe, self.processes.count)
+            who = "each step computes" if self.processes.count == 1 else "in each step every GPU computes"
+            self.timer.note(f"{who} {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
             self.timer.note(plan.calibration)
 
     def sample(self, base: LoadedModel) -> CalibrationText:
@@ -317,9 +318,3 @@ class TrainingRun:
             f"the evaluation failed: {reason}; the adapter that was trained is in {folder.adapter}",
             f"{helps}`{line}` repeats the evaluation alone; `folora-q train` with --resume repeats it and ends the run",
         )
-
-
-def _passes(recipe: Recipe, times: int, divided_by: int) -> Recipe:
-    """Return the recipe with the forward passes of one process instead of all, or of all instead of one."""
-    passes = recipe.training.gradient_accumulation_steps * times // divided_by
-    return recipe.changed({"training": {"gradient_accumulation_steps": passes}})

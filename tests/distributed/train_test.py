@@ -22,11 +22,11 @@ from folora_q.calibration.gate_store import load_gates
 from folora_q.cli.app import main
 from folora_q.data.tokens import Batch
 from folora_q.errors import RunError
+from folora_q.memory.micro_batches import divided_among
 from folora_q.models.adapters import adapter_pairs
 from folora_q.recipe import load_recipe
 from folora_q.training.checkpoints import damage
 from folora_q.training.trainer import GatedTrainer
-from folora_q.workflows.prepare_training import divided_among
 from folora_q.workflows.train import TrainingRequest, run_training
 from folora_q.workflows.training_run import TrainingRun
 from tests.conftest import Silent

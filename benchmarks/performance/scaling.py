@@ -1,0 +1,117 @@
+"""Measure a run on 1, 2 and 4 processes, and count what they send each other at 7B and 70B.
+
+    .venv/bin/python -m benchmarks.performance.scaling            the demo's model on a CPU, a thread for each process
+    .venv/bin/python -m benchmarks.performance.scaling --count    only the bytes
+
+Times are those of the run's stages, by the first process, relative to one process. On a CPU processes share cores and
+the memory's bandwidth, so that more processes than cores bring nothing: this checks that work is divided, not how GPUs
+scale.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from folora_q.cli.console import err, out
+from folora_q.memory.components import FLOAT32, arithmetic, input_spaces, trained_parameters
+from folora_q.memory.shapes import ModelShape, shape_of
+from folora_q.recipe import Recipe, load_recipe
+
+RECIPE = Path("recipes/demo.yaml")
+STAGES = ("sampling text from the base model", "statistics of both texts", "training")
+SHORT = (
+    *("training.max_steps=6", "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=4"),
+    *("proxy.num_samples=28", "proxy.num_heldout_samples=4", "proxy.max_new_tokens=64", "gate.num_task_samples=64"),
+    *("proxy.public_share=0", "evaluation.steps=null", "evaluation.metric=none", "evaluation.num_answers=1"),
+)
+LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32_000, "tie_word_embeddings": False}
+SHAPES = {
+    "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "heads": (32, 32)},
+    "Llama-2-70B": {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "heads": (64, 8)},
+}
+# Bytes per second that a process receives in an all-reduce, assumed: PCIe 4.0 x16 without NVLink.
+BANDWIDTH = 10e9
+
+
+@click.command()
+@click.option("--processes", default="1,2,4", show_default=True, help="Numbers of processes, the first for comparison.")
+@click.option("--count", "only_count", is_flag=True, help="Count bytes, and measure nothing.")
+def main(processes: str, only_count: bool) -> None:
+    """Compare a run's stages on several processes, and count what they send."""
+    if not only_count:
+        _print_times([int(number) for number in processes.split(",")])
+    _print_bytes()
+
+
+def _print_times(counts: list[int]) -> None:
+    times = {count: _stages(count) for count in counts}
+    table = Table(title="time, relative to one process (speed)", title_justify="left")
+    for heading in ("processes", *STAGES):
+        table.add_column(heading, justify="right")
+    first = times[counts[0]]
+    for count, found in times.items():
+        table.add_row(str(count), *(f"{found[s] / first[s]:.2f} ({first[s] / found[s]:.2f})" for s in STAGES))
+    out.print(table)
+
+
+def _stages(count: int) -> dict[str, float]:
+    """Return the seconds of a run's stages."""
+    err.print(f"[dim]{count} processes[/]")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "folora_q"]
+        command = [*launched, "train", str(RECIPE), *SHORT, f"training.output_dir={run}"]
+        environment = {"OMP_NUM_THREADS": "1", "FOLORA_Q_CACHE": str(Path(folder) / "cache")}
+        done = subprocess.run(
+            [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise click.ClickException(f"{' '.join(command)} failed: {done.stderr[-800:]}")
+        stages = json.loads((run / "run.json").read_text())["stages"]
+    return {stage["title"]: stage["seconds"] for stage in stages if stage["title"] in STAGES}
+
+
+def _print_bytes() -> None:
+    recipe = load_recipe(RECIPE, ["adapter.r=16"])
+    table = Table(
+        title=f"sent and received by each of two GPUs; seconds at {BANDWIDTH / 1e9:g} GB/s", title_justify="left"
+    )
+    for heading in ("model", "gradients, a step", "sums, all readings"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, sizes in SHAPES.items():
+        heads, groups = sizes["heads"]
+        given = {key: value for key, value in sizes.items() if key != "heads"}
+        shape = shape_of(LLAMA | given | {"num_attention_heads": heads, "num_key_value_heads": groups})
+        numbers = _gradients(recipe, shape), _sums(recipe, shape)
+        table.add_row(name, *(f"{number / 1e6:,.0f} MB, {number / BANDWIDTH:.3f} s" for number in numbers))
+    out.print(table)
+
+
+def _gradients(recipe: Recipe, shape: ModelShape) -> int:
+    """Return the bytes of the gradients of B; a ring of two sends each once and receives each once."""
+    return FLOAT32 * trained_parameters(shape, arithmetic(recipe, shape, on_gpu=True))
+
+
+def _sums(recipe: Recipe, shape: ModelShape) -> int:
+    """Return the bytes of sketches, Grams and images of both texts, in all readings."""
+    section, total = recipe.gate, 0
+    for space in input_spaces(shape, arithmetic(recipe, shape, on_gpu=True)):
+        columns = min(section.rank + section.oversampling, space.width)
+        numbers = space.width * columns
+        for m, image in section.readings:
+            numbers += min(m, space.width) * (min(m, space.width) + space.width * image)
+        total += space.count * numbers
+    return 2 * FLOAT32 * total
+
+
+if __name__ == "__main__":
+    main()
