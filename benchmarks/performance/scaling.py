@@ -10,11 +10,11 @@ scale.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from folora_q.recipe import Recipe, load_recipe
 RECIPE = Path("recipes/demo.yaml")
 STAGES = ("sampling text from the base model", "statistics of both texts", "training")
 SHORT = (
-    *("training.max_steps=6", "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=4"),
-    *("proxy.num_samples=28", "proxy.num_heldout_samples=4", "proxy.max_new_tokens=64", "gate.num_task_samples=64"),
+    *("training.max_steps=4", "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=4"),
+    *("proxy.num_samples=12", "proxy.num_heldout_samples=4", "proxy.max_new_tokens=64", "gate.num_task_samples=32"),
     *("proxy.public_share=0", "evaluation.steps=null", "evaluation.metric=none", "evaluation.num_answers=1"),
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32_000, "tie_word_embeddings": False}
@@ -64,20 +64,37 @@ def _print_times(counts: list[int]) -> None:
 
 
 def _stages(count: int) -> dict[str, float]:
-    """Return the seconds of a run's stages."""
+    """Return the seconds of a run's stages, as the first process begins and ends them; the evaluation is left out."""
     err.print(f"[dim]{count} processes[/]")
+    began: dict[str, float] = {}
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
         launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "folora_q"]
-        command = [*launched, "train", str(RECIPE), *SHORT, f"training.output_dir={run}"]
-        environment = {"OMP_NUM_THREADS": "1", "FOLORA_Q_CACHE": str(Path(folder) / "cache")}
-        done = subprocess.run(
-            [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, check=False
+        command = [*launched, "train", str(RECIPE), *SHORT, f"training.output_dir={folder}/run"]
+        environment = {"OMP_NUM_THREADS": "1", "FOLORA_Q_CACHE": f"{folder}/cache"}
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        if done.returncode:
-            raise click.ClickException(f"{' '.join(command)} failed: {done.stderr[-800:]}")
-        stages = json.loads((run / "run.json").read_text())["stages"]
-    return {stage["title"]: stage["seconds"] for stage in stages if stage["title"] in STAGES}
+        lines: list[str] = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            for stage in STAGES:
+                if line.startswith(f"[start] {stage}"):
+                    began[stage] = time.perf_counter()
+                elif line.startswith(f"[done] {stage}"):
+                    found[stage] = time.perf_counter() - began[stage]
+            if len(found) == len(STAGES):
+                break
+        process.terminate()
+        process.wait()
+    if len(found) < len(STAGES):
+        raise click.ClickException(f"{' '.join(command)} failed: {''.join(lines)[-800:]}")
+    return found
 
 
 def _print_bytes() -> None:

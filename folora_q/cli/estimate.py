@@ -75,7 +75,10 @@ def command(
     _print_cards([(each, plan_step(recipe, shape, each)) for each in (CARDS if card is None else (card,))])
     _print_host_and_disk(found)
     if card is not None and not found.fits(card):
-        _print_advice(advise(recipe, shape, card), card, path, overrides)
+        program = "folora-q" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m folora_q"
+        _print_advice(
+            advise(recipe, shape, card).of_all(gpus), card, f"{program} train {shlex.quote(str(path))}", overrides
+        )
         ctx.exit(1)
 
 
@@ -183,7 +186,7 @@ def _print_host_and_disk(found: MemoryEstimate) -> None:
     out.print(f"disk         {sum(found.disk.values()) / 1e9:,.1f} GB: {parts}", soft_wrap=True)
 
 
-def _print_advice(advice: Advice, card: float, path: Path, overrides: Sequence[str]) -> None:
+def _print_advice(advice: Advice, card: float, command: str, overrides: Sequence[str]) -> None:
     if advice.changes:
         out.print(f"\n[bold]To fit {card:g} GB[/], least harmful first" if advice.fits else "\n[bold]What helps[/]")
     for change in advice.changes:
@@ -198,7 +201,7 @@ def _print_advice(advice: Advice, card: float, path: Path, overrides: Sequence[s
     kept = [given for given in overrides if given.partition("=")[0].strip() not in advice.overrides]
     given = " ".join([*map(shlex.quote, kept), _settings(advice.overrides)])
     out.print(f"\nthen {advice.after.peak / GIB:,.2f} GiB:", soft_wrap=True)
-    out.print(f"  [cyan]folora-q train {escape(shlex.quote(str(path)))} {escape(given)}[/]", soft_wrap=True)
+    out.print(f"  [cyan]{escape(command)} {escape(given)}[/]", soft_wrap=True)
 
 
 def _settings(overrides: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ HARM = (
     "attention", "proxy", "gate", "evaluation", "checkpointing", "rows", "rounds", "optimizer", "constants", "dtype",
     "bases", "rule", "rank of the gates", "rank of the adapter", "length",
 )  # fmt: skip
+PASSES = "training.gradient_accumulation_steps"
 Overrides = dict[str, Any]
 
 
@@ -53,6 +54,15 @@ class Advice:
     def overrides(self) -> Overrides:
         """All settings, as overrides of the recipe."""
         return {key: value for change in self.changes for key, value in change.overrides.items()}
+
+    def of_all(self, processes: int) -> Advice:
+        """Return the advice for one of several processes with the forward passes of all."""
+
+        def of_all(change: Change) -> Change:
+            passes = {key: value * processes for key, value in change.overrides.items() if key == PASSES}
+            return replace(change, overrides=change.overrides | passes)
+
+        return replace(self, changes=tuple(map(of_all, self.changes)))
 
 
 def advise(recipe: Recipe, shape: ModelShape, card: float) -> Advice:
@@ -114,7 +124,7 @@ def _ladder(recipe: Recipe) -> Iterator[tuple[str, Overrides, str]]:
         parts = 2 if size % 2 == 0 else size
         halved = {
             "training.per_device_train_batch_size": size // parts,
-            "training.gradient_accumulation_steps": training.gradient_accumulation_steps * parts,
+            PASSES: training.gradient_accumulation_steps * parts,
         }
         yield "rows", halved, "the same steps, slower"
     limit = recipe.proxy.statistics_memory

@@ -65,6 +65,29 @@ def test_a_list_in_the_advice_can_be_pasted_too(model: str, capfd) -> None:
     assert run("estimate", RECIPE, *shlex.split(line)[3:], "--gpu", 6) == 0
 
 
+def test_of_several_gpus_each_computes_a_part_of_a_step(model: str, capfd) -> None:
+    fixed = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=4"]
+    assert run("estimate", RECIPE, model, *fixed, "--gpu", 24, "--gpus", 2) == 0
+    text = capfd.readouterr().out
+    assert "on each of 2 GPUs" in text
+    assert "8 sequences at a time" in text and "16 sequences" not in text
+    assert run("estimate", RECIPE, model, *fixed, "--gpus", 3) == 2
+    assert "the 16 rows of a step" in capfd.readouterr().err
+
+
+def test_advice_for_several_gpus_is_about_the_steps_of_all(model: str, capfd) -> None:
+    fixed = ["training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=2"]
+    large = [*fixed, "training.max_length=4096", "training.auto_batch_size=false"]
+    assert run("estimate", RECIPE, model, *large, "--gpu", 8, "--gpus", 2) == 1
+    line = capfd.readouterr().out.splitlines()[-1].strip()
+    assert line.startswith("torchrun --nproc-per-node 2 -m folora_q train ")
+    given = dict(word.split("=", 1) for word in shlex.split(line)[6:] if "=" in word)
+    rows, passes = (
+        int(given[f"training.{key}"]) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    assert rows * passes == 16
+
+
 def test_a_card_that_nothing_helps(model: str, capfd) -> None:
     assert run("estimate", RECIPE, model, "--gpu", 4) == 1
     assert "use a smaller model, or a larger card" in capfd.readouterr().out
