@@ -236,7 +236,8 @@ def _tuned_qwen(scratch: Path) -> Path:
     changes = [f"model.model_name_or_path={folder}", f"training.output_dir={scratch / 'qwen-run'}", "proxy.source=bos"]
     changes += ["evaluation.metric=none", "gate.enabled=false", "training.learning_rate=1e-3"]
     recipe = load_recipe(recipes_folder() / "demo.yaml", changes)
-    return run_training(TrainingRequest(recipe=recipe), progress).folder
+    run_training(TrainingRequest(recipe=recipe), progress)
+    return Path(recipe.training.output_dir)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,9 @@ def frontier(overrides: tuple[str, ...], output: Path) -> None:
         )
         found = read_evaluation(RunFolder(folder).evaluation)
         if found is None:
-            found = run_training(TrainingRequest(recipe=recipe, overwrite=True), ConsoleProgress()).evaluation
+            run_training(TrainingRequest(recipe=recipe, overwrite=True), ConsoleProgress())
+            found = read_evaluation(RunFolder(folder).evaluation)
+        assert found is not None
         prose, task, own, cut = map(found.text, ("prose", "task", GENERATED_TEXT, GENERATED_TEXT_CUT))
         assert prose and task and own and cut, f"{folder} has no complete evaluation"
         table.add_row(

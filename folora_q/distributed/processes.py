@@ -73,7 +73,7 @@ class Processes:
             OtherProcessError: it failed in the first process, which raises the error itself.
         """
         mine: list[T] = []
-        self.share(lambda: bool(mine.append(compute())))
+        self.share(lambda: mine.append(compute()))
         return mine[0] if mine else compute()
 
     def gather(self, mine: T) -> list[T]:
@@ -98,6 +98,11 @@ class Processes:
             numbers = numbers.clone()
             self.add([numbers])
         return numbers
+
+    def end(self) -> None:
+        """Leave the others; nothing is shared afterwards."""
+        if self.count > 1:
+            dist.destroy_process_group()
 
     def least(self, number: int) -> int:
         """Return the smallest number of any process."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from folora_q.storage.untrusted import MIB, read_text
 
-# What exact resumption needs and the Trainer does not save: see `folora_q.training.fault_tolerant_trainer`.
+# What exact resumption needs and the Trainer does not save: see `folora_q.training.resumable_trainer`.
 PROGRESS = "progress.json"
 TRAINER_STATE = "trainer_state.json"
 # The state holds all lines of metrics, of about 200 bytes each.

@@ -34,7 +34,8 @@ from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
 from folora_q.training.config import BEST
-from folora_q.training.fault_tolerant_trainer import FaultTolerance, FaultTolerantTrainer, Monitored
+from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer, Monitored
+from folora_q.training.resumable_trainer import FaultTolerance
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps
 

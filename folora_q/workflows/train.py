@@ -52,7 +52,9 @@ def run_training(request: TrainingRequest, progress: Progress) -> TrainingResult
         scratch = None if processes.first else Path(stack.enter_context(TemporaryDirectory(prefix="folora-q-")))
         prepared = prepare(request, earlier, timer, Place(processes, scratch))
         try:
-            return TrainingRun(prepared, timer).run()
+            result = TrainingRun(prepared, timer).run()
+            processes.end()
+            return result
         except BaseException as error:
             if processes.count > 1 and lost_another(error):
                 error = OtherProcessError(ENDED)

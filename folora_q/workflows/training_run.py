@@ -119,7 +119,9 @@ class TrainingRun:
         """Load the base model in 4 bits, and check that a resumed run started with the same one."""
         recipe, note = self.recipe, self.timer.note
         note(f"computing in {self.hardware}")
-        if self.hardware.others is not None:
+        if self.processes.count > 1:
+            note(f"one of {self.processes.count} processes, which share the work")
+        elif self.hardware.others is not None:
             note(self.hardware.others)
         with self.timer.stage("loading the model in 4 bits", None):
             base = load_model(recipe.model, self.hardware, self.prepared.tokenizer, self.prepared.request.trust)

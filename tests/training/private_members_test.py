@@ -10,13 +10,14 @@ import pytest
 from transformers import Trainer
 from trl import SFTTrainer
 
-from folora_q.training import fault_tolerant_trainer
-from folora_q.training.fault_tolerant_trainer import OVERRIDDEN, RELIED_ON, FaultTolerantTrainer
+from folora_q.training import fault_tolerant_trainer, resumable_trainer
+from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer
+from folora_q.training.resumable_trainer import OVERRIDDEN, RELIED_ON, ResumableTrainer
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_an_overridden_method_is_the_trainers(name: str) -> None:
-    assert name in vars(FaultTolerantTrainer) and callable(getattr(Trainer, name))
+    assert name in {**vars(FaultTolerantTrainer), **vars(ResumableTrainer)} and callable(getattr(Trainer, name))
 
 
 @pytest.mark.parametrize("name", RELIED_ON)
@@ -26,7 +27,10 @@ def test_a_member_is_set_or_defined_there(name: str) -> None:
 
 
 def test_no_other_private_member_is_used() -> None:
-    tree = ast.parse(Path(fault_tolerant_trainer.__file__).read_text("utf-8"))
+    files = [Path(module.__file__) for module in (fault_tolerant_trainer, resumable_trainer)]
+    tree = ast.parse(
+        "\n".join(file.read_text("utf-8").replace("from __future__ import annotations", "") for file in files)
+    )
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     used = {
         node.attr
