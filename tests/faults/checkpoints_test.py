@@ -11,6 +11,7 @@ import pytest
 
 from folora_q.training.checkpoints import (
     PROGRESS,
+    RANDOM_STATES,
     REQUIRED,
     TRAINER_STATE,
     checkpoints,
@@ -22,11 +23,13 @@ from folora_q.training.checkpoints import (
     step_of,
 )
 
+FILES = {*REQUIRED, RANDOM_STATES[0]}
+
 
 def saved(run: Path, step: int, best: int | None = None) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    for name in REQUIRED:
+    for name in FILES:
         (folder / name).write_bytes(random.Random(f"{name}{step}").randbytes(200))
     (folder / TRAINER_STATE).write_text(json.dumps({"global_step": step, "best_global_step": best}))
     seal(folder, step)
@@ -40,7 +43,7 @@ def test_a_sealed_checkpoint_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_any_byte_that_is_flipped_or_lost_is_found(tmp_path: Path, seed: int) -> None:
     folder, chance = saved(tmp_path, 3), random.Random(seed)
-    victim = folder / chance.choice(sorted(REQUIRED))
+    victim = folder / chance.choice(sorted(FILES))
     data = bytearray(victim.read_bytes())
     at = chance.randrange(len(data))
     if chance.random() < 0.5:
