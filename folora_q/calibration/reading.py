@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from folora_q.calibration.hooks import Counted, TokenSink, collect_inputs, collect_weighted_inputs
 from folora_q.core import CovarianceSketch, ProjectedCovariance
-from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of
+from folora_q.data.batch_splitting import BatchSplitter, divided, ran_out, rows_of
 from folora_q.data.tokens import Batch
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError
@@ -26,8 +26,6 @@ from folora_q.models.logits import chunks, head_logits, hidden_states
 from folora_q.models.parts import base_of
 
 Text = Sequence[Batch]
-# With fewer, the processes' shares of a text can differ by a quarter.
-BATCHES_PER_PROCESS = 4
 Sink = TypeVar("Sink", CovarianceSketch, ProjectedCovariance)
 
 
@@ -96,7 +94,7 @@ class Reading:
             draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
                 weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
         """
-        text = _divided(text, self.processes.count)
+        text = divided(text, self.processes.count)
         labels = torch.Generator().manual_seed(draw) if draw is not None else None
         by_module = {name: sinks[group[0]] for group in self.groups if group[0] in sinks for name in group}
         seen, learned = (
@@ -109,7 +107,7 @@ class Reading:
         )
         with watching as counted, _backward_through(self.model, self.recompute) if self.weighted else torch.no_grad():
             for number, (batch, tokens) in enumerate(zip(text, seen, strict=True)):
-                if number % self.processes.count != self.processes.rank:
+                if not self.processes.owns(number):
                     if labels is not None:  # each token's label is the same, whichever process draws it
                         _numbers(len(batch.targets), labels)
                     self.on_progress(tokens)
@@ -159,18 +157,6 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     cumulative = logits.softmax(-1).cumsum_(-1)
     thresholds = _numbers(len(logits), generator).to(logits.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-
-
-def _divided(text: Text, processes: int) -> Text:
-    """Return the same rows in more batches, if there are too few for every process to get about as many."""
-    if processes == 1 or len(text) >= BATCHES_PER_PROCESS * processes:
-        return text
-    sizes = [-(-len(batch.input_ids) // processes) for batch in text]
-    return [
-        rows_of(batch, start, start + size)
-        for batch, size in zip(text, sizes, strict=True)
-        for start in range(0, len(batch.input_ids), size)
-    ]
 
 
 def _numbers(count: int, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,8 @@ from folora_q.data.tokens import Batch
 from folora_q.errors import RunError
 
 Result = TypeVar("Result")
+# With fewer, the processes' shares of a text can differ by a quarter.
+BATCHES_PER_PROCESS = 4
 
 
 class BatchSplitter:
@@ -90,6 +92,18 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     if start == 0 and stop >= len(batch.input_ids):
         return batch
     return Batch(**rows_of_inputs(batch._asdict(), start, stop))
+
+
+def divided(text: Sequence[Batch], processes: int) -> Sequence[Batch]:
+    """Return the same rows in more batches, if there are too few for every process to get about as many."""
+    if processes == 1 or len(text) >= BATCHES_PER_PROCESS * processes:
+        return text
+    sizes = [-(-len(batch.input_ids) // processes) for batch in text]
+    return [
+        rows_of(batch, start, start + size)
+        for batch, size in zip(text, sizes, strict=True)
+        for start in range(0, len(batch.input_ids), size)
+    ]
 
 
 def first_rows(text: Sequence[Batch], count: int) -> list[Batch]:

@@ -43,6 +43,10 @@ class Processes:
         """Whether this process owns the run folder and the terminal."""
         return self.rank == 0
 
+    def owns(self, number: int) -> bool:
+        """Whether this process computes the part of work with this number."""
+        return number % self.count == self.rank
+
     def share(self, compute: Callable[[], T]) -> T:
         """Compute in the first process, and return its result in all. The result must be picklable.
 

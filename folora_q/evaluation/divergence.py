@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.data.batch_splitting import BatchSplitter, divided
 from folora_q.data.tokens import Batch, count_tokens
 from folora_q.evaluation.intervals import Tally, change, estimate
 from folora_q.evaluation.model_pair import ModelPair
@@ -47,16 +47,21 @@ def compare(
         splitter: splits batches if memory runs out; None raises.
     """
     splitter = splitter or BatchSplitter("comparing", enabled=False)
-    parts: list[tuple[Tensor, Tensor]] = []
+    processes = model_pair.processes
+    parts: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
     model_pair.eval()
     with torch.no_grad():
-        for number, batch in enumerate(text.batches):
-            if number == 0:
+        for number, batch in enumerate(divided(text.batches, processes.count)):
+            on_progress(count_tokens([batch]))
+            if not processes.owns(number):
+                continue
+            if number < processes.count:
                 with model_pair.base() as base:
                     verify_chunked_logits(base, batch.input_ids)
-            parts.extend(splitter.over_batch(batch, lambda part: _tally(model_pair, part)))
-            on_progress(count_tokens([batch]))
-    all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
+            parts.append((number, list(splitter.over_batch(batch, lambda part: _tally(model_pair, part)))))
+    gathered = sorted((part for mine in processes.gather(parts) for part in mine), key=lambda part: part[0])
+    tallies = [tally for _, part in gathered for tally in part]  # in the order of the text's rows
+    all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*tallies, strict=True))
     said = all_counts > 0  # a row may have no tokens that count
     counts = all_counts[said].numpy()
     base_loss, tuned_loss, kl, agreed = (Tally(row, counts) for row in all_sums[:, said].numpy())

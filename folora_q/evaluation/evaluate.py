@@ -144,15 +144,21 @@ def evaluate(
     clock: StageTimer,
 ) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
     """Measure losses and predictions on every text, and answer and score every question."""
-    model_pair.eval()
+    texts = compare_texts(model_pair, on, clock)
     splitter = BatchSplitter("measuring", clock.warn)
-    tokens = sum(count_tokens(text.batches) for text in on.texts)
-    with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
-        texts = [compare(model_pair, text, done, splitter) for text in on.texts]
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions), "answers") as done:
         generation = Generation(section.max_new_tokens, section.batch_size, done, splitter)
         answers = answer_both(model_pair, on.reader, on.questions, generation, scorer)
     return texts, mean_score(answers, section.metric), answers
+
+
+def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> list[TextResult]:
+    """Measure losses and predictions on every text; all processes of the pair take part."""
+    model_pair.eval()
+    splitter = BatchSplitter("measuring", clock.warn)
+    tokens = sum(count_tokens(text.batches) for text in on.texts)
+    with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
+        return [compare(model_pair, text, done, splitter) for text in on.texts]
 
 
 def evaluate_layers(

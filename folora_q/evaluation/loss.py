@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.data.batch_splitting import BatchSplitter, divided
 from folora_q.data.tokens import Batch, text_ids
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import UserError
 from folora_q.models.logits import chunks, head_logits, hidden_states, verify_chunked_logits
 
@@ -22,25 +23,30 @@ GENERAL_TEXTS = {name: Path(__file__).parent / "general" / f"{name}.txt" for nam
 
 def mean_loss(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    text: Iterable[Batch],
     on_progress: Callable[[int], None] = lambda batches: None,
     splitter: BatchSplitter | None = None,
+    processes: Processes = ONE,
 ) -> float:
     """Return the cross-entropy in nats, averaged over all labelled tokens (not over batches).
 
     Args:
         model: the causal language model itself, including an adapter in it that is switched on.
         splitter: splits batches if memory runs out; None raises.
+        processes: each reads a part of the text.
     """
     splitter = splitter or BatchSplitter("measuring the loss of", enabled=False)
     total, count = 0.0, 0
     with torch.no_grad():
-        for number, batch in enumerate(batches):
-            if number == 0:
+        for number, batch in enumerate(divided(list(text), processes.count)):
+            on_progress(1)
+            if not processes.owns(number):
+                continue
+            if number < processes.count:
                 verify_chunked_logits(model, batch.input_ids)
             for loss, tokens in splitter.over_batch(batch, lambda part: _sum_of_losses(model, part)):
                 total, count = total + loss, count + tokens
-            on_progress(1)
+    total, count = processes.sums(torch.tensor([total, count], dtype=torch.float64, device=model.device)).tolist()
     return total / count
 
 

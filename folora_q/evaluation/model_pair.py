@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from folora_q.data.tokens import Batch
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import UserError
 from folora_q.models.adapters import adapter_off
 from folora_q.models.logits import hidden_states
@@ -27,14 +28,20 @@ class ModelPair:
         model: a model with an adapter, whose base is itself with the adapter off, or one without an adapter.
         base: the base of a model without an adapter.
         remember: keep the base's hidden states of every batch in the host's memory, for texts that are read repeatedly.
+        processes: each has the two models, and compares them on a part of a text.
 
     Raises:
         UserError: the vocabularies have different sizes.
     """
 
     def __init__(
-        self, model: PeftModel | PreTrainedModel, base: PreTrainedModel | None = None, remember: bool = False
+        self,
+        model: PeftModel | PreTrainedModel,
+        base: PreTrainedModel | None = None,
+        remember: bool = False,
+        processes: Processes = ONE,
     ) -> None:
+        self.processes = processes
         self._remembered: dict[tuple[bytes, ...], Tensor] | None = {} if remember else None
         self.adapted = model if isinstance(model, PeftModel) else None
         self.model = base_of(model)

@@ -116,7 +116,7 @@ class GatedTrainer(FaultTolerantTrainer):
 
         The Trainer's own evaluation averages over batches, whatever their size, and keeps all logits in memory.
         """
-        metrics = self.processes.share(lambda: self._measured(metric_key_prefix))
+        metrics = self._measured(metric_key_prefix)
         loss, kl = metrics[f"{metric_key_prefix}_loss"], metrics.get(f"{metric_key_prefix}_kl")
         within = self.max_kl is None or kl is None or kl <= self.max_kl
         self.log(dict(metrics))
@@ -129,7 +129,7 @@ class GatedTrainer(FaultTolerantTrainer):
         return metrics
 
     def _measured(self, metric_key_prefix: str) -> dict[str, float]:
-        """Return the measurements of `evaluate`."""
+        """Return the measurements of `evaluate`; each process reads a part, and all get the same numbers."""
         self.model.eval()
         metrics = {f"{metric_key_prefix}_loss": self.loss_of(self.heldout)}
         if self.generated_text is not None:

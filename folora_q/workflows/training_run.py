@@ -22,7 +22,7 @@ from folora_q.data.windows import crops
 from folora_q.errors import FoloraError, RunError, UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
-from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, compare_texts, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
 from folora_q.kernels.liger import apply_liger
@@ -79,7 +79,7 @@ class TrainingRun:
         timer.meter = PeakMemory(self.hardware.device)
 
     def run(self) -> TrainingResult | None:
-        """Run all steps; the first of several processes alone saves and evaluates."""
+        """Run all steps; the first of several processes alone saves, answers and has a result."""
         self.write_inputs()
         base = self.load_base()
         self.plan_steps(base)
@@ -105,6 +105,7 @@ class TrainingRun:
         )
         self.train(trainer)
         if not self.processes.first:
+            compare_texts(self.model_pair(trainer), measured_on, self.timer)
             return None
         self.save(base, model)  # before the evaluation, which can fail and must not cost what was trained
         return self.evaluate(base, trainer, measured_on)
@@ -272,13 +273,17 @@ class TrainingRun:
             base.model.generation_config.save_pretrained(staging)
             write_card(staging / CARD, self.recipe, base, None)
 
+    def model_pair(self, trainer: GatedTrainer) -> ModelPair:
+        """Return the tuned model and its base, which all processes compare."""
+        return ModelPair(trainer.model, processes=self.processes)
+
     def evaluate(self, base: LoadedModel, trainer: GatedTrainer, measured_on: HeldOut) -> TrainingResult:
         """Measure what was learned and forgotten, and complete the run.
 
         Raises:
             RunError: the evaluation failed; the adapter is saved.
         """
-        recipe, folder, model_pair = self.recipe, self.folder, ModelPair(trainer.model)
+        recipe, folder, model_pair = self.recipe, self.folder, self.model_pair(trainer)
         try:
             texts, score, answers = evaluate(
                 model_pair, measured_on, recipe.evaluation, self.prepared.scorer, self.timer

@@ -81,6 +81,20 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def measurements(folder: Path) -> list[dict[str, float]]:
+    """The measurements on the way, without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k.startswith("eval_") and v is not None}
+        for line in lines
+        if "eval_loss" in line
+    ]
+
+
+def evaluated(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "evaluation.json").read_text())["texts"]
+
+
 def assert_the_same(one: Path, other: Path) -> None:
     """Check that gates, losses and BA are equal; a row of A and its column of B may both change their sign."""
     if (one / "gates.safetensors").exists():
@@ -110,8 +124,15 @@ def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path, 
 
 def test_four_processes_do_too_and_measuring_on_the_way_changes_nothing(recipe_file: Path, tmp_path: Path) -> None:
     one(recipe_file, tmp_path / "one")
+    one(recipe_file, tmp_path / "measured", "evaluation.steps=5")
     several(4, recipe_file, tmp_path / "four", "evaluation.steps=5")
     assert_the_same(tmp_path / "one", tmp_path / "four")
+    measured, found = (measurements(tmp_path / name) for name in ("measured", "four"))
+    assert len(found) == 5 and found == [pytest.approx(each, rel=1e-3, abs=1e-5) for each in measured]
+    for text, other in zip(*(evaluated(tmp_path / name) for name in ("measured", "four")), strict=True):
+        assert other["tokens"] == text["tokens"] and other["texts"] == text["texts"]
+        for key in ("base", "tuned"):
+            assert other["loss"][key]["value"] == pytest.approx(text["loss"][key]["value"], rel=1e-3)
 
 
 def test_all_have_the_same_adapter_to_the_last_bit(recipe_file: Path, tmp_path: Path) -> None:
