@@ -251,7 +251,8 @@ def test_another_dtype_or_device_is_a_change_and_more_threads_are_a_note(
     assert f"hardware threads: 64 → {here}; sums may be rounded differently" in capfd.readouterr().err
     [entry] = manifest(folder)["resumed"]
     assert entry["forced"] == ["hardware dtype: bfloat16 → float32"]
-    assert manifest(folder)["computing"] == {"device": "cpu", "dtype": "float32", "name": "CPU", "threads": here}
+    facts = {"device": "cpu", "dtype": "float32", "name": "CPU", "threads": here, "processes": 1}
+    assert manifest(folder)["computing"] == facts
 
 
 def test_weights_of_other_shapes_are_refused_in_spite_of_force(saving: list[object], monkeypatch, capfd) -> None:
