@@ -16,6 +16,7 @@ from rich.text import Text
 from folora_q.cli.console import err, out, print_table, starting
 from folora_q.cli.options import recipe_arguments
 from folora_q.cli.preflight import examined
+from folora_q.distributed.launch import TORCHRUN
 from folora_q.memory.advice import Advice, advise
 from folora_q.memory.config import read_config
 from folora_q.memory.estimate import GIB, MARGIN, PARTS, MemoryEstimate, estimate
@@ -75,7 +76,7 @@ def command(
     _print_cards([(each, plan_step(recipe, shape, each)) for each in (CARDS if card is None else (card,))])
     _print_host_and_disk(found)
     if card is not None and not found.fits(card):
-        program = "folora-q" if gpus == 1 else f"torchrun --nproc-per-node {gpus} -m folora_q"
+        program = "folora-q" if gpus == 1 else TORCHRUN.format(gpus)
         _print_advice(
             advise(recipe, shape, card).of_all(gpus), card, f"{program} train {shlex.quote(str(path))}", overrides
         )

@@ -18,7 +18,7 @@ from folora_q.cli.evaluation_table import print_answer, print_evaluation
 from folora_q.cli.options import recipe_arguments, trust_options
 from folora_q.cli.preflight import examined, placed
 from folora_q.cli.wording import duration
-from folora_q.distributed.launch import launched_processes, rank
+from folora_q.distributed.launch import launch_line, launched_processes, rank
 from folora_q.errors import Terminated, UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import Recipe
@@ -63,7 +63,7 @@ def command(
         raise UserError("--resume continues a run and --overwrite removes it", "give one of them")
     if force and not resume:
         raise UserError("--force requires --resume", "add --resume, or replace the run with --overwrite")
-    launched_processes()
+    processes = launched_processes()
     recipe = placed(recipe, path, overrides, resume, overwrite)
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
     if rank():
@@ -83,7 +83,8 @@ def command(
         if not str(stop):  # nothing has been written
             raise
         options = [*["--allow-code"] * allow_code, *trust.flags(), "--resume"]
-        line = f"{_program()} {shlex.join(['train', str(path), *overrides, *options])}"
+        program = _program() if processes == 1 else launch_line()
+        line = f"{program} {shlex.join(['train', str(path), *overrides, *options])}"
         raise type(stop)(f"{stop}; resume it with\n  {line}") from None
     if result is not None:
         _print_result(result, recipe)

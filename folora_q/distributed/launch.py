@@ -14,7 +14,8 @@ COUNTS_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SWITCHES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "CPU")
 CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
 ON = ("true", "1", "yes", "y", "t", "on")
-TORCHRUN = "torchrun --nproc-per-node 2 -m folora_q train recipe.yaml"
+TORCHRUN = "torchrun --nproc-per-node {} -m folora_q"
+EXAMPLE = f"{TORCHRUN.format(2)} train recipe.yaml"
 
 
 def launched_processes() -> int:
@@ -29,14 +30,14 @@ def launched_processes() -> int:
         if _count(name) > 1:
             raise UserError(
                 f"this is one of {_count(name)} processes of MPI ({name}), which do not know each other's address",
-                f"start it with torchrun: `{TORCHRUN}`",
+                f"start it with torchrun: `{EXAMPLE}`",
             )
     count = _count(COUNT)
     missing = [name for name in MEETING if not os.environ.get(name)]
     if count > 1 and missing:
         raise UserError(
             f"this is one of {count} processes ({COUNT}={count}), but {missing[0]} is not set",
-            f"start it with torchrun: `{TORCHRUN}`",
+            f"start it with torchrun: `{EXAMPLE}`",
         )
     return count
 
@@ -45,6 +46,11 @@ def rank() -> int:
     """Return the number of this process among those of the launcher, before torch is imported."""
     value = os.environ.get("RANK", "")
     return int(value) if _count(COUNT) > 1 and value.isdecimal() else 0
+
+
+def launch_line() -> str:
+    """Return how torchrun starts folora-q with as many processes on this machine as now."""
+    return TORCHRUN.format(_count("LOCAL_WORLD_SIZE"))
 
 
 def require_one_process(command: str) -> None:

@@ -1,6 +1,6 @@
 """The processes of a run: who does what, and how they share results. Built on accelerate's PartialState.
 
-The first process owns the run folder, the terminal and the evaluations. The others read the same data, take their share
+The first process owns the run folder, the terminal and the answers. The others read the same data, take their share
 of texts and rows, and follow its decisions. Every method is called by all processes, in the same order.
 """
 

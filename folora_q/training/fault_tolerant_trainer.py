@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from trl.models import get_act_offloading_ctx_manager
 
 from folora_q.data.tokens import IGNORED, Batch
+from folora_q.errors import RunError
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
+from folora_q.kernels.compiled_layers import CompilationError
 from folora_q.models.parts import base_of
 from folora_q.training.callbacks import Stopping
 from folora_q.training.checkpoint_schema import PROGRESS, SavedProgress, read_saved
@@ -105,6 +107,7 @@ class FaultTolerantTrainer(ResumableTrainer):
             rows = self.args.per_device_train_batch_size
             splitter.rows = self.processes.least(splitter.fitting(rows))
             splitter.enabled = False
+            self.micro_batches.stop_compiling = _end_without_compilation
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Get the micro-batches of a step, without rows that accelerate repeats so that all processes have as many."""
@@ -206,3 +209,8 @@ class FaultTolerantTrainer(ResumableTrainer):
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             del logs["grad_norm"]  # of a skipped step, which has its own line
         super().log(logs, start_time)
+
+
+def _end_without_compilation(error: CompilationError) -> NoReturn:
+    """End one of several processes: the others would not repeat the step with it."""
+    raise RunError(error.message, "continue with --resume --force training.kernels=none") from error

@@ -201,6 +201,7 @@ def test_a_signal_to_one_process_stops_all_after_the_step_and_the_run_resumes_ex
     folder = tmp_path / "stopped"
     codes, texts = outcome(2, recipe_file, folder, dropout, before=before)
     assert codes == [143, 143], texts
+    assert "torchrun --nproc-per-node 2 -m folora_q train" in texts[0] and "--resume" in texts[0]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     several(2, recipe_file, folder, dropout, "--resume")
     name = "adapter/adapter_model.safetensors"
