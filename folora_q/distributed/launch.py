@@ -13,6 +13,12 @@ COUNTS_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # Variables that `accelerate launch` sets from its own configuration, and that accelerate obeys in any process.
 SWITCHES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "CPU")
 CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
+# Why an engine is not used, where that is more than another setting than the recipe's.
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not used: ZeRO-2 shards only the adapter's gradients and optimizer, "
+    "which are small, and ZeRO-3 does not shard weights that were loaded in 4 bits",
+    "ACCELERATE_USE_FSDP": "FSDP is not supported yet: each GPU must hold the complete model in 4 bits",
+}
 ON = ("true", "1", "yes", "y", "t", "on")
 TORCHRUN = "torchrun --nproc-per-node {} -m folora_q"
 EXAMPLE = f"{TORCHRUN.format(2)} train recipe.yaml"
@@ -72,6 +78,8 @@ def _require_the_recipes_engine() -> None:
     switches = [f"ACCELERATE_USE_{switch}" for switch in SWITCHES]
     changed = [name for name in switches if os.environ.get(name, "").lower() in ON]
     changed += [name for name in CHOICES if os.environ.get(name, "").lower() not in ("", "no")]
+    if changed and (reason := ENGINES.get(changed[0])) is not None:
+        raise UserError(f"{reason} ({changed[0]} is set)", f"start it with `{EXAMPLE}`")
     if changed:
         raise UserError(
             f"the environment sets {changed[0]}={os.environ[changed[0]]}, which makes accelerate train differently "

@@ -108,8 +108,6 @@ def test_transformers_takes_one_gpu_of_two_and_the_batch_of_the_recipe(two_gpus:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("ACCELERATE_USE_DEEPSPEED", "true"),
-        ("ACCELERATE_USE_FSDP", "True"),
         ("ACCELERATE_USE_CPU", "1"),
         ("ACCELERATE_MIXED_PRECISION", "fp16"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
@@ -133,3 +131,16 @@ def test_a_launcher_that_changes_nothing_is_none(monkeypatch: pytest.MonkeyPatch
     for name, value in {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_CPU": "false"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     assert launched_processes() == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [("DEEPSPEED", "ZeRO-3 does not shard weights that were loaded in 4 bits"), ("FSDP", "FSDP is not supported yet")],
+)
+def test_an_engine_that_cannot_be_used_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, engine: str, reason: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UserError, match=reason) as caught:
+        launched_processes()
+    assert caught.value.hint is not None and "torchrun" in caught.value.hint
