@@ -49,7 +49,6 @@ def trainer_config(
             per_device_train_batch_size=training.per_device_train_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps // processes,
             ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,  # they are constants
             lr_scheduler_type=training.lr_scheduler_type,
             warmup_steps=training.warmup_steps,
             weight_decay=training.weight_decay,
