@@ -1,6 +1,7 @@
 """Measure a run on 1, 2 and 4 processes, and count what they send each other at 7B and 70B.
 
     .venv/bin/python -m benchmarks.performance.scaling            the demo's model on a CPU, a thread for each process
+    .venv/bin/python -m benchmarks.performance.scaling --fsdp     the same with a sharded base
     .venv/bin/python -m benchmarks.performance.scaling --count    only the bytes
 
 Times are those of the run's stages, by the first process, relative to one process. On a CPU processes share cores and
@@ -22,7 +23,7 @@ import click
 from rich.table import Table
 
 from folora_q.cli.console import err, out
-from folora_q.memory.components import FLOAT32, arithmetic, input_spaces, trained_parameters
+from folora_q.memory.components import FLOAT32, arithmetic, input_spaces, trained_parameters, weights
 from folora_q.memory.shapes import ModelShape, shape_of
 from folora_q.recipe import Recipe, load_recipe
 
@@ -44,16 +45,17 @@ BANDWIDTH = 10e9
 
 @click.command()
 @click.option("--processes", default="1,2,4", show_default=True, help="Numbers of processes, the first for comparison.")
+@click.option("--fsdp", is_flag=True, help="Shard the base over two and more processes.")
 @click.option("--count", "only_count", is_flag=True, help="Count bytes, and measure nothing.")
-def main(processes: str, only_count: bool) -> None:
+def main(processes: str, fsdp: bool, only_count: bool) -> None:
     """Compare a run's stages on several processes, and count what they send."""
     if not only_count:
-        _print_times([int(number) for number in processes.split(",")])
+        _print_times([int(number) for number in processes.split(",")], fsdp)
     _print_bytes()
 
 
-def _print_times(counts: list[int]) -> None:
-    times = {count: _stages(count) for count in counts}
+def _print_times(counts: list[int], fsdp: bool) -> None:
+    times = {count: _stages(count, fsdp and count > 1) for count in counts}
     table = Table(title="time, relative to one process (speed)", title_justify="left")
     for heading in ("processes", *STAGES):
         table.add_column(heading, justify="right")
@@ -63,14 +65,15 @@ def _print_times(counts: list[int]) -> None:
     out.print(table)
 
 
-def _stages(count: int) -> dict[str, float]:
+def _stages(count: int, fsdp: bool) -> dict[str, float]:
     """Return the seconds of a run's stages, as the first process begins and ends them; the evaluation is left out."""
     err.print(f"[dim]{count} processes[/]")
     began: dict[str, float] = {}
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "folora_q"]
-        command = [*launched, "train", str(RECIPE), *SHORT, f"training.output_dir={folder}/run"]
+        place = f"model.fsdp={'shard' if fsdp else 'none'}"
+        command = [*launched, "train", str(RECIPE), *SHORT, place, f"training.output_dir={folder}/run"]
         environment = {"OMP_NUM_THREADS": "1", "FOLORA_Q_CACHE": f"{folder}/cache"}
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -102,13 +105,13 @@ def _print_bytes() -> None:
     table = Table(
         title=f"sent and received by each of two GPUs; seconds at {BANDWIDTH / 1e9:g} GB/s", title_justify="left"
     )
-    for heading in ("model", "gradients, a step", "sums, all readings"):
+    for heading in ("model", "gradients, a step", "sums, all readings", "FSDP, a pass"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, sizes in SHAPES.items():
         heads, groups = sizes["heads"]
         given = {key: value for key, value in sizes.items() if key != "heads"}
         shape = shape_of(LLAMA | given | {"num_attention_heads": heads, "num_key_value_heads": groups})
-        numbers = _gradients(recipe, shape), _sums(recipe, shape)
+        numbers = _gradients(recipe, shape), _sums(recipe, shape), _gathered(shape)
         table.add_row(name, *(f"{number / 1e6:,.0f} MB, {number / BANDWIDTH:.3f} s" for number in numbers))
     out.print(table)
 
@@ -116,6 +119,11 @@ def _print_bytes() -> None:
 def _gradients(recipe: Recipe, shape: ModelShape) -> int:
     """Return the bytes of the gradients of B; a ring of two sends each once and receives each once."""
     return FLOAT32 * trained_parameters(shape, arithmetic(recipe, shape, on_gpu=True))
+
+
+def _gathered(shape: ModelShape) -> int:
+    """Return the bytes of the 4-bit layers that a GPU lacks; a backward pass gathers them again."""
+    return weights(shape, double=True, compute=2)["4-bit weights"] // 2
 
 
 def _sums(recipe: Recipe, shape: ModelShape) -> int:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.rendering import Renderer
 from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, UserError, first_line
 from folora_q.recipe.schema import ProxySection
 
@@ -43,26 +43,37 @@ class ProxySample:
     source: str  # bos | chat
 
 
+@dataclass(frozen=True)
+class SamplingContext:
+    """What sampling depends on besides its settings.
+
+    Attributes:
+        on_progress: called with the number of new samples.
+        splitter: splits batches if memory runs out, after which the same seed gives other text; the default raises.
+        processes: share the model; if it is sharded, they sample the same text together.
+    """
+
+    on_progress: Callable[[int], None] = lambda count: None
+    splitter: BatchSplitter = field(default_factory=lambda: BatchSplitter("sampling", enabled=False))
+    processes: Processes = ONE
+
+
 def sample_proxy(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     section: ProxySection,
-    on_progress: Callable[[int], None] = lambda count: None,
-    splitter: BatchSplitter | None = None,
+    context: SamplingContext | None = None,
 ) -> list[ProxySample]:
     """Draw `num_samples + num_heldout_samples` sequences from the model without an adapter.
 
     The random state of the process does not change. The same seed, settings and machine give the same text.
 
-    Args:
-        on_progress: called with the number of new samples.
-        splitter: splits batches if memory runs out, after which the same seed gives other text; None raises.
-
     Raises:
         UserError: the source needs chats and there is no chat template.
         RunError: too little of the sampled text passes the filters.
     """
-    sampler = _Sampler(model, tokenizer, section, splitter or BatchSplitter("sampling", enabled=False))
+    context = context or SamplingContext()
+    sampler = _Sampler(model, tokenizer, section, context)
     wanted = section.num_samples + section.num_heldout_samples
     sources = {"bos": ["bos"], "chat": ["chat"], "mixed": ["bos", "chat"]}[section.source]
     device = next(model.parameters()).device
@@ -80,7 +91,7 @@ def sample_proxy(
                 for drawn in sampler.draw(source, missing):
                     passed = [ids for ids in drawn if len(ids) >= MIN_SAMPLE_TOKENS and _passes(ids, section, seen)]
                     samples += [ProxySample(ids, source) for ids in passed]
-                    on_progress(len(passed))
+                    context.on_progress(len(passed))
             if len(samples) < target:
                 raise RunError(
                     f"after {MAX_ROUNDS} rounds only {len(samples)} of {wanted} sampled texts passed the filters",
@@ -128,7 +139,7 @@ class _Sampler:
     model: PreTrainedModel
     tokenizer: Tokenizer
     section: ProxySection
-    splitter: BatchSplitter
+    context: SamplingContext
 
     def draw(self, source: str, count: int) -> Iterator[list[list[int]]]:
         """Sample `count` sequences from one source in batches, by the shares of the decoding mixture."""
@@ -144,7 +155,7 @@ class _Sampler:
                     return self._continue(prompts, self.section.max_new_tokens, decoding)
                 return self._draw_chats(stop - start, decoding)
 
-            yield from self.splitter.over(amount, self.section.max_new_tokens, draw, self.section.batch_size)
+            yield from self.context.splitter.over(amount, self.section.max_new_tokens, draw, self.section.batch_size)
 
     def _draw_chats(self, count: int, decoding: dict[str, float]) -> list[list[int]]:
         """Let the model write a user turn after the template's opening, and then answer it."""
@@ -159,7 +170,8 @@ class _Sampler:
     def _continue(self, prompts: list[list[int]], max_new_tokens: int, decoding: dict[str, float]) -> list[list[int]]:
         """Return the prompts with the model's continuations, up to and including the end token."""
         inputs = generation_inputs(prompts, self.tokenizer, next(self.model.parameters()).device)
-        output = cast(Any, self.model).generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens, **decoding)
+        settings = {"do_sample": True, "max_new_tokens": max_new_tokens, **decoding}
+        output = self.context.processes.generate(self.model, **inputs, **settings)
         ends, width = _end_tokens(self.model), inputs["input_ids"].shape[1]
         return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.calibration.sample import ProxySample, sample_proxy
+from folora_q.calibration.sample import ProxySample, SamplingContext, sample_proxy
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.models.parts import embedding_rows
@@ -61,10 +61,12 @@ def load_or_sample(
     if samples is not None:
         clock.note(f"sampled text read from {path}")
         return samples
-    part = _part(section, processes)
+    readers = processes.readers
+    part = _part(section, readers)
     with clock.stage("sampling text from the base model", part.num_samples, "texts") as done:
-        samples = sample_proxy(model, tokenizer, part, done, BatchSplitter("sampling", clock.warn))
-    samples = [sample for each in processes.gather(samples) for sample in each]
+        splitter = BatchSplitter("sampling", clock.warn, enabled=not processes.sharded)
+        samples = sample_proxy(model, tokenizer, part, SamplingContext(done, splitter, processes))
+    samples = [sample for each in readers.gather(samples) for sample in each]
     if not processes.first:
         return samples
     try:

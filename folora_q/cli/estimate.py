@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ from folora_q.recipe import Recipe
 CARDS = (8.0, 12.0, 16.0, 24.0)
 BAR_WIDTH = 40
 HELD, WORKING = "cyan", "magenta"
-FROZEN = ("4-bit weights", "their constants", "16-bit weights")
+FROZEN = ("4-bit weights", "their constants", "16-bit weights", "gathered layers")
+# Where the base is, by `model.fsdp`; auto is how it is counted without a card.
+BASES = dict.fromkeys(("auto", "none"), "each holds the complete base") | {
+    "shard": "each holds a part of every decoder layer",
+    "offload": "the decoder layers are in the host's memory, a part of each for every GPU",
+}
 
 
 @click.command("estimate")
@@ -60,7 +66,7 @@ def command(
     if stored is not None:  # the recipe's quantization settings are for models in 16 bits
         held = {"bnb_4bit_quant_type": stored.quant_type, "bnb_4bit_use_double_quant": stored.double_quant}
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=held)})
-    recipe = of_one_process(divided_among(recipe, gpus), gpus)
+    recipe, shape = of_one_process(divided_among(recipe, gpus), gpus), replace(shape, gpus=gpus)
     if longest:
         _print_longest(recipe, shape, CARDS if card is None else (card,))
         return
@@ -69,12 +75,13 @@ def command(
         recipe, found = (plan := plan_step(recipe, shape, card)).recipe, plan.memory
     _print_head(recipe, shape, found)
     if gpus > 1:
-        out.print(f"[dim]on each of {gpus} GPUs, which share the steps and hold the complete model[/]\n")
+        base = BASES[recipe.model.fsdp]
+        out.print(f"[dim]on each of {gpus} GPUs, which share the steps; {base}[/]\n", soft_wrap=True)
     for note in model.notes:
         out.print(f"[yellow]note[/] {escape(note)}\n", soft_wrap=True)
     print_table(_table(found))
     _print_cards([(each, plan_step(recipe, shape, each)) for each in (CARDS if card is None else (card,))])
-    _print_host_and_disk(found)
+    _print_host_and_disk(found, gpus)
     if card is not None and not found.fits(card):
         program = "folora-q" if gpus == 1 else TORCHRUN.format(gpus)
         _print_advice(
@@ -143,7 +150,7 @@ def _print_cards(plans: Sequence[tuple[float, StepPlan]]) -> None:
     out.print()
     for card, plan in plans:
         found = plan.memory
-        frozen = sum(found.largest.device[name] for name in FROZEN)
+        frozen = sum(found.largest.device.get(name, 0) for name in FROZEN)
         bar = Text(f"{card:>3g} GB  ")
         filled = min(round(BAR_WIDTH * found.peak / GIB / card), BAR_WIDTH)
         still = min(round(BAR_WIDTH * frozen / GIB / card), filled)
@@ -180,9 +187,10 @@ def _print_longest(recipe: Recipe, shape: ModelShape, cards: Sequence[float]) ->
     )
 
 
-def _print_host_and_disk(found: MemoryEstimate) -> None:
+def _print_host_and_disk(found: MemoryEstimate, processes: int) -> None:
     busiest = max(found.stages, key=lambda stage: stage.on_host)
-    out.print(f"\nhost memory  {found.host / GIB:,.1f} GiB, at most ({busiest.name})", soft_wrap=True)
+    each = f", for each of {processes} processes" if processes > 1 else ""
+    out.print(f"\nhost memory  {found.host / GIB:,.1f} GiB, at most ({busiest.name}){each}", soft_wrap=True)
     parts = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in found.disk.items() if size >= 5e7)
     out.print(f"disk         {sum(found.disk.values()) / 1e9:,.1f} GB: {parts}", soft_wrap=True)
 

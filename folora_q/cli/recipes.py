@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import rich_click as click
@@ -10,10 +11,11 @@ from rich.markup import escape
 
 from folora_q.cli.console import out
 from folora_q.memory.estimate import GIB, estimate
+from folora_q.memory.micro_batches import divided_among, of_one_process, plan_step
 from folora_q.memory.shapes import shape_of
 from folora_q.memory.shipped_models import shipped_model
 from folora_q.recipe import load_recipe
-from folora_q.recipe.shipped import copy_recipe, shipped_recipes
+from folora_q.recipe.shipped import ShippedRecipe, copy_recipe, shipped_recipes
 
 
 @click.group("recipes", invoke_without_command=True)
@@ -28,20 +30,28 @@ def command(ctx: click.Context) -> None:
     recipes = shipped_recipes()
     width = max(len(recipe.name) for recipe in recipes)
     for recipe in recipes:
-        size = f"[bold]{_peak(recipe.path) / GIB:4.1f}[/] GiB"
+        size = f"[bold]{_peak(recipe) / GIB:4.1f}[/] GiB"
         out.print(f"[cyan]{recipe.name:{width}}[/]  {size}  {escape(recipe.title)}", soft_wrap=True)
-    out.print("\nGiB: the estimated peak of GPU memory; `folora-q estimate` shows its parts", style="dim")
+    out.print(
+        "\nGiB: the estimated peak of memory of each GPU; `folora-q estimate` shows its parts",
+        style="dim",
+        soft_wrap=True,
+    )
     out.print("folora-q train NAME                       [dim]runs one[/]")
     out.print("folora-q recipes copy NAME \\[FILE.yaml]    [dim]copies one for you to edit[/]")
 
 
-def _peak(path: Path) -> int:
+def _peak(shipped: ShippedRecipe) -> int:
     """Return the estimated peak of a shipped recipe in bytes; a test checks that its model's numbers are shipped."""
-    recipe = load_recipe(path, with_data=False)
+    recipe = load_recipe(shipped.path, with_data=False)
     model = shipped_model(recipe.model.model_name_or_path)
     if model is None:
         raise KeyError(recipe.model.model_name_or_path)
-    return estimate(recipe, shape_of(model.config)).peak
+    shape = shape_of(model.config)
+    if shipped.cards is None:
+        return estimate(recipe, shape).peak
+    gpus, card = shipped.cards
+    return plan_step(of_one_process(divided_among(recipe, gpus), gpus), replace(shape, gpus=gpus), card).memory.peak
 
 
 @command.command("copy")

@@ -20,6 +20,7 @@ from folora_q.cli.preflight import examined, placed
 from folora_q.cli.wording import duration
 from folora_q.distributed.launch import launch_line, launched_processes, rank
 from folora_q.errors import Terminated, UserError
+from folora_q.memory.micro_batches import divided_among
 from folora_q.models.trust import Trust
 from folora_q.recipe import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
@@ -64,6 +65,7 @@ def command(
     if force and not resume:
         raise UserError("--force requires --resume", "add --resume, or replace the run with --overwrite")
     processes = launched_processes()
+    divided_among(recipe, processes)  # now: it is checked again where the run begins
     recipe = placed(recipe, path, overrides, resume, overwrite)
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
     if rank():

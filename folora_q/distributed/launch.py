@@ -17,7 +17,8 @@ CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
 ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not used: ZeRO-2 shards only the adapter's gradients and optimizer, "
     "which are small, and ZeRO-3 does not shard weights that were loaded in 4 bits",
-    "ACCELERATE_USE_FSDP": "FSDP is not supported yet: each GPU must hold the complete model in 4 bits",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP is not used, since it would shard the adapter too: model.fsdp shards the "
+    "base, where it is too large for a GPU",
 }
 ON = ("true", "1", "yes", "y", "t", "on")
 TORCHRUN = "torchrun --nproc-per-node {} -m folora_q"

@@ -32,16 +32,26 @@ class Processes:
         rank: the number of this process.
         count: the number of processes.
         device: where this process computes, and sends from.
+        sharded: they share one base (`folora_q.distributed.sharding`), so each forward pass is one of all processes.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
         """Whether this process owns the run folder and the terminal."""
         return self.rank == 0
+
+    @property
+    def readers(self) -> Processes:
+        """The processes that divide reading and generating text among them.
+
+        With a sharded base each reads everything, at the same time as the others, and needs no other's results.
+        """
+        return Processes(device=self.device, sharded=True) if self.sharded else self
 
     def owns(self, number: int) -> bool:
         """Whether this process computes the part of work with this number."""
@@ -102,6 +112,28 @@ class Processes:
             numbers = numbers.clone()
             self.add([numbers])
         return numbers
+
+    def generate(self, model: Any, **inputs: Any) -> Tensor:
+        """Generate tokens, with the arguments of transformers' `generate`.
+
+        Processes that share a base generate the same tokens together: those of the first, if rounding differs.
+        """
+        tokens = model.generate(**inputs, synced_gpus=self.sharded)
+        if not self.sharded:
+            return tokens
+        sent = [tokens.cpu()]
+        with _connected():
+            dist.broadcast_object_list(sent, src=0, device=self.device)
+        return sent[0].to(tokens.device)
+
+    def in_turn(self, compute: Callable[[], T]) -> T:
+        """Compute in one process after the other, for what needs much memory meanwhile."""
+        results: list[T] = []
+        for rank in range(self.count):
+            if rank == self.rank:
+                results.append(compute())
+            self.gather(None)
+        return results[0]
 
     def end(self) -> None:
         """Leave the others; nothing is shared afterwards."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -25,7 +26,9 @@ from folora_q.core import SpectralGate
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import Batch, count_tokens
 from folora_q.evaluation.model_pair import ModelPair
-from folora_q.models.adapters import AdapterPair, factors
+from folora_q.models.adapters import adapter_pairs, factors
+from folora_q.models.decoded import decoded_weight
+from folora_q.models.sharding import with_weights
 from folora_q.runs.results import TextKind
 
 
@@ -86,17 +89,20 @@ def measured_drift(
     return {name: _ratio(totals.get(name)) for name in changes}
 
 
-def predicted_drift(pairs: Iterable[AdapterPair], gates: Mapping[str, SpectralGate]) -> dict[str, dict[str, float]]:
+def predicted_drift(model: PeftModel, gates: Mapping[str, SpectralGate]) -> dict[str, dict[str, float]]:
     """Predict the drift by layer for the texts that the gates were computed from, by kind of text.
 
     ‖BAx‖² needs BᵀB and AΣAᵀ, both r x r; W is dequantized, one layer at a time.
     """
     found: dict[str, dict[str, float]] = {}
-    for pair in pairs:
-        if (gate := gates.get(pair.name)) is None:
-            continue
-        weight = dequantize_module_weight(pair.module.get_base_layer()).float()
-        if isinstance(pair.module.get_base_layer(), Conv1D):
+    pairs = {pair.module: pair for pair in adapter_pairs(model) if pair.name in gates}
+    for module in with_weights(model, list(pairs)):
+        pair = pairs[module]
+        gate = gates[pair.name]
+        layer = pair.module.get_base_layer()
+        four_bit = isinstance(layer, bnb.nn.Linear4bit)
+        weight = (decoded_weight(layer) if four_bit else dequantize_module_weight(layer)).float()
+        if isinstance(layer, Conv1D):
             weight = weight.T
         gram_b = (pair.b.detach().T @ pair.b.detach()).double().cpu() * pair.scale**2
         penalty, utility = gate.forms(pair.a.detach())

@@ -145,9 +145,9 @@ def evaluate(
 ) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
     """Measure losses and predictions on every text, and answer and score every question."""
     texts = compare_texts(model_pair, on, clock)
-    splitter = BatchSplitter("measuring", clock.warn)
+    splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions), "answers") as done:
-        generation = Generation(section.max_new_tokens, section.batch_size, done, splitter)
+        generation = Generation(section.max_new_tokens, section.batch_size, done, splitter, model_pair.processes)
         answers = answer_both(model_pair, on.reader, on.questions, generation, scorer)
     return texts, mean_score(answers, section.metric), answers
 
@@ -155,7 +155,7 @@ def evaluate(
 def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> list[TextResult]:
     """Measure losses and predictions on every text; all processes of the pair take part."""
     model_pair.eval()
-    splitter = BatchSplitter("measuring", clock.warn)
+    splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
     tokens = sum(count_tokens(text.batches) for text in on.texts)
     with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
         return [compare(model_pair, text, done, splitter) for text in on.texts]
@@ -175,7 +175,7 @@ def evaluate_layers(
         energy_kept: by layer, the share of the steps' energy that passed the gate.
     """
     measured: dict[str, dict[str, float]] = {}
-    splitter = BatchSplitter("measuring drift of", clock.warn)
+    splitter = BatchSplitter("measuring drift of", clock.warn, enabled=not model_pair.processes.sharded)
     tokens = sum(map(count_tokens, on.drift.values()))
     with clock.stage("measuring how far each layer moved", tokens, "tokens") as done:
         for kind, text in on.drift.items():

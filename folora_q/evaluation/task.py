@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from folora_q.data.rendering import Renderer, RenderError
 from folora_q.data.thoughts import Said, ThoughtSyntax
 from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs, text_ids
 from folora_q.data.turns import Message
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, UserError
 from folora_q.evaluation.intervals import score_change
 from folora_q.evaluation.model_pair import ModelPair
@@ -43,12 +44,14 @@ class Generation:
         batch_size: the number of prompts that are answered at a time.
         on_progress: called with the number of new answers of one model.
         splitter: splits batches if memory runs out; the default raises.
+        processes: share the model; if it is sharded, they generate the same answers together.
     """
 
     max_new_tokens: int
     batch_size: int
     on_progress: Callable[[int], None] = lambda answers: None
     splitter: BatchSplitter = field(default_factory=lambda: BatchSplitter("answering", enabled=False))
+    processes: Processes = ONE
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def greedy_tokens(
         inputs = generation_inputs([prompts[index] for index in chosen], tokenizer, model.device)
         with torch.no_grad():
             room = min(generation.max_new_tokens, context - inputs["input_ids"].shape[1])
-            output = cast(Any, model).generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))
+            output = generation.processes.generate(model, **inputs, do_sample=False, max_new_tokens=max(room, 1))
         answers.update(zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True))
         generation.on_progress(len(chosen))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from folora_q.memory.activations import FLOAT32, Arithmetic
@@ -35,6 +35,8 @@ STATES = {
 }
 # Elements of the smallest tensors whose states bitsandbytes keeps in 8 bits, and pages.
 SMALLEST_IN_8_BITS, SMALLEST_PAGED = 4096, 100_000
+# Decoder layers' weights that FSDP2 holds at a time: two gathered, and the buffer of one.
+GATHERED = 3
 STATE_BLOCK = 256
 # Names of the decoder layers in families that are not in the table, and of output layers in any.
 STACKS = ("model.layers", "model.decoder.layers", "model.language_model.layers", "transformer.h", "transformer.blocks")
@@ -64,6 +66,28 @@ def weights(shape: ModelShape, double: bool, compute: int) -> dict[str, int]:
     packed = shape.quantized / max(shape.quantized + shape.skipped, 1)
     codes, constants = round(codes * packed), round(constants * packed)
     return {"4-bit weights": codes, "their constants": constants, "16-bit weights": shape.unquantized * compute}
+
+
+def sharded(whole: Mapping[str, int], shape: ModelShape, compute: int, on_host: bool) -> dict[str, int]:
+    """Return what each GPU has of the frozen weights if FSDP shards the decoder layers.
+
+    Constants, embeddings and head are complete on each. FSDP gathers a layer into a buffer, copies it to the layer's
+    weights, and gathers the next one meanwhile.
+
+    Args:
+        whole: from `weights`.
+        on_host: the shards are in the host's memory.
+    """
+    inside = sum(layer.unquantized * count for layer, count in shape.layers) * compute
+    largest = max(sum(linear.weights for linear in layer.linears) // 2 for layer, _ in shape.layers)
+    largest += max(layer.unquantized * compute for layer, _ in shape.layers)
+    shares = 0 if on_host else 1 / shape.gpus
+    return {
+        "4-bit weights": round(whole["4-bit weights"] * shares),
+        "their constants": whole["their constants"],
+        "16-bit weights": whole["16-bit weights"] - inside + round(inside * shares),
+        "gathered layers": GATHERED * largest,
+    }
 
 
 def arithmetic(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> Arithmetic:

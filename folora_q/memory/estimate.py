@@ -31,6 +31,7 @@ PARTS = (
     "their constants",
     "16-bit weights",
     "decoded weights",
+    "gathered layers",
     "CUDA context",
     "adapter",
     "adapter in 16 bits",
@@ -46,6 +47,8 @@ PARTS = (
 Device = Literal["gpu", "cpu"]
 Parts = dict[str, int]
 GIB = 2**30
+# Values of `model.fsdp` with which FSDP shards the base.
+SHARDED = ("shard", "offload")
 # Share of a card that is kept free, for fragmentation and the estimate's error.
 MARGIN = 0.05
 # Assumed, not measured: memory of the driver and CUDA's libraries, and cuBLAS's workspace.
@@ -144,11 +147,17 @@ class _Run:
         self.adapter = self.pairs + whole
         self.trained = parts.trained_parameters(shape, self.how) + whole
         self.weights = parts.weights(shape, recipe.model.bnb_4bit_use_double_quant, self.how.compute)
-        if not self.on_gpu:  # folora_q.models.decoded, where memory is not short
+        self.always = {"libraries": LIBRARIES[device]}
+        self.whole = self.weights
+        if shape.gpus > 1 and recipe.model.fsdp in SHARDED:
+            on_host = recipe.model.fsdp == "offload"
+            self.weights = parts.sharded(self.whole, shape, self.how.compute, on_host)
+            if on_host:
+                self.always["4-bit weights"] = self.whole["4-bit weights"] // shape.gpus
+        elif not self.on_gpu:  # folora_q.models.decoded, where memory is not short
             self.weights["decoded weights"] = shape.quantized * self.how.compute
         self.gates, self.solved = parts.gates(recipe, shape, self.how, self.on_gpu)
         self.state, self.pages = parts.optimizer_state(recipe, shape, self.how, self.on_gpu)
-        self.always = {"libraries": LIBRARIES[device]}
         self.context = {"CUDA context": CUDA_CONTEXT} if self.on_gpu else {}
         self.decoded = shape.largest * self.how.compute
         self.checkpointing = recipe.training.recomputes_on(self.on_gpu)
@@ -159,7 +168,10 @@ class _Run:
         """Loading, tensor by tensor: each is in 16 bits on the host and on the device until it is quantized."""
         largest = max(self.shape.largest, self.shape.vocabulary * self.shape.hidden) * self.how.compute
         device = self.weights | {"a layer at work": self.decoded} | self.context
-        return MemoryStage("loading", device, self.always | {"a layer at work": largest})
+        host = self.always | {"a layer at work": largest}
+        if "gathered layers" in self.weights:  # complete there, before it is sharded
+            host |= self.whole
+        return MemoryStage("loading", device, host)
 
     def sampling(self) -> MemoryStage:
         section = self.recipe.proxy

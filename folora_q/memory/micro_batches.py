@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from folora_q.block_sizes import STATISTICS_LENGTH, STATISTICS_TOKENS
+from folora_q.distributed.launch import TORCHRUN
 from folora_q.errors import UserError
-from folora_q.memory.estimate import MemoryEstimate, estimate
+from folora_q.memory.estimate import SHARDED, MemoryEstimate, estimate
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
 
@@ -63,11 +64,15 @@ class StepPlan:
     def __str__(self) -> str:
         rows, passes = self.rows, self.passes
         at_once = f"{rows} sequence{'s' * (rows != 1)} at a time" + f", {passes} times per step" * (passes != 1)
-        return f"{at_once}, {'with' if self.recompute else 'without'} activation checkpointing"
+        fsdp = self.recipe.model.fsdp
+        sharded = f", with model.fsdp: {fsdp}" if fsdp in SHARDED else ""
+        return f"{at_once}, {'with' if self.recompute else 'without'} activation checkpointing{sharded}"
 
 
 def plan_step(recipe: Recipe, shape: ModelShape, gib: float) -> StepPlan:
     """Return the plan that is expected to be the fastest of those that fit; if none fits, the one that needs least.
+
+    Of the places of the base that `model.fsdp: auto` leaves open, the first in which a plan fits is taken, or the last.
 
     What the recipe fixes stays: with `training.auto_batch_size: false` the batch size, and any
     `training.activation_checkpointing` but auto.
@@ -75,6 +80,12 @@ def plan_step(recipe: Recipe, shape: ModelShape, gib: float) -> StepPlan:
     Args:
         gib: memory of the GPU.
     """
+    if recipe.model.fsdp == "auto":
+        for place in ("none", *SHARDED) if shape.gpus > 1 else ("none",):
+            plan = plan_step(recipe.changed({"model": {"fsdp": place}}), shape, gib)
+            if plan.memory.fits(gib):
+                break
+        return plan
     plans = list(_plans(plan_batches(recipe, shape, gib), shape))
     fitting = [plan for plan in plans if plan.memory.fits(gib)]
     if fitting:
@@ -146,9 +157,15 @@ def divided_among(recipe: Recipe, processes: int) -> Recipe:
     """Return the recipe with forward passes that divide among processes, one for each GPU; its steps stay the same.
 
     Raises:
-        UserError: the rows of a step do not.
+        UserError: the rows of a step do not, or one process cannot do what the recipe says.
     """
-    training = recipe.training
+    training, fsdp = recipe.training, recipe.model.fsdp
+    if processes == 1 and fsdp in SHARDED:
+        line = TORCHRUN.format(2)
+        raise UserError(
+            f"model.fsdp: {fsdp} shards the base over several processes, and this is one",
+            f"start it with `{line}`, or set model.fsdp: auto",
+        )
     rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if passes % processes == 0:
         return recipe

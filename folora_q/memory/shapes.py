@@ -82,6 +82,7 @@ class ModelShape:
         layers: decoder layers with their counts.
         outside: linear layers elsewhere (a vision tower): in 4 bits, and not used on text.
         skipped: weights of linear layers that a checkpoint saved in 4 bits keeps in 16.
+        gpus: the number of GPUs over which `model.fsdp` can shard the decoder layers.
         others: parameters outside of the layers, without embeddings and head: the last norm, positions, a head's bias.
         tied: the head is the embedding.
         rms: norms are RMS norms, which always compute in float32.
@@ -110,6 +111,7 @@ class ModelShape:
     activation: str = "silu"
     outside: tuple[tuple[Linear, int], ...] = ()
     skipped: int = 0
+    gpus: int = 1
 
     @property
     def depth(self) -> int:

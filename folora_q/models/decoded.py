@@ -53,7 +53,8 @@ def decoded_weight(layer: bnb.nn.Linear4bit) -> Tensor:
     if isinstance(layer, DecodedLinear4bit):
         return layer.decoded
     packed: Any = layer.weight  # bitsandbytes declares a plain tensor
-    return dequantize_4bit(packed.data, packed.quant_state).to(_dtype(layer))
+    state = getattr(packed, "quant_state", None) or layer.quant_state  # of a weight that FSDP has gathered
+    return dequantize_4bit(packed.data, state).to(_dtype(layer))
 
 
 def _dtype(layer: bnb.nn.Linear4bit) -> torch.dtype:

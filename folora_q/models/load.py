@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,12 +18,14 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, UserError
 from folora_q.models.classes import auto_class
 from folora_q.models.decoded import hold_decoded
 from folora_q.models.hardware import Hardware
 from folora_q.models.prequantized import refuse_foreign_quantization
 from folora_q.models.quantization import Quantization
+from folora_q.models.sharding import mesh_of, shard_base
 from folora_q.models.stored_quantization import StoredQuantization, stored_quantization
 from folora_q.models.tokenizer import load_tokenizer, loading, safe_source
 from folora_q.models.trust import NOTHING, Trust
@@ -61,12 +63,17 @@ class LoadedModel:
 
 
 def load_model(
-    section: ModelSection, hardware: Hardware, tokenizer: Tokenizer | None = None, trust: Trust = NOTHING
+    section: ModelSection,
+    hardware: Hardware,
+    tokenizer: Tokenizer | None = None,
+    trust: Trust = NOTHING,
+    processes: Processes = ONE,
 ) -> LoadedModel:
     """Load a causal language model with every linear layer of the transformer in 4 bits.
 
     Args:
         tokenizer: its tokenizer, if that is loaded already.
+        processes: with a sharded base they load it one after the other, since each has it in the host's memory then.
 
     Raises:
         UserError: there is no such model, it is not a causal language model, or `trust` does not allow what it needs.
@@ -79,14 +86,24 @@ def load_model(
         held = Quantization(section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant, dtype)
     else:
         held = Quantization.of_checkpoint(found.stored, dtype)
-    model = _load(section, hardware, trust, found, None if held.prequantized else held)
-    quantized = guard_cpu_kernels(model)
-    if quantized == 0:
-        raise RunError(f"no layer of {section.model_name_or_path} could be loaded in 4 bits", "use another base model")
-    if held.prequantized:
-        compute_in(model, hardware.dtype)
-    if hardware.device.type == "cpu":
-        hold_decoded(model)
+
+    def load() -> PreTrainedModel:
+        model = _load(section, first_on, trust, found, None if held.prequantized else held)
+        if guard_cpu_kernels(model) == 0:
+            name = section.model_name_or_path
+            raise RunError(f"no layer of {name} could be loaded in 4 bits", "use another base model")
+        if held.prequantized:
+            compute_in(model, hardware.dtype)
+        if mesh is not None:
+            shard_base(model, mesh, offload=section.fsdp == "offload")
+        elif hardware.device.type == "cpu":
+            hold_decoded(model)
+        return model
+
+    mesh = mesh_of(processes) if processes.sharded else None
+    first_on = replace(hardware, device=torch.device("cpu")) if processes.sharded else hardware
+    model = processes.in_turn(load) if processes.sharded else load()
+    quantized = sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
     fingerprint = _fingerprint(found, f"{held.bnb_4bit_quant_type} {held.bnb_4bit_use_double_quant}")
     revision = None if Path(found.source).is_dir() else found.revision
     loader = auto_class(found.config).__name__

@@ -39,6 +39,9 @@ class ModelSection(Section):
         "auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = "auto"
     """The attention implementation. auto: the default of transformers, which is sdpa for most models."""
+    fsdp: Literal["auto", "none", "shard", "offload"] = "auto"
+    """Where several processes keep the base. none: complete on each GPU. shard: a part of each layer on each GPU.
+    offload: those parts in the host's memory. auto: the first that fits."""
 
 
 class ProxySection(Section):

@@ -31,6 +31,12 @@ class ShippedRecipe:
     path: Path
     title: str
 
+    @property
+    def cards(self) -> tuple[int, float] | None:
+        """The number and the memory of its GPUs, if they are several."""
+        found = re.search(r"-(\d+)x(\d+)gb-", self.name)
+        return None if found is None else (int(found[1]), float(found[2]))
+
 
 def recipes_folder() -> Path:
     """Return the folder of the shipped recipes: in the wheel, or next to the package in a checkout."""

@@ -64,7 +64,7 @@ class FaultTolerantTrainer(ResumableTrainer):
         self.loss_before: Tensor | None = None
         super().__init__(*args, **kwargs)
         # The texts are the same in every evaluation.
-        self.model_pair = ModelPair(self.model, remember=True, processes=self.processes)
+        self.model_pair = ModelPair(self.model, remember=True, processes=self.processes.readers)
 
     def before_first_step(self) -> None:
         """Run the pre-flight check, and restore the state that needs a running Trainer."""
@@ -138,7 +138,7 @@ class FaultTolerantTrainer(ResumableTrainer):
 
     def loss_of(self, rows: Sequence[Batch]) -> float:
         """Return the mean loss per token of held-out batches."""
-        return mean_loss(base_of(self.model), rows, splitter=self.measuring, processes=self.processes)
+        return mean_loss(base_of(self.model), rows, splitter=self.measuring, processes=self.processes.readers)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None

@@ -30,6 +30,7 @@ from folora_q.evaluation.divergence import compare
 from folora_q.kernels.step_kernels import StepKernels
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.parts import embedding_rows
+from folora_q.models.sharding import train_without_base
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.training.callbacks import BeforeTraining
@@ -288,6 +289,8 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
         )
     # TRL enables it for every forward pass; only training steps need it, and ask for it.
     model.config.get_text_config().output_router_logits = False
+    if setup.processes.sharded:
+        train_without_base(model)
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
     return trainer
 
@@ -300,10 +303,11 @@ def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
     for name, gate in (setup.gates or {}).items():
         readers.setdefault(id(gate), []).append(name)
     kernels = StepKernels(setup.model, training.kernels, list(readers.values()), setup.notify)
-    splitter = BatchSplitter("training on", setup.notify, training.auto_batch_size)
+    splits = training.auto_batch_size and not setup.processes.sharded
+    splitter = BatchSplitter("training on", setup.notify, splits)
     return FaultTolerance(
         micro_batches=MicroBatches(splitter, kernels.stop_compiling),
-        measuring=BatchSplitter("measuring", setup.notify, training.auto_batch_size),
+        measuring=BatchSplitter("measuring", setup.notify, splits),
         skipped=SkippedSteps(training.max_skipped_steps, factor, vocabulary, setup.notify, setup.record),
         kernels=kernels,
         kept=training.save_total_limit,

@@ -16,7 +16,6 @@ from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, eval
 from folora_q.evaluation.harness import HarnessRequest, run_harness
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import make_scorer
-from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import stop_at
 from folora_q.models.parts import embedding_rows
@@ -170,7 +169,7 @@ def _layers(
     own = run is not None and loaded.target.adapter == run.adapter and request.against is None
     if run is None or model_pair.adapted is None or not own or not run.gates.is_file():
         return evaluate_layers(model_pair, on, clock)
-    predicted = predicted_drift(adapter_pairs(model_pair.adapted), load_gates(run.gates, model_pair.device))
+    predicted = predicted_drift(model_pair.adapted, load_gates(run.gates, model_pair.device))
     earlier = read_evaluation(run.evaluation)
     kept = {} if earlier is None else {layer.name: layer.energy_kept for layer in earlier.layers}
     return evaluate_layers(model_pair, on, clock, predicted, kept)

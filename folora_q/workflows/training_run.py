@@ -26,18 +26,28 @@ from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, compare_texts,
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
 from folora_q.kernels.liger import apply_liger
-from folora_q.memory.estimate import GIB
+from folora_q.memory.estimate import GIB, SHARDED
 from folora_q.memory.micro_batches import of_all_processes, of_one_process
 from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
 from folora_q.models.hardware import PeakMemory, used_memory
-from folora_q.models.load import LoadedModel, load_model, stop_at
+from folora_q.models.load import LoadedModel, load_model, require_loadable, stop_at
 from folora_q.models.logits import verify_chunked_logits
 from folora_q.models.parts import embedding_rows
 from folora_q.models.target_modules import in_16_bits, listed, without_adapter
 from folora_q.progress import Stage, StageTimer
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.rules import rule_of
-from folora_q.runs.results import GENERATED_TEXT, AnswerResult, Evaluation, TextKind, answer_lines, to_json
+from folora_q.runs.results import (
+    GENERATED_TEXT,
+    AnswerResult,
+    Evaluation,
+    LayerResult,
+    ScoreResult,
+    TextKind,
+    TextResult,
+    answer_lines,
+    to_json,
+)
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
@@ -50,6 +60,8 @@ from folora_q.workflows.calibration import Calibration, CalibrationText, Gates
 from folora_q.workflows.prepare_training import PreparedRun
 from folora_q.workflows.step_plan import plan_on
 from folora_q.workflows.training_work import estimated_work, training_plan
+
+Measured = tuple[list[TextResult], ScoreResult | None, list[AnswerResult], list[LayerResult]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,8 @@ class TrainingRun:
     def run(self) -> TrainingResult | None:
         """Run all steps; the first of several processes alone saves, answers and has a result."""
         self.write_inputs()
+        self.plan_steps()
         base = self.load_base()
-        self.plan_steps(base)
         text = self.sample(base)
         measured_on = self.held_out(base, text)
         model = self.attach_adapter(base)
@@ -104,17 +116,47 @@ class TrainingRun:
             )
         )
         self.train(trainer)
-        if not self.processes.first:
+        if self.processes.first:
+            self.save(base, model)  # before the evaluation, which can fail and must not cost what was trained
+            return self.evaluate(base, trainer, measured_on)
+        if self.processes.sharded:
+            self.measure(trainer, measured_on)  # all compute the same, as their parts of the base are needed
+        else:
             compare_texts(self.model_pair(trainer), measured_on, self.timer)
-            return None
-        self.save(base, model)  # before the evaluation, which can fail and must not cost what was trained
-        return self.evaluate(base, trainer, measured_on)
+        return None
 
     def write_inputs(self) -> None:
         """Write the recipe with all its defaults, and the rows that were left out."""
         if skipped := self.data.skipped():
             self.folder.write_lines(self.folder.skipped, skipped)
         atomic_write(self.folder.recipe, dump_yaml(self.prepared.request.recipe.model_dump(mode="json")))
+
+    def plan_steps(self) -> None:
+        """Choose by the GPU's memory how steps are computed and where the base is; a CPU follows the recipe.
+
+        Raises:
+            UserError: there is no such model, or it cannot be computed as the recipe says.
+        """
+        recipe, count, trust = self.recipe, self.processes.count, self.prepared.request.trust
+        config = require_loadable(recipe.model, trust)
+        try:
+            plan = plan_on(self.hardware, of_one_process(recipe, count), config, self.processes)
+        except UserError as error:
+            self.timer.note(f"the batch is computed as the recipe says: {first_line(error.message)}")
+            plan = None
+        if plan is not None:
+            self.recipe = of_all_processes(plan.recipe, count)
+            who = "each step computes" if count == 1 else "in each step every GPU computes"
+            self.timer.note(f"{who} {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
+            self.timer.note(plan.calibration)
+        if (place := self.recipe.model.fsdp) in SHARDED:
+            if recipe.training.kernels == "compile":
+                raise UserError(
+                    "training.kernels: compile needs a complete base, and this one is sharded (model.fsdp)",
+                    "set training.kernels: auto",
+                )
+            self.processes = replace(self.processes, sharded=True)
+            self.timer.note(f"each process has a part of the base (model.fsdp: {place})")
 
     def load_base(self) -> LoadedModel:
         """Load the base model in 4 bits, and check that a resumed run started with the same one."""
@@ -125,7 +167,8 @@ class TrainingRun:
         elif self.hardware.others is not None:
             note(self.hardware.others)
         with self.timer.stage("loading the model in 4 bits", None):
-            base = load_model(recipe.model, self.hardware, self.prepared.tokenizer, self.prepared.request.trust)
+            trust = self.prepared.request.trust
+            base = load_model(recipe.model, self.hardware, self.prepared.tokenizer, trust, self.processes)
         for token in self.data.ends_of_turn:
             stop_at(base.model, token)
         first = torch.tensor([self.data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
@@ -138,19 +181,6 @@ class TrainingRun:
             self.manifest["files_sha256"] = self.resumed.require_model(base.fingerprint)
         self.manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         return base
-
-    def plan_steps(self, base: LoadedModel) -> None:
-        """Choose by the GPU's memory how optimizer steps are computed; a CPU computes them as the recipe says."""
-        try:
-            plan = plan_on(self.hardware, of_one_process(self.recipe, self.processes.count), base, self.processes)
-        except UserError as error:
-            self.timer.note(f"the batch is computed as the recipe says: {first_line(error.message)}")
-            return
-        if plan is not None:
-            self.recipe = of_all_processes(plan.recipe, self.processes.count)
-            who = "each step computes" if self.processes.count == 1 else "in each step every GPU computes"
-            self.timer.note(f"{who} {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
-            self.timer.note(plan.calibration)
 
     def sample(self, base: LoadedModel) -> CalibrationText:
         """Get the sampled text from the resumed run, from the cache, or from the model."""
@@ -219,7 +249,8 @@ class TrainingRun:
         on_gpu = self.hardware.device.type == "cuda"
         identity = f"{base.fingerprint} {self.hardware} {self.recipe.training.kernels == 'liger'}"
         rows = self.data.train.sequences
-        calibration = Calibration(self.recipe, base.tokenizer, rows, self.timer, on_gpu, identity, self.processes)
+        readers = self.processes.readers
+        calibration = Calibration(self.recipe, base.tokenizer, rows, self.timer, on_gpu, identity, readers)
         resumed, processes = self.resumed, self.processes
         if processes.share(lambda: resumed is not None and resumed.keeps(path)):
             gates = processes.share(lambda: load_gates(path))
@@ -275,7 +306,15 @@ class TrainingRun:
 
     def model_pair(self, trainer: GatedTrainer) -> ModelPair:
         """Return the tuned model and its base, which all processes compare."""
-        return ModelPair(trainer.model, processes=self.processes)
+        return ModelPair(trainer.model, processes=self.processes.readers)
+
+    def measure(self, trainer: GatedTrainer, measured_on: HeldOut) -> Measured:
+        """Measure what was learned and forgotten; with a sharded base all processes do, at the same time."""
+        pair, gates = self.model_pair(trainer), trainer.gates
+        of_texts = evaluate(pair, measured_on, self.recipe.evaluation, self.prepared.scorer, self.timer)
+        predicted = None if gates is None else predicted_drift(trainer.model, gates)
+        layers = evaluate_layers(pair, measured_on, self.timer, predicted, trainer.energy_kept())
+        return *of_texts, layers
 
     def evaluate(self, base: LoadedModel, trainer: GatedTrainer, measured_on: HeldOut) -> TrainingResult:
         """Measure what was learned and forgotten, and complete the run.
@@ -283,15 +322,9 @@ class TrainingRun:
         Raises:
             RunError: the evaluation failed; the adapter is saved.
         """
-        recipe, folder, model_pair = self.recipe, self.folder, self.model_pair(trainer)
+        recipe, folder = self.recipe, self.folder
         try:
-            texts, score, answers = evaluate(
-                model_pair, measured_on, recipe.evaluation, self.prepared.scorer, self.timer
-            )
-            predicted = None
-            if trainer.gates is not None:
-                predicted = predicted_drift(adapter_pairs(trainer.model), trainer.gates)
-            layers = evaluate_layers(model_pair, measured_on, self.timer, predicted, trainer.energy_kept())
+            texts, score, answers, layers = self.measure(trainer, measured_on)
         except Exception as error:
             raise self._evaluation_failed(error) from error
         held = f"4 bits ({base.quantization}), computing in {self.hardware}"

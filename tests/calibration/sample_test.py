@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from folora_q.calibration.sample import ProxySample, _passes, chat_openings, sample_proxy, start_token
+from folora_q.calibration.sample import ProxySample, SamplingContext, _passes, chat_openings, sample_proxy, start_token
 from folora_q.calibration.sample_cache import cache_path, read_samples, write_samples
 from folora_q.data.windows import crops
 from folora_q.errors import RunError, UserError
@@ -39,7 +39,7 @@ def test_samples_begin_with_bos_and_repeat_with_the_seed(tiny) -> None:
 def test_progress_counts_every_sample_once(tiny) -> None:
     model, tokenizer = tiny
     counted: list[int] = []
-    sample_proxy(model, tokenizer, ProxySection(**SMALL), counted.append)
+    sample_proxy(model, tokenizer, ProxySection(**SMALL), SamplingContext(counted.append))
     assert sum(counted) == 9
 
 

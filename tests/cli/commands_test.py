@@ -124,7 +124,7 @@ def test_every_shipped_recipe_is_listed_with_its_memory_and_title(capfd) -> None
     lines = capfd.readouterr().out.splitlines()
     for recipe in shipped_recipes():
         assert recipe.title
-        said = re.search(r"`folora-q estimate` says ([\d.]+ GiB)\.", recipe.path.read_text("utf-8"))
+        said = re.search(r"(?:`folora-q estimate`|--gpu 24) says ([\d.]+ GiB)", recipe.path.read_text("utf-8"))
         memory = said[1] if said else "1.1 GiB"  # the demo names none
         assert any(line.split() == f"{recipe.name} {memory} {recipe.title}".split() for line in lines)
 

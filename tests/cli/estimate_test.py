@@ -103,7 +103,8 @@ def test_a_family_that_is_not_in_the_table_takes_longer_and_says_so(tmp_path: Pa
 
 @pytest.mark.parametrize("recipe", shipped_recipes(), ids=lambda recipe: recipe.name)
 def test_every_shipped_recipe_is_answered_without_network_and_data(recipe: ShippedRecipe, capfd) -> None:
-    assert run("estimate", recipe.path) == 0
+    options = [] if recipe.cards is None else ["--gpus", recipe.cards[0], "--gpu", recipe.cards[1]]
+    assert run("estimate", recipe.path, *options) == 0
     lines = capfd.readouterr().out.splitlines()
     notes = [line for line in lines if "shipped numbers are used (" in line]
     assert len(notes) == (recipe.name != "demo")  # its file is known by its hash

@@ -108,7 +108,7 @@ def test_predicted_drift_is_the_measured_where_the_sketch_is_complete(tiny_folde
         other = CovarianceSketch(width, width)
         other.update(torch.randn(64, width, generator=torch.Generator().manual_seed(number)))
         gates[pair.name] = SpectralGate.from_covariances(sketch.covariance(), other.covariance())
-    measured, predicted = measured_drift(ModelPair(model), batches(TEXT, 2, CPU)), predicted_drift(pairs, gates)
+    measured, predicted = measured_drift(ModelPair(model), batches(TEXT, 2, CPU)), predicted_drift(model, gates)
     for pair in pairs:
         assert predicted[pair.name]["own"] == pytest.approx(measured[pair.name], rel=2e-3), pair.name
         assert predicted[pair.name]["task"] != pytest.approx(measured[pair.name], rel=2e-3)

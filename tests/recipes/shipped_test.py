@@ -15,6 +15,7 @@ from folora_q.recipe.paths import HUB_ID
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(FOLDER.glob("*.yaml"))
 BY_CARD = [path for path in SHIPPED if re.fullmatch(r"[78]b-\d+gb-[a-z]+", path.stem)]
+SEVERAL_CARDS = [path for path in SHIPPED if "-2x24gb-" in path.stem]
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"
 FAMILIES = ("meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B", "Qwen/Qwen2.5-7B")
 LONGEST_TITLE = 74
@@ -57,7 +58,8 @@ def test_titles_differ() -> None:
 
 @each_recipe
 def test_it_says_how_to_run_it(path: Path) -> None:
-    assert f"#   folora-q train {path.stem}" in path.read_text("utf-8")
+    program = "torchrun --nproc-per-node 2 -m folora_q" if path in SEVERAL_CARDS else "folora-q"
+    assert f"#   {program} train {path.stem}" in path.read_text("utf-8")
 
 
 @each_recipe
@@ -86,7 +88,8 @@ def test_memory_is_saved_and_no_measurement_is_claimed(path: Path, tmp_path: Pat
     assert recipe.training.optim == "paged_adamw_8bit"
     card = re.search(r"-(\d+)gb-", path.stem)
     size = card[1] if card else r"\d+"
-    assert re.search(rf"# Sized by arithmetic for an? {size} GB card, not yet measured on one", path.read_text("utf-8"))
+    cards, them = ("two 24 GB cards", "them") if path in SEVERAL_CARDS else (f"an? {size} GB card", "one")
+    assert re.search(f"# Sized by arithmetic for {cards}, not yet measured on {them}", path.read_text("utf-8"))
 
 
 def test_there_is_one_for_every_task_and_card() -> None:

@@ -36,11 +36,11 @@ def base(tiny_folder: Path) -> LoadedModel:
 
 
 def test_a_cpu_follows_the_recipe(recipe_file: Path, base: LoadedModel) -> None:
-    assert plan_on(CPU, load_recipe(recipe_file), base) is None
+    assert plan_on(CPU, load_recipe(recipe_file), base.model.config) is None
 
 
 def test_the_plan_is_made_for_the_loaded_model(recipe_file: Path, base: LoadedModel, card: None) -> None:
-    plan = plan_on(CPU, load_recipe(recipe_file, BATCH), base)
+    plan = plan_on(CPU, load_recipe(recipe_file, BATCH), base.model.config)
     assert plan is not None and (plan.rows, plan.passes, plan.recompute) == (4, 1, False)
     quantized = sum(p.numel() for name, p in base.model.named_parameters() if name.endswith("proj.weight"))
     assert plan.memory.stages[0].device["4-bit weights"] == quantized  # packed, two weights to a byte
