@@ -246,7 +246,6 @@ FOREIGN_WORDS: dict[str, str] = {
     "hub_model_id": "it does not exist here yet",
     "hub_strategy": "it does not exist here yet",
     "deepspeed": "it is not supported: start the run with torchrun; model.fsdp shards a base that is too large",
-    "fsdp": "model.fsdp",
     "fsdp_config": "it is not needed: start the run with torchrun; model.fsdp shards a base that is too large",
     "ddp_timeout": "it is not supported: one GPU is used",
     "strict": "leave it out: unknown keys are always errors",
