@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Those of folora_q/export/llama_quantize.py, which imports PyTorch; a test compares them.
 GGUF_TYPES = ["f16", "bf16", "q8_0", "f32", "auto", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
+# Share of the adapter's effect on logits that rounding may have without a note.
+NOTED_NOISE = 0.25
 
 
 @click.command("merge")
@@ -140,6 +142,9 @@ def _print_result(result: MergeResult) -> None:
         out.print(
             f"{found.weights} weights changed, each to the nearest number of its dtype{explained}", soft_wrap=True
         )
+        if found.rounding is not None and found.noise_share > NOTED_NOISE:
+            share = f"rounding moves logits {found.noise_share:.0%} as far as the adapter does"
+            out.print(f"[yellow]note[/] {share}; --dtype float32 merges without it", soft_wrap=True)
     if result.gguf is not None and result.gguf.quality is not None:
         out.print(result.gguf.quality.in_words(result.gguf.kind), soft_wrap=True)
     out.print(f"\n[bold]Next[/]  (the model is in [cyan]{escape(str(result.folder))}[/])", soft_wrap=True)

@@ -135,7 +135,10 @@ def test_a_launcher_that_changes_nothing_is_none(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("engine", "reason"),
-    [("DEEPSPEED", "ZeRO-3 does not shard weights that were loaded in 4 bits"), ("FSDP", "since it would shard the adapter too")],
+    [
+        ("DEEPSPEED", "ZeRO-3 does not shard weights that were loaded in 4 bits"),
+        ("FSDP", "since it would shard the adapter too"),
+    ],
 )
 def test_an_engine_that_cannot_be_used_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, engine: str, reason: str

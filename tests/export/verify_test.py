@@ -60,6 +60,17 @@ def test_a_right_merge_passes(base: Path, adapter: Path, tmp_path: Path, dtype: 
         assert found.rounding is None and found.merged.largest <= 1e-4 and found.merged.kl <= 1e-9
 
 
+def test_an_update_that_is_small_for_its_dtype_is_not_taken_for_the_base(base: Path, tmp_path: Path) -> None:
+    """As after a few steps: rounding explains the difference, and the merged model is nearer to the adapter."""
+    found = {}
+    for size in (0.0001, 0.002):
+        adapter = save_adapter(base, tmp_path / f"adapter-{size}", size=size)
+        model = merged(merge_of(base, (adapter, 1.0), dtype=torch.bfloat16), tmp_path / f"merged-{size}")
+        found[size] = check_outputs(model, TEXTS, check_weights(model))
+    assert 0.4 < found[0.002].noise_share < 0.6 and found[0.002].failures == []
+    assert len(found[0.0001].failures) == 1 and "rounding to bfloat16 may hide the adapter" in found[0.0001].failures[0]
+
+
 @pytest.mark.parametrize("size", [0.0005, 0.001])
 def test_what_rounding_leaves_of_small_updates_is_measured(base: Path, tmp_path: Path, size: float) -> None:
     """A change of less than half the distance between two numbers is rounded away: no noise, but a smaller update."""
