@@ -13,6 +13,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from folora_q.cli.app import main
 from tests.forked import FAILED
 
@@ -36,6 +38,8 @@ def together(count: int, function: Callable[[int], Any], seconds: float = 120) -
         def act(rank: int = rank, sending: Any = sending) -> None:
             variables = {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
             os.environ |= {name: str(value) for name, value in variables.items()}
+            if torch.cuda.device_count() < count:  # then all compute on the CPU, and send with gloo
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             forget_the_group()
             try:
