@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 # What a stage counts. A stage that counts optimizer steps receives a TrainingStatus after each.
-Unit = Literal["texts", "tokens", "bytes", "answers", "rows", "models", "runs", "steps", "units"]
+Unit = Literal["texts", "tokens", "bytes", "answers", "rows", "models", "points", "runs", "steps", "units"]
 
 
 class Memory(NamedTuple):

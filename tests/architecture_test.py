@@ -21,7 +21,7 @@ TIERS = [
     {"models", "data", "runs", "memory"},
     {"calibration", "evaluation", "kernels", "preflight", "rules"},
     {"training", "export", "report"},
-    {"targets"},
+    {"targets", "trimming"},
     {"workflows", "chat", "doctor"},
     {"cli"},
     {"__main__"},

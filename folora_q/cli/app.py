@@ -41,6 +41,7 @@ COMMANDS = {
     "report": "report",
     "compare": "compare",
     "inspect": "inspect_gate",
+    "trim": "trim",
     "merge": "merge",
     "chat": "chat",
     "schema": "schema",

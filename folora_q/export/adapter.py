@@ -73,7 +73,7 @@ def read_adapter(folder: Path, trust: Trust = NOTHING) -> AdapterFile:
     """
     config = read_adapter_config(folder)
     check_adapter(folder, trust)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     deltas: dict[str, Delta] = {}
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -129,7 +129,12 @@ def _other_half(name: str) -> str:
     return name[:-1] + ("B" if name.endswith("A") else "A")
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder by name, as PEFT wrote them.
+
+    Raises:
+        UserError: there are none, or the file is damaged.
+    """
     path = folder / SAFE_ADAPTER
     if not path.exists() and (folder / PICKLED_ADAPTER).exists():  # `check_adapter` has allowed it
         return unpickled(folder / PICKLED_ADAPTER)

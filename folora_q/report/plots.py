@@ -40,13 +40,13 @@ def training_curves(run: Run) -> Figure:
         losses.plot(*zip(*run.train_losses, strict=True), color=MUTED, linewidth=1, alpha=0.8, label="training")
     if run.points:
         steps = [point.step for point in run.points]
-        losses.plot(steps, [point.loss for point in run.points], label="held out", **_line(0, len(steps)))
-    _legend_above(losses)
+        losses.plot(steps, [point.loss for point in run.points], label="held out", **line_style(0, len(steps)))
+    legend_above(losses)
     _set_loss_scale(losses, "y", [loss for _, loss in run.train_losses] + [point.loss for point in run.points])
     losses.set_ylabel(f"task loss, {NATS}")
     if with_kl:
         steps = [point.step for point in with_kl]
-        panels[1].plot(steps, [point.kl for point in with_kl], **_line(1, len(steps)))
+        panels[1].plot(steps, [point.kl for point in with_kl], **line_style(1, len(steps)))
         panels[1].set_ylabel(f"KL, {NATS}")
         panels[1].set_ylim(bottom=0)
     panels[-1].set_xlabel("step")
@@ -64,7 +64,7 @@ def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | Non
     losses: list[float] = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         points = [(point.loss, point.kl) for point in run.points if point.kl is not None]
-        style = _line(number, len(points))
+        style = line_style(number, len(points))
         axes.plot([loss for loss, _ in points], [kl for _, kl in points], label=label_of(name), **style)
         end = run.end
         if end is not None and end.kl is not None:
@@ -87,7 +87,7 @@ def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | Non
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"held-out task loss, {NATS}")
     axes.set_ylabel(f"KL from the base on generated text, {NATS}")
-    _legend_above(axes)
+    legend_above(axes)
     return figure
 
 
@@ -145,7 +145,7 @@ def predicted_drift(layers: Sequence[LayerResult]) -> Figure:
     return figure
 
 
-def _line(number: int, points: int) -> dict[str, Any]:
+def line_style(number: int, points: int) -> dict[str, Any]:
     """Return the style of the n-th line, with markers if there are few points."""
     style: dict[str, Any] = {"color": SERIES[number % len(SERIES)]}
     if number >= len(SERIES):
@@ -156,7 +156,7 @@ def _line(number: int, points: int) -> dict[str, Any]:
     return style
 
 
-def _legend_above(axes: Axes) -> None:
+def legend_above(axes: Axes) -> None:
     """Put the legend above the panel; long names in one column."""
     labels = axes.get_legend_handles_labels()[1]
     columns = 1 if any(len(label) > MAX_LABEL_LENGTH // 2 for label in labels) else 3

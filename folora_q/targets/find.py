@@ -134,6 +134,14 @@ def merged_folder(source: Path) -> Path:
     return run.merged if run.manifest.exists() else source.with_name(f"{source.resolve().name}-merged")
 
 
+def trimmed_folder(target: Target) -> Path:
+    """Return the folder of the trimmed adapter of a run or an adapter, if no other is named."""
+    if target.run is not None and target.adapter == target.run.adapter:
+        return target.run.path / "trimmed"
+    assert target.adapter is not None, "the target of a trim is an adapter"
+    return target.adapter.with_name(f"{target.adapter.resolve().name}-trimmed")
+
+
 def _find_run(name: str, run: RunFolder) -> Target:
     if not (run.adapter / ADAPTER_CONFIG).is_file():
         status = _read_json(run.manifest).get("status")

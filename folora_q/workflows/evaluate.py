@@ -75,7 +75,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     """
     clock = StageTimer(progress)
     target = find_target(request.name)
-    recipe = request.recipe or _recipe_of(target)
+    recipe = request.recipe or recipe_of(target)
     section = recipe.evaluation if recipe else EvaluationSection()
     if request.general_text:
         section = section.model_copy(update={"general_text": [str(path) for path in request.general_text]})
@@ -92,8 +92,8 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     if request.recipe is not None and (template := chat_template(request.recipe)) is not None:
         loaded.tokenizer.chat_template = template
     model_pair = ModelPair(loaded.model, loaded.base)
-    data = _task(request, recipe, loaded, model_pair, clock)
-    sources = HeldOutSources(*_generated_text(request, recipe, loaded, model_pair, clock), data)
+    data = task_of(request, recipe, loaded, model_pair, clock)
+    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
     texts, score, answers = evaluate(model_pair, on, section, scorer, clock)
@@ -109,7 +109,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     return EvaluationResult(evaluation, answers, list(clock.stages.values()))
 
 
-def _recipe_of(target: Target) -> Recipe | None:
+def recipe_of(target: Target) -> Recipe | None:
     """Return the recipe of the run that a target belongs to, if any."""
     if target.run is None or not target.run.recipe.is_file():
         return None
@@ -119,7 +119,7 @@ def _recipe_of(target: Target) -> Recipe | None:
         raise UserError(f"{target.run.recipe} cannot be read: {first_line(error)}", "give --recipe") from None
 
 
-def _task(
+def task_of(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> TaskTokens | None:
     """Read and tokenize the task's rows. If a run's data is gone, only the rest is measured."""
@@ -140,7 +140,7 @@ def _task(
     return data
 
 
-def _generated_text(
+def generated_text(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> tuple[list[list[int]], int]:
     """Return model-generated text of the base (the run's held-out samples, or new ones), and the seed that crops it."""

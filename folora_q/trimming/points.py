@@ -1,0 +1,80 @@
+"""Measure an update along its paths, and choose the point with a given KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from folora_q.data.tokens import Batch
+from folora_q.evaluation.divergence import HeldOutText, compare
+from folora_q.evaluation.loss import mean_loss
+from folora_q.evaluation.model_pair import ModelPair
+from folora_q.models.parts import base_of
+from folora_q.runs.results import Interval
+from folora_q.trimming.paths import BY_QUOTIENTS, Update
+
+# Shares of the penalty that are measured: a few, and enough for a curve. A scale of .7 leaves half of the penalty.
+FEW_SHARES = (1.0, 0.5, 0.25, 0.1)
+SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.17, 0.1, 0.05, 0.02, 0.005)
+# Bisections for a given KL: the share is then known to a hundredth of a power of two.
+STEPS = 7
+LEAST_SHARE = 1e-4
+
+
+@dataclass(frozen=True)
+class TrimPoint:
+    """A measured point of a path.
+
+    Attributes:
+        share: of the penalty that is left.
+        loss: on the task's held-out rows, in nats per token; None without a task.
+        kl: from the base on held-out model-generated text, in nats per token.
+    """
+
+    path: str
+    share: float
+    loss: float | None
+    kl: Interval
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What points are measured on.
+
+    Attributes:
+        chosen_on: model-generated text by which a point is chosen.
+        reported_on: other such text, on which every reported KL is measured.
+        task: held-out rows; empty without a task.
+        on_progress: called with 1 after each point.
+    """
+
+    model_pair: ModelPair
+    update: Update
+    chosen_on: HeldOutText
+    reported_on: HeldOutText
+    task: Sequence[Batch]
+    on_progress: Callable[[int], None] = lambda points: None
+
+    def point(self, path: str, share: float) -> TrimPoint:
+        """Measure a point."""
+        with self.update.at(path, share):
+            kl = compare(self.model_pair, self.reported_on).kl
+            loss = mean_loss(base_of(self.model_pair.model), self.task) if self.task else None
+        self.on_progress(1)
+        return TrimPoint(path, share, loss, kl)
+
+    def share_with(self, kl: float) -> float:
+        """Return the largest share on the path by quotients whose KL is at most this, by the text to choose on."""
+        if self._kl(1.0) <= kl:
+            return 1.0
+        low, high = LEAST_SHARE, 1.0
+        for _ in range(STEPS):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if self._kl(middle) <= kl else (low, middle)
+        return low
+
+    def _kl(self, share: float) -> float:
+        with self.update.at(BY_QUOTIENTS, share):
+            found = compare(self.model_pair, self.chosen_on).kl.value
+        self.on_progress(1)
+        return found

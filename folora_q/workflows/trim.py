@@ -1,0 +1,193 @@
+"""Trim an adapter after training: measure task loss and KL on the way to its base, and save a point. Prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from peft import PeftModel
+
+from folora_q.calibration.gate_store import load_gates
+from folora_q.calibration.sample import ProxySample
+from folora_q.calibration.sample_cache import read_samples
+from folora_q.core import SpectralGate
+from folora_q.data.task_data import TaskTokens
+from folora_q.data.tokens import Batch, batches
+from folora_q.data.windows import crops
+from folora_q.errors import UserError
+from folora_q.evaluation.divergence import HeldOutText
+from folora_q.evaluation.model_pair import ModelPair
+from folora_q.models.hardware import PeakMemory
+from folora_q.models.parts import embedding_rows
+from folora_q.models.trust import NOTHING, Trust
+from folora_q.progress import Progress, StageTimer
+from folora_q.recipe.evaluation import EvaluationSection
+from folora_q.recipe.schema import Recipe
+from folora_q.report.run_record import load_run
+from folora_q.report.trajectory import Point
+from folora_q.runs.results import GENERATED_TEXT, TextKind
+from folora_q.targets.find import find_target, trimmed_folder
+from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
+from folora_q.trimming.paths import BY_QUOTIENTS, PATHS, Update
+from folora_q.trimming.points import FEW_SHARES, SHARES, STEPS, Measuring, TrimPoint
+from folora_q.trimming.save import save_trimmed
+from folora_q.workflows.calibration import Calibration
+from folora_q.workflows.evaluate import EvaluationRequest, generated_text, recipe_of, task_of
+
+# Directions for which no run has statistics are measured on this many texts that the base generates.
+SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class TrimRequest:
+    """What to trim, and how.
+
+    Attributes:
+        name: a run, or an adapter of any trainer.
+        kl: the KL from the base to keep to, in nats per token; None saves nothing.
+        recipe: the task and the settings of the statistics; None is the run's own.
+        curve: measure enough points for a picture.
+        output: None is `trimmed` in the run folder, or a folder next to the adapter's.
+        samples: the number of texts to sample from the base, if there is no run with samples.
+    """
+
+    name: str
+    kl: float | None = None
+    recipe: Recipe | None = None
+    curve: bool = False
+    output: Path | None = None
+    overwrite: bool = False
+    samples: int = SAMPLES
+    dtype: str = "auto"
+    trust: Trust = NOTHING
+
+
+@dataclass(frozen=True)
+class TrimResult:
+    """What was measured and saved.
+
+    Attributes:
+        points: by path, from the complete adapter to little of it.
+        chosen: the point with the given KL.
+        trajectory: the run's own measurements during training.
+        folder: of the trimmed adapter.
+    """
+
+    points: list[TrimPoint]
+    chosen: TrimPoint | None = None
+    trajectory: list[Point] = field(default_factory=list)
+    folder: Path | None = None
+
+
+def run_trim(request: TrimRequest, progress: Progress) -> TrimResult:
+    """Measure an adapter along its paths, and save the point with the KL that was asked for.
+
+    Raises:
+        UserError: it is not a LoRA adapter, there is no task to take statistics of, or the output already exists.
+    """
+    return TrimRun(request, StageTimer(progress)).run()
+
+
+class TrimRun:
+    """One trim in reading order: load, get statistics, measure, choose, save."""
+
+    def __init__(self, request: TrimRequest, timer: StageTimer) -> None:
+        self.request, self.timer = request, timer
+        self.rows = EvaluationSection().batch_size if request.recipe is None else request.recipe.evaluation.batch_size
+        self.evaluation = EvaluationRequest(
+            request.name, recipe=request.recipe, samples=2 * request.samples, dtype=request.dtype, trust=request.trust
+        )
+
+    def run(self) -> TrimResult:
+        """Run all steps."""
+        request = self.request
+        target = fetched(find_target(request.name))
+        if target.adapter is None:
+            raise UserError(f"{request.name} is not an adapter", "name a run, or the folder of a PEFT adapter")
+        folder = request.output or trimmed_folder(target)
+        if request.kl is not None and folder.exists() and not request.overwrite:
+            raise UserError(f"{folder} already exists", "add --overwrite, or name another place with --output")
+        recipe = request.recipe or recipe_of(target)
+        with self.timer.stage(f"loading {request.name}", None):
+            loaded = load_target(target, Precision(request.dtype), compare=True, trust=request.trust)
+        self.timer.meter = PeakMemory(loaded.hardware.device)
+        model = cast(PeftModel, loaded.model)
+        model_pair = ModelPair(model, remember=True)
+        data = task_of(self.evaluation, recipe, loaded, model_pair, self.timer)
+        seen, held_out, seed = self.generated(loaded, recipe, model_pair)
+        update = Update(model, self.gates(loaded, recipe, data, seen))
+        half = len(held_out) // 2
+        measuring = Measuring(
+            model_pair,
+            update,
+            chosen_on=self.text(held_out[:half], seed, loaded),
+            reported_on=self.text(held_out[half:], seed, loaded),
+            task=self.task(data, loaded),
+        )
+        points, chosen = self.measure(measuring)
+        if chosen is not None:
+            report = {"adapter": request.name, "kl": request.kl, "chosen": asdict(chosen)}
+            report["points"] = [asdict(point) for point in points]
+            with update.at(chosen.path, chosen.share):
+                save_trimmed(target.adapter, update.pairs, folder, report)
+        trajectory = [] if target.run is None else load_run(target.run.path).points
+        return TrimResult(points, chosen, trajectory, folder if chosen is not None else None)
+
+    def generated(
+        self, loaded: LoadedTarget, recipe: Recipe | None, model_pair: ModelPair
+    ) -> tuple[list[ProxySample], list[list[int]], int]:
+        """Return model-generated text for the statistics, held-out text, and the seed that crops it."""
+        run = loaded.target.run
+        held_out, seed = generated_text(self.evaluation, recipe, loaded, model_pair, self.timer)
+        if (
+            run is not None
+            and recipe is not None
+            and (samples := read_samples(run.proxy, embedding_rows(loaded.model)))
+        ):
+            return samples[: recipe.proxy.num_samples], held_out, seed
+        half = len(held_out) // 2
+        return [ProxySample(ids, "sampled") for ids in held_out[:half]], held_out[half:], seed
+
+    def gates(
+        self, loaded: LoadedTarget, recipe: Recipe | None, data: TaskTokens | None, seen: Sequence[ProxySample]
+    ) -> Mapping[str, SpectralGate]:
+        """Load the run's statistics, or take them now."""
+        run, model = loaded.target.run, cast(PeftModel, loaded.model)
+        if run is not None and loaded.target.adapter == run.adapter and run.gates.is_file():
+            self.timer.note(f"statistics read from {run.gates}")
+            return load_gates(run.gates, model.device)
+        if recipe is None or data is None:
+            raise UserError(
+                f"there are no statistics of {self.request.name}, and no task to take them of",
+                "give the task with --recipe",
+            )
+        recipe = recipe.changed({"gate": {"enabled": True}})
+        on_gpu = loaded.hardware.device.type == "cuda"
+        calibration = Calibration(recipe, loaded.tokenizer, data.train.sequences, self.timer, on_gpu)
+        return calibration.gates(model, seen)
+
+    def text(self, ids: Sequence[Sequence[int]], seed: int, loaded: LoadedTarget) -> HeldOutText:
+        """Return held-out text, complete and without its beginning."""
+        both = [*ids, *crops(ids, seed)]
+        return HeldOutText(GENERATED_TEXT, TextKind.GENERATED, list(batches(both, self.rows, loaded.model.device)))
+
+    def task(self, data: TaskTokens | None, loaded: LoadedTarget) -> list[Batch]:
+        """Return the task's held-out rows."""
+        if data is None:
+            return []
+        rows = data.heldout.sequences
+        return list(batches(rows["input_ids"][:], self.rows, loaded.model.device, rows["labels"][:]))
+
+    def measure(self, measuring: Measuring) -> tuple[list[TrimPoint], TrimPoint | None]:
+        """Measure points of every path, and the one with the KL that was asked for."""
+        kl, shares = self.request.kl, SHARES if self.request.curve else FEW_SHARES
+        passes = len(PATHS) * len(shares) + (0 if kl is None else STEPS + 2)
+        chosen = None
+        with self.timer.stage("measuring the way to the base", passes, "points") as done:
+            measuring = replace(measuring, on_progress=done)
+            points = [measuring.point(path, share) for path in PATHS for share in shares]
+            if kl is not None:
+                chosen = measuring.point(BY_QUOTIENTS, measuring.share_with(kl))
+        return points, chosen
