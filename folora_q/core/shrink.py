@@ -10,13 +10,14 @@ over directions and layers. `strength_for` inverts that: which μ leaves a given
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from folora_q.core.gate import SpectralGate
+from folora_q.core.gate import RANK_JITTER, SpectralGate
+from folora_q.core.spectrum import generalized_eigenproblem
 
 # Bisection in log μ: from no shrinking to none left, to 1e-3 of a power of ten.
 LEAST, MOST, STEPS = -12.0, 12.0, 16
@@ -82,3 +83,45 @@ def energies(gate: SpectralGate, a: Tensor, b: Tensor) -> Energies:
 def shrinking(gate: SpectralGate) -> SpectralGate:
     """Return a gate with the same quotients, whose `with_lambda(μ).apply(A)` shrinks A."""
     return SpectralGate.from_state_dict(gate.state_dict() | {"sharpness": 1.0, "floor": 0.0})
+
+
+class FrozenRows:
+    """Layers with a frozen A, in which shrinking changes B alone: the same trade-off within the space of A's rows.
+
+    ΔW' = B K A is best with K = U (U + μH)⁻¹, where H = A (Σp + τI) Aᵀ and U = A (Σt + τ'I) Aᵀ are r x r.
+
+    Args:
+        layers: (A, B, gate, scale) of each layer; all A have the same rank.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor, SpectralGate, float]]) -> None:
+        self.factors = [b for _, b, _, _ in layers]
+        sides = [_rank_forms(a, gate, scale) for a, _, gate, scale in layers]
+        self.metric, utility = (torch.stack(side) for side in zip(*sides, strict=True))
+        self.quotients, self.vectors = generalized_eigenproblem(utility, self.metric)
+        self._coordinates = self.metric @ self.vectors  # c = V⁻¹ a with V⁻¹ = VᵀH
+
+    def energies(self) -> Energies:
+        """Return the penalty of the present B by direction; one synchronization with the device."""
+        grams = torch.stack([b.detach().T @ b.detach() for b in self.factors]).double().cpu()
+        penalties = ((grams @ self._coordinates) * self._coordinates).sum(-2).clamp_min(0)
+        return Energies(self.quotients.flatten(), penalties.flatten())
+
+    def shrink(self, strength: float) -> None:
+        """Shrink every B with a strength μ."""
+        values = self.quotients / (self.quotients + strength)
+        kept = (self._coordinates * values[:, None, :]) @ self.vectors.mT
+        for b, k in zip(self.factors, kept, strict=True):
+            b.data.copy_(b.detach() @ k.to(b))
+
+
+def _rank_forms(a: Tensor, gate: SpectralGate, scale: float) -> tuple[Tensor, Tensor]:
+    """Return H and U of a layer, (r, r) float64, in the unit that all layers share."""
+    a = a.detach()
+    gram = (a @ a.T).double().cpu()
+    penalty, utility = gate.forms(a.to(gate.basis.device))
+    unit = gate.unit * scale**2
+    penalty = (penalty + gate.ridge * gram) * unit
+    jitter = RANK_JITTER * penalty.diagonal().mean() + torch.finfo(torch.float64).tiny  # rows of A may be zero
+    identity = torch.eye(len(a), dtype=torch.float64)
+    return penalty + jitter * identity, (utility + gate.utility_ridge * gram) * unit + jitter * identity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,26 @@ RANK, RANK_PER_ROW = 64, 2
 def sketch_rank(rows: int) -> int:
     """Return the number of directions that sketches keep for an adapter of this rank by default."""
     return max(RANK, RANK_PER_ROW * rows)
+
+
+class BudgetSection(Section):
+    """How much may be forgotten; the run ends at or below it, with as much of the task learned as possible."""
+
+    kl: Positive | None = None
+    """KL from the base on held-out model-generated text, in nats per token."""
+    forgetting: Positive | None = None
+    """Mean rise of the loss on evaluation.general_text, in nats per token."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> BudgetSection:
+        if (self.kl is None) == (self.forgetting is None):
+            raise ValueError("name one of kl and forgetting, e.g. {kl: 0.02}")
+        return self
+
+    @property
+    def limit(self) -> float:
+        """The budget in nats per token."""
+        return cast(float, self.kl if self.forgetting is None else self.forgetting)
 
 
 class GateSection(Section):
@@ -91,6 +111,10 @@ class GateSection(Section):
     complement: Literal["gated", "frozen"] = "gated"
     """Rule spectral: outside the sketched directions, A's steps are gated by one common value, or A is frozen there."""
 
+    budget: BudgetSection | None = None
+    """Rule frozen: how much may be forgotten, e.g. {kl: 0.02}. Steps are made longer until that much is, and then
+    shrunk along the directions of lowest quotient. Default: no limit."""
+
     @property
     def readings(self) -> list[tuple[int, bool]]:
         """For each reading after the first: columns of the basis, and whether its image is collected for refinement."""
@@ -148,4 +172,9 @@ class GateSection(Section):
         settings = GateSettings(self.places, self.start == "leading", tuple(self.reshaped))
         if self.enabled and (objection := self.facts.objection(settings)):
             raise ValueError(objection)
+        if self.budget is not None and not (self.enabled and self.scales_rows and self.weighted):
+            raise ValueError(
+                "budget needs a gate that knows the penalty of every step: rule: frozen, which gates B's steps, with "
+                "covariance: fisher"
+            )
         return self

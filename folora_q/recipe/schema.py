@@ -128,6 +128,18 @@ class Recipe(Section):
         return given | {name: section for name, section in (("gate", gate), ("training", training)) if section}
 
     @model_validator(mode="after")
+    def _a_budget_is_checked_on_other_text(self) -> Recipe:
+        if self.gate.budget is None or self.gate.budget.kl is None:
+            return self
+        seen, held = self.evaluation.num_proxy_samples, self.proxy.num_heldout_samples
+        if seen >= held:
+            raise ValueError(
+                f"gate.budget measures on evaluation.num_proxy_samples ({seen}) of the proxy.num_heldout_samples "
+                f"({held}) texts, and the others show what was spent: raise the second, or lower the first"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_rule_may_be_its_own_optimizer(self) -> Recipe:
         own = self.gate.enabled and self.gate.facts.optimizer == "own"
         if own and self.training.optim not in ("auto", "adamw_torch"):

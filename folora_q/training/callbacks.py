@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from folora_q.errors import Terminated
+from folora_q.training.budget import Budget
 
 Metrics = dict[str, float | int]
 
@@ -24,6 +25,23 @@ class BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.action()
+
+
+class Spending(TrainerCallback):
+    """Calls a forgetting budget before and after every optimizer step; `budget()` returns it."""
+
+    def __init__(self, budget: Callable[[], Budget | None]) -> None:
+        self.budget = budget
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        if (budget := self.budget()) is not None:
+            budget.before_step(optimizer)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any = None, **__: Any
+    ) -> None:
+        if (budget := self.budget()) is not None:
+            budget.after_step(optimizer, state.global_step + 1)
 
 
 class Reporting(TrainerCallback):

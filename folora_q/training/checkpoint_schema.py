@@ -23,6 +23,18 @@ class Saved(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
+class SavedBudget(Saved):
+    """State of a forgetting budget (`folora_q.training.budget.BudgetState`)."""
+
+    rate: float | None
+    pace: float
+    strength: float
+    learned: tuple[float, float]
+    filled: bool
+    before: tuple[float, float]
+    measured: list[tuple[Count, float]]
+
+
 class SavedProgress(Saved):
     """Content of progress.json."""
 
@@ -35,6 +47,7 @@ class SavedProgress(Saved):
     losses: tuple[list[float], list[float]]
     rows_that_fit: tuple[Count | None, Count | None]
     compiled: bool = False
+    budget: SavedBudget | None = None
     tokens: int | float
     metrics: dict[Literal["train", "eval"], dict[str, list[int | float]]]
 

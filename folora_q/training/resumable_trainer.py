@@ -26,6 +26,7 @@ from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.kernels.step_kernels import StepKernels
 from folora_q.storage.files import atomic_write, commit_directory
+from folora_q.training.budget import Budget, BudgetState
 from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps
@@ -73,6 +74,7 @@ class ResumableTrainer(SFTTrainer):
         tolerance: how it reacts to faults.
 
     Attributes:
+        budget: of what may be forgotten, if the recipe has one.
         exceeded: the step and the KL at which training stopped because the KL exceeded its limit.
         last_good: the last checkpoint that was not written while steps were skipped.
         continued: the checkpoint that training resumed from.
@@ -87,6 +89,7 @@ class ResumableTrainer(SFTTrainer):
         self.micro_batches, self.measuring = tolerance.micro_batches, tolerance.measuring
         self.skipped, self.kept, self.needs_saves = tolerance.skipped, tolerance.kept, tolerance.needs_saves
         self.kernels, self.processes = tolerance.kernels, tolerance.processes
+        self.budget: Budget | None = None
         self.exceeded: tuple[int, float] | None = None
         self.last_good: Path | None = None
         self.continued: Path | None = None
@@ -222,6 +225,7 @@ class ResumableTrainer(SFTTrainer):
             "losses": [self.skipped.first, self.skipped.last],
             "rows_that_fit": [self.micro_batches.splitter.rows, self.measuring.rows],
             "compiled": self.kernels.compiled is not None,
+            "budget": None if self.budget is None else self.budget.state.to_dict(),
             "tokens": self._total_train_tokens,
             "metrics": {kind: dict(values) for kind, values in self._metrics.items()},
         }
@@ -234,6 +238,8 @@ class ResumableTrainer(SFTTrainer):
         self.skipped.first, self.skipped.last = saved.losses
         self.micro_batches.splitter.rows, self.measuring.rows = saved.rows_that_fit
         self._total_train_tokens = saved.tokens
+        if self.budget is not None and saved.budget is not None:
+            self.budget.state = BudgetState(**saved.budget.model_dump())
         self._metrics = {kind: defaultdict(list, saved.metrics.get(kind, {})) for kind in ("train", "eval")}
         self.last_good = checkpoint if self.skipped.in_a_row == 0 else None
         # The run folder may have been moved, or be named by another path.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -22,6 +22,7 @@ from trl.trainer import sft_trainer
 
 from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
+from folora_q.core.shrink import FrozenRows
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.distributed.processes import ONE, Processes
@@ -31,9 +32,11 @@ from folora_q.kernels.step_kernels import StepKernels
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
 from folora_q.models.parts import embedding_rows
 from folora_q.models.sharding import train_without_base
+from folora_q.recipe.gate import BudgetSection
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
-from folora_q.training.callbacks import BeforeTraining
+from folora_q.training.budget import Budget, BudgetPlan
+from folora_q.training.callbacks import BeforeTraining, Spending
 from folora_q.training.config import BEST
 from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer, Monitored
 from folora_q.training.resumable_trainer import FaultTolerance
@@ -47,10 +50,18 @@ class GatedTrainer(FaultTolerantTrainer):
     Args:
         recipe: its sections `gate`, `evaluation` and `training` are used.
         gates: by adapted layer; layers with the same input share one object. None is plain QLoRA.
+        note: receives a line for each measurement of a forgetting budget.
     """
 
-    def __init__(self, *args: Any, recipe: Recipe, gates: Mapping[str, SpectralGate] | None, **kwargs: Any) -> None:
-        self.gates, self.gate_section = gates, recipe.gate
+    def __init__(
+        self,
+        *args: Any,
+        recipe: Recipe,
+        gates: Mapping[str, SpectralGate] | None,
+        note: Callable[[str], None] = lambda line: None,
+        **kwargs: Any,
+    ) -> None:
+        self.gates, self.gate_section, self.note = gates, recipe.gate, note
         self.max_kl = recipe.evaluation.max_kl
         self.rate_of_whole = recipe.training.embedding_learning_rate
         self.gated: GatedOptimizer | None = None
@@ -59,6 +70,33 @@ class GatedTrainer(FaultTolerantTrainer):
         self.model_accepts_loss_kwargs = True  # every token has the same weight, in whichever batch it is
         self.remove_callback(PrinterCallback)  # it prints every line of metrics
         self.add_callback(BeforeTraining(self.before_first_step))
+        self.add_callback(Spending(lambda: self.budget))
+
+    def before_first_step(self) -> None:
+        """Prepare the budget, whose forms need the final A, before the state of a resumed run is restored."""
+        if self.gate_section.budget is not None and self.gates is not None:
+            self.budget = self._new_budget(self.gate_section.budget)
+        super().before_first_step()
+
+    def _new_budget(self, section: BudgetSection) -> Budget:
+        gates, steps = cast(Mapping[str, SpectralGate], self.gates), self.state.max_steps
+        pairs = [pair for pair in adapter_pairs(self.model) if pair.name in gates]
+        layers = FrozenRows([(pair.a, pair.b, gates[pair.name], pair.scale) for pair in pairs])
+        rates = getattr(self.lr_scheduler, "lr_lambdas", [lambda step: 1.0])
+        learning = self.args.learning_rate * sum(rates[0](step) for step in range(steps))
+        measure = self._kl if section.forgetting is None else self._rise
+
+        return Budget(BudgetPlan(section.limit, steps, learning, measure, self.note), layers)
+
+    def _kl(self) -> float:
+        """Measure the KL from the base on the monitored text."""
+        assert self.generated_text is not None, "a run with a budget has such text"
+        return compare(self.model_pair, self.generated_text, splitter=self.measuring).kl.value
+
+    def _rise(self) -> float:
+        """Measure the mean rise of the loss on monitored real text."""
+        rises = [compare(self.model_pair, text, splitter=self.measuring).loss.change.value for text in self.real_text]
+        return sum(rises) / len(rises)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.optimizer is not None:
@@ -246,6 +284,7 @@ class TrainerSetup:
         gates: by adapted layer, after `Rule.before_training`; None is plain QLoRA.
         notify: receives a line whenever memory runs out or a step is skipped.
         record: receives a line of metrics for each skipped step.
+        note: receives a line for each measurement of a forgetting budget.
         processes: train together.
     """
 
@@ -260,6 +299,7 @@ class TrainerSetup:
     callbacks: Sequence[TrainerCallback] = ()
     notify: Callable[[str], None] = lambda line: None
     record: Callable[[dict[str, Any]], None] = lambda line: None
+    note: Callable[[str], None] = lambda line: None
     processes: Processes = ONE
 
 
@@ -283,6 +323,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
             callbacks=callbacks,
             recipe=recipe,
             gates=setup.gates,
+            note=setup.note,
             tolerance=_fault_tolerance(setup),
             heldout=_heldout_batches(setup),
             monitored=setup.monitored,

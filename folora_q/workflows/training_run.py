@@ -112,6 +112,7 @@ class TrainingRun:
                 monitored=self.monitored(base, text, measured_on),
                 notify=self.timer.warn,
                 record=self._record,
+                note=self.timer.note,
                 processes=self.processes,
             )
         )
@@ -204,7 +205,9 @@ class TrainingRun:
     def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
         """Gather the texts for the evaluation after training."""
         recipe = self.recipe
-        sources = HeldOutSources([sample.ids for sample in text.held_out], recipe.proxy.seed, self.data)
+        monitored = recipe.evaluation.num_proxy_samples if recipe.gate.budget is not None else 0
+        unseen = [sample.ids for sample in text.held_out[monitored:]]  # by a budget's controller
+        sources = HeldOutSources(unseen, recipe.proxy.seed, self.data)
         return held_out(
             self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )
@@ -294,6 +297,8 @@ class TrainingRun:
             with stopping.listening():
                 trainer.train(checkpoint)
         trainer.conclude(steps, note)
+        if trainer.budget is not None:
+            self.manifest["budget"] = trainer.budget.to_dict()
         trainer.require_learned()
 
     def save(self, base: LoadedModel, model: PeftModel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from folora_q.core.shrink import energies, shrinking, together
+from folora_q.core.shrink import FrozenRows, energies, shrinking, together
 from tests.core.gate_test import SETTINGS, D, covariance, gate_of, rows
 
 
@@ -44,3 +44,20 @@ def test_the_strength_for_a_penalty_is_found_over_all_layers(share: float) -> No
     left = sum(part.shrunk(strength) for part in parts)
     assert wanted * 0.99 <= left <= wanted
     assert both.strength_for(2 * both.penalty) == 0
+
+
+def test_with_a_frozen_a_the_best_b_is_found() -> None:
+    """The minimum over B' of lost gain plus penalty, by its normal equations in float64."""
+    a = rows(dtype=torch.float64)
+    b = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    utility, h = dense_sides()
+    scale, strength = 2.0, 0.7
+    frozen = FrozenRows([(a, changed := b.clone(), gate_of(), scale)])
+    before = frozen.energies()
+    frozen.shrink(strength)
+    u, m = a @ utility @ a.T, a @ h @ a.T
+    assert torch.allclose(changed, b @ u @ torch.linalg.inv(u + strength * m), atol=1e-4)
+    update = scale * changed @ a
+    left = float((update @ h * update).sum()) * gate_of().unit
+    assert before.shrunk(strength) == pytest.approx(left, rel=1e-4)
+    assert frozen.energies().penalty == pytest.approx(left, rel=1e-4)

@@ -1,0 +1,166 @@
+"""Spend a forgetting budget: learn as much of the task as a limit on the KL, or on the rise of losses, allows.
+
+The penalty tr(ΔW H ΔWᵀ) is known at every step from the r x r forms of the frozen A (`folora_q.core.shrink`). What is
+limited, say the KL, is measured now and then, and the ratio of the last measurement to the penalty predicts it in
+between. After each step B is shrunk along its directions of lowest quotient if the prediction exceeds the limit: so
+training goes on along the surface of equal penalty, towards the task. Steps are made longer until that surface is
+reached, so that the budget is spent in the first part of the run, and the rest of the run uses it well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+
+from folora_q.core.shrink import FrozenRows
+
+# The limit to keep to, as a share of the budget: the rest is for the error of its measurement.
+AIM = 0.95
+# Number of measurements in a run, besides the early ones after 1, 2, 4, ... steps.
+MEASUREMENTS = 12
+# The share of the run's learning, by learning rates, in which the budget should be reached.
+FILLING = 0.4
+# Factors on the learning rate, and by how much it changes at a time.
+MAX_PACE, MAX_CHANGE = 16.0, 2.0
+# Corrections after the last step, each followed by a measurement.
+CORRECTIONS = 4
+
+
+@dataclass
+class BudgetState:
+    """What a resumed run needs.
+
+    Attributes:
+        rate: what is limited, per unit of penalty; None before the first measurement above zero.
+        pace: the factor on the learning rate.
+        strength: μ of the last shrinking; 0 if nothing was shrunk.
+        learned: the sum of the steps' learning rates, without and with the pace.
+        filled: whether the limit has been reached.
+        before: the square root of the predicted value, and the paced learning, at the last change of the pace.
+        measured: steps with their measurements.
+    """
+
+    rate: float | None = None
+    pace: float = 1.0
+    strength: float = 0.0
+    learned: tuple[float, float] = (0.0, 0.0)
+    filled: bool = False
+    before: tuple[float, float] = (0.0, 0.0)
+    measured: list[tuple[int, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What is spent, and over what.
+
+    Attributes:
+        limit: the budget, in nats per token.
+        steps: of the run.
+        learning: the sum of the schedule's learning rates over the run.
+        measure: measures what is limited, on text that no table shows.
+        tell: receives a line for each measurement.
+    """
+
+    limit: float
+    steps: int
+    learning: float
+    measure: Callable[[], float]
+    tell: Callable[[str], None] = lambda line: None
+
+    @property
+    def aim(self) -> float:
+        return AIM * self.limit
+
+
+class Budget:
+    """The controller of a run's budget.
+
+    Args:
+        layers: all gated layers, with A frozen.
+    """
+
+    def __init__(self, plan: BudgetPlan, layers: FrozenRows) -> None:
+        self.plan, self.layers, self.state = plan, layers, BudgetState()
+        self._rates: list[float] = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the budget and its measurements, for run.json."""
+        return {"limit": self.plan.limit, "measured": self.state.measured, "pace": self.state.pace}
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Apply the pace to the learning rates."""
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= self.state.pace
+
+    def after_step(self, optimizer: Optimizer, step: int) -> None:
+        """Restore the learning rates, keep to the limit, measure if it is time, and choose the next pace.
+
+        Args:
+            step: the number of steps taken, including this one.
+        """
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        state, rate = self.state, self._rates[0]
+        state.learned = state.learned[0] + rate, state.learned[1] + rate * state.pace
+        self._keep_to_the_limit()
+        if self._is_measured(step):
+            self._measure(step)
+            self._keep_to_the_limit()
+            if step == self.plan.steps:
+                self._correct(step)
+            self._choose_pace()
+
+    def _is_measured(self, step: int) -> bool:
+        every = max(1, self.plan.steps // MEASUREMENTS)
+        early = step < every and step & (step - 1) == 0  # 1, 2, 4, ...
+        return early or step % every == 0 or step == self.plan.steps
+
+    def _keep_to_the_limit(self) -> None:
+        state = self.state
+        if state.rate is None:
+            return
+        found = self.layers.energies()
+        state.strength = found.strength_for(self.plan.aim / state.rate)
+        if state.strength:
+            state.filled = True
+            self.layers.shrink(state.strength)
+
+    def _measure(self, step: int) -> None:
+        state, penalty = self.state, self.layers.energies().penalty
+        value = self.plan.measure()
+        state.measured.append((step, value))
+        if value > 0 and penalty > 0:
+            state.rate = value / penalty
+        how = f"shrunk with μ = {state.strength:.2g}" if state.filled else f"learning rate x {state.pace:.2g}"
+        self.plan.tell(f"budget at step {step}: {value:.4f} of {self.plan.limit:g} is spent; {how}")
+
+    def _correct(self, step: int) -> None:
+        """Shrink until the last measurement is within the limit."""
+        for _ in range(CORRECTIONS):
+            if self.state.measured[-1][1] <= self.plan.limit:
+                return
+            self._keep_to_the_limit()
+            self._measure(step)
+
+    def _choose_pace(self) -> None:
+        """Choose the pace with which the limit is reached in time, from the speed since the last choice."""
+        state, plan = self.state, self.plan
+        if state.filled or state.rate is None:
+            return
+        now = (state.rate * self.layers.energies().penalty) ** 0.5
+        before, learned = state.before
+        speed = (now - before) / max(state.learned[1] - learned, 1e-30)
+        state.before = now, state.learned[1]
+        left = max(FILLING * plan.learning - state.learned[0], 0.05 * plan.learning)
+        if speed > 0:
+            wanted = (plan.aim**0.5 - now) / (speed * left)
+            lowest, highest = state.pace / MAX_CHANGE, state.pace * MAX_CHANGE
+            state.pace = min(max(wanted, lowest, 1.0), highest, MAX_PACE)

@@ -1,0 +1,79 @@
+"""A forgetting budget is spent, not exceeded, and kept by a resumed run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from folora_q.errors import UserError
+from folora_q.recipe import load_recipe
+from tests.faults.commands import assert_the_same_run, manifest, run
+from tests.faults.resume_test import stop_at
+
+TEXTS = ["proxy.num_samples=24", "proxy.num_heldout_samples=32", "evaluation.num_proxy_samples=12"]
+FROZEN = ["gate.rule=frozen", "training.learning_rate=2e-3", "training.max_steps=40", "logging.logging_steps=10"]
+
+
+def unseen_kl(folder: Path) -> float:
+    """The KL on text that the controller has not seen, complete and cut."""
+    texts = json.loads((folder / "evaluation.json").read_text())["texts"]
+    found = [text for text in texts if text["kind"] == "own"]
+    assert all(text["texts"] == 20 for text in found), "those that steered the budget are left out"
+    return sum(text["kl"]["value"] * text["tokens"] for text in found) / sum(text["tokens"] for text in found)
+
+
+@pytest.mark.parametrize("kl", [0.01, 0.2])
+def test_a_budget_is_spent_and_not_exceeded(recipe_file: Path, tmp_path: Path, kl: float, capfd) -> None:
+    """The default rate alone spends about .0005 here."""
+    folder = tmp_path / "spent"
+    arguments = [recipe_file, *FROZEN, *TEXTS, f"training.output_dir={folder}"]
+    assert run(*arguments, f"gate.budget={{kl: {kl}}}") == 0
+    assert "budget at step 40: " in capfd.readouterr().err
+    record = manifest(folder)["budget"]
+    step, value = record["measured"][-1]
+    assert record["limit"] == kl and step == 40 and 0.85 * kl <= value <= kl
+    assert 0.7 * kl <= unseen_kl(folder) <= 1.15 * kl
+
+
+def test_a_budget_of_forgetting_is_kept(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "spent"
+    arguments = [recipe_file, *FROZEN, *TEXTS, f"training.output_dir={folder}", "gate.budget={forgetting: 0.02}"]
+    assert run(*arguments) == 0
+    assert manifest(folder)["budget"]["measured"][-1][1] <= 0.02
+
+
+def test_a_resumed_run_spends_as_one_that_was_not_interrupted(recipe_file: Path, tmp_path: Path, monkeypatch) -> None:
+    arguments = [
+        recipe_file,
+        *FROZEN,
+        *TEXTS,
+        "training.max_steps=12",
+        "training.save_steps=4",
+        "gate.budget={kl: 0.05}",
+    ]
+    straight, stopped = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
+    assert run(*arguments, f"training.output_dir={straight}") == 0
+    stop_at(monkeypatch, 7, [*arguments, f"training.output_dir={stopped}"])
+    assert run(*arguments, f"training.output_dir={stopped}", "--resume") == 0
+    assert_the_same_run(straight, stopped)
+    assert manifest(stopped)["budget"] == manifest(straight)["budget"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["gate.budget={kl: 0.02, forgetting: 0.01}"], "name one of kl and forgetting"),
+        (["gate.budget={}"], "name one of kl and forgetting"),
+        (["gate.budget={kl: 0.02}", "gate.rule=step"], "rule: frozen"),
+        (["gate.budget={kl: 0.02}", "gate.enabled=false"], "rule: frozen"),
+        (
+            ["gate.budget={kl: 0.02}", "gate.rule=frozen", "evaluation.num_proxy_samples=99"],
+            "proxy.num_heldout_samples",
+        ),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(recipe_file: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load_recipe(recipe_file, overrides)
