@@ -301,6 +301,7 @@ def test_each_process_samples_and_reads_a_part(recipe_file: Path, tmp_path: Path
         ["training.packing=true", "training.max_length=64"],
         ["evaluation.steps=5", "training.load_best_model_at_end=true", "training.save_steps=5"],
         ["gate.covariance=activation", "training.activation_checkpointing=true"],
+        ["gate.budget={kl: 0.05}", "gate.rule=frozen", "evaluation.num_proxy_samples=1"],
     ],
     ids=lambda settings: settings[0],
 )
