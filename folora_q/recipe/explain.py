@@ -17,6 +17,7 @@ from folora_q.recipe.dataset import DataSection, Source
 from folora_q.recipe.hints import FOREIGN_WORDS
 from folora_q.recipe.paths import short
 from folora_q.recipe.schema import Recipe
+from folora_q.recipe.section import Section
 from folora_q.recipe.strict_yaml import dump_yaml
 
 SECTIONS = {name: cast("type[BaseModel]", field.annotation) for name, field in Recipe.model_fields.items()}
@@ -141,6 +142,8 @@ def describe_type(annotation: Any, code: Callable[[str], str] = str, source: str
         return f"list of {described(arguments[0])}"
     if origin is dict:
         return f"mapping of {described(arguments[0])} to {described(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section) and annotation is not Source:
+        return f"mapping with {', '.join(code(key) for key in annotation.model_fields)}"
     return {Source: source, int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
 
 
