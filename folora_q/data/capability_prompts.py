@@ -77,9 +77,9 @@ def _tool(name: str, facts: dict[str, Any]) -> Tool:
 
 
 def _arithmetic() -> Iterator[Ask]:
-    chooser = random.Random(20)
-    for number in range(GENERATED):
-        kind = number // 2 % 4
+    chooser, texts = random.Random(20), set()
+    while len(texts) < GENERATED:
+        kind = len(texts) // 2 % 4
         low, high = ((10, 99), (100, 999), (2, 12), (2, 12))[kind]
         first, second = chooser.randint(low, high), chooser.randint(low, high)
         if kind == 0:
@@ -91,7 +91,9 @@ def _arithmetic() -> Iterator[Ask]:
             text, result = f"{first} × {second}", first * second
         else:
             text, result = f"{first * second} ÷ {second}", first
-        yield asked(f"What is {text}? Answer with the number only.", number=result)
+        if text not in texts:
+            texts.add(text)
+            yield asked(f"What is {text}? Answer with the number only.", number=result)
 
 
 TOPICS = (
@@ -136,7 +138,8 @@ CONSTRAINTS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def _instructions() -> Iterator[Ask]:
     chooser = random.Random(21)
-    topics = chooser.sample(TOPICS, len(TOPICS)) + chooser.sample(TOPICS, len(TOPICS))
+    topics = chooser.sample(TOPICS, len(TOPICS))
+    topics += topics[3:] + topics[:3]  # with other constraints
     for number in range(GENERATED):
         text, expected = CONSTRAINTS[number // 2 % len(CONSTRAINTS)]
         yield asked(text.format(topic=topics[number]), **expected)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-# Words that are frequent in one of the languages and rare or unknown in the others.
+# Frequent words of each language, also those that several share.
 WORDS: Mapping[str, frozenset[str]] = {
     language: frozenset(words.split())
     for language, words in {
-        "en": "the and of to is that it for with are this be from by they have not which you your can its",
-        "de": "der die das und ist nicht ein eine einen mit von zu im auf für sich auch werden wird sind den dem es ich",
-        "fr": "le les et est une des du dans pour que qui pas sur avec plus par vous nous sont cette au aux il ce je",
-        "es": "el los las y es una del en para que por con se su más como son pero esta este muy al lo está",
-        "it": "il gli e è una di che per non con del della sono le si più nel alla dei anche come questo ti un ho",
-        "pt": "o os as e é uma do da em para que não com por mais se dos das são ao você como seu sua um no na",
-        "nl": "de het een en is van niet dat te op met voor zijn er die aan je om ook als maar door worden naar ik",
+        "en": "the and of to is that it for with are this be from by they have not which you your can its in a as",
+        "de": "der die das und ist nicht ein eine einen einem mit von zu im auf für sich auch werden wird sind den dem",
+        "fr": "le la les et est un une des de du dans pour que qui pas sur avec plus par vous nous sont au aux il en",
+        "es": "el la los las de y es un una del en para que por con se su más como son pero esta este muy al lo a",
+        "it": "il la gli e è un una di che per non con del della sono le si più nel alla dei anche come questo da in a",
+        "pt": "o a os as e é um uma de do da em para que não com por mais se dos das são ao você como seu sua no na",
+        "nl": "de het een en is van niet dat te op met voor zijn er die aan je om ook als maar door worden naar in of",
     }.items()
 }
 SCRIPTS = {
