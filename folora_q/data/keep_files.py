@@ -12,7 +12,7 @@ from folora_q.data.rows import Row, RowError
 from folora_q.data.tools import parse_tools
 from folora_q.data.turns import parse_turns
 from folora_q.errors import UserError
-from folora_q.recipe.capabilities import MIN_HELD_OUT
+from folora_q.recipe.capabilities import MIN_HELD_OUT, as_capability
 from folora_q.recipe.dataset import Source
 
 ROWS = 'each row has a `prompt`, `messages`, or a `text`, e.g. {"prompt": "How do I reset my router?"}'
@@ -39,7 +39,7 @@ def read_keep_files(paths: list[str]) -> list[KeepFile]:
     """
     stems = [Path(path).stem for path in paths]
     return [
-        read_keep_file(Path(path), stem if stems.count(stem) == 1 else path)
+        read_keep_file(Path(path), stem if stems.count(stem) == 1 and as_capability(stem) is None else path)
         for path, stem in zip(paths, stems, strict=True)
     ]
 

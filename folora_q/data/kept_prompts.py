@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, NamedTuple, TypeVar
 
 from folora_q.data.call_syntax import CallSyntax, call_syntax, offers_tools
 from folora_q.data.capability_prompts import Ask, packaged_tools, prompts_of
@@ -36,8 +36,7 @@ class KeptPrompt:
     text: str | None
 
 
-@dataclass(frozen=True)
-class Halves(Generic[Item]):
+class Halves(NamedTuple, Generic[Item]):
     """What enters the penalty, and what is held out."""
 
     penalty: list[Item]
@@ -63,6 +62,11 @@ class KeptSource:
     texts: Halves[list[int]]
     calls: CallSyntax | None
     max_new_tokens: int
+
+    @property
+    def to_measure(self) -> KeptSource:
+        """The source without what enters a penalty."""
+        return replace(self, prompts=Halves([], self.prompts.held_out), texts=Halves([], self.texts.held_out))
 
 
 def kept_sources(

@@ -30,11 +30,6 @@ class Kept:
     held_out_answers: list[list[int]]
 
     @property
-    def answers(self) -> list[list[int]]:
-        """All answers, first those for the penalty."""
-        return self.penalty_answers + self.held_out_answers
-
-    @property
     def penalty(self) -> list[Labelled]:
         """Sequences for Σp; of a prompt with its answer, the answer counts."""
         return _labelled(self.source.prompts.penalty, self.penalty_answers, self.source.texts.penalty)

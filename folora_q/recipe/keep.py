@@ -49,6 +49,11 @@ class KeepSection(Section):
         default = FILE_TOKENS if name is None else CAPABILITIES[name].max_new_tokens
         return self.max_new_tokens or default
 
+    def joined(self, other: KeepSection) -> KeepSection:
+        """Return a section that keeps what either names, with this one's settings."""
+        both = {key: [*getattr(self, key), *getattr(other, key)] for key in ("capabilities", "files")}
+        return self.model_copy(update={key: list(dict.fromkeys(names)) for key, names in both.items()})
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer, about; 0 if nothing is kept."""

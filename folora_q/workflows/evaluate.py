@@ -49,6 +49,7 @@ class EvaluationRequest:
         samples: number of texts to sample from the base, if there is no run with samples.
         bits: weight precision; None is 4 for an adapter, as it was trained, and 16 for a model, as it will be used.
         keep: capabilities and files to measure; None are the recipe's.
+        limits: those that must be measured besides.
         trust: what the models may do.
     """
 
@@ -62,6 +63,7 @@ class EvaluationRequest:
     allow_code: bool = False
     harness: HarnessRequest | None = None
     keep: KeepSection | None = None
+    limits: KeepSection | None = None
     trust: Trust = NOTHING
 
 
@@ -176,8 +178,11 @@ def _kept(
 ) -> list[Kept]:
     """Return what is kept, as the base answers it; only its held-out half is measured."""
     section = request.keep or (recipe.keep if recipe else KeepSection())
+    if request.limits is not None:
+        section = section.joined(request.limits)
     limit = longest_input(loaded.model.config.to_dict())
-    sources = kept_sources(section, Renderer(loaded.tokenizer), clock.note, limit)
+    found = kept_sources(section, Renderer(loaded.tokenizer), clock.note, limit)
+    sources = [source.to_measure for source in found]
     size = (recipe.evaluation if recipe else EvaluationSection()).batch_size
     with model_pair.base() as model:
         base = SampledModel(model, loaded.tokenizer, loaded.fingerprint, loaded.hardware.dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import SampledModel, read_samples, write_samples
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.kept_prompts import KeptSource
+from folora_q.data.kept_prompts import KeptPrompt, KeptSource
 from folora_q.data.tokens import end_tokens, until_end
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.evaluation.kept import Kept
@@ -41,86 +41,99 @@ class BaseAnswers:
 
     def kept(self, sources: Sequence[KeptSource]) -> list[Kept]:
         """Return each source with its answers; all processes must call this together."""
+        halves = [_Half(source, prompts) for source in sources for prompts in source.prompts]
         rows = embedding_rows(self.base.model)
-        paths = {source.name: self.cached(source) for source in sources}
+        paths = [self._cached(half) for half in halves]
 
-        def read() -> dict[str, Answers]:
-            found = {source.name: answers_of(source, read_samples(paths[source.name], rows)) for source in sources}
-            return {name: answers for name, answers in found.items() if answers is not None}
+        def read() -> list[Answers | None]:
+            found = zip(halves, paths, strict=True)
+            return [answers_in(half.prompts, read_samples(path, rows) or []) for half, path in found]
 
-        known = self.processes.share(read)
-        missing = [source for source in sources if _prompts(source) and source.name not in known]
-        if missing:
-            known |= self._answer(missing)
+        answers = self.processes.share(read)
+        missing = [number for number, known in enumerate(answers) if known is None]
+        if not missing and any(answers):
+            self.clock.note("the base's answers to the prompts to keep are read from the cache")
+        for number, new in zip(missing, self._answer([halves[number] for number in missing]), strict=True):
+            answers[number] = new
             if self.processes.first:
-                self._save({paths[source.name]: samples_of(source, known[source.name]) for source in missing})
-        elif known:
-            self.clock.note("the base's answers to the prompts to keep were read from the cache")
-        return [with_answers(source, known.get(source.name, [])) for source in sources]
+                self._save(paths[number], samples_of(halves[number].source, halves[number].prompts, new))
+        complete = [known for known in answers if known is not None]
+        return [Kept(*each) for each in zip(sources, complete[::2], complete[1::2], strict=True)]
 
-    def cached(self, source: KeptSource) -> Path:
-        """Return the file of the base's answers to a source's prompts."""
-        facts = [FORMAT, self.base.fingerprint, str(self.base.dtype), source.max_new_tokens, _prompts(source)]
+    def _cached(self, half: _Half) -> Path:
+        """Return the file of the base's answers to some prompts."""
+        prompts = [prompt.ids for prompt in half.prompts]
+        facts = [FORMAT, self.base.fingerprint, str(self.base.dtype), half.source.max_new_tokens, prompts]
         return cache_folder() / "keep" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.jsonl"
 
-    def _answer(self, sources: Sequence[KeptSource]) -> dict[str, Answers]:
-        """Answer all prompts, each process a part of every source's."""
+    def _answer(self, halves: Sequence[_Half]) -> list[Answers]:
+        """Answer all prompts, each process every n-th of each list."""
+        if not halves:
+            return []
         readers, model = self.processes.readers, self.base.model
-        mine = {source.name: _prompts(source)[readers.rank :: readers.count] for source in sources}
+        mine = [[prompt.ids for prompt in half.prompts][readers.rank :: readers.count] for half in halves]
         splitter = BatchSplitter("answering", self.clock.warn, enabled=not self.processes.sharded)
-        title, ends = "answering the prompts to keep, as base", end_tokens(model)
-        found: dict[str, Answers] = {}
-        with self.clock.stage(title, sum(map(len, mine.values())), "answers") as done:
-            for source in sources:
-                settings = Generation(source.max_new_tokens, self.batch_size, done, splitter, self.processes)
-                tokens = greedy_tokens(model, self.base.tokenizer, mine[source.name], settings)
-                found[source.name] = [until_end(ids, ends) for ids in tokens]
-        parts = readers.gather(found)
-        return {source.name: _interleaved([part[source.name] for part in parts]) for source in sources}
+        ends, found = end_tokens(model), []
+        with self.clock.stage("answering the prompts to keep, as base", sum(map(len, mine)), "answers") as done:
+            for half, prompts in zip(halves, mine, strict=True):
+                settings = Generation(half.source.max_new_tokens, self.batch_size, done, splitter, self.processes)
+                tokens = greedy_tokens(model, self.base.tokenizer, prompts, settings)
+                found.append([until_end(ids, ends) for ids in tokens])
+        of_all = readers.gather(found)
+        return [_interleaved([part[number] for part in of_all]) for number in range(len(halves))]
 
-    def _save(self, files: Mapping[Path, list[ProxySample]]) -> None:
+    def _save(self, path: Path, samples: list[ProxySample]) -> None:
         try:
-            for path, samples in files.items():
-                write_samples(path, samples, self.base.tokenizer)
+            write_samples(path, samples, self.base.tokenizer)
         except OSError as error:  # the run has the answers
-            self.clock.note(f"the base's answers could not be saved: {error.strerror}")
+            self.clock.note(f"the base's answers could not be saved in {path}: {error.strerror}")
 
 
-def samples_of(source: KeptSource, answers: Answers) -> list[ProxySample]:
+@dataclass(frozen=True)
+class _Half:
+    """Prompts of a source: those for the penalty, or the held-out ones."""
+
+    source: KeptSource
+    prompts: Sequence[KeptPrompt]
+
+
+def samples_of(source: KeptSource, prompts: Sequence[KeptPrompt], answers: Answers) -> list[ProxySample]:
     """Return prompts with their answers in the form of sampled text, for files that people can read."""
-    return [ProxySample(ids + answer, source.name) for ids, answer in zip(_prompts(source), answers, strict=True)]
+    return [ProxySample(prompt.ids + answer, source.name) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def answers_of(source: KeptSource, samples: Sequence[ProxySample] | None) -> Answers | None:
-    """Return the answers in samples of a source; None if they are not those to its prompts."""
-    prompts = _prompts(source)
-    if samples is None or len(samples) != len(prompts):
+def answers_in(prompts: Sequence[KeptPrompt], samples: Sequence[ProxySample]) -> Answers | None:
+    """Return the answers in samples; None if they are not those to these prompts."""
+    if len(samples) != len(prompts):
         return None
-    found = [sample.ids[len(ids) :] for ids, sample in zip(prompts, samples, strict=True)]
-    same = all(sample.ids[: len(ids)] == ids for ids, sample in zip(prompts, samples, strict=True))
+    found = [sample.ids[len(prompt.ids) :] for prompt, sample in zip(prompts, samples, strict=True)]
+    same = all(sample.ids[: len(prompt.ids)] == prompt.ids for prompt, sample in zip(prompts, samples, strict=True))
     return found if same and all(found) else None
 
 
-def with_samples(sources: Sequence[KeptSource], samples: Sequence[ProxySample]) -> list[Kept] | None:
-    """Return sources with the answers in samples of all of them; None if any are missing."""
+def samples_of_all(kept: Sequence[Kept]) -> list[ProxySample]:
+    """Return everything that the base answered, for the run folder."""
+    answered = [(each.source, each.penalty_answers, each.held_out_answers) for each in kept]
+    return [
+        sample
+        for source, *answers in answered
+        for sample in samples_of(
+            source, [*source.prompts.penalty, *source.prompts.held_out], [*answers[0], *answers[1]]
+        )
+    ]
+
+
+def from_samples(sources: Sequence[KeptSource], samples: Sequence[ProxySample]) -> list[Kept] | None:
+    """Return sources with the answers in the samples of `samples_of_all`; None if any are missing."""
     found: list[Kept] = []
     for source in sources:
-        answers = answers_of(source, [sample for sample in samples if sample.source == source.name])
+        prompts = [*source.prompts.penalty, *source.prompts.held_out]
+        answers = answers_in(prompts, [sample for sample in samples if sample.source == source.name])
         if answers is None:
             return None
-        found.append(with_answers(source, answers))
+        count = len(source.prompts.penalty)
+        found.append(Kept(source, answers[:count], answers[count:]))
     return found
-
-
-def with_answers(source: KeptSource, answers: Answers) -> Kept:
-    """Return a source with the answers to its prompts, first those for the penalty."""
-    count = len(source.prompts.penalty)
-    return Kept(source, answers[:count], answers[count:])
-
-
-def _prompts(source: KeptSource) -> list[list[int]]:
-    """Return the tokens of all prompts of a source."""
-    return [prompt.ids for prompt in (*source.prompts.penalty, *source.prompts.held_out)]
 
 
 def _interleaved(parts: Sequence[Answers]) -> Answers:

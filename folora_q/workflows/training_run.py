@@ -64,7 +64,7 @@ from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
 from folora_q.workflows.calibration import Calibration, CalibrationText, Gates
-from folora_q.workflows.keeping import BaseAnswers, samples_of, with_samples
+from folora_q.workflows.keeping import BaseAnswers, from_samples, samples_of_all
 from folora_q.workflows.prepare_training import PreparedRun
 from folora_q.workflows.step_plan import plan_on
 from folora_q.workflows.training_work import estimated_work, training_plan
@@ -203,7 +203,7 @@ class TrainingRun:
         samples = self.processes.share(kept)
         if samples is None:
             sampled = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
-            work = estimated_work(self.recipe, self.data, self.hardware.device.type == "cuda")
+            work = estimated_work(self.recipe, self.data, self.hardware.device.type == "cuda", self.prepared.kept)
             self.timer.note(work.sentence(sampled.cached(section).exists()))
             samples = load_or_sample(sampled, section, self.timer, self.processes)
             write_samples(path, samples, base.tokenizer)
@@ -219,15 +219,14 @@ class TrainingRun:
         def earlier() -> list[Kept] | None:
             if self.resumed is None or not self.resumed.keeps(path):
                 return None
-            return with_samples(sources, read_samples(path, embedding_rows(base.model)) or [])
+            return from_samples(sources, read_samples(path, embedding_rows(base.model)) or [])
 
         kept = self.processes.share(earlier)
         if kept is None:
             answering = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
             size = self.recipe.evaluation.batch_size
             kept = BaseAnswers(answering, size, self.timer, self.processes).kept(sources)
-            samples = [sample for each in kept for sample in samples_of(each.source, each.answers)]
-            write_samples(path, samples, base.tokenizer)
+            write_samples(path, samples_of_all(kept), base.tokenizer)
         self._remember(path)
         return kept
 
