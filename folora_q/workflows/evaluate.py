@@ -48,7 +48,7 @@ class EvaluationRequest:
         general_text: text files instead of the recipe's.
         samples: number of texts to sample from the base, if there is no run with samples.
         bits: weight precision; None is 4 for an adapter, as it was trained, and 16 for a model, as it will be used.
-        keep: capabilities and files to measure; None are the recipe's.
+        keep: names of capabilities and files to measure; None are the recipe's.
         limits: those that must be measured besides.
         trust: what the models may do.
     """
@@ -177,7 +177,9 @@ def _kept(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> list[Kept]:
     """Return what is kept, as the base answers it; only its held-out half is measured."""
-    section = request.keep or (recipe.keep if recipe else KeepSection())
+    section = recipe.keep if recipe else KeepSection()
+    if request.keep is not None:
+        section = section.model_copy(update={"capabilities": [], "files": []}).joined(request.keep)
     if request.limits is not None:
         section = section.joined(request.limits)
     limit = longest_input(loaded.model.config.to_dict())
