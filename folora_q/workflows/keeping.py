@@ -63,7 +63,8 @@ class BaseAnswers:
     def _cached(self, half: _Half) -> Path:
         """Return the file of the base's answers to some prompts."""
         prompts = [prompt.ids for prompt in half.prompts]
-        facts = [FORMAT, self.base.fingerprint, str(self.base.dtype), half.source.max_new_tokens, prompts]
+        ends, length = sorted(end_tokens(self.base.model)), half.source.max_new_tokens
+        facts = [FORMAT, self.base.fingerprint, str(self.base.dtype), ends, length, prompts]
         return cache_folder() / "keep" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.jsonl"
 
     def _answer(self, halves: Sequence[_Half]) -> list[Answers]:
