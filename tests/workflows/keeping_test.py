@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
-from transformers import AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folora_q.calibration.sample_cache import SampledModel, read_samples
 from folora_q.cli.app import main
@@ -350,3 +350,15 @@ def test_scores_are_those_of_the_answers(recipe_file: Path, tmp_path: Path, monk
     score = kept_by(tmp_path / "run")["thinking"].score
     assert (score.base.value, score.tuned.value, score.change.value) == (0.5, 0.0, -0.5)
     assert score.change.high < 0 and math.isfinite(score.change.low)
+
+
+def test_capabilities_of_an_adapter_of_plain_peft_are_measured(model_folder: Path, tmp_path: Path) -> None:
+    """No recipe and no run: lengths of answers are those of the capability."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(model, settings).save_pretrained(tmp_path / "foreign")
+    keep = ("--keep", "arithmetic", "--samples", 4, "--output", tmp_path / "found")
+    assert run("eval", tmp_path / "foreign", *keep) == 0
+    [result] = kept_by(tmp_path / "found").values()
+    assert result.name == "arithmetic" and result.texts == 24 and result.kl.value > 0
