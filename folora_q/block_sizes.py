@@ -10,3 +10,5 @@ STATISTICS_LENGTH = 2_048
 STATISTICS_TOKENS = 8_192
 # Tokens in a window of general text.
 GENERAL_WINDOW = 256
+# Tokens of a capability's prompt, about: a template with a system prompt and the descriptions of three tools.
+KEPT_PROMPT = 512

@@ -179,7 +179,8 @@ class Testbed:
         generated = list(batches(self.with_crops(self.generated), BATCH_SIZE, device))
         public = list(batches(public_windows(self.tokenizer), BATCH_SIZE, device))
         ids, labels = self._task_rows()
-        return penalty_text(generated, public, public_share), list(batches(ids, BATCH_SIZE, device, labels))
+        penalty = penalty_text([(generated, 1 - public_share), (public, public_share)])
+        return penalty, list(batches(ids, BATCH_SIZE, device, labels))
 
     def _task_rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """Return the tokens and the labels of the training rows that statistics are collected of."""

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.rendering import Renderer
-from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs
+from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, end_tokens, generation_inputs, until_end
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, UserError, first_line
 from folora_q.recipe.schema import ProxySection
@@ -172,8 +171,8 @@ class _Sampler:
         inputs = generation_inputs(prompts, self.tokenizer, next(self.model.parameters()).device)
         settings = {"do_sample": True, "max_new_tokens": max_new_tokens, **decoding}
         output = self.context.processes.generate(self.model, **inputs, **settings)
-        ends, width = _end_tokens(self.model), inputs["input_ids"].shape[1]
-        return [prompt + _until_end(row[width:], ends) for prompt, row in zip(prompts, output, strict=True)]
+        ends, width = end_tokens(self.model), inputs["input_ids"].shape[1]
+        return [prompt + until_end(row[width:].tolist(), ends) for prompt, row in zip(prompts, output, strict=True)]
 
 
 def _render(renderer: Renderer, user: str, prompt: bool = False) -> str:
@@ -184,17 +183,6 @@ def _render(renderer: Renderer, user: str, prompt: bool = False) -> str:
         raise UserError(
             f"this model's chat template fails on a user's turn: {first_line(error)}", "set proxy.source=bos"
         ) from error
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
-
-
-def _until_end(row: Tensor, ends: set[int]) -> list[int]:
-    ids = row.tolist()
-    end = next((position for position, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: end + 1]
 
 
 def _passes(ids: list[int], section: ProxySection, seen: set[str]) -> bool:

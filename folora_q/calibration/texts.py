@@ -1,4 +1,4 @@
-"""Text on which predictions should not change: model-generated text and packaged public text."""
+"""Text on which predictions should not change: model-generated text, packaged public text, and answers to keep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.tokens import Batch, count_tokens
+from folora_q.data.tokens import Batch, count_labelled
 
 # Openings of public-domain works by a dozen authors in four languages, and passages of other kinds (news, a recipe, a
 # letter, tables, SQL, code in three languages) written for this file. Nothing is evaluated on it.
@@ -15,18 +15,19 @@ PUBLIC_TEXT = Path(__file__).with_name("public.txt")
 WINDOW, MIN_WINDOW_TOKENS = 128, 16  # tokens
 
 
-def penalty_text(written: Sequence[Batch], public: Sequence[Batch], share: float) -> list[Batch]:
-    """Return the text for Σp: model-generated and public text, with weights per token.
+def penalty_text(parts: Sequence[tuple[Sequence[Batch], float]]) -> list[Batch]:
+    """Return the text for Σp: texts with weights per labelled token, whose mean is 1.
 
     Args:
-        share: the public text's share of the penalty. The mean weight of a token is 1.
+        parts: texts, and the share of each in the penalty; the shares add up to 1.
     """
-    if share == 0:
-        return list(written)
-    tokens = [count_tokens(text) for text in (written, public)]
+    parts = [(text, share) for text, share in parts if share > 0]
+    if len(parts) == 1:
+        return list(parts[0][0])
+    tokens = [count_labelled(text) for text, _ in parts]
     return [
-        batch._replace(weight=of * sum(tokens) / count)
-        for text, of, count in zip((written, public), (1 - share, share), tokens, strict=True)
+        batch._replace(weight=share * sum(tokens) / count)
+        for (text, share), count in zip(parts, tokens, strict=True)
         for batch in text
     ]
 

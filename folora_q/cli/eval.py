@@ -12,11 +12,14 @@ from rich.markup import escape
 from folora_q.cli.console import out, starting, visible
 from folora_q.cli.evaluation_table import print_answer, print_evaluation, print_harness
 from folora_q.cli.options import trust_options
+from folora_q.data.keep_files import read_keep_files
 from folora_q.distributed.launch import require_one_process
-from folora_q.errors import UserError
+from folora_q.errors import RunError, UserError
 from folora_q.models.trust import Trust
 from folora_q.recipe import load_recipe
+from folora_q.recipe.paths import listed
 from folora_q.runs.folder import RunFolder
+from folora_q.runs.keep_limits import keep_of, load_limits
 from folora_q.runs.results import Evaluation, TextKind, answer_lines, to_json
 from folora_q.targets.find import find_target, require_reachable
 
@@ -52,6 +55,12 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", help="Compute dtype."
 )
+@click.option(
+    "--keep", metavar="NAMES", help="Capabilities and files to measure, separated by commas. Default: the recipe's."
+)
+@click.option(
+    "--fail-under", type=EXISTING_FILE, help="YAML file of capabilities with limits; exit with 1 if one is not kept."
+)
 @click.option("--tasks", metavar="NAMES", help="lm-eval tasks, separated by commas. Requires folora-q[eval].")
 @click.option(
     "--tasks-folder", type=click.Path(path_type=Path), help="Folder with your own lm-eval tasks; their code is run."
@@ -74,6 +83,8 @@ def command(
     samples: int,
     bits: Literal[4, 16] | None,
     dtype: str,
+    keep: str | None,
+    fail_under: Path | None,
     tasks: str | None,
     tasks_folder: Path | None,
     limit: int | None,
@@ -89,6 +100,10 @@ def command(
     on text sampled from the base model: the run's own, or new samples.
     """
     recipe = None if path is None else load_recipe(path)
+    limits = None if fail_under is None else load_limits(fail_under)
+    measured = None if keep is None else keep_of(_names(keep), Path.cwd(), "--keep")
+    for section in filter(None, (measured, limits and limits.section)):
+        read_keep_files(section.files)
     if output is not None and output.exists():
         raise UserError(f"{output} already exists", "name another folder with --output")
     require_one_process("eval")
@@ -98,8 +113,7 @@ def command(
         from folora_q.workflows.evaluate import EvaluationRequest, run_evaluation
     harness = None
     if tasks:
-        names = [task.strip() for task in tasks.split(",") if task.strip()]
-        harness = HarnessRequest(names, tasks_folder, limit, num_fewshot, as_chat)
+        harness = HarnessRequest(_names(tasks), tasks_folder, limit, num_fewshot, as_chat)
     request = EvaluationRequest(
         name=name,
         against=against,
@@ -110,6 +124,8 @@ def command(
         dtype=dtype,
         allow_code=allow_code,
         harness=harness,
+        keep=measured,
+        limits=None if limits is None else limits.section,
         trust=trust,
     )
     outcome = run_evaluation(request, progress)
@@ -118,6 +134,12 @@ def command(
         _write(outcome, output)
         line = f"folora-q report {shlex.quote(str(output))}"
         out.print(f"\n[bold]Next[/]\n  [dim]# these results as one page[/]\n  [cyan]{escape(line)}[/]", soft_wrap=True)
+    if limits is not None and (failures := limits.failures(outcome.evaluation.kept)):
+        raise RunError(f"not kept, by {fail_under}: {listed(failures)}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _print_outcome(outcome: EvaluationResult) -> None:

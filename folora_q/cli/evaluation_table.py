@@ -14,16 +14,43 @@ ANSWER_LENGTH = 200
 
 
 def print_evaluation(found: Evaluation, title: str) -> None:
-    """Print a table with sections for the task, model-generated text and general text, with 95 % intervals."""
-    table = Table(title=escape(visible(title)), title_justify="left")
-    table.add_column("held-out text")
-    for heading in ("base", "tuned", "change", "95 % interval"):
-        table.add_column(heading, justify="right")
+    """Print a table with sections for the task, what is kept, model-generated and general text; with 95 % intervals."""
+    table = _ChangeTable(title)
+    for text in found.of_kind(TextKind.TASK):
+        table.add("task: loss, nats per token", text.loss, ".4f", True)
+    if found.score is not None:
+        table.add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
+    table.rows.add_section()
+    for kept in found.kept:
+        if kept.score is not None:
+            table.add(f"keep, {kept.name}: {kept.metric}", kept.score, ".1%", False)
+        table.add_kl(f"keep, {kept.name}: KL" if kept.score is None else "  KL on the base's answers", kept.kl)
+    table.rows.add_section()
+    for text in found.of_kind(TextKind.GENERATED):
+        table.add_kl(f"{text.name}: KL", text.kl)
+        table.add_agreement(text.top1_agreement)
+        table.add("  loss", text.loss, ".4f", True)
+    table.rows.add_section()
+    for text in found.of_kind(TextKind.GENERAL):
+        table.add(f"{text.name}: loss (forgetting)", text.loss, ".4f", True)
+    print_table(table.rows)
+    for sentence in summary(found):
+        out.print(escape(visible(sentence)), soft_wrap=True)
 
-    def add(label: str, change: PairedChange, form: str, lower_is_better: bool) -> None:
+
+class _ChangeTable:
+    """A table of numbers of base and tuned model, with their change and its interval."""
+
+    def __init__(self, title: str) -> None:
+        self.rows = Table(title=escape(visible(title)), title_justify="left")
+        self.rows.add_column("held-out text")
+        for heading in ("base", "tuned", "change", "95 % interval"):
+            self.rows.add_column(heading, justify="right")
+
+    def add(self, label: str, change: PairedChange, form: str, lower_is_better: bool) -> None:
         good = (change.change.value < 0) == lower_is_better
         colour = "" if change.change.value == 0 else "green" if good else "yellow"
-        table.add_row(
+        self.rows.add_row(
             escape(visible(label)),
             format(change.base.value, form),
             format(change.tuned.value, form),
@@ -31,25 +58,13 @@ def print_evaluation(found: Evaluation, title: str) -> None:
             _interval(change.change, f"+{form}"),
         )
 
-    def add_kl(label: str, kl: Interval, agreement: Interval) -> None:
-        table.add_row(label, "0", f"{kl.value:.4f}", f"[yellow]{kl.value:+.4f}[/]", _interval(kl, "+.4f"))
-        lost = agreement.value - 1
-        table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
+    def add_kl(self, label: str, kl: Interval) -> None:
+        shift = f"[yellow]{kl.value:+.4f}[/]"
+        self.rows.add_row(escape(visible(label)), "0", f"{kl.value:.4f}", shift, _interval(kl, "+.4f"))
 
-    for text in found.of_kind(TextKind.TASK):
-        add("task: loss, nats per token", text.loss, ".4f", True)
-    if found.score is not None:
-        add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
-    table.add_section()
-    for text in found.of_kind(TextKind.GENERATED):
-        add_kl(f"{text.name}: KL", text.kl, text.top1_agreement)
-        add("  loss", text.loss, ".4f", True)
-    table.add_section()
-    for text in found.of_kind(TextKind.GENERAL):
-        add(f"{text.name}: loss (forgetting)", text.loss, ".4f", True)
-    print_table(table)
-    for sentence in summary(found):
-        out.print(escape(visible(sentence)), soft_wrap=True)
+    def add_agreement(self, agreement: Interval) -> None:
+        lost = f"[yellow]{agreement.value - 1:+.1%}[/]"
+        self.rows.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", lost, "")
 
 
 def print_harness(found: list[HarnessResult]) -> None:

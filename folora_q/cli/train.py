@@ -22,6 +22,7 @@ from folora_q.distributed.launch import launch_line, launched_processes, rank
 from folora_q.errors import Terminated, UserError
 from folora_q.memory.micro_batches import divided_among
 from folora_q.models.trust import Trust
+from folora_q.preflight.keeping import examine_keep
 from folora_q.recipe import Recipe
 from folora_q.recipe.strict_yaml import dump_yaml
 
@@ -68,6 +69,7 @@ def command(
     divided_among(recipe, processes)  # now: it is checked again where the run begins
     recipe = placed(recipe, path, overrides, resume, overwrite)
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=True)
+    examine_keep(recipe)
     if rank():
         set_output(quiet=True, plain=True)  # the first process speaks for all
     with starting(settings["debug"]) as progress:

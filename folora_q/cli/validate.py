@@ -18,6 +18,7 @@ from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
 from folora_q.memory.config import read_config
 from folora_q.models.stored_quantization import stored_quantization
+from folora_q.preflight.keeping import examine_keep, kept_in_words
 from folora_q.preflight.lengths import examine_lengths
 from folora_q.preflight.model import examine_rows
 from folora_q.recipe import Recipe
@@ -47,6 +48,7 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
     facts = list(_facts(recipe, train, heldout))
     examine_rows(recipe, model, rows)
     too_long = examine_lengths(recipe, rows)
+    left_out = examine_keep(recipe)
     out.print(f"[green]✓[/] {escape(str(path))} is valid", soft_wrap=True)
     for name, text in facts:
         out.print(f"  [dim]{name:9}[/] {escape(text)}", soft_wrap=True)
@@ -54,7 +56,7 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
     for warning in [*too_long, *recipe.advice]:
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
-    for note in model.notes:
+    for note in [*model.notes, *left_out]:
         out.print(f"  [yellow]note[/]      {escape(note)}", soft_wrap=True)
 
 
@@ -128,6 +130,8 @@ def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> It
         f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )
     yield "gate", gate.words if gate.enabled else "off: plain QLoRA"
+    if (kept := kept_in_words(recipe)) is not None:
+        yield "keep", kept
     yield "run", training.output_dir + _taken(Path(training.output_dir))
 
 

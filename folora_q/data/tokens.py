@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # the label of a token that is not trained
 # What a chat template may raise on a conversation that it does not accept. transformers runs it in jinja2's sandbox,
@@ -42,6 +42,23 @@ class Batch(NamedTuple):
         """The tokens that count, (n,), in the order of `loss_positions`."""
         labels = self.labels[:, 1:]
         return labels[labels != IGNORED]
+
+
+def count_labelled(text: Sequence[Batch]) -> int:
+    """Return the number of tokens of a text that count: all of them in text that is read as a whole."""
+    return sum(int((batch.labels != IGNORED).sum()) for batch in text)
+
+
+def until_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """Cut generated tokens after the first end token, which padding may follow."""
+    end = next((position for position, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return list(ids[: end + 1])
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens at which a model stops generating."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 def count_tokens(text: Sequence[Batch]) -> int:

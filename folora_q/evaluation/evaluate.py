@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -18,6 +19,7 @@ from folora_q.data.tokens import Batch, batches, count_tokens
 from folora_q.data.windows import crops
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import adapted_layers, measured_drift, update_norm
+from folora_q.evaluation.kept import Kept, kept_answers, kept_results
 from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import (
@@ -35,6 +37,7 @@ from folora_q.runs.results import (
     GENERATED_TEXT,
     GENERATED_TEXT_CUT,
     AnswerResult,
+    KeptResult,
     LayerResult,
     ScoreResult,
     TextKind,
@@ -55,11 +58,13 @@ class HeldOutSources:
         generated: texts that the base sampled, as tokens; they are used in full, and again cropped.
         crop_seed: seed of the crops.
         data: the task; None: no task.
+        kept: what the recipe keeps, as the base answers it.
     """
 
     generated: Sequence[Sequence[int]]
     crop_seed: int
     data: TaskTokens | None
+    kept: Sequence[Kept] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,23 @@ class HeldOut:
         questions: to be answered.
         reader: reads the answers.
         drift: texts by kind, on which the layers' outputs are compared.
+        kept: what the recipe keeps; its held-out sequences are in `texts` too, in the same order.
     """
 
     texts: list[HeldOutText]
     questions: list[Question]
     reader: Questions
     drift: dict[str, list[Batch]]
+    kept: Sequence[Kept] = field(default_factory=tuple)
+
+
+class Measurements(NamedTuple):
+    """What base and tuned model were measured on, except their layers."""
+
+    texts: list[TextResult]
+    score: ScoreResult | None
+    answers: list[AnswerResult]
+    kept: list[KeptResult]
 
 
 def held_out(
@@ -106,6 +122,7 @@ def held_out(
     for name, path in general_texts(section).items():
         windows = text_windows(path, tokenizer, window)
         texts.append(HeldOutText(name, TextKind.GENERAL, list(batches(windows, size, device))))
+    texts += [kept.text(size, device) for kept in sources.kept]
     drift = {
         TextKind.GENERATED: [*generated[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]],
         TextKind.TASK: list(ids[:DRIFT_TEXTS]),
@@ -116,6 +133,7 @@ def held_out(
         questions=_questions(reader, section, () if data is None else data.task.heldout),
         reader=reader,
         drift={kind: list(batches(sequences, size, device)) for kind, sequences in drift.items() if sequences},
+        kept=sources.kept,
     )
 
 
@@ -142,14 +160,22 @@ def evaluate(
     section: EvaluationSection,
     scorer: Scorer | None,
     clock: StageTimer,
-) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
+) -> Measurements:
     """Measure losses and predictions on every text, and answer and score every question."""
     texts = compare_texts(model_pair, on, clock)
     splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
-    with clock.stage("answering, as base and as tuned", 2 * len(on.questions), "answers") as done:
+    prompts = sum(len(kept.source.prompts.held_out) for kept in on.kept)  # which the base has answered before
+    with clock.stage("answering, as base and as tuned", 2 * len(on.questions) + prompts, "answers") as done:
         generation = Generation(section.max_new_tokens, section.batch_size, done, splitter, model_pair.processes)
         answers = answer_both(model_pair, on.reader, on.questions, generation, scorer)
-    return texts, mean_score(answers, section.metric), answers
+        of_kept = kept_answers(model_pair, on.reader, on.kept, generation)
+    results = kept_results(on.kept, of_kept, [text for text in texts if text.kind is TextKind.KEPT])
+    return Measurements(
+        texts=[text for text in texts if text.kind is not TextKind.KEPT],
+        score=mean_score(answers, section.metric),
+        answers=answers + [answer for each in of_kept.values() for answer in each],
+        kept=results,
+    )
 
 
 def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> list[TextResult]:

@@ -111,9 +111,21 @@ class Questions:
 
     def read(self, question: Question, ids: Sequence[int]) -> Said:
         """Read an answer, given as tokens."""
-        if question.asked is None:
+        return self.said(question.asked, ids)
+
+    def said(self, asked: str | None, ids: Sequence[int]) -> Said:
+        """Split an answer, given as tokens, into thought and answer.
+
+        Args:
+            asked: the prompt's text, if a chat template renders it.
+        """
+        if asked is None:
             return Said(decoded(self.tokenizer, ids, skip_special_tokens=True))
-        return self.syntax.split(ids, question.asked)
+        return self.syntax.split(ids, asked)
+
+    def whole(self, ids: Sequence[int]) -> str:
+        """Return an answer's complete text, with its special tokens."""
+        return decoded(self.tokenizer, ids)
 
     def _of_example(self, example: Chat | Completion) -> Question | None:
         if isinstance(example, Completion):

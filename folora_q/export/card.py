@@ -110,6 +110,13 @@ def _rows(evaluation: Evaluation) -> str:
         name = _text(text.name)
         rows.append(f"| {name}: loss | {loss.base.value:.4f} | {loss.tuned.value:.4f} | {shift} |")
         rows.append(f"| {name}: KL from the base | 0 | {kl.value:.4f} |{_interval(kl, '.4f')} |")
+    for kept in evaluation.kept:
+        name = f"keep, {_text(kept.name)}"
+        if kept.score is not None:
+            old, new, by = kept.score.base.value, kept.score.tuned.value, kept.score.change
+            shift = f"{by.value:+.1%}{_interval(by, '+.1%')}"
+            rows.append(f"| {name}: {kept.metric}, {kept.texts} prompts | {old:.1%} | {new:.1%} | {shift} |")
+        rows.append(f"| {name}: KL from the base | 0 | {kept.kl.value:.4f} |{_interval(kept.kl, '.4f')} |")
     return "\n".join(rows)
 
 

@@ -163,6 +163,7 @@ class _Run:
         self.checkpointing = recipe.training.recomputes_on(self.on_gpu)
         self.statistics_recompute = recipe.statistics_recompute_on(self.on_gpu)
         self.sampled = OPENING + recipe.proxy.max_new_tokens
+        self.kept = recipe.keep.longest
 
     def loading(self) -> MemoryStage:
         """Loading, tensor by tensor: each is in 16 bits on the host and on the device until it is quantized."""
@@ -187,7 +188,7 @@ class _Run:
 
     def statistics(self) -> MemoryStage:
         recipe, shape = self.recipe, self.shape
-        length = max(min(recipe.training.max_length, STATISTICS_LENGTH), self.sampled)
+        length = max(min(recipe.training.max_length, STATISTICS_LENGTH), self.sampled, self.kept)
         batch = BatchShape(recipe.statistics_batch_size(length), length)
         held = parts.sketches(recipe, shape, self.how)
         widest = max((space.width for space in parts.input_spaces(shape, self.how)), default=0)
@@ -271,7 +272,7 @@ class _Run:
         Autocast is off: PEFT casts an adapted layer's input to float32, and its result is float32, also when scaled.
         """
         section, shape, c = self.recipe.evaluation, self.shape, self.how.compute
-        length = max(self.recipe.training.max_length, self.sampled, GENERAL_WINDOW)
+        length = max(self.recipe.training.max_length, self.sampled, self.kept, GENERAL_WINDOW)
         batch = BatchShape(section.batch_size, length)
         middle = max(max(layer.middle, layer.active) for layer, _ in shape.layers)
         adapted = (

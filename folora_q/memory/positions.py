@@ -51,6 +51,12 @@ def positions_of(config: Config) -> Positions | None:
     return Positions(max(count, scaled), False, "with its scaled rotary positions" if scaled > count else "")
 
 
+def longest_input(config: Config) -> int | None:
+    """Return the length beyond which a model fails, in tokens; None if it only gets worse, or has no limit."""
+    positions = positions_of(config)
+    return positions.count if positions is not None and positions.table else None
+
+
 def _slides_everywhere(text: Mapping[str, Any]) -> bool:
     """Return whether all layers attend only within a window, so that no two positions are further apart."""
     window, kinds = text.get("sliding_window"), text.get("layer_types")

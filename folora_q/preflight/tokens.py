@@ -36,7 +36,7 @@ def needed_tokens(folder: Path, beyond: Mapping[int, str], template: str | None)
     config = _object(folder / "tokenizer_config.json")
     named = [config.get(name) for name in NAMED]
     specials = {token["content"] if isinstance(token, Mapping) else token for token in named if token}
-    written = template if template is not None else _template(folder, config)
+    written = template if template is not None else template_of(folder)
     return {number: token for number, token in beyond.items() if token in specials or token in written}
 
 
@@ -72,11 +72,12 @@ def _pair(number: object, token: object) -> Iterator[tuple[int, str]]:
         yield number, token
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str:
+def template_of(folder: Path) -> str:
+    """Return the text of a model's chat template, or of its templates as JSON; empty if it has none."""
     try:
         return read_text(folder / "chat_template.jinja", MIB)
     except (OSError, ValueError):
-        own = config.get("chat_template")
+        own = _object(folder / "tokenizer_config.json").get("chat_template")
         return own if isinstance(own, str) else json.dumps(own or "", ensure_ascii=False)
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.findings import finding, hint_for, quoted, section_of
+from folora_q.recipe.keep import from_shorthand
 from folora_q.recipe.paths import exists, is_data_name, listed
 from folora_q.recipe.resolve import RELATIVE, with_absolute_paths
 from folora_q.recipe.schema import Recipe
@@ -68,14 +69,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
         return with_absolute_paths(recipe, folder_for, lambda key: _place(key, places, path), relative)
     found = with_absolute_paths(_without_data(recipe), folder_for, lambda key: _place(key, places, path), relative)
     data = found.data.model_copy(update={key: getattr(recipe.data, key) for key in DATA_KEYS})
-    return found.model_copy(update={"data": data, "evaluation": recipe.evaluation})
+    return found.model_copy(update={"data": data, "evaluation": recipe.evaluation, "keep": recipe.keep})
 
 
 def _without_data(recipe: Recipe) -> Recipe:
     """Return a copy of a recipe that names no file of data or text."""
     data = recipe.data.model_copy(update=dict.fromkeys(DATA_KEYS))
     evaluation = recipe.evaluation.model_copy(update=dict.fromkeys(TEXT_KEYS))
-    return recipe.model_copy(update={"data": data, "evaluation": evaluation})
+    keep = recipe.keep.model_copy(update={"files": []})
+    return recipe.model_copy(update={"data": data, "evaluation": evaluation, "keep": keep})
 
 
 def places_in(path: Path, overrides: Sequence[str] = ()) -> Callable[[KeyPath], str]:
@@ -177,6 +179,8 @@ def _apply_override(values: dict[str, Any], override: str) -> KeyPath:
             below = {}
         elif isinstance(below, str) and part in DataSection.model_fields:
             below = {"path": below}  # a path is short for a mapping with `path`
+        elif isinstance(below, str | list) and part == "keep":
+            below = from_shorthand(below)
         elif not isinstance(below, dict):
             raise UserError(
                 f"`{part}` in the recipe is not a mapping, so the override {quoted(override)} cannot be set"

@@ -110,12 +110,14 @@ def with_absolute_paths(
     if evaluation.metric == "function" and evaluation.metric_function is not None:
         changed["metric_function"] = found(("evaluation", "metric_function"), evaluation.metric_function, _function)
     evaluation = evaluation.model_copy(update=changed)
+    kept = [found(("keep", "files", i), name, _file) for i, name in enumerate(recipe.keep.files)]
+    keep = recipe.keep.model_copy(update={"files": kept})
     name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, find_model)
     model = recipe.model.model_copy(update={"model_name_or_path": name})
 
     _require_packages(recipe, findings)
     findings.require_none()
-    return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model})
+    return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model, "keep": keep})
 
 
 def _require_packages(recipe: Recipe, findings: _Findings) -> None:

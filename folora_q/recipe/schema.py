@@ -12,6 +12,7 @@ from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.gate import RANK, GateSection, sketch_rank
 from folora_q.recipe.gate_rules import PLAIN_LEARNING_RATE, default_learning_rate
+from folora_q.recipe.keep import KeepField, KeepSection
 from folora_q.recipe.section import Positive, PositiveInt, Section, Seed, as_list
 from folora_q.recipe.training import TrainingSection
 
@@ -106,6 +107,7 @@ class Recipe(Section):
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     proxy: ProxySection = ProxySection()
+    keep: KeepField = KeepSection()
     gate: GateSection = GateSection()
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()

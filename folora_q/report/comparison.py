@@ -10,7 +10,7 @@ from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
 from folora_q.runs.in_words import summary
-from folora_q.runs.results import Evaluation, Interval, TextKind, TextResult
+from folora_q.runs.results import Evaluation, Interval, KeptResult, TextKind, TextResult
 
 # Hint for a run without measurements during training.
 NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to compare a run at other losses"
@@ -98,6 +98,8 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
             lambda found, m=metric: found.score.score.tuned if found.score and found.score.metric == m else None,
             lower_is_better=False,
         )
+
+    rows += _kept_rows([found for found in evaluations if found is not None], evaluations)
     for name in _names(evaluations, TextKind.GENERATED):
         add(f"{name}: KL", ".4f", lambda _: 0.0, of_text(name, lambda result: result.kl))
         agreement = of_text(name, lambda result: result.top1_agreement)
@@ -108,6 +110,29 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
     rows.append(_exact_row("time", "time", map(total_seconds, runs)))
     rows.append(_exact_row("peak memory", "memory", map(peak_bytes, runs)))
     return [row for row in rows if any(estimate is not None for estimate in row.estimates)]
+
+
+def _kept_rows(known: Sequence[Evaluation], all_runs: Sequence[Evaluation | None]) -> list[TableRow]:
+    """Return the rows of what the runs keep: score and KL of each capability, KL of each file.
+
+    Args:
+        known: the runs with an evaluation.
+    """
+    rows: list[TableRow] = []
+    for name, metric in dict.fromkeys((kept.name, kept.metric) for found in known for kept in found.kept):
+        results = [None if found is None else _kept_by(found, name) for found in all_runs]
+        if metric is not None:
+            scores = [None if result is None else result.score for result in results]
+            base = next((score.base.value for score in scores if score is not None), None)
+            tuned = [None if score is None else score.tuned for score in scores]
+            rows.append(TableRow(f"keep, {name}: {metric}", ".1%", base, tuned, lower_is_better=False))
+        kl = [None if result is None else result.kl for result in results]
+        rows.append(TableRow(f"keep, {name}: KL", ".4f", 0.0, kl))
+    return rows
+
+
+def _kept_by(found: Evaluation, name: str) -> KeptResult | None:
+    return next((kept for kept in found.kept if kept.name == name), None)
 
 
 def _exact_row(label: str, form: str, numbers: Iterable[float | None]) -> TableRow:

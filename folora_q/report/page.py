@@ -27,8 +27,8 @@ from folora_q.runs.in_words import summary
 from folora_q.runs.results import AnswerResult, Interval
 from folora_q.storage.redaction import conceal
 
-# Number of answers on a page: right, wrong and unscored ones, and answers to general prompts.
-RIGHT, WRONG, UNSCORED, GENERAL = 3, 3, 4, 6
+# Number of answers on a page: right, wrong and unscored ones, answers to general prompts, and lost capabilities.
+RIGHT, WRONG, UNSCORED, GENERAL, LOST = 3, 3, 4, 6, 6
 # Limits of a page; the files have everything.
 MAX_TABLE_ROWS = 2000
 MAX_ANSWER_LENGTH = 8000
@@ -115,7 +115,7 @@ def comparison_page(runs: Sequence[Run], notes: Sequence[str] = ()) -> Page:
 
 
 def samples(answers: Sequence[AnswerResult]) -> list[Sample]:
-    """Select answers: held-out prompts that the tuned model answers right and wrong, and general prompts."""
+    """Select answers to held-out prompts, right and wrong, to general prompts, and those of `keep` that got worse."""
     task = [answer for answer in answers if answer.kind == "task"]
     scored = [(answer, answer.tuned_score) for answer in task if answer.tuned_score is not None]
     groups = [
@@ -124,7 +124,14 @@ def samples(answers: Sequence[AnswerResult]) -> list[Sample]:
         ("held out", [answer for answer in task if answer.tuned_score is None][:UNSCORED]),
         ("general", [answer for answer in answers if answer.kind == "general"][:GENERAL]),
     ]
-    return [_sample(answer, heading) for heading, group in groups for answer in group]
+    found = [_sample(answer, heading) for heading, group in groups for answer in group]
+    lost = [answer for answer in answers if answer.kind == "keep" and _got_worse(answer)][:LOST]
+    return found + [_sample(answer, f"to be kept ({answer.capability}), got worse") for answer in lost]
+
+
+def _got_worse(answer: AnswerResult) -> bool:
+    base, tuned = answer.base_score, answer.tuned_score
+    return base is not None and tuned is not None and tuned < base
 
 
 def _sample(answer: AnswerResult, heading: str) -> Sample:

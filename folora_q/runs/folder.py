@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "proxy.jsonl"
 
     @property
+    def keep(self) -> Path:
+        """The base's answers to the prompts that the recipe keeps."""
+        return self.path / "keep.jsonl"
+
+    @property
     def gates(self) -> Path:
         """The gates of the adapted layers."""
         return self.path / "gates.safetensors"
@@ -151,7 +156,7 @@ class RunFolder:
     @property
     def _written(self) -> tuple[Path, ...]:
         results = (self.gate_results, self.evaluation, self.answers, self.report)
-        return (self.recipe, self.metrics, self.proxy, self.gates, self.skipped, *results)
+        return (self.recipe, self.metrics, self.proxy, self.keep, self.gates, self.skipped, *results)
 
 
 def check_run_folder(path: Path, overwrite: bool) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 
 from folora_q.recipe.size_advice import MIN_TEXTS
-from folora_q.runs.results import Evaluation, TextKind, TextResult
+from folora_q.runs.results import Evaluation, KeptResult, TextKind, TextResult
 
 
 def summary(found: Evaluation) -> list[str]:
-    """Return one sentence on model-generated text and one on real text, as far as they were measured."""
+    """Return a sentence each on model-generated text, on real text and on what is kept, as far as it was measured."""
     sentences = [_on_generated(text) for text in found.of_kind(TextKind.GENERATED)[:1]]
     real = found.of_kind(TextKind.GENERAL)
-    return [*sentences, _on_real(real)] if real else sentences
+    sentences += [_on_real(real)] if real else []
+    scored = [kept for kept in found.kept if kept.score is not None]
+    return [*sentences, _on_kept(scored)] if scored else sentences
 
 
 def _on_generated(text: TextResult) -> str:
@@ -38,6 +40,15 @@ def _on_real(texts: list[TextResult]) -> str:
     else:
         judged = "none got worse by more than chance explains"
     return f"Change of perplexity on real text: {shifts} ({judged})."
+
+
+def _on_kept(scored: list[KeptResult]) -> str:
+    """Name the capabilities that fell by more than the choice of prompts explains."""
+    bounds = {kept.name: kept.score.change.bounds for kept in scored if kept.score is not None}
+    fell = [name for name, ends in bounds.items() if ends is not None and ends[1] < 0]
+    if fell:
+        return f"Of what should be kept, {' and '.join(fell)} fell by more than chance explains."
+    return f"Of what should be kept, nothing fell by more than chance explains ({', '.join(bounds)})."
 
 
 def _perplexity(change: float) -> str:

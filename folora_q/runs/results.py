@@ -32,6 +32,7 @@ class TextKind(StrEnum):
     TASK = "task"
     GENERATED = "own"  # by the base model
     GENERAL = "general"
+    KEPT = "keep"  # answers of the base that the recipe keeps; in evaluation.json under `kept`
 
 
 # Names of the model-generated texts: complete, and without their beginning.
@@ -92,6 +93,26 @@ class ScoreResult:
     metric: str
     answers: int
     score: PairedChange
+
+
+@dataclass(frozen=True)
+class KeptResult:
+    """One capability, or one file of `keep`, on its held-out prompts or texts.
+
+    Attributes:
+        metric: what the score counts; None for a file.
+        texts: number of prompts with an answer of the base's, or of texts.
+        score: share of answers that satisfy the metric; None for a file.
+        kl: KL(base ‖ tuned) on the base's own answers, or on the texts.
+        top1_agreement: share of positions there where both have the same most likely token.
+    """
+
+    name: str
+    metric: str | None
+    texts: int
+    score: PairedChange | None
+    kl: Interval
+    top1_agreement: Interval
 
 
 @dataclass(frozen=True)
@@ -161,15 +182,16 @@ class AnswerResult:
     """One prompt, answered by base and tuned model.
 
     Attributes:
-        kind: task (held-out) or general (prompts unrelated to the task).
+        kind: task (held-out), general (prompts unrelated to the task) or keep (prompts of a capability).
         prompt: the complete input: messages for a chat template, or plain text.
         reference, base, tuned: the correct answer and the models' answers, without thoughts.
         base_score, tuned_score: by the task's metric, if there is one.
         reference_thought, base_thought, tuned_thought: the thought before each answer, if the chat template has a place
             for it and it is not empty.
+        capability: the capability or file whose prompt it is.
     """
 
-    kind: Literal["task", "general"]
+    kind: Literal["task", "general", "keep"]
     prompt: list[dict[str, Any]] | str
     reference: str | None
     base: str
@@ -179,6 +201,7 @@ class AnswerResult:
     reference_thought: str | None = None
     base_thought: str | None = None
     tuned_thought: str | None = None
+    capability: str | None = None
 
     @property
     def asked(self) -> str:
@@ -193,6 +216,7 @@ class Evaluation:
     Attributes:
         tuned, base: names of the compared models.
         held: precision of the weights, for display, e.g. "4 bits (nf4)".
+        kept: the capabilities and files that the recipe keeps.
     """
 
     tuned: str
@@ -202,6 +226,7 @@ class Evaluation:
     score: ScoreResult | None = None
     layers: Checked[LayerResult] = field(default_factory=list)
     harness: Checked[HarnessResult] = field(default_factory=list)
+    kept: Checked[KeptResult] = field(default_factory=list)
 
     def text(self, name: str) -> TextResult | None:
         """Return the result on a text by its name, if there is one."""

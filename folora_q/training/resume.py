@@ -20,7 +20,11 @@ from folora_q.training.checkpoints import discard_after, newest_whole, step_of
 COMPARED_VERSIONS = ("folora-q", "torch", "transformers", "peft", "trl", "bitsandbytes")
 # The inputs of the sampled text and of the gates, by the first word of a change.
 OF_TEXT = {"proxy", "model", "recipe"}
-MADE_FROM = {"proxy.jsonl": OF_TEXT, "gates.safetensors": OF_TEXT | {"gate", "data", "adapter"}}
+MADE_FROM = {
+    "proxy.jsonl": OF_TEXT,
+    "keep.jsonl": {"model", "recipe", "keep", "data"},
+    "gates.safetensors": OF_TEXT | {"gate", "keep", "data", "adapter"},
+}
 # Changes of these settings change the shapes of a checkpoint's tensors.
 MAKE_SHAPES = (
     *("adapter.r:", "adapter.target_modules:", "adapter.exclude_modules:", "adapter.modules_to_save:"),

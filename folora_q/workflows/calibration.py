@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -17,9 +18,10 @@ from folora_q.calibration.collect import StatisticsSettings, build_gates, row_pe
 from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.texts import penalty_text, public_windows
 from folora_q.core import SpectralGate
-from folora_q.data.tokens import batches
+from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops, last_windows
 from folora_q.distributed.processes import ONE, Processes
+from folora_q.evaluation.kept import Kept
 from folora_q.progress import StageTimer
 from folora_q.recipe.schema import Recipe
 
@@ -43,6 +45,7 @@ class Calibration:
         task: the training rows, with columns `input_ids` and `labels`.
         on_gpu: whether activations are recomputed if the recipe leaves that open.
         identity: of the base model and how it computes, for the cache of Σp; None does not use it.
+        kept: what the recipe keeps, as the base answers it.
         processes: read the texts together.
     """
 
@@ -53,6 +56,7 @@ class Calibration:
     on_gpu: bool
     identity: str | None = None
     processes: Processes = ONE
+    kept: Sequence[Kept] = ()
 
     @property
     def settings(self) -> StatisticsSettings:
@@ -69,12 +73,27 @@ class Calibration:
         # A different seed than for the held-out crops, so that their offsets differ.
         whole = [sample.ids for sample in samples]
         written, public = [*whole, *crops(whole, recipe.proxy.seed + 1)], public_windows(self.tokenizer)
-        share = recipe.proxy.public_share
-        penalty = penalty_text(list(batches(written, size, device)), list(batches(public, size, device)), share=share)
-        read = json.dumps([self.identity, written, public, share])
+        kept = list(self._kept_texts(size, device))
+        share, rest = recipe.proxy.public_share, 1 - sum(part for _, part in kept)
+        parts = [(list(batches(written, size, device)), rest * (1 - share))]
+        parts += [(list(batches(public, size, device)), rest * share), *kept]
+        penalty = penalty_text(parts)
+        read = json.dumps([self.identity, written, public, share, *self._kept_facts()])
         key = None if self.identity is None else hashlib.sha256(read.encode()).hexdigest()
         settings = replace(self.settings, penalty_key=key)
         return build_gates(model, penalty, list(batches(ids, size, device, labels)), settings, self.timer)
+
+    def _kept_texts(self, size: Callable[[int], int], device: torch.device) -> Iterator[tuple[list[Batch], float]]:
+        """Yield the answers and texts to keep, each with its share in the penalty."""
+        share = self.recipe.keep.share / max(len(self.kept), 1)
+        for each in self.kept if share else ():
+            ids, labels = zip(*each.penalty, strict=True)
+            yield list(batches(ids, size, device, labels)), share
+
+    def _kept_facts(self) -> list[object]:
+        """Return what is kept, for the cache of Σp; nothing if nothing is."""
+        share = self.recipe.keep.share
+        return [[each.penalty for each in self.kept], share] if self.kept and share else []
 
     def penalties(self, model: PeftModel, gates: Gates, text: CalibrationText) -> dict[str, tuple[float, float]]:
         """Measure the penalty of A's rows on text that the gates were computed from, and on as much held-out text."""

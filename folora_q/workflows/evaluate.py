@@ -9,23 +9,29 @@ from typing import Literal
 
 from folora_q.calibration.gate_store import load_gates
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples
+from folora_q.data.kept_prompts import kept_sources
+from folora_q.data.rendering import Renderer
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.errors import UserError, first_line
 from folora_q.evaluation.drift import predicted_drift
 from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, evaluate, evaluate_layers, held_out
 from folora_q.evaluation.harness import HarnessRequest, run_harness
+from folora_q.evaluation.kept import Kept
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import make_scorer
+from folora_q.memory.positions import longest_input
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.load import stop_at
 from folora_q.models.parts import embedding_rows
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.progress import Progress, Stage, StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
+from folora_q.recipe.keep import KeepSection
 from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
+from folora_q.workflows.keeping import BaseAnswers
 
 # Length of texts that are sampled for an evaluation only.
 SAMPLE_TOKENS = 128
@@ -42,6 +48,8 @@ class EvaluationRequest:
         general_text: text files instead of the recipe's.
         samples: number of texts to sample from the base, if there is no run with samples.
         bits: weight precision; None is 4 for an adapter, as it was trained, and 16 for a model, as it will be used.
+        keep: names of capabilities and files to measure; None are the recipe's.
+        limits: those that must be measured besides.
         trust: what the models may do.
     """
 
@@ -54,6 +62,8 @@ class EvaluationRequest:
     dtype: str = "auto"
     allow_code: bool = False
     harness: HarnessRequest | None = None
+    keep: KeepSection | None = None
+    limits: KeepSection | None = None
     trust: Trust = NOTHING
 
 
@@ -93,20 +103,22 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         loaded.tokenizer.chat_template = template
     model_pair = ModelPair(loaded.model, loaded.base)
     data = task_of(request, recipe, loaded, model_pair, clock)
-    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data)
+    kept = _kept(request, recipe, loaded, model_pair, clock)
+    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data, kept)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
-    texts, score, answers = evaluate(model_pair, on, section, scorer, clock)
+    found = evaluate(model_pair, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,
         base=(against or target.base or target.section).model_name_or_path,
         held=loaded.held,
-        texts=texts,
-        score=score,
+        texts=found.texts,
+        score=found.score,
         layers=_layers(request, loaded, model_pair, on, clock),
         harness=_harness(request.harness, loaded, model_pair, section, clock),
+        kept=found.kept,
     )
-    return EvaluationResult(evaluation, answers, list(clock.stages.values()))
+    return EvaluationResult(evaluation, found.answers, list(clock.stages.values()))
 
 
 def recipe_of(target: Target) -> Recipe | None:
@@ -159,6 +171,24 @@ def generated_text(
         base = SampledModel(model, loaded.tokenizer, loaded.fingerprint, loaded.hardware.dtype)
         samples = load_or_sample(base, section, clock)
     return [sample.ids for sample in samples[: request.samples]], section.seed
+
+
+def _kept(
+    request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
+) -> list[Kept]:
+    """Return what is kept, as the base answers it; only its held-out half is measured."""
+    section = recipe.keep if recipe else KeepSection()
+    if request.keep is not None:
+        section = section.model_copy(update={"capabilities": [], "files": []}).joined(request.keep)
+    if request.limits is not None:
+        section = section.joined(request.limits)
+    limit = longest_input(loaded.model.config.to_dict())
+    found = kept_sources(section, Renderer(loaded.tokenizer), clock.note, limit)
+    sources = [source.to_measure for source in found]
+    size = (recipe.evaluation if recipe else EvaluationSection()).batch_size
+    with model_pair.base() as model:
+        base = SampledModel(model, loaded.tokenizer, loaded.fingerprint, loaded.hardware.dtype)
+        return BaseAnswers(base, size, clock).kept(sources) if sources else []
 
 
 def _layers(

@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.advice import size_warnings
 from folora_q.data.formats import Example, Text
+from folora_q.data.kept_prompts import KeptSource, kept_sources
 from folora_q.data.sources import find
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.thoughts import Said
 from folora_q.distributed.processes import Processes
 from folora_q.evaluation.task import Scorer, make_scorer
 from folora_q.memory.micro_batches import divided_among
+from folora_q.memory.positions import longest_input
 from folora_q.models.hardware import Hardware, choose_hardware
 from folora_q.models.load import require_loadable, require_packable
 from folora_q.models.tokenizer import load_tokenizer
@@ -68,6 +70,7 @@ class PreparedRun:
 
     Attributes:
         scorer: scores answers; None where the recipe has no metric.
+        kept: what the recipe keeps, as far as this model can.
         manifest: content of run.json, updated as the run proceeds.
         resumed: the run that is resumed, if any.
         processes: compute the run together; `folder` is the run folder in the first, and a temporary one in others.
@@ -79,6 +82,7 @@ class PreparedRun:
     data: TaskTokens
     tokenizer: Tokenizer
     scorer: Scorer | None
+    kept: list[KeptSource]
     hardware: Hardware
     manifest: dict[str, Any]
     resumed: Resumption | None
@@ -96,7 +100,7 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
     scorer = make_scorer(recipe.evaluation, request.allow_code)
     if recipe.training.packing:
         require_packable(recipe.model, request.trust)
-    data, tokenizer = processes.after_the_first(lambda: _read(request, scorer, timer))
+    data, tokenizer, kept = processes.after_the_first(lambda: _read(request, scorer, timer))
     warnings = size_warnings(recipe, data)
     for warning in warnings:
         timer.warn(warning)
@@ -123,11 +127,13 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
         manifest = resumed.manifest(manifest)
     folder = RunFolder(target if place.scratch is None else place.scratch)
     folder.write_manifest(manifest)
-    return PreparedRun(request, shared, folder, data, tokenizer, scorer, hardware, manifest, resumed, processes)
+    return PreparedRun(request, shared, folder, data, tokenizer, scorer, kept, hardware, manifest, resumed, processes)
 
 
-def _read(request: TrainingRequest, scorer: Scorer | None, timer: StageTimer) -> tuple[TaskTokens, Tokenizer]:
-    """Read and tokenize the data."""
+def _read(
+    request: TrainingRequest, scorer: Scorer | None, timer: StageTimer
+) -> tuple[TaskTokens, Tokenizer, list[KeptSource]]:
+    """Read and tokenize the data, and what is kept."""
     recipe = request.recipe
     task = read_task(recipe, timer)
     _try(scorer, task.heldout)
@@ -136,12 +142,13 @@ def _read(request: TrainingRequest, scorer: Scorer | None, timer: StageTimer) ->
         tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
     data = tokenize_task(recipe, task, tokenizer, timer)
     require_rows(data, tokenizer, config)
-    return data, tokenizer
+    return data, tokenizer, kept_sources(recipe.keep, data.renderer, timer.note, longest_input(config.to_dict()))
 
 
 def _data_files(recipe: Recipe) -> dict[str, Path]:
     sources = [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]
-    return {name: path for source in sources for name, path in find(source).files().items()}
+    files = {name: path for source in sources for name, path in find(source).files().items()}
+    return files | {path: Path(path) for path in recipe.keep.files}
 
 
 def _try(scorer: Scorer | None, heldout: Sequence[Example]) -> None:

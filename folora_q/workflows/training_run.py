@@ -22,7 +22,16 @@ from folora_q.data.windows import crops
 from folora_q.errors import FoloraError, RunError, UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
-from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, compare_texts, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.evaluate import (
+    HeldOut,
+    HeldOutSources,
+    Measurements,
+    compare_texts,
+    evaluate,
+    evaluate_layers,
+    held_out,
+)
+from folora_q.evaluation.kept import Kept
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
 from folora_q.kernels.liger import apply_liger
@@ -42,9 +51,7 @@ from folora_q.runs.results import (
     AnswerResult,
     Evaluation,
     LayerResult,
-    ScoreResult,
     TextKind,
-    TextResult,
     answer_lines,
     to_json,
 )
@@ -57,11 +64,12 @@ from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
 from folora_q.workflows.calibration import Calibration, CalibrationText, Gates
+from folora_q.workflows.keeping import BaseAnswers, from_samples, samples_of_all
 from folora_q.workflows.prepare_training import PreparedRun
 from folora_q.workflows.step_plan import plan_on
 from folora_q.workflows.training_work import estimated_work, training_plan
 
-Measured = tuple[list[TextResult], ScoreResult | None, list[AnswerResult], list[LayerResult]]
+Measured = tuple[Measurements, list[LayerResult]]
 
 
 @dataclass(frozen=True)
@@ -96,10 +104,11 @@ class TrainingRun:
         self.plan_steps()
         base = self.load_base()
         text = self.sample(base)
-        measured_on = self.held_out(base, text)
+        kept = self.keep(base)
+        measured_on = self.held_out(base, text, kept)
         model = self.attach_adapter(base)
         config = self.configure(model)  # before the statistics, which take long
-        gates = self.calibrate(base, model, text) if self.recipe.gate.enabled else None
+        gates = self.calibrate(base, model, text, kept) if self.recipe.gate.enabled else None
         trainer = build_trainer(
             TrainerSetup(
                 model=model,
@@ -195,19 +204,39 @@ class TrainingRun:
         samples = self.processes.share(kept)
         if samples is None:
             sampled = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
-            work = estimated_work(self.recipe, self.data, self.hardware.device.type == "cuda")
+            work = estimated_work(self.recipe, self.data, self.hardware.device.type == "cuda", self.prepared.kept)
             self.timer.note(work.sentence(sampled.cached(section).exists()))
             samples = load_or_sample(sampled, section, self.timer, self.processes)
             write_samples(path, samples, base.tokenizer)
         self._remember(path)
         return CalibrationText(samples[: section.num_samples], samples[section.num_samples :])
 
-    def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
+    def keep(self, base: LoadedModel) -> list[Kept]:
+        """Get the base's answers to the prompts to keep: from the resumed run, the cache, or the model."""
+        sources, path = self.prepared.kept, self.folder.keep
+        if not sources:
+            return []
+
+        def earlier() -> list[Kept] | None:
+            if self.resumed is None or not self.resumed.keeps(path):
+                return None
+            return from_samples(sources, read_samples(path, embedding_rows(base.model)) or [])
+
+        kept = self.processes.share(earlier)
+        if kept is None:
+            answering = SampledModel(base.model, base.tokenizer, base.fingerprint, self.hardware.dtype)
+            size = self.recipe.evaluation.batch_size
+            kept = BaseAnswers(answering, size, self.timer, self.processes).kept(sources)
+            write_samples(path, samples_of_all(kept), base.tokenizer)
+        self._remember(path)
+        return kept
+
+    def held_out(self, base: LoadedModel, text: CalibrationText, kept: list[Kept]) -> HeldOut:
         """Gather the texts for the evaluation after training."""
         recipe = self.recipe
         monitored = recipe.evaluation.num_proxy_samples if recipe.gate.budget is not None else 0
         unseen = [sample.ids for sample in text.held_out[monitored:]]  # by a budget's controller
-        sources = HeldOutSources(unseen, recipe.proxy.seed, self.data)
+        sources = HeldOutSources(unseen, recipe.proxy.seed, self.data, kept)
         return held_out(
             self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )
@@ -246,14 +275,14 @@ class TrainingRun:
             self.timer.warn(advice)
         return config
 
-    def calibrate(self, base: LoadedModel, model: PeftModel, text: CalibrationText) -> Gates:
+    def calibrate(self, base: LoadedModel, model: PeftModel, text: CalibrationText, kept: list[Kept]) -> Gates:
         """Compute the gates, or load those of the resumed run, and initialize A from them."""
         pairs, path, section = adapter_pairs(model), self.folder.gates, self.recipe.gate
         on_gpu = self.hardware.device.type == "cuda"
         identity = f"{base.fingerprint} {self.hardware} {self.recipe.training.kernels == 'liger'}"
         rows = self.data.train.sequences
         readers = self.processes.readers
-        calibration = Calibration(self.recipe, base.tokenizer, rows, self.timer, on_gpu, identity, readers)
+        calibration = Calibration(self.recipe, base.tokenizer, rows, self.timer, on_gpu, identity, readers, kept)
         resumed, processes = self.resumed, self.processes
         if processes.share(lambda: resumed is not None and resumed.keeps(path)):
             gates = processes.share(lambda: load_gates(path))
@@ -319,7 +348,7 @@ class TrainingRun:
         of_texts = evaluate(pair, measured_on, self.recipe.evaluation, self.prepared.scorer, self.timer)
         predicted = None if gates is None else predicted_drift(trainer.model, gates)
         layers = evaluate_layers(pair, measured_on, self.timer, predicted, trainer.energy_kept())
-        return *of_texts, layers
+        return of_texts, layers
 
     def evaluate(self, base: LoadedModel, trainer: GatedTrainer, measured_on: HeldOut) -> TrainingResult:
         """Measure what was learned and forgotten, and complete the run.
@@ -329,20 +358,20 @@ class TrainingRun:
         """
         recipe, folder = self.recipe, self.folder
         try:
-            texts, score, answers, layers = self.measure(trainer, measured_on)
+            found, layers = self.measure(trainer, measured_on)
         except Exception as error:
             raise self._evaluation_failed(error) from error
         held = f"4 bits ({base.quantization}), computing in {self.hardware}"
-        evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)
+        evaluation = Evaluation(folder.path.name, base.name, held, found.texts, found.score, layers, kept=found.kept)
         atomic_write(folder.evaluation, to_json(evaluation))
-        folder.write_lines(folder.answers, answer_lines(answers))
+        folder.write_lines(folder.answers, answer_lines(found.answers))
         write_card(folder.adapter / CARD, recipe, base, evaluation)
         self.manifest.update(status="complete", stages=self.timer.to_list())
         folder.write_manifest(self.manifest)
         if not trainer.saves:
             discard_after(folder.path, 0)  # the checkpoint at the end of training, or of a signal
         stages = list(self.timer.stages.values())
-        return TrainingResult(folder.path, evaluation, answers, stages, self.manifest["warnings"])
+        return TrainingResult(folder.path, evaluation, found.answers, stages, self.manifest["warnings"])
 
     def _remember(self, path: Path) -> None:
         """Record the checksum of a finished file of the run; others than the first process may not have it."""

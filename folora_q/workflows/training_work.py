@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import PeftModel
 
 from folora_q.calibration.texts import PUBLIC_TEXT
+from folora_q.data.kept_prompts import KeptPrompt, KeptSource
 from folora_q.data.task_data import TaskTokens
 from folora_q.evaluation.evaluate import DRIFT_TEXTS, SAMPLE_ANSWERS, general_texts
 from folora_q.evaluation.task import GENERAL_PROMPTS
@@ -55,6 +57,7 @@ class Work:
     statistics: float
     training: float
     evaluation: float
+    keeping: float = 0.0
 
     def sentence(self, sampled: bool) -> str:
         """Compare the work before and after training with training's.
@@ -65,6 +68,7 @@ class Work:
         parts = {
             "sampling": 0.0 if sampled else self.sampling,
             "statistics": self.statistics,
+            "answers to keep": self.keeping,
             "evaluation": self.evaluation,
         }
         times = {name: part / self.training for name, part in parts.items() if part}
@@ -75,7 +79,7 @@ class Work:
         )
 
 
-def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool) -> Work:
+def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool, kept: Sequence[KeptSource] = ()) -> Work:
     """Estimate a run's work from the numbers of its tokens, as if every sample and answer had its maximum length."""
     training, train = recipe.training, data.train.counts
     learning = FORWARD_BACKWARD + FORWARD * training.recomputes_on(on_gpu)
@@ -84,12 +88,13 @@ def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool) -> Work:
     passes = training.num_train_epochs
     if training.max_steps is not None:
         passes = training.max_steps * batch / train.sequences
-    section, kept = recipe.proxy, recipe.proxy.num_heldout_samples
+    section, heldout = recipe.proxy, recipe.proxy.num_heldout_samples
     return Work(
-        sampling=_generating(section.num_samples + kept, section.max_new_tokens, section.batch_size),
-        statistics=_statistics_tokens(recipe, data) * (reading if recipe.gate.weighted else FORWARD),
+        sampling=_generating(section.num_samples + heldout, section.max_new_tokens, section.batch_size),
+        statistics=_statistics_tokens(recipe, data, kept) * (reading if recipe.gate.weighted else FORWARD),
         training=passes * train.tokens * learning,
-        evaluation=_evaluation(recipe, data),
+        evaluation=_evaluation(recipe, data) + sum(_comparing(each, recipe) for each in kept),
+        keeping=sum(_answering(each, each.prompts.penalty + each.prompts.held_out, recipe) for each in kept),
     )
 
 
@@ -99,7 +104,24 @@ def _generating(texts: int, length: int, batch_size: int) -> float:
     return length * (full * max(batch_size, DECODING) + (max(rest, DECODING) if rest else 0))
 
 
-def _statistics_tokens(recipe: Recipe, data: TaskTokens) -> float:
+def _answering(source: KeptSource, prompts: Sequence[KeptPrompt], recipe: Recipe) -> float:
+    """Return the work of answering prompts of a capability or a file."""
+    reading = sum(len(prompt.ids) for prompt in prompts) * FORWARD
+    return reading + _generating(len(prompts), source.max_new_tokens, recipe.evaluation.batch_size)
+
+
+def _comparing(source: KeptSource, recipe: Recipe) -> float:
+    """Return the work of both models on the base's answers to held-out prompts, and of the tuned model's answers."""
+    prompts = source.prompts.held_out
+    return 2 * FORWARD * _tokens(source, prompts, source.texts.held_out) + _answering(source, prompts, recipe)
+
+
+def _tokens(source: KeptSource, prompts: Sequence[KeptPrompt], texts: Sequence[list[int]]) -> int:
+    """Return the number of tokens of prompts with their answers, and of texts."""
+    return sum(len(prompt.ids) + source.max_new_tokens for prompt in prompts) + sum(map(len, texts))
+
+
+def _statistics_tokens(recipe: Recipe, data: TaskTokens, kept: Sequence[KeptSource]) -> float:
     """Return the number of tokens that the statistics read, over all passes."""
     gate, section, train = recipe.gate, recipe.proxy, data.train.counts
     if not gate.enabled:
@@ -108,7 +130,8 @@ def _statistics_tokens(recipe: Recipe, data: TaskTokens) -> float:
     public = PUBLIC_TEXT.stat().st_size / BYTES_PER_TOKEN if section.public_share else 0
     task = train.tokens * min(1, gate.num_task_samples / train.sequences)
     penalties = 2 * section.num_heldout_samples * section.max_new_tokens  # of A's rows, in sample and held out
-    return (1 + len(gate.readings)) * (whole * (1 + CROPPED) + public + task) + penalties
+    answers = sum(_tokens(each, each.prompts.penalty, each.texts.penalty) for each in kept if recipe.keep.share)
+    return (1 + len(gate.readings)) * (whole * (1 + CROPPED) + public + task + answers) + penalties
 
 
 def _evaluation(recipe: Recipe, data: TaskTokens) -> float:

@@ -41,7 +41,7 @@ def model(tiny_folder: Path):
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.9])
 def test_the_public_share_of_the_weight_is_as_asked_and_its_mean_is_one(share: float) -> None:
     written, public = (list(batches(sequences(seed, count), 2, CPU)) for seed, count in ((1, 6), (2, 3)))
-    text = penalty_text(written, public, share)
+    text = penalty_text([(written, 1 - share), (public, share)])
     tokens = [int(batch.attention_mask.sum()) for batch in text]
     weights = [batch.weight * count for batch, count in zip(text, tokens, strict=True)]
     assert sum(weights) == pytest.approx(sum(tokens))
@@ -51,7 +51,7 @@ def test_the_public_share_of_the_weight_is_as_asked_and_its_mean_is_one(share: f
 
 def test_without_a_share_no_public_text_is_read() -> None:
     written, public = (list(batches(sequences(seed, 4), 2, CPU)) for seed in (1, 2))
-    assert penalty_text(written, public, 0.0) == written
+    assert penalty_text([(written, 1.0), (public, 0.0)]) == written
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["activation", "fisher"])
@@ -66,7 +66,7 @@ def test_statistics_count_a_token_as_often_as_its_weight_says(model, weighted: b
             Reading(model, modules, [[name]], weighted).feed(text, {name: sink})
         return sink.mean()
 
-    found = covariance(penalty_text(written, public, 0.25))
+    found = covariance(penalty_text([(written, 0.75), (public, 0.25)]))
     # The mean of two means: both texts have as many tokens.
     expected = 0.75 * covariance(written) + 0.25 * covariance(public)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

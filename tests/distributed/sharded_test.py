@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.distributed.train_test import (
     assert_the_same,
     evaluated,
     in_step,
+    kept,
     measurements,
     one,
     outcome,
@@ -154,3 +156,14 @@ def test_what_cannot_be_sharded_is_refused(
 ) -> None:
     codes, texts = outcome(count, recipe_file, tmp_path / "run", *settings)
     assert codes[0] == 2 and says in " ".join(texts[0].split()), texts
+
+
+def test_a_sharded_base_answers_what_is_kept_as_a_complete_one(recipe_file: Path, tmp_path: Path) -> None:
+    keep = ["keep=[arithmetic]", "keep.max_new_tokens=2", "gate.rule=frozen"]
+    one(recipe_file, tmp_path / "one", *keep)
+    shutil.rmtree(os.environ["FOLORA_Q_CACHE"])  # all processes answer together
+    several(2, recipe_file, tmp_path / "two", *keep, SHARD)
+    assert_the_same(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "keep.jsonl").read_bytes() == (tmp_path / "one" / "keep.jsonl").read_bytes()
+    [alone], [together_kept] = kept(tmp_path / "one"), kept(tmp_path / "two")
+    assert together_kept["kl"]["value"] == pytest.approx(alone["kl"]["value"], rel=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,3 +310,20 @@ def test_other_settings_give_one_processs_run_too(recipe_file: Path, tmp_path: P
     one(recipe_file, tmp_path / "one", *settings)
     several(2, recipe_file, tmp_path / "two", *settings)
     assert_the_same(tmp_path / "one", tmp_path / "two")
+
+
+def kept(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "evaluation.json").read_text())["kept"]
+
+
+def test_two_processes_keep_what_one_keeps(recipe_file: Path, tmp_path: Path) -> None:
+    keep = ["keep=[arithmetic]", "keep.max_new_tokens=2"]
+    one(recipe_file, tmp_path / "one", *keep)
+    for name in ("keep", "penalty"):  # both processes answer, and collect statistics
+        shutil.rmtree(Path(os.environ["FOLORA_Q_CACHE"]) / name)
+    several(2, recipe_file, tmp_path / "two", *keep)
+    assert_the_same(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "keep.jsonl").read_bytes() == (tmp_path / "one" / "keep.jsonl").read_bytes()
+    [alone], [together_kept] = kept(tmp_path / "one"), kept(tmp_path / "two")
+    assert together_kept["kl"]["value"] == pytest.approx(alone["kl"]["value"], rel=1e-3)
+    assert together_kept["score"] == alone["score"]

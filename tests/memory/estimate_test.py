@@ -109,6 +109,16 @@ def test_gates_and_sketches_are_as_large_as_the_real_ones() -> None:
     assert sketches(recipe, SMALL, how) == held + sum(tests.values())
 
 
+def test_what_is_kept_makes_the_longest_sequences() -> None:
+    small = {"proxy": {"max_new_tokens": 32}, "training": {"output_dir": "x", "max_length": 64}}
+    without, kept = (
+        estimate(a_recipe(**small, keep=keep), shape_of(MISTRAL_7B)) for keep in ({}, {"capabilities": ["thinking"]})
+    )
+    by_name = {stage.name: stage.on_device for stage in without.stages}
+    larger = [stage.name for stage in kept.stages if stage.on_device > by_name[stage.name]]
+    assert larger == ["statistics", "evaluation"]
+
+
 def test_every_optimizer_has_its_states() -> None:
     named = TrainingSection.model_fields["optim"].annotation.__args__
     assert set(STATES) == set(named) - {"auto"}

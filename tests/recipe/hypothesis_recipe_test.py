@@ -92,6 +92,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "general_text": st.sampled_from([None, "prose.txt", ["prose.txt", "t.jinja"]]),
     "general_prompts": st.sampled_from([None, "prose.txt"]),
     "metric_function": st.sampled_from([None, "prose.txt", "score.py:score"]),
+    "files": st.sampled_from([[], "prose.txt", ["prose.txt", "t.jinja"]]),
     "report_to": st.sampled_from([None, "none", [], ["none"]]),
 }
 
@@ -275,6 +276,7 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "names no layer",
             "take forever to match",
             "activation_offloading requires",
+            "is named twice",
         )
         assert any(reason in recipe.message for reason in known), recipe.message
         reject()

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from folora_q.runs.in_words import summary
-from folora_q.runs.results import Evaluation, Interval, PairedChange, TextKind, TextResult
+from folora_q.runs.results import Evaluation, Interval, KeptResult, PairedChange, TextKind, TextResult
 
 
 def text(kind: TextKind, name: str = "prose", change: Interval | None = None, agreement: float = 1.0) -> TextResult:
@@ -40,3 +40,17 @@ def test_losses_are_told_as_perplexities() -> None:
     few = replace(worse, loss=replace(worse.loss, change=Interval(0.1)))
     assert "(fewer than 12 texts, so no judgement)" in said(few)[0]
     assert "code x1,097 (" in said(replace(worse, loss=replace(worse.loss, change=Interval(7.0, 6.0, 8.0))))[0]
+
+
+def test_capabilities_that_fell_are_named() -> None:
+    def kept(name: str, change: Interval) -> KeptResult:
+        score = PairedChange(Interval(0.9), Interval(0.9 + change.value), change)
+        return KeptResult(name, "a metric", 20, score, Interval(0.1), Interval(0.9))
+
+    def said_of(*results: KeptResult) -> list[str]:
+        return summary(Evaluation("tuned", "base", "4 bits", [], kept=list(results)))
+
+    fine, lost = kept("code", Interval(-0.05, -0.2, 0.1)), kept("tools", Interval(-0.5, -0.7, -0.3))
+    assert said_of(fine) == ["Of what should be kept, nothing fell by more than chance explains (code)."]
+    assert said_of(fine, lost) == ["Of what should be kept, tools fell by more than chance explains."]
+    assert said_of(replace(fine, score=None)) == []

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from folora_q.data.capability_prompts import Ask
+from folora_q.data.kept_prompts import Halves, KeptPrompt, KeptSource
 from folora_q.data.tokenized import Counts
 from folora_q.recipe import load_recipe
 from folora_q.workflows.training_work import Work, estimated_work, training_plan
@@ -40,6 +42,21 @@ def test_recomputed_activations_cost_a_third_pass_and_large_batches_their_texts(
     many = load_recipe(recipe_file, ["proxy.num_samples=298", "proxy.batch_size=200", "gate.enabled=false"])
     found = estimated_work(many, data(), on_gpu=False)
     assert found.sampling == 24 * (200 + 100) and found.statistics == 0
+
+
+def test_what_is_kept_is_answered_read_and_measured(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    prompts = Halves([KeptPrompt(Ask([]), [3] * 10, None)] * 4, [KeptPrompt(Ask([]), [3] * 10, None)] * 2)
+    source = KeptSource("mine", None, prompts, Halves([], [[3] * 50]), None, max_new_tokens=5)
+    without, found = (estimated_work(recipe, data(), False, kept) for kept in ((), [source]))
+    assert (without.keeping, found.keeping) == (0, 6 * 10 + 5 * 100), "one batch for the cost of reading all weights"
+    assert found.statistics - without.statistics == pytest.approx(3 * 4 * 15 * 2), (
+        "in three passes, forward and backward"
+    )
+    assert found.evaluation - without.evaluation == pytest.approx(2 * (2 * 15 + 50) + 2 * 10 + 5 * 100)
+    measured = estimated_work(load_recipe(recipe_file, ["keep.share=0"]), data(), False, [source])
+    assert measured.statistics == without.statistics
+    assert "answers to keep 0." in found.sentence(sampled=True)
 
 
 def test_the_sentence_names_what_is_left_to_do() -> None:
