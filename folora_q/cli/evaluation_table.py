@@ -36,11 +36,12 @@ def print_evaluation(found: Evaluation, title: str) -> None:
         lost = agreement.value - 1
         table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
 
-    for text in found.of_kind(TextKind.TASK):
-        add("task: loss, nats per token", text.loss, ".4f", True)
-    if found.score is not None:
-        add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
-    table.add_section()
+    for kind, scores in ((TextKind.TASK, [found.score]), (TextKind.EARLIER, found.earlier)):
+        for text in found.of_kind(kind):
+            add(f"{text.name}: loss, nats per token", text.loss, ".4f", True)
+        for score in filter(None, scores):
+            add(f"{score.task or 'task'}: {score.metric.replace('_', ' ')}", score.score, ".1%", False)
+        table.add_section()
     for text in found.of_kind(TextKind.GENERATED):
         add_kl(f"{text.name}: KL", text.kl, text.top1_agreement)
         add("  loss", text.loss, ".4f", True)

@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import Source
+from folora_q.recipe.earlier_adapter import find_adapter
 from folora_q.recipe.model_name import find_model
 from folora_q.recipe.paths import (
     HUB_ID,
@@ -112,6 +113,9 @@ def with_absolute_paths(
     evaluation = evaluation.model_copy(update=changed)
     name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, find_model)
     model = recipe.model.model_copy(update={"model_name_or_path": name})
+    for key, look in (("adapter", find_adapter), ("adapter_data", _file)):
+        if (given := getattr(model, key)) is not None:
+            model = model.model_copy(update={key: found(("model", key), given, look)})
 
     _require_packages(recipe, findings)
     findings.require_none()

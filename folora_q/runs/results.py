@@ -32,6 +32,7 @@ class TextKind(StrEnum):
     TASK = "task"
     GENERATED = "own"  # by the base model
     GENERAL = "general"
+    EARLIER = "earlier"  # held-out rows of a task that was learned before
 
 
 # Names of the model-generated texts: complete, and without their beginning.
@@ -87,11 +88,16 @@ class TextResult:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """The task's own metric on greedy answers: the mean score, between 0 and 1."""
+    """The task's own metric on greedy answers: the mean score, between 0 and 1.
+
+    Attributes:
+        task: name of the earlier task that it is of; None: the run's own.
+    """
 
     metric: str
     answers: int
     score: PairedChange
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,7 @@ class Evaluation:
     Attributes:
         tuned, base: names of the compared models.
         held: precision of the weights, for display, e.g. "4 bits (nf4)".
+        earlier: scores of the tasks that were learned before.
     """
 
     tuned: str
@@ -202,6 +209,7 @@ class Evaluation:
     score: ScoreResult | None = None
     layers: Checked[LayerResult] = field(default_factory=list)
     harness: Checked[HarnessResult] = field(default_factory=list)
+    earlier: Checked[ScoreResult] = field(default_factory=list)
 
     def text(self, name: str) -> TextResult | None:
         """Return the result on a text by its name, if there is one."""

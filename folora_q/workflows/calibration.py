@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from datasets import Dataset
 from peft import PeftModel
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.block_sizes import STATISTICS_LENGTH
 from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.sample import ProxySample
-from folora_q.calibration.texts import penalty_text, public_windows
+from folora_q.calibration.texts import penalty_text, public_windows, with_earlier_tasks
 from folora_q.core import SpectralGate
 from folora_q.data.tokens import batches
 from folora_q.data.windows import crops, last_windows
@@ -25,6 +25,8 @@ from folora_q.recipe.schema import Recipe
 
 Gates = Mapping[str, SpectralGate]
 Samples = Sequence[ProxySample]
+# Tokens and labels of earlier tasks' rows.
+EarlierRows = tuple[list[Sequence[int]], list[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Calibration:
         on_gpu: whether activations are recomputed if the recipe leaves that open.
         identity: of the base model and how it computes, for the cache of Σp; None does not use it.
         processes: read the texts together.
+        earlier: rows of the tasks that were learned before.
     """
 
     recipe: Recipe
@@ -53,6 +56,7 @@ class Calibration:
     on_gpu: bool
     identity: str | None = None
     processes: Processes = ONE
+    earlier: EarlierRows = field(default_factory=lambda: ([], []))
 
     @property
     def settings(self) -> StatisticsSettings:
@@ -71,7 +75,12 @@ class Calibration:
         written, public = [*whole, *crops(whole, recipe.proxy.seed + 1)], public_windows(self.tokenizer)
         share = recipe.proxy.public_share
         penalty = penalty_text(list(batches(written, size, device)), list(batches(public, size, device)), share=share)
-        read = json.dumps([self.identity, written, public, share])
+        inputs = [self.identity, written, public, share]
+        if self.earlier[0]:
+            earlier = list(batches(self.earlier[0], size, device, self.earlier[1]))
+            penalty = with_earlier_tasks(penalty, earlier, recipe.proxy.earlier_share)
+            inputs += [self.earlier, recipe.proxy.earlier_share]
+        read = json.dumps(inputs)
         key = None if self.identity is None else hashlib.sha256(read.encode()).hexdigest()
         settings = replace(self.settings, penalty_key=key)
         return build_gates(model, penalty, list(batches(ids, size, device, labels)), settings, self.timer)

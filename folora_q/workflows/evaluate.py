@@ -26,6 +26,7 @@ from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
+from folora_q.workflows.earlier_tasks import EarlierTask, held_out_texts, read_earlier_tasks, score_earlier
 
 # Length of texts that are sampled for an evaluation only.
 SAMPLE_TOKENS = 128
@@ -96,6 +97,8 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     sources = HeldOutSources(*_generated_text(request, recipe, loaded, model_pair, clock), data)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
+    earlier = [] if recipe is None else _earlier(request, recipe, clock)
+    on = replace(on, texts=[*on.texts, *held_out_texts(earlier, section.batch_size, model_pair.device)])
     texts, score, answers = evaluate(model_pair, on, section, scorer, clock)
     evaluation = Evaluation(
         tuned=request.name,
@@ -105,6 +108,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         score=score,
         layers=_layers(request, loaded, model_pair, on, clock),
         harness=_harness(request.harness, loaded, model_pair, section, clock),
+        earlier=score_earlier(model_pair, earlier, clock),
     )
     return EvaluationResult(evaluation, answers, list(clock.stages.values()))
 
@@ -140,12 +144,18 @@ def _task(
     return data
 
 
+def _earlier(request: EvaluationRequest, recipe: Recipe, clock: StageTimer) -> list[EarlierTask]:
+    """Read the tasks that a run's model learned before; those whose data is gone are left out."""
+    return read_earlier_tasks(recipe.model, clock, request.allow_code, request.trust, required=False)
+
+
 def _generated_text(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> tuple[list[list[int]], int]:
     """Return model-generated text of the base (the run's held-out samples, or new ones), and the seed that crops it."""
     run = loaded.target.run
-    if run is not None and recipe is not None and request.against is None:
+    of_base = run is not None and (loaded.target.section.adapter is not None or not run.earlier.is_dir())
+    if run is not None and recipe is not None and request.against is None and of_base:
         samples = read_samples(run.proxy, embedding_rows(loaded.model)) or []
         if kept := samples[recipe.proxy.num_samples :]:
             return [sample.ids for sample in kept], recipe.proxy.seed
@@ -166,7 +176,7 @@ def _layers(
 ) -> list[LayerResult]:
     """Measure drift by layer; for a run's adapter also the predicted drift and the energy kept."""
     run = loaded.target.run
-    own = run is not None and loaded.target.adapter == run.adapter and request.against is None
+    own = run is not None and loaded.target.adapter == run.trained and request.against is None
     if run is None or model_pair.adapted is None or not own or not run.gates.is_file():
         return evaluate_layers(model_pair, on, clock)
     predicted = predicted_drift(model_pair.adapted, load_gates(run.gates, model_pair.device))

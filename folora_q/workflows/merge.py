@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from folora_q import __version__
 from folora_q.errors import RunError, UserError
-from folora_q.export.adapter import AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
 from folora_q.export.ends import FittedCheckpoint, fitted
 from folora_q.export.hub import push_folder, require_token
 from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
 from folora_q.export.verify import MergedModel, Verification, check_outputs, check_weights
+from folora_q.models.adapter_file import AdapterFile, read_adapter
 from folora_q.models.classes import auto_class
 from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
