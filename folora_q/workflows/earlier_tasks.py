@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import ScoreResult, TextKind
 
 UNKNOWN = (
-    "the data of the task that {name} learned is not known (model.adapter_data): it is not measured, and protected only by "
-    "text that the base generates with it"
+    "the data of the task that {name} learned is not known (model.adapter_data): the task is not measured, and only "
+    "text that the base generates with the adapter protects it"
 )
 
 
@@ -77,7 +77,12 @@ def earlier_recipes(section: ModelSection) -> tuple[list[tuple[str, Recipe]], li
         if recipe is None:
             break
         section = recipe.model
-    return _with_unique_names(found[::-1]), unknown
+    return found[::-1], unknown
+
+
+def unknown_tasks(section: ModelSection) -> list[str]:
+    """Return a warning for each earlier adapter whose task is not known."""
+    return [UNKNOWN.format(name=name) for name in earlier_recipes(section)[1]]
 
 
 def read_earlier_tasks(
@@ -92,24 +97,48 @@ def read_earlier_tasks(
     Raises:
         UserError: a recipe or its data cannot be read.
     """
-    recipes, unknown = earlier_recipes(section)
-    for name in unknown:
-        timer.warn(UNKNOWN.format(name=name))
-    tasks = []
-    for name, recipe in recipes:
+    recipes, _ = earlier_recipes(section)
+    named = with_unique_names([(f"earlier task {name}", recipe) for name, recipe in recipes])
+    return read_tasks(named, TaskReading(section, timer, allow_code, trust, required))
+
+
+@dataclass(frozen=True)
+class TaskReading:
+    """How the rows of tasks are read.
+
+    Attributes:
+        section: the model whose tokenizer they get.
+        required: data that cannot be read is an error; otherwise it is reported, and the task is left out.
+    """
+
+    section: ModelSection
+    timer: StageTimer
+    allow_code: bool = False
+    trust: Trust = NOTHING
+    required: bool = True
+
+
+def read_tasks(named: Sequence[tuple[str, Recipe]], how: TaskReading) -> list[EarlierTask]:
+    """Read and tokenize the rows of tasks, given by name and recipe.
+
+    Raises:
+        UserError: data that is required cannot be read.
+    """
+    tasks, note = [], how.timer.note
+    for name, recipe in named:
         try:
-            data = _tokenized(section, recipe, timer, trust)
+            data = _tokenized(recipe, how)
         except UserError as error:
             reason = f"the data of the {name} cannot be read: {error.message}"
-            if required:
+            if how.required:
                 hint = "name a recipe with its data as model.adapter_data, or set proxy.earlier_share: 0"
                 raise UserError(reason, hint) from error
-            timer.note(f"{reason}; it is not measured")
+            note(f"{reason}; it is not measured")
             continue
-        metric_runs_code = recipe.evaluation.metric == "function" and not allow_code
-        if metric_runs_code:
-            timer.note(f"the metric of the {name} is code, which --allow-code runs: only its loss is measured")
-        scorer = None if metric_runs_code else make_scorer(recipe.evaluation, allow_code)
+        runs_code = recipe.evaluation.metric == "function" and not how.allow_code
+        if runs_code:
+            note(f"the metric of the {name} is code, which --allow-code runs: only its loss is measured")
+        scorer = None if runs_code else make_scorer(recipe.evaluation, how.allow_code)
         tasks.append(EarlierTask(name, recipe, data, scorer))
     return tasks
 
@@ -143,10 +172,10 @@ def score_earlier(model_pair: ModelPair, tasks: Sequence[EarlierTask], timer: St
     return scores
 
 
-def _tokenized(section: ModelSection, recipe: Recipe, timer: StageTimer, trust: Trust) -> TaskTokens:
-    """Tokenize an earlier task as its own run did: with its template and lengths."""
-    tokenizer = load_tokenizer(section, chat_template(recipe), trust)
-    return tokenize_task(recipe, read_task(recipe, timer), tokenizer, timer)
+def _tokenized(recipe: Recipe, how: TaskReading) -> TaskTokens:
+    """Tokenize a task as its own run did: with its template and lengths."""
+    tokenizer = load_tokenizer(how.section, chat_template(recipe), how.trust)
+    return tokenize_task(recipe, read_task(recipe, how.timer), tokenizer, how.timer)
 
 
 def _recipe_of(run: RunFolder) -> Recipe | None:
@@ -160,7 +189,10 @@ def _recipe_of(run: RunFolder) -> Recipe | None:
         ) from None
 
 
-def _with_unique_names(found: Sequence[tuple[str, Recipe]]) -> list[tuple[str, Recipe]]:
+def with_unique_names(found: Sequence[tuple[str, Recipe]]) -> list[tuple[str, Recipe]]:
+    """Number names that several tasks have."""
     names = [name for name, _ in found]
-    unique: Callable[[int, str], str] = lambda n, name: name if names.count(name) == 1 else f"{name} ({n})"  # noqa: E731
-    return [(f"earlier task {unique(n, name)}", recipe) for n, (name, recipe) in enumerate(found, 1)]
+    return [
+        (name if names.count(name) == 1 else f"{name} ({number})", recipe)
+        for number, (name, recipe) in enumerate(found, 1)
+    ]

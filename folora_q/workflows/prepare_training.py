@@ -27,7 +27,7 @@ from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder, open_run_folder
 from folora_q.runs.manifest import new_manifest
 from folora_q.training.resume import Manifests, Resumption, prepare_resume
-from folora_q.workflows.earlier_tasks import EarlierTask, read_earlier_tasks
+from folora_q.workflows.earlier_tasks import EarlierTask, read_earlier_tasks, unknown_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
     if recipe.training.packing:
         require_packable(recipe.model, request.trust)
     data, tokenizer, earlier_tasks = processes.after_the_first(lambda: _read(request, scorer, timer))
-    warnings = size_warnings(recipe, data)
+    warnings = [*size_warnings(recipe, data), *unknown_tasks(recipe.model)]
     for warning in warnings:
         timer.warn(warning)
     hardware = choose_hardware(recipe.model.dtype)

@@ -190,7 +190,7 @@ class TrainingRun:
         self.manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         if base.earlier is not None:
             note(f"the base carries {base.earlier.name}: this is the model that is compared with and preserved")
-            self.manifest["model"]["adapter"] = {"name": base.earlier.name, "fingerprint": base.earlier.fingerprint}
+            self.manifest["model"] |= {"adapter": base.earlier.name, "adapter_fingerprint": base.earlier.fingerprint}
             if self.processes.first and not self.folder.earlier.is_dir():
                 save_earlier(base.earlier, self.folder.earlier, names_of_base(base, recipe.export))
         return base
