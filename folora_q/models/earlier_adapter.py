@@ -36,11 +36,13 @@ class EarlierAdapter:
 
     Attributes:
         name: what the recipe names, for display.
+        base: the model that it says it belongs to; "" if it names none.
         factors: A (r, d) and s B (o, r) of each layer in float32, by the layer's name.
         fingerprint: identifies its numbers.
     """
 
     name: str
+    base: str
     factors: dict[str, Factors]
     fingerprint: str
 
@@ -89,7 +91,7 @@ def _earlier(name: str, adapter: AdapterFile) -> EarlierAdapter:
         digest.update(f"{weight} {tuple(a.shape)} {tuple(b.shape)}".encode())
         digest.update(a.numpy().tobytes())
         digest.update(b.numpy().tobytes())
-    return EarlierAdapter(name, factors, digest.hexdigest())
+    return EarlierAdapter(name, adapter.base, factors, digest.hexdigest())
 
 
 def carry(model: nn.Module, earlier: EarlierAdapter, head: nn.Module | None = None) -> None:

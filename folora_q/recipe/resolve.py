@@ -116,10 +116,18 @@ def with_absolute_paths(
     for key, look in (("adapter", find_adapter), ("adapter_data", _file)):
         if (given := getattr(model, key)) is not None:
             model = model.model_copy(update={key: found(("model", key), given, look)})
-
+    _require_another_folder(recipe, model.adapter, findings)
     _require_packages(recipe, findings)
     findings.require_none()
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model})
+
+
+def _require_another_folder(recipe: Recipe, adapter: str | None, findings: _Findings) -> None:
+    """Find an earlier adapter that the run would delete when it clears its own folder."""
+    output = Path(recipe.training.output_dir).resolve()
+    if adapter is not None and output in (Path(adapter).resolve(), *Path(adapter).resolve().parents):
+        reason = f"{short(adapter)} is in the folder of this run, which would replace it"
+        findings.add(("model", "adapter"), reason, "name another training.output_dir")
 
 
 def _require_packages(recipe: Recipe, findings: _Findings) -> None:

@@ -146,7 +146,7 @@ def _read(
         tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
     data = tokenize_task(recipe, task, tokenizer, timer)
     require_rows(data, tokenizer, config)
-    required = recipe.proxy.earlier_share > 0
+    required = recipe.gate.enabled and recipe.proxy.earlier_share > 0
     earlier = read_earlier_tasks(recipe.model, timer, request.allow_code, request.trust, required)
     return data, tokenizer, earlier
 

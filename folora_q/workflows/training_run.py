@@ -191,6 +191,10 @@ class TrainingRun:
         if base.earlier is not None:
             note(f"the base carries {base.earlier.name}: this is the model that is compared with and preserved")
             self.manifest["model"] |= {"adapter": base.earlier.name, "adapter_fingerprint": base.earlier.fingerprint}
+            if base.earlier.base not in ("", base.name, recipe.export.base_model_name_or_path):
+                self.timer.warn(
+                    f"{base.earlier.name} was trained on {base.earlier.base}: is {base.name} the same model?"
+                )
             if self.processes.first and not self.folder.earlier.is_dir():
                 save_earlier(base.earlier, self.folder.earlier, names_of_base(base, recipe.export))
         return base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from folora_q.errors import UserError
-from folora_q.models.adapters import adapter_off, attach_adapter, names_of_base, save_adapter
+from folora_q.kernels.fused_adapters import FusedAdapters
+from folora_q.models.adapters import (
+    adapter_off,
+    adapter_pairs,
+    attach_adapter,
+    freeze_lora_a,
+    names_of_base,
+    save_adapter,
+)
 from folora_q.models.earlier_adapter import read_earlier, save_earlier, stack
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import LoadedModel, guard_cpu_kernels, load_model, load_unquantized
@@ -102,6 +111,26 @@ def test_off_means_only_the_second_off_and_gradients_are_those_of_two_adapters(b
         off = logits(mine)
     theirs.set_adapter("first")
     assert torch.allclose(off, logits(theirs), atol=1e-4)
+
+
+def test_fused_adapters_have_the_same_gradients_on_a_base_that_carries_one(base: Path, tmp_path: Path) -> None:
+    first = random_adapter(base, tmp_path / "first", 0, target_modules=["q_proj", "k_proj", "o_proj"])
+    model = attach_adapter(loaded(base, first), AdapterSection(r=2, lora_alpha=2), 0)
+    pairs = adapter_pairs(model)
+    torch.manual_seed(2)
+    for pair in pairs:
+        torch.nn.init.normal_(pair.b, std=0.1)
+    freeze_lora_a(pairs)
+    fused = FusedAdapters(model.train())
+    assert len(fused) == len(pairs)
+    gradients = []
+    for computing in (nullcontext(), fused.active()):
+        model.zero_grad()
+        with computing:
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append([pair.b.grad for pair in pairs])
+    for found, expected in zip(*gradients, strict=True):
+        assert found is not None and expected is not None and torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ALL, ["v_proj"]])

@@ -233,6 +233,8 @@ def test_an_adapter_from_elsewhere_is_protected_by_what_is_known_of_it(
         (["model.adapter_data=train.jsonl"], "model.adapter, which is not set"),
         (["model.adapter=nowhere"], "no run or adapter at"),
         (["model.adapter=."], "holds neither run.json nor adapter_config.json"),
+        (["model.adapter={first}", "training.output_dir={first}"], "is in the folder of this run"),
+        (["model.adapter={first}/adapter", "training.output_dir={first}"], "is in the folder of this run"),
     ],
 )
 def test_what_cannot_work_is_refused_by_validate(
