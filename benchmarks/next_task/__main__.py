@@ -62,6 +62,7 @@ ROWS = (
     Row("second adapter, no gate", PLAIN),
     Row("first adapter continued, no gate", None),
     Row("next task, earlier_share 0", ("proxy.earlier_share=0",)),
+    Row("second adapter, no gate, rate 1e-3", ("gate.enabled=false", "training.learning_rate=1e-3")),
     Row("next task, earlier_share .6", ("proxy.earlier_share=0.6",)),
 )
 
