@@ -93,7 +93,7 @@ def cache_path(fingerprint: str, dtype: str, chat_template: str | dict[str, str]
 
 def settings_of_text(section: ProxySection) -> dict[str, Any]:
     """Return the settings that the text depends on, except its batches, which change it only as a seed does."""
-    return section.model_dump(mode="json", exclude={"batch_size", "statistics_memory", "public_share"})
+    return section.model_dump(mode="json", exclude={"batch_size", "statistics_memory", "public_share", "earlier_share"})
 
 
 def write_samples(path: Path, samples: list[ProxySample], tokenizer: Tokenizer) -> None:

@@ -32,6 +32,22 @@ def penalty_text(parts: Sequence[tuple[Sequence[Batch], float]]) -> list[Batch]:
     ]
 
 
+def with_earlier_tasks(penalty: Sequence[Batch], earlier: Sequence[Batch], share: float) -> list[Batch]:
+    """Return the text for Σp with the rows of earlier tasks, weighted by the number of predictions that count in each.
+
+    Args:
+        share: the earlier tasks' share of the penalty. The mean weight of a prediction stays what it was.
+    """
+    if share == 0 or not earlier:
+        return list(penalty)
+    counts = [sum(int(batch.loss_positions.sum()) for batch in text) for text in (penalty, earlier)]
+    return [
+        batch._replace(weight=batch.weight * of * sum(counts) / count)
+        for text, of, count in zip((penalty, earlier), (1 - share, share), counts, strict=True)
+        for batch in text
+    ]
+
+
 def public_windows(tokenizer: Tokenizer) -> list[list[int]]:
     """Return the packaged public text in windows of tokens, without a short last one."""
     ids = tokenizer(PUBLIC_TEXT.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +21,7 @@ from folora_q.recipe import load_recipe
 from folora_q.recipe.paths import listed
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.keep_limits import keep_of, load_limits
-from folora_q.runs.results import Evaluation, TextKind, answer_lines, to_json
+from folora_q.runs.results import Evaluation, TextKind, answer_lines, read_evaluation, to_json
 from folora_q.targets.find import find_target, require_reachable
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 @click.command("eval")
 @click.argument("name", metavar="WHAT", help="A run, an adapter, or a merged model: a folder or a hub id.")
+@click.argument(
+    "other", metavar="[OTHER]", required=False, help="A run or an adapter of the same base, whose change is added."
+)
 @click.option("--against", metavar="BASE", help="Base model to compare with. Default: the one recorded in WHAT.")
 @click.option(
     "--recipe",
@@ -77,6 +81,7 @@ EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 def command(
     settings: dict[str, bool],
     name: str,
+    other: str | None,
     against: str | None,
     path: Path | None,
     text: tuple[Path, ...],
@@ -97,7 +102,8 @@ def command(
     """Measure what a tuned model learned and forgot compared with its base.
 
     WHAT can come from any trainer: a run of folora-q, a PEFT adapter, or a merged model. The KL divergence is measured
-    on text sampled from the base model: the run's own, or new samples.
+    on text sampled from the base model: the run's own, or new samples. With OTHER, the sum of two adapters is measured
+    on the tasks of both.
     """
     recipe = None if path is None else load_recipe(path)
     limits = None if fail_under is None else load_limits(fail_under)
@@ -107,7 +113,8 @@ def command(
     if output is not None and output.exists():
         raise UserError(f"{output} already exists", "name another folder with --output")
     require_one_process("eval")
-    require_reachable(find_target(name))  # what needs a few JSON files only is found before PyTorch is imported
+    for named in filter(None, (name, other)):
+        require_reachable(find_target(named))  # what needs a few JSON files only is found before PyTorch is imported
     with starting(settings["debug"]) as progress:
         from folora_q.evaluation.harness import HarnessRequest
         from folora_q.workflows.evaluate import EvaluationRequest, run_evaluation
@@ -116,6 +123,7 @@ def command(
         harness = HarnessRequest(_names(tasks), tasks_folder, limit, num_fewshot, as_chat)
     request = EvaluationRequest(
         name=name,
+        other=other,
         against=against,
         recipe=recipe,
         general_text=text,
@@ -130,6 +138,8 @@ def command(
     )
     outcome = run_evaluation(request, progress)
     _print_outcome(outcome)
+    if other is not None:
+        _print_alone(outcome.evaluation, (name, other))
     if output is not None:
         _write(outcome, output)
         line = f"folora-q report {shlex.quote(str(output))}"
@@ -152,6 +162,19 @@ def _print_outcome(outcome: EvaluationResult) -> None:
         a for a in outcome.answers if a.kind == "general"
     ][:1]:
         print_answer(answer)
+
+
+def _print_alone(found: Evaluation, names: Sequence[str]) -> None:
+    """Print what each adapter alone had on its own task, as its run measured it."""
+    folders = [Path(name).resolve() for name in names]
+    runs = [next((at for at in (path, path.parent) if RunFolder(at).evaluation.is_file()), None) for path in folders]
+    measured = [run for run in runs if run is not None]
+    for run, together in zip(measured, found.of_kind(TextKind.EARLIER), strict=False):
+        alone = read_evaluation(RunFolder(run).evaluation)
+        if alone is None or len(measured) < len(names) or not (task := alone.of_kind(TextKind.TASK)):
+            continue
+        losses = f"{task[0].loss.tuned.value:.4f} alone, {together.loss.tuned.value:.4f} with the other added"
+        out.print(f"{escape(visible(together.name))}: loss {losses}", soft_wrap=True)
 
 
 def _print_layers(found: Evaluation) -> None:

@@ -16,11 +16,12 @@ ANSWER_LENGTH = 200
 def print_evaluation(found: Evaluation, title: str) -> None:
     """Print a table with sections for the task, what is kept, model-generated and general text; with 95 % intervals."""
     table = _ChangeTable(title)
-    for text in found.of_kind(TextKind.TASK):
-        table.add("task: loss, nats per token", text.loss, ".4f", True)
-    if found.score is not None:
-        table.add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
-    table.rows.add_section()
+    for kind, scores in ((TextKind.TASK, [found.score]), (TextKind.EARLIER, found.earlier)):
+        for text in found.of_kind(kind):
+            table.add(f"{text.name}: loss, nats per token", text.loss, ".4f", True)
+        for score in filter(None, scores):
+            table.add(f"{score.task or 'task'}: {score.metric.replace('_', ' ')}", score.score, ".1%", False)
+        table.rows.add_section()
     for kept in found.kept:
         if kept.score is not None:
             table.add(f"keep, {kept.name}: {kept.metric}", kept.score, ".1%", False)

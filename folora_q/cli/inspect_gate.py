@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from folora_q.cli.console import out, print_table
+from folora_q.cli.interference import print_interference
 from folora_q.errors import UserError
 from folora_q.report.gates import find_gates, heldout_penalties, mean_value, passing, shared_by
 from folora_q.report.layers import Quantity, Scale, gate_quantities, layer_quantities, place_of, scale_of
@@ -33,14 +34,24 @@ MUCH_OVERFITTED = 3.0
 
 @click.command("inspect")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), help="Folder of a gated run.")
+@click.argument(
+    "other", metavar="[OTHER]", required=False, help="Another run or adapter: predict how much both interfere if added."
+)
 @click.option(
     "--module",
     metavar="NAME",
     help="Show one gate in detail: a suffix of a module's name, or a pattern such as '*.3.*.q_proj'.",
 )
-@click.option("--all", "everything", is_flag=True, help="With --module: show every direction.")
-def command(folder: Path, module: str | None, everything: bool) -> None:
-    """Show the gates of a run by layer and kind of module, or one gate in detail."""
+@click.option("--all", "everything", is_flag=True, help="With --module: show every direction; with OTHER: every layer.")
+@click.pass_obj
+def command(settings: dict[str, bool], folder: Path, other: str | None, module: str | None, everything: bool) -> None:
+    """Show the gates of a run by layer and kind of module, or one gate in detail.
+
+    With OTHER, predict from the covariances of both tasks what each adapter does on the text of the other's task.
+    """
+    if other is not None:
+        print_interference(str(folder), other, everything, settings["debug"])
+        return
     run = load_run(folder)
     if not run.gates:
         raise _no_gates(run)

@@ -107,6 +107,8 @@ def _require_training_rows(data: DataSection, train: Sequence[Look]) -> None:
 def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> Iterator[tuple[str, str]]:
     training, gate = recipe.training, recipe.gate
     yield "model", f"{recipe.model.model_name_or_path}, {_held(recipe)}"
+    if recipe.model.adapter is not None:
+        yield "adapter", f"{recipe.model.adapter}, frozen; a second one is trained on it"
     yield from (("train", look.text) for look in train)
     if recipe.data.eval_dataset is None:
         share = recipe.data.eval_size

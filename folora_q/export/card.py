@@ -60,7 +60,7 @@ Updates were {method}.
 - Training data: {", ".join(_code(_named(source)) for source in recipe.data.train_dataset)}
 - Rank {recipe.adapter.r}, alpha {recipe.adapter.lora_alpha:g}, learning rate {recipe.training.learning_rate:g},
   seed {recipe.training.seed}
-{_whole(recipe)}
+{_stacked(recipe, base)}{_whole(recipe)}
 ## What it learned, what it forgot
 
 {NOT_MEASURED if evaluation is None else _table(evaluation)}
@@ -88,6 +88,17 @@ def _table(evaluation: Evaluation) -> str:
 Generated text was sampled from the base model and held out from training."""
 
 
+def _stacked(recipe: Recipe, base: LoadedModel) -> str:
+    """Return what the adapter holds besides what was trained here, and what the table compares with."""
+    if base.earlier is None:
+        return ""
+    name = _code(Path(base.earlier.name).name)
+    return f"""\
+- Holds the earlier adapter {name}, which was not changed, and what was trained on it, whose rank this is.
+  In the table "base" is the base model with the earlier adapter.
+"""
+
+
 def _whole(recipe: Recipe) -> str:
     names = recipe.adapter.modules_to_save
     if not names:
@@ -104,6 +115,11 @@ def _rows(evaluation: Evaluation) -> str:
         rows.append(
             f"| {scored.metric.replace('_', ' ')}, {scored.answers} answers | {old:.1%} | {new:.1%} | {shift} |"
         )
+    for scored in evaluation.earlier:
+        old, new, by = scored.score.base.value, scored.score.tuned.value, scored.score.change
+        shift = f"{by.value:+.1%}{_interval(by, '+.1%')}"
+        named = f"{_text(scored.task or '')}: {scored.metric.replace('_', ' ')}, {scored.answers} answers"
+        rows.append(f"| {named} | {old:.1%} | {new:.1%} | {shift} |")
     for text in evaluation.texts:
         loss, by, kl = text.loss, text.loss.change, text.kl
         shift = f"{by.value:+.4f}{_interval(by, '+.4f')}"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from folora_q.errors import UserError
-from folora_q.export.adapter import AdapterFile
-from folora_q.export.adapter_config import read_adapter_config
+from folora_q.models.adapter_config import read_adapter_config
+from folora_q.models.adapter_file import AdapterFile
 from folora_q.models.layout import read_layout
 from folora_q.models.meta import modules_in
 from folora_q.models.trust import NOTHING, Trust

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from folora_q.errors import UserError
-from folora_q.export.adapter import AdapterFile, Delta
+from folora_q.models.adapter_file import AdapterFile, Delta
 from folora_q.models.layout import Layout, quantized_parameters, read_layout
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import NOTHING, Trust

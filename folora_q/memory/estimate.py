@@ -7,6 +7,7 @@ token is trained, batches are padded. docs/memory.md says what is counted and wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from folora_q.block_sizes import GENERAL_WINDOW, HEAD_ROWS, LOGIT_ROWS, STATISTICS_LENGTH
@@ -24,10 +25,12 @@ from folora_q.memory.activations import (
 )
 from folora_q.memory.shapes import ModelShape
 from folora_q.recipe import Recipe
+from folora_q.recipe.earlier_adapter import rank_in
 
 # Components on a device, in the order of their lifetimes.
 PARTS = (
     "4-bit weights",
+    "earlier adapter",
     "their constants",
     "16-bit weights",
     "decoded weights",
@@ -147,6 +150,9 @@ class _Run:
         self.adapter = self.pairs + whole
         self.trained = parts.trained_parameters(shape, self.how) + whole
         self.weights = parts.weights(shape, recipe.model.bnb_4bit_use_double_quant, self.how.compute)
+        if recipe.model.adapter is not None:  # an estimate: it may adapt other layers than this run does
+            rank = rank_in(Path(recipe.model.adapter))
+            self.weights["earlier adapter"] = FLOAT32 * self.pairs * rank // max(self.how.rank, 1)
         self.always = {"libraries": LIBRARIES[device]}
         self.whole = self.weights
         if shape.gpus > 1 and recipe.model.fsdp in SHARDED:

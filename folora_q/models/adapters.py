@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -168,6 +168,15 @@ def freeze_lora_a(pairs: Sequence[AdapterPair]) -> None:
         pair.a.requires_grad_(False)
 
 
+def names_of_base(base: LoadedModel, section: ExportSection) -> dict[str, Any]:
+    """Return the values of adapter_config.json that name the base and how it is quantized."""
+    return {
+        "base_model_name_or_path": section.base_model_name_or_path or base.name,
+        "revision": base.revision,
+        "auto_mapping": {"quantization_config": base.quantization.to_dict()},  # PEFT's only field for other data
+    }
+
+
 def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, folder: Path) -> None:
     """Save in PEFT's format, so that plain `PeftModel.from_pretrained` loads it.
 
@@ -184,9 +193,7 @@ def save_adapter(model: PeftModel, base: LoadedModel, section: ExportSection, fo
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = section.base_model_name_or_path or base.name
-    config["revision"] = base.revision
-    config["auto_mapping"] = {"quantization_config": base.quantization.to_dict()}  # PEFT's only field for other data
+    config |= names_of_base(base, section)
     if whole := wrappers(model):  # both names of tied modules, by which PEFT ties them again
         config["modules_to_save"] = list(whole)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):

@@ -49,7 +49,16 @@ def hold_decoded(model: nn.Module) -> int:
 
 
 def decoded_weight(layer: bnb.nn.Linear4bit) -> Tensor:
-    """Return the weights (o, d) of a 4-bit layer in the dtype that it computes in: held, or decoded now."""
+    """Return the weights (o, d) of a 4-bit layer in the dtype that it computes in: held, or decoded now.
+
+    With those of an earlier adapter that the layer carries (`folora_q.models.earlier_adapter`).
+    """
+    weight = _own_weight(layer)
+    a, b = getattr(layer, "carried_a", None), getattr(layer, "carried_b", None)
+    return weight if a is None or b is None else torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype))
+
+
+def _own_weight(layer: bnb.nn.Linear4bit) -> Tensor:
     if isinstance(layer, DecodedLinear4bit):
         return layer.decoded
     packed: Any = layer.weight  # bitsandbytes declares a plain tensor

@@ -22,6 +22,7 @@ from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, UserError
 from folora_q.models.classes import auto_class
 from folora_q.models.decoded import hold_decoded
+from folora_q.models.earlier_adapter import EarlierAdapter, carry, read_earlier
 from folora_q.models.hardware import Hardware
 from folora_q.models.prequantized import refuse_foreign_quantization
 from folora_q.models.quantization import Quantization
@@ -49,7 +50,8 @@ class LoadedModel:
         revision: the hub commit, or None for local files.
         quantization: how its weights are quantized, for merging the adapter later.
         loader: the class of transformers that loads it.
-        fingerprint: identifies this checkpoint and quantization; keys the proxy cache.
+        fingerprint: identifies this checkpoint, its quantization and the earlier adapter; keys the proxy cache.
+        earlier: the adapter that it carries, if the recipe's `model.adapter` names one.
     """
 
     model: PreTrainedModel
@@ -60,6 +62,7 @@ class LoadedModel:
     quantized_modules: int
     quantization: Quantization
     loader: str = "AutoModelForCausalLM"
+    earlier: EarlierAdapter | None = None
 
 
 def load_model(
@@ -107,7 +110,10 @@ def load_model(
     fingerprint = _fingerprint(found, f"{held.bnb_4bit_quant_type} {held.bnb_4bit_use_double_quant}")
     revision = None if Path(found.source).is_dir() else found.revision
     loader = auto_class(found.config).__name__
-    return LoadedModel(model, tokenizer, found.source, revision, fingerprint, quantized, held, loader)
+    earlier = _carried(section, model, trust)
+    if earlier is not None:
+        fingerprint = _with_earlier(fingerprint, earlier)
+    return LoadedModel(model, tokenizer, found.source, revision, fingerprint, quantized, held, loader, earlier)
 
 
 def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = NOTHING) -> tuple[PreTrainedModel, str]:
@@ -127,7 +133,9 @@ def load_unquantized(section: ModelSection, hardware: Hardware, trust: Trust = N
             f"{section.model_name_or_path} was saved in 4 bits ({found.stored}): it has no 16-bit weights",
             "leave out --bits 16, or name the original model",
         )
-    return _load(section, hardware, trust, found), _fingerprint(found, "16 bits")
+    model, fingerprint = _load(section, hardware, trust, found), _fingerprint(found, "16 bits")
+    earlier = _carried(section, model, trust)
+    return model, fingerprint if earlier is None else _with_earlier(fingerprint, earlier)
 
 
 def stop_at(model: PreTrainedModel, token: int) -> None:
@@ -238,6 +246,19 @@ def _load(
         # sequence by sequence and copies the head each time: gigabytes, and seconds.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return model.requires_grad_(False).eval()
+
+
+def _carried(section: ModelSection, model: PreTrainedModel, trust: Trust) -> EarlierAdapter | None:
+    """Let the model carry the adapter that `model.adapter` names, if any, and return it."""
+    if section.adapter is None:
+        return None
+    earlier = read_earlier(section.adapter, trust)
+    carry(model, earlier, model.get_output_embeddings())
+    return earlier
+
+
+def _with_earlier(fingerprint: str, earlier: EarlierAdapter) -> str:
+    return hashlib.sha256(f"{fingerprint} {earlier.fingerprint}".encode()).hexdigest()
 
 
 def _fingerprint(found: _Found, held: str) -> str:

@@ -44,12 +44,12 @@ def _not_a_model(path: Path) -> NotFoundError:
     if (path / "adapter_config.json").is_file():
         base = base_of_adapter(path)
         again = f"to train another adapter, name the base: model.model_name_or_path={base}; " if base else ""
-        hint = f"{again}to train on from this one, merge it (folora-q merge {path}) and name the merged model"
+        hint = f"{again}to train the next task on this one, name it as model.adapter and its base here"
         return NotFoundError(f"{path} is a LoRA adapter{f' on {base}' if base else ''}, not a model", hint)
     if (path / "run.json").is_file():
         if (path / "merged" / "config.json").is_file():
             return NotFoundError(f"{path} is a run, not a model", f"did you mean its merged model, {path / 'merged'}?")
-        hint = f"to train on from its result, merge it (folora-q merge {path}) and name {path / 'merged'}"
+        hint = f"to train the next task on its result, name it as model.adapter, and its base model here: {path}"
         return NotFoundError(f"{path} is a run, not a model", hint)
     inside = [
         *sorted(file.parent for pattern in ("*/config.json", "snapshots/*/config.json") for file in path.glob(pattern)),

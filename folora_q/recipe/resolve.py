@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import Source
+from folora_q.recipe.earlier_adapter import find_adapter
 from folora_q.recipe.model_name import find_model
 from folora_q.recipe.paths import (
     HUB_ID,
@@ -114,10 +115,21 @@ def with_absolute_paths(
     keep = recipe.keep.model_copy(update={"files": kept})
     name = found(("model", "model_name_or_path"), recipe.model.model_name_or_path, find_model)
     model = recipe.model.model_copy(update={"model_name_or_path": name})
-
+    for key, look in (("adapter", find_adapter), ("adapter_data", _file)):
+        if (given := getattr(model, key)) is not None:
+            model = model.model_copy(update={key: found(("model", key), given, look)})
+    _require_another_folder(recipe, model.adapter, findings)
     _require_packages(recipe, findings)
     findings.require_none()
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "model": model, "keep": keep})
+
+
+def _require_another_folder(recipe: Recipe, adapter: str | None, findings: _Findings) -> None:
+    """Find an earlier adapter that the run would delete when it clears its own folder."""
+    output = Path(recipe.training.output_dir).resolve()
+    if adapter is not None and output in (Path(adapter).resolve(), *Path(adapter).resolve().parents):
+        reason = f"{short(adapter)} is in the folder of this run, which would replace it"
+        findings.add(("model", "adapter"), reason, "name another training.output_dir")
 
 
 def _require_packages(recipe: Recipe, findings: _Findings) -> None:

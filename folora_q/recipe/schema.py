@@ -30,6 +30,11 @@ class ModelSection(Section):
     """A hub id, a local folder, a local .gguf file, or demo/SmolLM2-135M-Instruct (downloaded from PyPI)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    adapter: str | None = None
+    """Run folder or LoRA adapter of an earlier task, on which the next task is trained. It stays frozen; the text that
+    the base generates with it is preserved, and so are rows of its task. The result holds both."""
+    adapter_data: str | None = None
+    """Recipe that names the earlier task's data, for an adapter that is not from a run. Default: the run's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype, also of the parts that are not quantized. auto: bfloat16 where the hardware supports it."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -65,6 +70,8 @@ class ProxySection(Section):
     """Batch size for sampling. On a GPU with training.auto_batch_size it follows from the memory estimate."""
     public_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Share of packaged public text (prose, languages, tables, code) in the penalty; the rest is sampled text."""
+    earlier_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of the earlier tasks' rows in the penalty, with model.adapter; sampled and public text share the rest."""
     statistics_memory: Positive | None = None
     """Memory limit for the sketches in GiB; layers that do not fit are collected in further passes. Default: no
     limit."""
@@ -148,6 +155,25 @@ class Recipe(Section):
             raise ValueError(
                 f"gate.rule {self.gate.rule} has its own AdamW: set training.optim: adamw_torch, not "
                 f"{self.training.optim}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_an_earlier_adapter_needs(self) -> Recipe:
+        model = self.model
+        if model.adapter is None:
+            if model.adapter_data is not None:
+                raise ValueError("model.adapter_data is of the task of model.adapter, which is not set")
+            return self
+        if model.fsdp in ("shard", "offload"):
+            raise ValueError(
+                f"model.fsdp: {model.fsdp} shards the base, and one with a model.adapter must be complete on each GPU: "
+                "set model.fsdp: none, or merge the adapter and name the merged model"
+            )
+        if self.adapter.modules_to_save:
+            raise ValueError(
+                "adapter.modules_to_save trains weights in full, and no further task could be stacked on the result: "
+                "remove it, or merge model.adapter and name the merged model"
             )
         return self
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
 from folora_q.runs.in_words import summary
-from folora_q.runs.results import Evaluation, Interval, KeptResult, TextKind, TextResult
+from folora_q.runs.results import Evaluation, Interval, KeptResult, PairedChange, TextKind, TextResult
 
 # Hint for a run without measurements during training.
 NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to compare a run at other losses"
@@ -98,7 +99,17 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
             lambda found, m=metric: found.score.score.tuned if found.score and found.score.metric == m else None,
             lower_is_better=False,
         )
-
+    for name in _names(evaluations, TextKind.EARLIER):
+        add(f"{name}: loss", ".4f", base_loss(name), of_text(name, lambda result: result.loss.tuned))
+    for name, metric in dict.fromkeys((s.task, s.metric) for found in evaluations if found for s in found.earlier):
+        of_score = partial(_earlier_score, key=(name, metric))
+        add(
+            f"{name}: {metric_name(metric)}",
+            ".1%",
+            lambda found, of=of_score: None if (score := of(found)) is None else score.base.value,
+            lambda found, of=of_score: None if (score := of(found)) is None else score.tuned,
+            lower_is_better=False,
+        )
     rows += _kept_rows([found for found in evaluations if found is not None], evaluations)
     for name in _names(evaluations, TextKind.GENERATED):
         add(f"{name}: KL", ".4f", lambda _: 0.0, of_text(name, lambda result: result.kl))
@@ -133,6 +144,10 @@ def _kept_rows(known: Sequence[Evaluation], all_runs: Sequence[Evaluation | None
 
 def _kept_by(found: Evaluation, name: str) -> KeptResult | None:
     return next((kept for kept in found.kept if kept.name == name), None)
+
+
+def _earlier_score(found: Evaluation, key: tuple[str | None, str]) -> PairedChange | None:
+    return next((score.score for score in found.earlier if (score.task, score.metric) == key), None)
 
 
 def _exact_row(label: str, form: str, numbers: Iterable[float | None]) -> TableRow:

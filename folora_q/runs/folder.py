@@ -94,6 +94,21 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def earlier(self) -> Path:
+        """With `model.adapter`: a copy of the adapter that the base carried."""
+        return self.path / "earlier"
+
+    @property
+    def added(self) -> Path:
+        """With `model.adapter`: what was trained, without the earlier adapter; `adapter` is the sum of both."""
+        return self.path / "added"
+
+    @property
+    def trained(self) -> Path:
+        """The adapter that was trained, to be put on the base that it was trained on."""
+        return self.added if self.earlier.is_dir() else self.adapter
+
+    @property
     def merged(self) -> Path:
         """The merged model, if it was merged."""
         return self.path / "merged"
@@ -137,7 +152,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of the run only; run.json last, so that an interrupted removal can be repeated."""
         self.discard_unfinished()
-        for folder in (self.merged, self.figures, *self.path.glob("checkpoint-*")):
+        for folder in (self.merged, self.figures, self.earlier, *self.path.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
         for file in self.path.glob("merged-*.gguf"):
             file.unlink()
@@ -146,8 +161,9 @@ class RunFolder:
 
     def discard_unfinished(self) -> None:
         """Remove hidden files that a killed process left unfinished, and the adapter, which will be saved again."""
-        hidden = (*self.path.glob(".checkpoint-*"), *self.path.glob(".adapter.*"), self.path / ".rehearsal")
-        for folder in (self.adapter, *hidden):
+        unfinished = (".checkpoint-*", ".adapter.*", ".added.*", ".earlier.*", ".rehearsal")
+        hidden = [path for pattern in unfinished for path in self.path.glob(pattern)]
+        for folder in (self.adapter, self.added, *hidden):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (*self._written, self.manifest):
             for part in self.path.glob(f".{file.name}.*"):

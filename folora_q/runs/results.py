@@ -33,6 +33,7 @@ class TextKind(StrEnum):
     GENERATED = "own"  # by the base model
     GENERAL = "general"
     KEPT = "keep"  # answers of the base that the recipe keeps; in evaluation.json under `kept`
+    EARLIER = "earlier"  # held-out rows of a task that was learned before
 
 
 # Names of the model-generated texts: complete, and without their beginning.
@@ -88,11 +89,16 @@ class TextResult:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """The task's own metric on greedy answers: the mean score, between 0 and 1."""
+    """The task's own metric on greedy answers: the mean score, between 0 and 1.
+
+    Attributes:
+        task: name of the earlier task that it is of; None: the run's own.
+    """
 
     metric: str
     answers: int
     score: PairedChange
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,7 @@ class Evaluation:
         tuned, base: names of the compared models.
         held: precision of the weights, for display, e.g. "4 bits (nf4)".
         kept: the capabilities and files that the recipe keeps.
+        earlier: scores of the tasks that were learned before.
     """
 
     tuned: str
@@ -227,6 +234,7 @@ class Evaluation:
     layers: Checked[LayerResult] = field(default_factory=list)
     harness: Checked[HarnessResult] = field(default_factory=list)
     kept: Checked[KeptResult] = field(default_factory=list)
+    earlier: Checked[ScoreResult] = field(default_factory=list)
 
     def text(self, name: str) -> TextResult | None:
         """Return the result on a text by its name, if there is one."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from folora_q.errors import UserError
-from folora_q.export.adapter import PREFIX
 from folora_q.export.ends import require_rows_for_tokens, rows_not_saved
+from folora_q.models.adapter_file import PREFIX
 from folora_q.models.meta import modules_of
 from folora_q.models.parts import embedding_rows
 from folora_q.models.trust import SAFE_ADAPTER

@@ -22,7 +22,9 @@ from folora_q.storage.untrusted import read_object, read_text
 from folora_q.training.checkpoints import checkpoints
 
 # Folders inside a run folder that can be named as targets.
-INSIDE_A_RUN = re.compile(r"adapter|merged|checkpoint-\d+")
+INSIDE_A_RUN = re.compile(r"adapter|added|earlier|merged|checkpoint-\d+")
+# Those that hold a run's own adapter without the earlier one (`model.adapter`) that it was trained on.
+WITHOUT_EARLIER = re.compile(r"added|checkpoint-\d+")
 WHAT_TO_MERGE = "name a folder with run.json or adapter_config.json"
 WHAT_TO_NAME = "name a run folder, an adapter's folder, a model's folder, a .gguf file or a hub id"
 
@@ -64,7 +66,8 @@ def find_target(name: str) -> Target:
         if RunFolder(path).manifest.is_file():
             return _find_run(name, RunFolder(path))
         if (path / ADAPTER_CONFIG).is_file():
-            return replace(_find_adapter(name, path), run=_run_around(path))
+            run = _run_around(path)
+            return _on_earlier(replace(_find_adapter(name, path), run=run), path)
         if (path / "config.json").is_file():
             report = _read_json(path / MERGE_REPORT) if (path / MERGE_REPORT).is_file() else {}
             base = _section_of(report.get("base"), report.get("revision"))
@@ -120,6 +123,12 @@ def adapter_folder(source: Path) -> Path:
             raise UserError(f"the run in {source} has no adapter yet{marked}", hint)
         return run.adapter
     if (source / ADAPTER_CONFIG).exists():
+        around = _run_around(source)
+        if around is not None and around.earlier.is_dir() and WITHOUT_EARLIER.fullmatch(source.resolve().name):
+            raise UserError(
+                f"{source} is only what was trained on another adapter, and the model needs both",
+                f"merge the run: folora-q merge {around.path}",
+            )
         return source
     if not source.exists():
         raise UserError(f"there is no run or adapter at {short(source)}{_near(source)}", WHAT_TO_MERGE)
@@ -164,8 +173,18 @@ def _find_run(name: str, run: RunFolder) -> Target:
             f"{run.recipe} cannot be read: {first_line(error)}", f"name the adapter itself: {run.adapter}"
         ) from None
     # The attention backend was chosen for training, perhaps on another machine; all of them compute the same.
-    section = section.model_copy(update={"attn_implementation": "auto"})
-    return Target(name, f"adapter of a run on {section.model_name_or_path}", section, run.adapter, run=run)
+    section = section.model_copy(update={"attn_implementation": "auto", "adapter": None})
+    target = Target(name, f"adapter of a run on {section.model_name_or_path}", section, run.trained, run=run)
+    return _on_earlier(target, run.trained)
+
+
+def _on_earlier(target: Target, folder: Path) -> Target:
+    """Let the base carry the adapter that a run was trained on, if the target is what the run added to it."""
+    run = target.run
+    if run is None or not run.earlier.is_dir() or not WITHOUT_EARLIER.fullmatch(folder.resolve().name):
+        return target
+    section = target.section.model_copy(update={"adapter": str(run.earlier)})
+    return replace(target, section=section, kind=f"{target.kind} with an earlier adapter")
 
 
 def _find_adapter(name: str, folder: Path) -> Target:

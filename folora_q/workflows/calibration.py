@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from datasets import Dataset
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.block_sizes import STATISTICS_LENGTH
 from folora_q.calibration.collect import StatisticsSettings, build_gates, row_penalties
 from folora_q.calibration.sample import ProxySample
-from folora_q.calibration.texts import penalty_text, public_windows
+from folora_q.calibration.texts import penalty_text, public_windows, with_earlier_tasks
 from folora_q.core import SpectralGate
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops, last_windows
@@ -27,6 +27,8 @@ from folora_q.recipe.schema import Recipe
 
 Gates = Mapping[str, SpectralGate]
 Samples = Sequence[ProxySample]
+# Tokens and labels of earlier tasks' rows.
+EarlierRows = tuple[list[Sequence[int]], list[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Calibration:
         identity: of the base model and how it computes, for the cache of Σp; None does not use it.
         kept: what the recipe keeps, as the base answers it.
         processes: read the texts together.
+        earlier: rows of the tasks that were learned before.
     """
 
     recipe: Recipe
@@ -57,6 +60,7 @@ class Calibration:
     identity: str | None = None
     processes: Processes = ONE
     kept: Sequence[Kept] = ()
+    earlier: EarlierRows = field(default_factory=lambda: ([], []))
 
     @property
     def settings(self) -> StatisticsSettings:
@@ -78,7 +82,12 @@ class Calibration:
         parts = [(list(batches(written, size, device)), rest * (1 - share))]
         parts += [(list(batches(public, size, device)), rest * share), *kept]
         penalty = penalty_text(parts)
-        read = json.dumps([self.identity, written, public, share, *self._kept_facts()])
+        inputs = [self.identity, written, public, share, *self._kept_facts()]
+        if self.earlier[0]:
+            earlier = list(batches(self.earlier[0], size, device, self.earlier[1]))
+            penalty = with_earlier_tasks(penalty, earlier, recipe.proxy.earlier_share)
+            inputs += [self.earlier, recipe.proxy.earlier_share]
+        read = json.dumps(inputs)
         key = None if self.identity is None else hashlib.sha256(read.encode()).hexdigest()
         settings = replace(self.settings, penalty_key=key)
         return build_gates(model, penalty, list(batches(ids, size, device, labels)), settings, self.timer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from folora_q.calibration.gate_store import load_gates
@@ -31,7 +32,17 @@ from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
+from folora_q.workflows.earlier_tasks import (
+    EarlierTask,
+    TaskReading,
+    held_out_texts,
+    read_earlier_tasks,
+    read_tasks,
+    score_earlier,
+    unknown_tasks,
+)
 from folora_q.workflows.keeping import BaseAnswers
+from folora_q.workflows.together import add_adapters
 
 # Length of texts that are sampled for an evaluation only.
 SAMPLE_TOKENS = 128
@@ -43,6 +54,7 @@ class EvaluationRequest:
 
     Attributes:
         name: a run, an adapter, or a merged model.
+        other: a run or an adapter whose change is added to that of `name`; the tasks of both are measured.
         against: the base to compare with; None is the one recorded in `name`.
         recipe: task, metric and settings; None is the run's own.
         general_text: text files instead of the recipe's.
@@ -54,6 +66,7 @@ class EvaluationRequest:
     """
 
     name: str
+    other: str | None = None
     against: str | None = None
     recipe: Recipe | None = None
     general_text: Sequence[Path] = ()
@@ -84,14 +97,24 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         RunError: the model could not be loaded or sampled from.
     """
     clock = StageTimer(progress)
-    target = find_target(request.name)
+    if request.other is None:
+        return _evaluate(request, find_target(request.name), [], clock)
+    with TemporaryDirectory(prefix="folora-q-") as scratch:
+        both = add_adapters(request.name, request.other, Path(scratch), request.trust)
+        return _evaluate(request, both.target, both.tasks, clock)
+
+
+def _evaluate(
+    request: EvaluationRequest, target: Target, tasks: Sequence[tuple[str, Recipe]], clock: StageTimer
+) -> EvaluationResult:
+    """Measure a target on its own task, if it is a run's, and on others that are named."""
     recipe = request.recipe or recipe_of(target)
     section = recipe.evaluation if recipe else EvaluationSection()
     if request.general_text:
         section = section.model_copy(update={"general_text": [str(path) for path in request.general_text]})
     scorer = make_scorer(section, request.allow_code)
     against = ModelSection(model_name_or_path=request.against) if request.against else None
-    with clock.stage(f"loading {request.name}", None):
+    with clock.stage(f"loading {target.name}", None):
         target = fetched(target)
         precision = Precision(request.dtype, request.bits or (4 if target.adapter else 16))
         loaded = load_target(target, precision, against, compare=True, trust=request.trust)
@@ -107,9 +130,12 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
     sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data, kept)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
+    how = TaskReading(loaded.target.section, clock, request.allow_code, request.trust, required=False)
+    earlier = [*read_tasks(tasks, how), *([] if recipe is None else _earlier(request, recipe, clock))]
+    on = replace(on, texts=[*on.texts, *held_out_texts(earlier, section.batch_size, model_pair.device)])
     found = evaluate(model_pair, on, section, scorer, clock)
     evaluation = Evaluation(
-        tuned=request.name,
+        tuned=target.name,
         base=(against or target.base or target.section).model_name_or_path,
         held=loaded.held,
         texts=found.texts,
@@ -117,6 +143,7 @@ def run_evaluation(request: EvaluationRequest, progress: Progress) -> Evaluation
         layers=_layers(request, loaded, model_pair, on, clock),
         harness=_harness(request.harness, loaded, model_pair, section, clock),
         kept=found.kept,
+        earlier=score_earlier(model_pair, earlier, clock),
     )
     return EvaluationResult(evaluation, found.answers, list(clock.stages.values()))
 
@@ -152,12 +179,20 @@ def task_of(
     return data
 
 
+def _earlier(request: EvaluationRequest, recipe: Recipe, clock: StageTimer) -> list[EarlierTask]:
+    """Read the tasks that a run's model learned before; those whose data is gone are left out."""
+    for reason in unknown_tasks(recipe.model):
+        clock.note(reason)
+    return read_earlier_tasks(recipe.model, clock, request.allow_code, request.trust, required=False)
+
+
 def generated_text(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> tuple[list[list[int]], int]:
     """Return model-generated text of the base (the run's held-out samples, or new ones), and the seed that crops it."""
     run = loaded.target.run
-    if run is not None and recipe is not None and request.against is None:
+    of_base = run is not None and (loaded.target.section.adapter is not None or not run.earlier.is_dir())
+    if run is not None and recipe is not None and request.against is None and of_base:
         samples = read_samples(run.proxy, embedding_rows(loaded.model)) or []
         if kept := samples[recipe.proxy.num_samples :]:
             return [sample.ids for sample in kept], recipe.proxy.seed
@@ -196,7 +231,7 @@ def _layers(
 ) -> list[LayerResult]:
     """Measure drift by layer; for a run's adapter also the predicted drift and the energy kept."""
     run = loaded.target.run
-    own = run is not None and loaded.target.adapter == run.adapter and request.against is None
+    own = run is not None and loaded.target.adapter == run.trained and request.against is None
     if run is None or model_pair.adapted is None or not own or not run.gates.is_file():
         return evaluate_layers(model_pair, on, clock)
     predicted = predicted_drift(model_pair.adapted, load_gates(run.gates, model_pair.device))

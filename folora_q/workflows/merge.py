@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from folora_q import __version__
 from folora_q.errors import RunError, UserError
-from folora_q.export.adapter import AdapterFile, read_adapter
 from folora_q.export.card import write_merged_card
 from folora_q.export.ends import FittedCheckpoint, fitted
 from folora_q.export.hub import push_folder, require_token
 from folora_q.export.merge import BaseWeights, Merge, write_merged
 from folora_q.export.texts import check_texts
 from folora_q.export.verify import MergedModel, Verification, check_outputs, check_weights
+from folora_q.models.adapter_file import AdapterFile, read_adapter
 from folora_q.models.classes import auto_class
 from folora_q.models.load import require_loadable
 from folora_q.models.quantization import Quantization
@@ -30,6 +30,7 @@ from folora_q.progress import Progress, StageTimer
 from folora_q.recipe.schema import ModelSection
 from folora_q.targets.find import adapter_folder, merged_folder
 from folora_q.workflows.merge_gguf import GgufResult, export_gguf, find_tools
+from folora_q.workflows.together import require_apart
 
 # A file in a merged folder whose verification failed.
 UNVERIFIED = "UNVERIFIED"
@@ -121,6 +122,7 @@ class MergeRun:
         if request.push_to_hub:
             require_token()
         adapters = [read_adapter(adapter_folder(source), request.trust) for source in request.sources]
+        require_apart(request.sources, request.trust)
         if target.exists() and not request.overwrite:
             raise UserError(f"{target} already exists", "add --overwrite, or name another place with --output")
         for leftover in target.parent.glob(f".{target.name}.*"):

@@ -29,6 +29,7 @@ from folora_q.recipe.schema import Recipe
 from folora_q.runs.folder import RunFolder, open_run_folder
 from folora_q.runs.manifest import new_manifest
 from folora_q.training.resume import Manifests, Resumption, prepare_resume
+from folora_q.workflows.earlier_tasks import EarlierTask, read_earlier_tasks, unknown_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class PreparedRun:
         kept: what the recipe keeps, as far as this model can.
         manifest: content of run.json, updated as the run proceeds.
         resumed: the run that is resumed, if any.
+        earlier: the tasks that were learned before, with `model.adapter`.
         processes: compute the run together; `folder` is the run folder in the first, and a temporary one in others.
     """
 
@@ -86,6 +88,7 @@ class PreparedRun:
     hardware: Hardware
     manifest: dict[str, Any]
     resumed: Resumption | None
+    earlier: list[EarlierTask]
     processes: Processes
 
 
@@ -100,12 +103,15 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
     scorer = make_scorer(recipe.evaluation, request.allow_code)
     if recipe.training.packing:
         require_packable(recipe.model, request.trust)
-    data, tokenizer, kept = processes.after_the_first(lambda: _read(request, scorer, timer))
-    warnings = size_warnings(recipe, data)
+    data, tokenizer, kept, earlier_tasks = processes.after_the_first(lambda: _read(request, scorer, timer))
+    warnings = [*size_warnings(recipe, data), *unknown_tasks(recipe.model)]
     for warning in warnings:
         timer.warn(warning)
     hardware = choose_hardware(recipe.model.dtype)
-    manifest = new_manifest(recipe, _data_files(recipe)) | {
+    files = _data_files(recipe)
+    for task in earlier_tasks:
+        files |= {f"{task.name}: {name}": path for name, path in _data_files(task.recipe).items()}
+    manifest = new_manifest(recipe, files) | {
         "data": data.summary(),
         "warnings": warnings,
         "hardware": hardware.reason,
@@ -127,13 +133,15 @@ def prepare(request: TrainingRequest, earlier: dict[str, Any] | None, timer: Sta
         manifest = resumed.manifest(manifest)
     folder = RunFolder(target if place.scratch is None else place.scratch)
     folder.write_manifest(manifest)
-    return PreparedRun(request, shared, folder, data, tokenizer, scorer, kept, hardware, manifest, resumed, processes)
+    return PreparedRun(
+        request, shared, folder, data, tokenizer, scorer, kept, hardware, manifest, resumed, earlier_tasks, processes
+    )
 
 
 def _read(
     request: TrainingRequest, scorer: Scorer | None, timer: StageTimer
-) -> tuple[TaskTokens, Tokenizer, list[KeptSource]]:
-    """Read and tokenize the data, and what is kept."""
+) -> tuple[TaskTokens, Tokenizer, list[KeptSource], list[EarlierTask]]:
+    """Read and tokenize the data, what is kept, and the data of earlier tasks."""
     recipe = request.recipe
     task = read_task(recipe, timer)
     _try(scorer, task.heldout)
@@ -142,7 +150,10 @@ def _read(
         tokenizer = load_tokenizer(recipe.model, chat_template(recipe), request.trust)
     data = tokenize_task(recipe, task, tokenizer, timer)
     require_rows(data, tokenizer, config)
-    return data, tokenizer, kept_sources(recipe.keep, data.renderer, timer.note, longest_input(config.to_dict()))
+    kept = kept_sources(recipe.keep, data.renderer, timer.note, longest_input(config.to_dict()))
+    required = recipe.gate.enabled and recipe.proxy.earlier_share > 0
+    earlier = read_earlier_tasks(recipe.model, timer, request.allow_code, request.trust, required)
+    return data, tokenizer, kept, earlier
 
 
 def _data_files(recipe: Recipe) -> dict[str, Path]:

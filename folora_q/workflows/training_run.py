@@ -37,7 +37,8 @@ from folora_q.export.card import CARD, write_card
 from folora_q.kernels.liger import apply_liger
 from folora_q.memory.estimate import GIB, SHARDED
 from folora_q.memory.micro_batches import of_all_processes, of_one_process
-from folora_q.models.adapters import adapter_pairs, attach_adapter, save_adapter
+from folora_q.models.adapters import adapter_pairs, attach_adapter, names_of_base, save_adapter
+from folora_q.models.earlier_adapter import save_earlier, stack
 from folora_q.models.hardware import PeakMemory, used_memory
 from folora_q.models.load import LoadedModel, load_model, require_loadable, stop_at
 from folora_q.models.logits import verify_chunked_logits
@@ -63,7 +64,8 @@ from folora_q.training.monitor import Monitor
 from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
 from folora_q.training.trainer import GatedTrainer, Monitored, TrainerSetup, build_trainer
-from folora_q.workflows.calibration import Calibration, CalibrationText, Gates
+from folora_q.workflows.calibration import Calibration, CalibrationText, EarlierRows, Gates
+from folora_q.workflows.earlier_tasks import held_out_texts, score_earlier
 from folora_q.workflows.keeping import BaseAnswers, from_samples, samples_of_all
 from folora_q.workflows.prepare_training import PreparedRun
 from folora_q.workflows.step_plan import plan_on
@@ -160,6 +162,11 @@ class TrainingRun:
             self.timer.note(f"{who} {plan}; at most {plan.memory.peak / GIB:.1f} GiB by the estimate")
             self.timer.note(plan.calibration)
         if (place := self.recipe.model.fsdp) in SHARDED:
+            if recipe.model.adapter is not None:
+                raise UserError(
+                    "this base is sharded (model.fsdp), and one with a model.adapter must be complete on each GPU",
+                    "set model.fsdp: none, or merge the adapter (folora-q merge) and name the merged model",
+                )
             if recipe.training.kernels == "compile":
                 raise UserError(
                     "training.kernels: compile needs a complete base, and this one is sharded (model.fsdp)",
@@ -179,8 +186,9 @@ class TrainingRun:
         with self.timer.stage("loading the model in 4 bits", None):
             trust = self.prepared.request.trust
             base = load_model(recipe.model, self.hardware, self.prepared.tokenizer, trust, self.processes)
-        for token in self.data.ends_of_turn:
-            stop_at(base.model, token)
+        for data in (self.data, *(task.data for task in self.prepared.earlier)):
+            for token in data.ends_of_turn:
+                stop_at(base.model, token)
         first = torch.tensor([self.data.train.sequences[0]["input_ids"][:16]], device=base.model.device)
         if recipe.training.kernels == "liger":
             apply_liger(base.model, first)
@@ -190,6 +198,15 @@ class TrainingRun:
         if self.resumed is not None:
             self.manifest["files_sha256"] = self.resumed.require_model(base.fingerprint)
         self.manifest["model"] = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
+        if base.earlier is not None:
+            note(f"the base carries {base.earlier.name}: this is the model that is compared with and preserved")
+            self.manifest["model"] |= {"adapter": base.earlier.name, "adapter_fingerprint": base.earlier.fingerprint}
+            if base.earlier.base not in ("", base.name, recipe.export.base_model_name_or_path):
+                self.timer.warn(
+                    f"{base.earlier.name} was trained on {base.earlier.base}: is {base.name} the same model?"
+                )
+            if self.processes.first and not self.folder.earlier.is_dir():
+                save_earlier(base.earlier, self.folder.earlier, names_of_base(base, recipe.export))
         return base
 
     def sample(self, base: LoadedModel) -> CalibrationText:
@@ -237,9 +254,11 @@ class TrainingRun:
         monitored = recipe.evaluation.num_proxy_samples if recipe.gate.budget is not None else 0
         unseen = [sample.ids for sample in text.held_out[monitored:]]  # by a budget's controller
         sources = HeldOutSources(unseen, recipe.proxy.seed, self.data, kept)
-        return held_out(
+        on = held_out(
             self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )
+        earlier = held_out_texts(self.prepared.earlier, recipe.evaluation.batch_size, base.model.device)
+        return replace(on, texts=[*on.texts, *earlier])
 
     def monitored(self, base: LoadedModel, text: CalibrationText, measured_on: HeldOut) -> Monitored:
         """Choose the texts to monitor in training: held-out samples, in full and cropped, and windows of real text."""
@@ -282,7 +301,10 @@ class TrainingRun:
         identity = f"{base.fingerprint} {self.hardware} {self.recipe.training.kernels == 'liger'}"
         rows = self.data.train.sequences
         readers = self.processes.readers
-        calibration = Calibration(self.recipe, base.tokenizer, rows, self.timer, on_gpu, identity, readers, kept)
+        earlier = self.earlier_rows()
+        calibration = Calibration(
+            self.recipe, base.tokenizer, rows, self.timer, on_gpu, identity, readers, kept, earlier
+        )
         resumed, processes = self.resumed, self.processes
         if processes.share(lambda: resumed is not None and resumed.keeps(path)):
             gates = processes.share(lambda: load_gates(path))
@@ -300,6 +322,12 @@ class TrainingRun:
         atomic_write(self.folder.gate_results, to_json(gate_results(gates, penalties)))
         self._remember(path)
         return rule.before_training(pairs, gates)
+
+    def earlier_rows(self) -> EarlierRows:
+        """Return training rows of the earlier tasks, as many of each, for the penalty."""
+        gate, seed = self.recipe.gate, self.recipe.training.seed
+        rows = [task.rows(gate.num_task_samples, seed) for task in self.prepared.earlier]
+        return [each for ids, _ in rows for each in ids], [each for _, labels in rows for each in labels]
 
     def train(self, trainer: GatedTrainer) -> None:
         """Train to the end, from a checkpoint if the run is resumed.
@@ -331,9 +359,19 @@ class TrainingRun:
         trainer.require_learned()
 
     def save(self, base: LoadedModel, model: PeftModel) -> None:
-        """Save the adapter, with a card that has no results yet."""
+        """Save the adapter, with a card that has no results yet; with an earlier one their sum, and what was added."""
+        export = self.recipe.export
+        if base.earlier is not None:
+            with commit_directory(self.folder.added) as staging:
+                save_adapter(model, base, export, staging)
+                base.tokenizer.save_pretrained(staging)
+                base.model.generation_config.save_pretrained(staging)
+                (staging / CARD).unlink(missing_ok=True)  # PEFT's, which would say that this is a complete adapter
         with commit_directory(self.folder.adapter) as staging:
-            save_adapter(model, base, self.recipe.export, staging)
+            if base.earlier is None:
+                save_adapter(model, base, export, staging)
+            else:
+                stack(base.earlier, self.folder.added, staging, getattr(torch, export.adapter_dtype))
             base.tokenizer.save_pretrained(staging)
             base.model.generation_config.save_pretrained(staging)
             write_card(staging / CARD, self.recipe, base, None)
@@ -362,7 +400,11 @@ class TrainingRun:
         except Exception as error:
             raise self._evaluation_failed(error) from error
         held = f"4 bits ({base.quantization}), computing in {self.hardware}"
-        evaluation = Evaluation(folder.path.name, base.name, held, found.texts, found.score, layers, kept=found.kept)
+        earlier = score_earlier(self.model_pair(trainer), self.prepared.earlier, self.timer)
+        named = base.name if base.earlier is None else f"{base.name} with {Path(base.earlier.name).name}"
+        evaluation = Evaluation(
+            folder.path.name, named, held, found.texts, found.score, layers, kept=found.kept, earlier=earlier
+        )
         atomic_write(folder.evaluation, to_json(evaluation))
         folder.write_lines(folder.answers, answer_lines(found.answers))
         write_card(folder.adapter / CARD, recipe, base, evaluation)

@@ -10,9 +10,16 @@ from transformers import AutoTokenizer
 
 from folora_q.calibration.gate_store import load_gates
 from folora_q.calibration.reading import Reading
-from folora_q.calibration.texts import MIN_WINDOW_TOKENS, PUBLIC_TEXT, WINDOW, penalty_text, public_windows
+from folora_q.calibration.texts import (
+    MIN_WINDOW_TOKENS,
+    PUBLIC_TEXT,
+    WINDOW,
+    penalty_text,
+    public_windows,
+    with_earlier_tasks,
+)
 from folora_q.core import ProjectedCovariance
-from folora_q.data.tokens import batches
+from folora_q.data.tokens import IGNORED, batches
 from folora_q.evaluation.loss import GENERAL_TEXTS
 from folora_q.models.adapters import adapter_pairs, attach_adapter
 from folora_q.models.hardware import Hardware
@@ -94,3 +101,22 @@ def test_a_run_takes_the_recipes_share_of_public_text(tiny_folder: Path, tmp_pat
         gates.append(load_gates(RunFolder(folder / "run").gates, CPU))
     alone, mixed = (found["model.layers.0.self_attn.q_proj"].quotients for found in gates)
     assert alone.shape == mixed.shape and not torch.allclose(alone, mixed, rtol=0.05)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_earlier_tasks_have_their_share_of_the_predictions_and_the_rest_is_as_it_was(share: float) -> None:
+    written, public, rows = (list(batches(sequences(seed, 4), 2, CPU)) for seed in (1, 2, 3))
+    ids = sequences(3, 4)
+    labels = [[IGNORED] * (len(row) - 4) + row[-4:] for row in ids]  # four of each row's tokens are an answer
+    rows = list(batches(ids, 2, CPU, labels))
+    penalty = penalty_text(written, public, share=0.25)
+    found = with_earlier_tasks(penalty, rows, share)
+
+    def weights_of(part) -> float:
+        return sum(float(batch.weight) * int(batch.loss_positions.sum()) for batch in part)
+
+    before, earlier = found[: len(penalty)], found[len(penalty) :]
+    assert weights_of(earlier) / weights_of(found) == pytest.approx(share)
+    ratios = {new.weight / old.weight for new, old in zip(before, penalty, strict=True)}
+    assert max(ratios) == pytest.approx(min(ratios)), "sampled and public text keep their proportion"
+    assert with_earlier_tasks(penalty, rows, 0) == penalty

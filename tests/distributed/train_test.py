@@ -123,6 +123,23 @@ def test_two_processes_take_the_steps_of_one(recipe_file: Path, tmp_path: Path, 
     assert_the_same(tmp_path / "one", tmp_path / "two")
 
 
+def test_two_processes_train_the_next_task_as_one(recipe_file: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    one(recipe_file, first, "training.max_steps=2")
+    given = ("gate.rule=frozen", f"model.adapter={first}", "adapter.r=2")
+    one(recipe_file, tmp_path / "one", *given)
+    several(2, recipe_file, tmp_path / "two", *given)
+    assert_the_same(tmp_path / "one", tmp_path / "two")
+    kept = [(tmp_path / name / "earlier" / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert kept[0] == kept[1]
+    texts, others = (
+        [text for text in evaluated(tmp_path / name) if text["kind"] == "earlier"] for name in ("one", "two")
+    )
+    assert len(texts) == len(others) == 1 and others[0]["tokens"] == texts[0]["tokens"]
+    for key in ("base", "tuned"):
+        assert others[0]["loss"][key]["value"] == pytest.approx(texts[0]["loss"][key]["value"], rel=1e-3)
+
+
 def test_four_processes_do_too_and_measuring_on_the_way_changes_nothing(recipe_file: Path, tmp_path: Path) -> None:
     one(recipe_file, tmp_path / "one")
     one(recipe_file, tmp_path / "measured", "evaluation.steps=5")

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from folora_q.errors import UserError
-from folora_q.export.adapter import read_adapter
 from folora_q.export.ends import FittedCheckpoint, fitted
+from folora_q.models.adapter_file import read_adapter
 from folora_q.models.weight_files import open_checkpoint
 from folora_q.workflows.merge import MergeRequest, run_merge
 from tests.conftest import Silent

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from folora_q.data.tokens import IGNORED
 from folora_q.errors import RunError
-from folora_q.export.adapter import read_adapter
 from folora_q.export.gguf_quality import GgufQuality, TaskLosses, measure_gguf
 from folora_q.export.merge import Merge, write_merged
 from folora_q.export.texts import CheckTexts
 from folora_q.export.verify import MergedModel
+from folora_q.models.adapter_file import read_adapter
 from folora_q.models.quantization import Quantization
 from folora_q.models.weight_files import open_checkpoint
 from tests.conftest import save_tiny_model

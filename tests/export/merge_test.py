@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folora_q.errors import UserError
 from folora_q.export import merge as merging
-from folora_q.export.adapter import read_adapter
 from folora_q.export.ends import fitted
 from folora_q.export.merge import REPORT, Merge, write_merged
+from folora_q.models.adapter_file import read_adapter
 from folora_q.models.hardware import Hardware
 from folora_q.models.layout import quantized_parameters
 from folora_q.models.load import load_model

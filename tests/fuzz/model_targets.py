@@ -14,7 +14,7 @@ from tests.fuzz.contract import Target
 
 def read_adapter(folder: Path, file: str) -> None:
     """Read an adapter as `merge` does, and find it as `chat` and `eval` do."""
-    from folora_q.export.adapter import read_adapter
+    from folora_q.models.adapter_file import read_adapter
     from folora_q.targets.find import find_target
 
     find_target(str(folder / "adapter"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from folora_q.core import sketch
@@ -243,6 +245,17 @@ def test_a_frozen_a_is_in_the_adapter_and_in_nothing_else() -> None:
     frozen, all_of_it = (stage(found, "training") for found in both)
     assert frozen["adapter"] == all_of_it["adapter"]
     assert frozen["gradients"] < all_of_it["gradients"] and frozen["optimizer"] == 2 * frozen["gradients"]
+
+
+def test_an_earlier_adapter_is_as_large_as_its_rank(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    alone, found = (
+        estimate(a_recipe(adapter={"r": 16}, model=model), MISTRAL) for model in ({}, {"adapter": str(tmp_path)})
+    )
+    for name in ("sampling", "statistics", "training", "evaluation"):
+        earlier = stage(found, name)["earlier adapter"]
+        assert earlier == stage(found, "training")["adapter"] // 2
+        assert sum(stage(found, name).values()) == sum(stage(alone, name).values()) + earlier
 
 
 PUBLISHED = {1024: 6, 2048: 7, 4096: 9, 8192: 12, 16_384: 19, 32_768: 32}

@@ -88,6 +88,8 @@ def typed(annotation: Any, limits: Sequence[Any] = ()) -> st.SearchStrategy[Any]
 
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "model_name_or_path": st.sampled_from(["some/model", "model", "model.gguf", "demo/SmolLM2-135M-Instruct"]),
+    "adapter": st.sampled_from([None, "first"]),
+    "adapter_data": st.sampled_from([None, "prose.txt"]),
     "chat_template": st.sampled_from([None, "t.jinja", "chatml"]),
     "general_text": st.sampled_from([None, "prose.txt", ["prose.txt", "t.jinja"]]),
     "general_prompts": st.sampled_from([None, "prose.txt"]),
@@ -165,6 +167,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}\n")
+    (folder / "first").mkdir()
+    (folder / "first" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
     return folder
 
 
@@ -277,6 +281,9 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "take forever to match",
             "activation_offloading requires",
             "is named twice",
+            "which is not set",
+            "shards the base",
+            "could be stacked",
         )
         assert any(reason in recipe.message for reason in known), recipe.message
         reject()

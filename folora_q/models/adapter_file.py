@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from folora_q.errors import UserError, first_line
-from folora_q.export.adapter_config import AdapterConfig, read_adapter_config
+from folora_q.models.adapter_config import AdapterConfig, read_adapter_config
 from folora_q.models.quantization import Quantization
 from folora_q.models.trust import NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust, check_adapter
 from folora_q.models.weight_files import unpickled

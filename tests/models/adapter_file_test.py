@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from folora_q.errors import UserError
-from folora_q.export.adapter import read_adapter
+from folora_q.models.adapter_file import read_adapter
 from folora_q.models.trust import ADAPTER_CONFIG as CONFIG
 from folora_q.models.trust import SAFE_ADAPTER as WEIGHTS
 from tests.conftest import save_tiny_model

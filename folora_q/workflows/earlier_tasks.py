@@ -1,0 +1,198 @@
+"""Tasks that a model learned before: their rows, which are preserved, and their held-out rows, which are measured."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from folora_q.block_sizes import STATISTICS_LENGTH
+from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.data.formats import Text
+from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
+from folora_q.data.tokens import batches
+from folora_q.data.windows import last_windows
+from folora_q.errors import UserError, first_line
+from folora_q.evaluation.divergence import HeldOutText
+from folora_q.evaluation.model_pair import ModelPair
+from folora_q.evaluation.task import Generation, Questions, Scorer, answer_both, make_scorer, mean_score
+from folora_q.models.tokenizer import load_tokenizer
+from folora_q.models.trust import NOTHING, Trust
+from folora_q.progress import StageTimer
+from folora_q.recipe import load_recipe
+from folora_q.recipe.schema import ModelSection, Recipe
+from folora_q.runs.folder import RunFolder
+from folora_q.runs.results import ScoreResult, TextKind
+
+UNKNOWN = (
+    "the data of the task that {name} learned is not known (model.adapter_data): the task is not measured, and only "
+    "text that the base generates with the adapter protects it"
+)
+
+
+@dataclass(frozen=True)
+class EarlierTask:
+    """A task that was learned before.
+
+    Attributes:
+        name: for display, e.g. "earlier task bookings"; unique among the tasks of a run.
+        recipe: of the run that learned it, or the one that names its data.
+        scorer: scores answers; None where its recipe has no metric, or one that needs code that is not allowed.
+    """
+
+    name: str
+    recipe: Recipe
+    data: TaskTokens
+    scorer: Scorer | None
+
+    def rows(self, count: int, seed: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+        """Return tokens and labels of at most `count` training rows, cut to the length of the statistics."""
+        train = self.data.train.sequences
+        chosen = random.Random(seed).sample(range(len(train)), min(count, len(train)))
+        rows = train[chosen]
+        return last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
+
+
+def earlier_recipes(section: ModelSection) -> tuple[list[tuple[str, Recipe]], list[str]]:
+    """Return the recipes of all earlier tasks by name, the first task first, and the adapters whose task is unknown.
+
+    Raises:
+        UserError: a recipe cannot be read.
+    """
+    found: list[tuple[str, Recipe]] = []
+    unknown: list[str] = []
+    seen: set[Path] = set()
+    while section.adapter is not None and Path(section.adapter).resolve() not in seen:
+        path = Path(section.adapter).resolve()
+        seen.add(path)
+        run = next((run for run in (RunFolder(path), RunFolder(path.parent)) if run.manifest.is_file()), None)
+        recipe = None if run is None else _recipe_of(run)
+        if section.adapter_data is not None:
+            found.append((Path(section.adapter_data).stem, load_recipe(Path(section.adapter_data))))
+        elif recipe is not None:
+            found.append((run.path.name if run else path.name, recipe))
+        else:
+            unknown.append(section.adapter)
+        if recipe is None:
+            break
+        section = recipe.model
+    return found[::-1], unknown
+
+
+def unknown_tasks(section: ModelSection) -> list[str]:
+    """Return a warning for each earlier adapter whose task is not known."""
+    return [UNKNOWN.format(name=name) for name in earlier_recipes(section)[1]]
+
+
+def read_earlier_tasks(
+    section: ModelSection, timer: StageTimer, allow_code: bool = False, trust: Trust = NOTHING, required: bool = True
+) -> list[EarlierTask]:
+    """Read and tokenize the rows of every earlier task.
+
+    Args:
+        section: the model, with the earlier adapter.
+        required: data that cannot be read is an error; otherwise it is reported, and the task is left out.
+
+    Raises:
+        UserError: a recipe or its data cannot be read.
+    """
+    recipes, _ = earlier_recipes(section)
+    named = with_unique_names([(f"earlier task {name}", recipe) for name, recipe in recipes])
+    return read_tasks(named, TaskReading(section, timer, allow_code, trust, required))
+
+
+@dataclass(frozen=True)
+class TaskReading:
+    """How the rows of tasks are read.
+
+    Attributes:
+        section: the model whose tokenizer they get.
+        required: data that cannot be read is an error; otherwise it is reported, and the task is left out.
+    """
+
+    section: ModelSection
+    timer: StageTimer
+    allow_code: bool = False
+    trust: Trust = NOTHING
+    required: bool = True
+
+
+def read_tasks(named: Sequence[tuple[str, Recipe]], how: TaskReading) -> list[EarlierTask]:
+    """Read and tokenize the rows of tasks, given by name and recipe.
+
+    Raises:
+        UserError: data that is required cannot be read.
+    """
+    tasks, note = [], how.timer.note
+    for name, recipe in named:
+        try:
+            data = _tokenized(recipe, how)
+        except UserError as error:
+            reason = f"the data of the {name} cannot be read: {error.message}"
+            if how.required:
+                hint = "name a recipe with its data as model.adapter_data, or set proxy.earlier_share: 0"
+                raise UserError(reason, hint) from error
+            note(f"{reason}; it is not measured")
+            continue
+        runs_code = recipe.evaluation.metric == "function" and not how.allow_code
+        if runs_code:
+            note(f"the metric of the {name} is code, which --allow-code runs: only its loss is measured")
+        scorer = None if runs_code else make_scorer(recipe.evaluation, how.allow_code)
+        tasks.append(EarlierTask(name, recipe, data, scorer))
+    return tasks
+
+
+def held_out_texts(tasks: Sequence[EarlierTask], batch_size: int, device: object) -> list[HeldOutText]:
+    """Return the held-out rows of earlier tasks, for losses."""
+    found = []
+    for task in tasks:
+        rows = task.data.heldout.sequences
+        read = batches(rows["input_ids"][:], batch_size, device, rows["labels"][:])  # pyright: ignore[reportArgumentType]
+        found.append(HeldOutText(task.name, TextKind.EARLIER, list(read)))
+    return found
+
+
+def score_earlier(model_pair: ModelPair, tasks: Sequence[EarlierTask], timer: StageTimer) -> list[ScoreResult]:
+    """Answer the held-out prompts of earlier tasks with both models, and score the answers by their own metrics."""
+    scores = []
+    splitter = BatchSplitter("measuring", timer.warn, enabled=not model_pair.processes.sharded)
+    for task in tasks:
+        section = task.recipe.evaluation
+        answerable = [each for each in task.data.task.heldout if not isinstance(each, Text)][: section.num_answers]
+        if task.scorer is None or not answerable:
+            continue
+        reader = Questions(task.data.renderer)
+        questions = reader.of_task(answerable)
+        with timer.stage(f"answering the {task.name}", 2 * len(questions), "answers") as done:
+            generation = Generation(section.max_new_tokens, section.batch_size, done, splitter, model_pair.processes)
+            answers = answer_both(model_pair, reader, questions, generation, task.scorer)
+        if (score := mean_score(answers, section.metric)) is not None:
+            scores.append(ScoreResult(score.metric, score.answers, score.score, task.name))
+    return scores
+
+
+def _tokenized(recipe: Recipe, how: TaskReading) -> TaskTokens:
+    """Tokenize a task as its own run did: with its template and lengths."""
+    tokenizer = load_tokenizer(how.section, chat_template(recipe), how.trust)
+    return tokenize_task(recipe, read_task(recipe, how.timer), tokenizer, how.timer)
+
+
+def _recipe_of(run: RunFolder) -> Recipe | None:
+    try:
+        return run.read_recipe()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run.recipe} cannot be read: {first_line(error)}", "name a recipe with its data as model.adapter_data"
+        ) from None
+
+
+def with_unique_names(found: Sequence[tuple[str, Recipe]]) -> list[tuple[str, Recipe]]:
+    """Number names that several tasks have."""
+    names = [name for name, _ in found]
+    return [
+        (name if names.count(name) == 1 else f"{name} ({number})", recipe)
+        for number, (name, recipe) in enumerate(found, 1)
+    ]
