@@ -31,13 +31,21 @@ def print_evaluation(found: Evaluation, title: str) -> None:
             _interval(change.change, f"+{form}"),
         )
 
+    def add_alone(label: str, of_tuned: Interval, form: str, of_base: str) -> None:
+        table.add_row(label, of_base, format(of_tuned.value, form), "", _interval(of_tuned, form))
+
     def add_kl(label: str, kl: Interval, agreement: Interval) -> None:
         table.add_row(label, "0", f"{kl.value:.4f}", f"[yellow]{kl.value:+.4f}[/]", _interval(kl, "+.4f"))
         lost = agreement.value - 1
         table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
 
+    answers = "task: loss of chosen answers" if found.preference else "task: loss, nats per token"
     for text in found.of_kind(TextKind.TASK):
-        add("task: loss, nats per token", text.loss, ".4f", True)
+        add(answers, text.loss, ".4f", True)
+    if (pairs := found.preference) is not None:
+        add("task: DPO loss, nats per pair", pairs.loss, ".4f", True)
+        add_alone("  chosen answer rewarded more", pairs.accuracy, ".1%", "")
+        add_alone("  margin of rewards", pairs.margin, ".3f", "0")
     if found.score is not None:
         add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
     table.add_section()

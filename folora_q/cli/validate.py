@@ -42,7 +42,7 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=False)
     rows = None if all_rows else FIRST_ROWS
     data = recipe.data
-    train, heldout = ([_look_at(source, rows, data) for source in given or []] for given in _sources(data))
+    train, heldout = ([_look_at(source, rows, recipe) for source in given or []] for given in _sources(data))
     _require_training_rows(data, train)
     facts = list(_facts(recipe, train, heldout))
     examine_rows(recipe, model, rows)
@@ -77,12 +77,12 @@ def _sources(data: DataSection) -> tuple[list[Source], list[Source] | None]:
     return data.train_dataset, data.eval_dataset
 
 
-def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
+def _look_at(source: Source, rows: int | None, recipe: Recipe) -> Look:
     if is_hub_dataset(source):
         return Look(f"{source.path} ({source.split or TRAIN}) from the hub, not checked")
     if is_remote(source.path):
         return Look(f"{source.path}, not checked: `folora-q preview` reads it")
-    facts = examine(source, rows, data.on_error)
+    facts = examine(source, rows, recipe.data.on_error, recipe.training.objective)
     remarks = "".join(f"; {remark}" for remark in facts.remarks)
     if facts.read != rows:
         return Look(f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{remarks}", facts, whole=True)

@@ -1,9 +1,9 @@
-"""Row formats, and the three kinds of examples: a chat, a prompt with its completion, and plain text."""
+"""Row formats, and the kinds of examples: a chat, a prompt with its completion, plain text, and a pair of answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -13,6 +13,10 @@ from folora_q.data.tools import Tool, parse_tools
 from folora_q.data.turns import Message, Turn, check_order, parse_turns
 from folora_q.recipe.dataset import FormatName, Source
 from folora_q.recipe.strict_yaml import dump_yaml
+from folora_q.recipe.training import ObjectiveName
+
+# The columns of a preference, the better answer first.
+PAIR = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -80,36 +84,74 @@ class Text:
     text: str
 
 
-Example = Chat | Completion | Text
+@dataclass(frozen=True)
+class Preference:
+    """A prompt with two answers, the first of which is preferred; both examples begin with the prompt."""
+
+    where: str
+    chosen: Chat | Completion
+    rejected: Chat | Completion
+
+
+Example = Chat | Completion | Text | Preference
+
+
+def with_answers(examples: Iterable[Example]) -> list[Chat | Completion]:
+    """Return the examples that have an answer, of a pair the one with the chosen answer."""
+    chosen = (example.chosen if isinstance(example, Preference) else example for example in examples)
+    return [example for example in chosen if not isinstance(example, Text)]
 
 
 def content_of(example: Example) -> str:
     """Serialize an example without its location: equal for two examples of the same content."""
+    if isinstance(example, Preference):
+        return json.dumps(["Preference", content_of(example.chosen), content_of(example.rejected)], ensure_ascii=False)
     parts = {name: value for name, value in vars(example).items() if name != "where"}
     return json.dumps([type(example).__name__, parts], ensure_ascii=False)
 
 
-def detect_format(row: Row, source: Source) -> FormatName:
+def detect_format(row: Row, source: Source, objective: ObjectiveName = "sft") -> FormatName:
     """Return the format that the source names, or that the row's columns imply.
 
+    Args:
+        objective: what the rows are for; other formats are not considered.
+
     Raises:
-        RowError: the columns fit no format.
+        RowError: the columns fit no format of the objective.
     """
     if source.shape != "auto":
+        if FORMATS[source.shape].objective != objective:
+            raise _of_another_objective(row, f"its source has `shape: {source.shape}`", objective)
         return source.shape
     columns = {*row.values, *source.fields}
-    fitting: list[FormatName] = [name for name, known in FORMATS.items() if known.columns <= columns]
+    fitting: list[FormatName] = [
+        name for name, known in FORMATS.items() if known.columns <= columns and known.objective == objective
+    ]
     if fitting:  # formats whose columns the recipe maps come first
         return max(fitting, key=lambda name: len(FORMATS[name].fields & source.fields.keys()))
-    if {"chosen", "rejected"} <= columns:
-        raise RowError(
-            row.where,
-            "it has `chosen` and `rejected`: preference data, as for DPO, which is not supported",
-            "to fine-tune on the chosen answers alone, set fields: {completion: chosen}, or {messages: chosen} if "
-            "`chosen` is a list of turns",
-        )
+    if objective == "dpo":
+        raise _of_another_objective(row, f"its columns are {_listed(row.values)}", objective)
+    if FORMATS["preference"].columns <= columns:
+        raise _of_another_objective(row, "it has `chosen` and `rejected`", objective)
     raise RowError(
         row.where, f"its columns ({_listed(row.values)}) match no known format", _hint_on_columns(row, source)
+    )
+
+
+def _of_another_objective(row: Row, what: str, objective: ObjectiveName) -> RowError:
+    """Return the error for a row of a format that training.objective cannot use."""
+    if objective == "dpo":
+        return RowError(
+            row.where,
+            f"{what}, and training.objective: dpo needs pairs",
+            "give each row a `chosen` and a `rejected` answer, and perhaps their `prompt`; map other names with "
+            "`fields`, e.g. {chosen: better, rejected: worse}; or set training.objective: sft",
+        )
+    return RowError(
+        row.where,
+        f"{what}: preference data, which training.objective: sft does not use",
+        "set training.objective: dpo; to fine-tune on the chosen answers alone, set fields: {completion: chosen}, or "
+        "{messages: chosen} if `chosen` is a list of turns",
     )
 
 
@@ -142,7 +184,7 @@ def to_example(row: Row, name: FormatName, source: Source) -> Example:
             raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained")
     try:
         example = FORMATS[name].parse(Fields(row, source))
-        if isinstance(example, Chat):
+        if not isinstance(example, Text):
             content_of(example)  # tools and calls may be nested to any depth
     except RecursionError:
         raise RowError(row.where, "it is nested too deeply") from None
@@ -270,6 +312,67 @@ def _text(fields: Fields) -> Text:
     return Text(fields.where, fields.text("text"))
 
 
+def _preference(fields: Fields) -> Preference:
+    """Parse a pair; what both begin with is the prompt, whether a `prompt` gives it or not."""
+    answers = [fields.get(name) for name in PAIR]
+    prompt = None if (column := fields.column("prompt")) is None else fields.row.values[column]
+    if not any(isinstance(part, list) for part in (prompt, *answers)):
+        return _preferred_text(fields)
+    before: list[Turn] = []
+    if isinstance(prompt, list):
+        before = parse_turns(prompt, fields.source, fields.where, "prompt")
+    elif prompt is not None:
+        before = [Turn({"role": "user", "content": fields.text("prompt")})]
+    sides = [_turns_of_answer(fields, name, before) for name in PAIR]
+    shared = next(
+        (number for number, (one, other) in enumerate(zip(*sides, strict=False)) if one.message != other.message),
+        min(map(len, sides)),
+    )
+    for name, turns in zip(PAIR, sides, strict=True):
+        check_order(fields.where, [turn.message for turn in turns], name)
+        if shared == len(turns) or turns[shared].message["role"] != "assistant":
+            raise RowError(fields.where, f"`chosen` and `rejected` do not differ in an assistant's turn: see `{name}`")
+    chosen, rejected = (_chat(fields, turns, shared) for turns in sides)
+    return Preference(fields.where, chosen, rejected)
+
+
+def _turns_of_answer(fields: Fields, name: str, before: list[Turn]) -> list[Turn]:
+    """Return a complete conversation that ends in one of the two answers.
+
+    Args:
+        before: the row's prompt; an answer may repeat it.
+    """
+    value = fields.get(name)
+    if isinstance(value, list):
+        turns = parse_turns(value, fields.source, fields.where, fields.source.column(name))
+    else:
+        turns = [Turn({"role": "assistant", "content": fields.text(name)})]
+    if turns[0].message["role"] == "assistant":
+        turns = [*before, *turns]
+    system = fields.text("system", "system_prompt", required=False)
+    if system.strip() and turns[0].message["role"] != "system":
+        turns.insert(0, Turn({"role": "system", "content": system}))
+    return turns
+
+
+def _preferred_text(fields: Fields) -> Preference:
+    chosen, rejected = (fields.text(name) for name in PAIR)
+    if chosen == rejected:
+        raise RowError(fields.where, "`chosen` and `rejected` are the same, so there is nothing to prefer")
+    if fields.tools():
+        raise RowError(fields.where, "it has `tools`, which only a chat template can render: give lists of turns")
+    prompt = fields.text("prompt", required=False)
+    if not prompt:  # up to the word in which they differ
+        same = next((i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y), None)
+        same = min(len(chosen), len(rejected)) if same is None else same
+        same -= chosen[:same].endswith(" ")
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if not (chosen and rejected):
+            raise RowError(fields.where, "of `chosen` and `rejected`, one is the beginning of the other: give `prompt`")
+    sides = (Completion(fields.where, prompt, answer) for answer in (chosen, rejected))
+    return Preference(fields.where, *sides)
+
+
 def _chat(fields: Fields, turns: list[Turn], context: int = 0) -> Chat:
     unlearned = tuple(
         index for index, turn in enumerate(turns) if turn.message["role"] == "assistant" and not turn.learned
@@ -292,6 +395,7 @@ class DatasetFormat:
         fields: names that a recipe's `fields` may map.
         unmapped: further columns, which are read only under their own names.
         turns: names of each column that holds turns; the first that a row has counts.
+        objective: the training objective that its rows are for.
     """
 
     parse: Callable[[Fields], Example]
@@ -299,6 +403,7 @@ class DatasetFormat:
     fields: frozenset[str]
     unmapped: frozenset[str] = frozenset()
     turns: tuple[tuple[str, ...], ...] = ()
+    objective: ObjectiveName = "sft"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -330,6 +435,14 @@ FORMATS: dict[FormatName, DatasetFormat] = {
         unmapped=_names("system_prompt"),
     ),
     "text": DatasetFormat(parse=_text, columns=_names("text"), fields=_names("text")),
+    "preference": DatasetFormat(
+        parse=_preference,
+        columns=_names("chosen rejected"),
+        fields=_names("prompt chosen rejected role content system tools"),
+        unmapped=_names("functions system_prompt"),
+        turns=(("prompt",), ("chosen",), ("rejected",)),
+        objective="dpo",
+    ),
 }
 if FORMATS.keys() != set(get_args(FormatName)):
     raise TypeError(f"FormatName has {get_args(FormatName)}, FORMATS has {tuple(FORMATS)}")

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.block_sizes import GENERAL_WINDOW
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.formats import Example, Text
+from folora_q.data.formats import Example, with_answers
+from folora_q.data.pairs import both_answers
 from folora_q.data.rendering import Renderer
 from folora_q.data.task_data import TaskTokens
 from folora_q.data.tokens import Batch, batches, count_tokens
@@ -20,6 +21,7 @@ from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.evaluation.drift import adapted_layers, measured_drift, update_norm
 from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.evaluation.model_pair import ModelPair
+from folora_q.evaluation.preference import HeldOutPairs, heldout_pairs, measure_pairs
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Generation,
@@ -36,6 +38,7 @@ from folora_q.runs.results import (
     GENERATED_TEXT_CUT,
     AnswerResult,
     LayerResult,
+    PreferenceResult,
     ScoreResult,
     TextKind,
     TextResult,
@@ -55,11 +58,13 @@ class HeldOutSources:
         generated: texts that the base sampled, as tokens; they are used in full, and again cropped.
         crop_seed: seed of the crops.
         data: the task; None: no task.
+        beta: of DPO's loss, if the task's rows are pairs.
     """
 
     generated: Sequence[Sequence[int]]
     crop_seed: int
     data: TaskTokens | None
+    beta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,22 @@ class HeldOut:
         questions: to be answered.
         reader: reads the answers.
         drift: texts by kind, on which the layers' outputs are compared.
+        pairs: of objective dpo; the task's text is then that of the chosen answers.
     """
 
     texts: list[HeldOutText]
     questions: list[Question]
     reader: Questions
     drift: dict[str, list[Batch]]
+    pairs: HeldOutPairs | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Base and tuned model on texts, and on pairs of answers if the task has pairs."""
+
+    texts: list[TextResult]
+    preference: PreferenceResult | None = None
 
 
 def held_out(
@@ -110,12 +125,16 @@ def held_out(
         TextKind.GENERATED: [*generated[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]],
         TextKind.TASK: list(ids[:DRIFT_TEXTS]),
     }
+    pairs = None
+    if rows is not None and sources.beta is not None:
+        pairs = heldout_pairs(*both_answers(rows[:]), sources.beta, size, device)
     reader = Questions(Renderer(tokenizer) if data is None else data.renderer)
     return HeldOut(
         texts=texts,
         questions=_questions(reader, section, () if data is None else data.task.heldout),
         reader=reader,
         drift={kind: list(batches(sequences, size, device)) for kind, sequences in drift.items() if sequences},
+        pairs=pairs,
     )
 
 
@@ -129,7 +148,7 @@ def general_texts(section: EvaluationSection) -> dict[str, Path]:
 
 
 def _questions(reader: Questions, section: EvaluationSection, examples: Sequence[Example]) -> list[Question]:
-    answerable = [example for example in examples if not isinstance(example, Text)]
+    answerable = with_answers(examples)
     few = SAMPLE_ANSWERS if section.metric == "none" else None
     prompts = Path(section.general_prompts) if section.general_prompts else GENERAL_PROMPTS
     chosen = answerable[: few if section.num_answers is None else section.num_answers]
@@ -142,23 +161,24 @@ def evaluate(
     section: EvaluationSection,
     scorer: Scorer | None,
     clock: StageTimer,
-) -> tuple[list[TextResult], ScoreResult | None, list[AnswerResult]]:
+) -> tuple[Compared, ScoreResult | None, list[AnswerResult]]:
     """Measure losses and predictions on every text, and answer and score every question."""
-    texts = compare_texts(model_pair, on, clock)
+    compared = compare_texts(model_pair, on, clock)
     splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions), "answers") as done:
         generation = Generation(section.max_new_tokens, section.batch_size, done, splitter, model_pair.processes)
         answers = answer_both(model_pair, on.reader, on.questions, generation, scorer)
-    return texts, mean_score(answers, section.metric), answers
+    return compared, mean_score(answers, section.metric), answers
 
 
-def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> list[TextResult]:
-    """Measure losses and predictions on every text; all processes of the pair take part."""
+def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> Compared:
+    """Measure losses and predictions on every text, and rewards of pairs; all processes of the pair take part."""
     model_pair.eval()
     splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
-    tokens = sum(count_tokens(text.batches) for text in on.texts)
+    tokens = sum(count_tokens(text.batches) for text in (*on.texts, *([on.pairs] if on.pairs else [])))
     with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
-        return [compare(model_pair, text, done, splitter) for text in on.texts]
+        texts = [compare(model_pair, text, done, splitter) for text in on.texts]
+        return Compared(texts, None if on.pairs is None else measure_pairs(model_pair, on.pairs, done, splitter))
 
 
 def evaluate_layers(

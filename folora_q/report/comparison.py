@@ -90,6 +90,18 @@ def at_ends(runs: Sequence[Run]) -> list[TableRow]:
     for name in _names(evaluations, TextKind.TASK):
         label = "task: loss" if name == "task" else f"{name}: loss"
         add(label, ".4f", base_loss(name), of_text(name, lambda result: result.loss.tuned))
+    pairs = [found.preference for found in evaluations if found is not None]
+    if any(pairs):
+
+        def of_pairs(pick: Callable[[PreferenceResult], Interval]) -> Callable[[Evaluation], Interval | None]:
+            return lambda found: None if found.preference is None else pick(found.preference)
+
+        untuned = next(each.loss.base.value for each in pairs if each is not None)
+        add("task: DPO loss", ".4f", lambda _: untuned, of_pairs(lambda result: result.loss.tuned))
+        accuracy = of_pairs(lambda result: result.accuracy)
+        add("task: chosen answer rewarded more", ".1%", lambda _: None, accuracy, lower_is_better=False)
+        margin = of_pairs(lambda result: result.margin)
+        add("task: margin of rewards", ".3f", lambda _: 0.0, margin, lower_is_better=False)
     for metric in dict.fromkeys(found.score.metric for found in evaluations if found and found.score):
         add(
             f"task: {metric_name(metric)}",

@@ -22,7 +22,15 @@ from folora_q.data.windows import crops
 from folora_q.errors import FoloraError, RunError, UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.drift import predicted_drift
-from folora_q.evaluation.evaluate import HeldOut, HeldOutSources, compare_texts, evaluate, evaluate_layers, held_out
+from folora_q.evaluation.evaluate import (
+    Compared,
+    HeldOut,
+    HeldOutSources,
+    compare_texts,
+    evaluate,
+    evaluate_layers,
+    held_out,
+)
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.export.card import CARD, write_card
 from folora_q.kernels.liger import apply_liger
@@ -44,7 +52,6 @@ from folora_q.runs.results import (
     LayerResult,
     ScoreResult,
     TextKind,
-    TextResult,
     answer_lines,
     to_json,
 )
@@ -61,7 +68,7 @@ from folora_q.workflows.prepare_training import PreparedRun
 from folora_q.workflows.step_plan import plan_on
 from folora_q.workflows.training_work import estimated_work, training_plan
 
-Measured = tuple[list[TextResult], ScoreResult | None, list[AnswerResult], list[LayerResult]]
+Measured = tuple[Compared, ScoreResult | None, list[AnswerResult], list[LayerResult]]
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,8 @@ class TrainingRun:
     def held_out(self, base: LoadedModel, text: CalibrationText) -> HeldOut:
         """Gather the texts for the evaluation after training."""
         recipe = self.recipe
-        sources = HeldOutSources([sample.ids for sample in text.held_out], recipe.proxy.seed, self.data)
+        samples = [sample.ids for sample in text.held_out]
+        sources = HeldOutSources(samples, recipe.proxy.seed, self.data, recipe.training.beta_of_pairs)
         return held_out(
             self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )
@@ -324,11 +332,13 @@ class TrainingRun:
         """
         recipe, folder = self.recipe, self.folder
         try:
-            texts, score, answers, layers = self.measure(trainer, measured_on)
+            compared, score, answers, layers = self.measure(trainer, measured_on)
         except Exception as error:
             raise self._evaluation_failed(error) from error
         held = f"4 bits ({base.quantization}), computing in {self.hardware}"
-        evaluation = Evaluation(folder.path.name, base.name, held, texts, score, layers)
+        evaluation = Evaluation(
+            folder.path.name, base.name, held, compared.texts, score, layers, preference=compared.preference
+        )
         atomic_write(folder.evaluation, to_json(evaluation))
         folder.write_lines(folder.answers, answer_lines(answers))
         write_card(folder.adapter / CARD, recipe, base, evaluation)

@@ -159,14 +159,14 @@ def test_keys_of_turns_that_are_not_read_are_named() -> None:
         assistant("two"),
     ]
     source = Source(path="x")
-    assert filled_columns(Row(HERE, {"messages": turns, "tags": []}), source) == {
+    assert filled_columns(Row(HERE, {"messages": turns, "tags": []}), "messages", source) == {
         "messages",
         "messages[].name",
         "messages[].id",
     }
     speakers = [{"speaker": "user", "text": "hi", "role": "x"}, {"speaker": "assistant", "text": "ok"}]
     mapped = Source(path="x", fields={"messages": "dialog", "role": "speaker", "content": "text"})
-    assert filled_columns(Row(HERE, {"dialog": speakers}), mapped) == {"dialog", "dialog[].role"}
+    assert filled_columns(Row(HERE, {"dialog": speakers}), "messages", mapped) == {"dialog", "dialog[].role"}
 
 
 @pytest.mark.parametrize(
