@@ -8,7 +8,15 @@ from rich.table import Table
 from folora_q.cli.console import out, print_table, visible
 from folora_q.recipe.size_advice import MIN_TEXTS
 from folora_q.runs.in_words import summary
-from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, Interval, PairedChange, TextKind
+from folora_q.runs.results import (
+    AnswerResult,
+    Evaluation,
+    HarnessResult,
+    Interval,
+    PairedChange,
+    PreferenceResult,
+    TextKind,
+)
 
 ANSWER_LENGTH = 200
 
@@ -31,21 +39,19 @@ def print_evaluation(found: Evaluation, title: str) -> None:
             _interval(change.change, f"+{form}"),
         )
 
-    def add_alone(label: str, of_tuned: Interval, form: str, of_base: str) -> None:
-        table.add_row(label, of_base, format(of_tuned.value, form), "", _interval(of_tuned, form))
-
     def add_kl(label: str, kl: Interval, agreement: Interval) -> None:
         table.add_row(label, "0", f"{kl.value:.4f}", f"[yellow]{kl.value:+.4f}[/]", _interval(kl, "+.4f"))
         lost = agreement.value - 1
         table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
 
-    answers = "task: loss of chosen answers" if found.preference else "task: loss, nats per token"
+    if found.preference is not None:
+        add("task: DPO loss", found.preference.loss, ".4f", True)
+        for row in _rewards(found.preference):
+            table.add_row(*row)
     for text in found.of_kind(TextKind.TASK):
-        add(answers, text.loss, ".4f", True)
-    if (pairs := found.preference) is not None:
-        add("task: DPO loss, nats per pair", pairs.loss, ".4f", True)
-        add_alone("  chosen answer rewarded more", pairs.accuracy, ".1%", "")
-        add_alone("  margin of rewards", pairs.margin, ".3f", "0")
+        add(
+            "task: loss, nats per token" if found.preference is None else "chosen answers: loss", text.loss, ".4f", True
+        )
     if found.score is not None:
         add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
     table.add_section()
@@ -88,6 +94,15 @@ def print_answer(answer: AnswerResult) -> None:
         line = " ".join(text.split())
         line = line if len(line) <= ANSWER_LENGTH else f"{line[:ANSWER_LENGTH]} …"
         out.print(f"[bold]{name:6}[/] {escape(visible(line))}", soft_wrap=True)
+
+
+def _rewards(pairs: PreferenceResult) -> list[tuple[str, str, str, str, str]]:
+    """Return rows on the implicit rewards, which the base does not tell apart."""
+    accuracy, margin = pairs.accuracy, pairs.margin
+    return [
+        ("  chosen rewarded more", "", f"{accuracy.value:.1%}", "", _interval(accuracy, ".1%")),
+        ("  margin of rewards", "0", f"{margin.value:.3f}", "", _interval(margin, ".3f")),
+    ]
 
 
 def _interval(estimate: Interval, form: str) -> str:

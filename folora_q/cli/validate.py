@@ -121,9 +121,10 @@ def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> It
     length = counted(training.max_steps, "step") if training.max_steps else counted(training.num_train_epochs, "epoch")
     sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps
     packed = ", packed" if training.packing else ""
+    what = "sequences" if training.sequences_per_row == 1 else "pairs of answers"
     yield (
         "training",
-        f"{length} of {sequences} sequences up to {training.max_length:,} tokens{packed}; learning rate "
+        f"{length} of {sequences} {what} up to {training.max_length:,} tokens{packed}; learning rate "
         f"{training.learning_rate:g}, "
         f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )

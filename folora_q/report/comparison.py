@@ -10,7 +10,7 @@ from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
 from folora_q.runs.in_words import summary
-from folora_q.runs.results import Evaluation, Interval, TextKind, TextResult
+from folora_q.runs.results import Evaluation, Interval, PreferenceResult, TextKind, TextResult
 
 # Hint for a run without measurements during training.
 NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to compare a run at other losses"
@@ -134,7 +134,7 @@ def at_equal_loss(runs: Sequence[Run]) -> AtEqualLoss | None:
     loss = equal_loss(courses)
     if loss is None:
         return None
-    bases = [run.task_text.loss.base.value for run in runs if run.task_text]
+    bases = [run.task_loss.base.value for run in runs if run.task_loss]
     bases += [run.points[0].loss for run in runs if run.points and run.points[0].step == 0]
     return AtEqualLoss(loss, [at_loss(course, loss) for course in courses], min(bases, default=None))
 

@@ -170,10 +170,11 @@ def test_a_pair_without_labels_fills_a_batch_and_counts_nothing(pairs_file: Path
     for pair in adapter_pairs(trainer.model):
         torch.nn.init.normal_(pair.b, std=0.05)
 
-
     def loss(of: dict[str, Tensor]) -> float:
         objective = trainer.objective
-        return float(objective.loss(trainer, trainer.model, objective.prepare(trainer, of), torch.tensor(2))[0].detach())
+        return float(
+            objective.loss(trainer, trainer.model, objective.prepare(trainer, of), torch.tensor(2))[0].detach()
+        )
 
     assert loss(inputs) == pytest.approx(loss({name: value[:2] for name, value in inputs.items()}), abs=1e-6)
 
