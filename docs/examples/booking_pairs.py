@@ -27,6 +27,7 @@ def wrong(booking: dict[str, Any], chooser: random.Random) -> dict[str, Any]:
 
 
 def main(source: Path, target: Path) -> None:
+    """Write pairs of both files of a folder to another one."""
     target.mkdir(exist_ok=True)
     chooser = random.Random(0)
     for name in ("train", "heldout"):

@@ -44,14 +44,10 @@ def print_evaluation(found: Evaluation, title: str) -> None:
         lost = agreement.value - 1
         table.add_row("  same top token", "100.0%", f"{agreement.value:.1%}", f"[yellow]{lost:+.1%}[/]", "")
 
-    if found.preference is not None:
-        add("task: DPO loss", found.preference.loss, ".4f", True)
-        for row in _rewards(found.preference):
-            table.add_row(*row)
-    for text in found.of_kind(TextKind.TASK):
-        add(
-            "task: loss, nats per token" if found.preference is None else "chosen answers: loss", text.loss, ".4f", True
-        )
+    for label, loss in _task_losses(found):
+        add(label, loss, ".4f", True)
+    for row in _rewards(found.preference):
+        table.add_row(*row)
     if found.score is not None:
         add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
     table.add_section()
@@ -96,8 +92,18 @@ def print_answer(answer: AnswerResult) -> None:
         out.print(f"[bold]{name:6}[/] {escape(visible(line))}", soft_wrap=True)
 
 
-def _rewards(pairs: PreferenceResult) -> list[tuple[str, str, str, str, str]]:
+def _task_losses(found: Evaluation) -> list[tuple[str, PairedChange]]:
+    of_tokens = [text.loss for text in found.of_kind(TextKind.TASK)]
+    if found.preference is None:
+        return [("task: loss, nats per token", loss) for loss in of_tokens]
+    of_pairs = ("task: DPO loss, nats per pair", found.preference.loss)
+    return [of_pairs, *(("chosen answers: loss", loss) for loss in of_tokens)]
+
+
+def _rewards(pairs: PreferenceResult | None) -> list[tuple[str, str, str, str, str]]:
     """Return rows on the implicit rewards, which the base does not tell apart."""
+    if pairs is None:
+        return []
     accuracy, margin = pairs.accuracy, pairs.margin
     return [
         ("  chosen rewarded more", "", f"{accuracy.value:.1%}", "", _interval(accuracy, ".1%")),

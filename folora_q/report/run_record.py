@@ -134,13 +134,16 @@ class Run:
         return train_losses(self.metrics)
 
     @property
+    def task_text(self) -> TextResult | None:
+        """The result on the task's held-out rows, of pairs on the chosen answers."""
+        return next(iter(self.evaluation.of_kind(TextKind.TASK)), None) if self.evaluation else None
+
+    @property
     def task_loss(self) -> PairedChange | None:
         """The training objective's loss on the task's held-out rows: of pairs DPO's, else that of the tokens."""
-        if self.evaluation is None:
-            return None
-        if self.evaluation.preference is not None:
+        if self.evaluation is not None and self.evaluation.preference is not None:
             return self.evaluation.preference.loss
-        return next((text.loss for text in self.evaluation.of_kind(TextKind.TASK)), None)
+        return None if self.task_text is None else self.task_text.loss
 
     @property
     def generated_text(self) -> TextResult | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from peft import PeftModel
 
@@ -48,7 +49,7 @@ def training_plan(model: PeftModel, recipe: Recipe, data: TaskTokens, sequences:
     )
 
 
-def _kind(training: TrainingSection, split: int) -> str:
+def _kind(training: TrainingSection, split: int) -> Literal["row", "sequence", "packed sequence", "pair"]:
     """Return what a sequence that is trained on is called."""
     if training.objective == "dpo":
         return "pair"

@@ -39,22 +39,6 @@ PLAIN = [
 ]
 
 
-@pytest.fixture
-def pairs_file(recipe_file: Path) -> Path:
-    """The recipe on pairs of answers of unequal lengths."""
-    for name, rows in (("train.jsonl", range(12)), ("heldout.jsonl", range(20, 36))):
-        lines = [
-            {
-                "prompt": [{"role": "user", "content": f"say {i}"}],
-                "chosen": [{"role": "assistant", "content": f"it is {i}" + " indeed" * (i % 3)}],
-                "rejected": [{"role": "assistant", "content": f"{i + 1}, I think" + "!" * (i % 5)}],
-            }
-            for i in rows
-        ]
-        (recipe_file.parent / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return recipe_file
-
-
 def tokens(recipe: Recipe, tokenizer: Any) -> Dataset:
     encoder = Encoder(tokenizer)
     encoder.prepare_chats()
@@ -90,7 +74,7 @@ def ours(recipe: Recipe, callback: TrainerCallback | None = None) -> GatedTraine
     )
 
 
-def trls(recipe: Recipe, folder: Path, callback: TrainerCallback | None = None) -> DPOTrainer:
+def trls(recipe: Recipe, folder: Path, callback: TrainerCallback | None = None) -> Any:
     """TRL's trainer on the same rows, which it tokenizes, and the same adapter, which it rounds on a 4-bit base."""
     base = load_model(recipe.model, CPU)
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
@@ -171,10 +155,8 @@ def test_a_pair_without_labels_fills_a_batch_and_counts_nothing(pairs_file: Path
         torch.nn.init.normal_(pair.b, std=0.05)
 
     def loss(of: dict[str, Tensor]) -> float:
-        objective = trainer.objective
-        return float(
-            objective.loss(trainer, trainer.model, objective.prepare(trainer, of), torch.tensor(2))[0].detach()
-        )
+        prepared = trainer.objective.prepare(trainer, of)
+        return float(trainer.objective.loss(trainer, trainer.model, prepared, torch.tensor(2))[0].detach())
 
     assert loss(inputs) == pytest.approx(loss({name: value[:2] for name, value in inputs.items()}), abs=1e-6)
 
@@ -202,7 +184,7 @@ def test_statistics_are_weighted_by_the_gradient_of_trls_loss(pairs_file: Path, 
     """With B = 0: sum over tokens of |gradient at the output|² x xᵀ, of each pair's own loss, as a mean over pairs."""
     recipe = load_recipe(pairs_file, PLAIN)
     reference = trls(recipe, tmp_path / "trl")
-    model = reference.model
+    model: Any = reference.model
     rows = tokens(recipe, reference.processing_class).select(range(5))
     pair = adapter_pairs(model)[2]
     seen: dict[str, Tensor] = {}
