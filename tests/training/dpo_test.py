@@ -25,6 +25,7 @@ from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter,
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import Recipe, load_recipe
+from folora_q.training import objectives
 from folora_q.training.config import trainer_config
 from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
 from folora_q.workflows.calibration import slope_of_pairs
@@ -57,8 +58,8 @@ class Losses(TrainerCallback):
             self.seen.append(logs["loss"])
 
 
-def ours(recipe: Recipe, callback: TrainerCallback | None = None) -> GatedTrainer:
-    base = load_model(recipe.model, CPU)
+def ours(recipe: Recipe, callback: TrainerCallback | None = None, hardware: Hardware = CPU) -> GatedTrainer:
+    base = load_model(recipe.model, hardware)
     model = attach_adapter(base, recipe.adapter, recipe.training.seed)
     rows = tokens(recipe, base.tokenizer)
     return build_trainer(
@@ -68,7 +69,7 @@ def ours(recipe: Recipe, callback: TrainerCallback | None = None) -> GatedTraine
             train=rows,
             heldout=rows.select(range(3)),
             recipe=recipe,
-            config=trainer_config(model, recipe, CPU, Path(recipe.training.output_dir)),
+            config=trainer_config(model, recipe, hardware, Path(recipe.training.output_dir)),
             callbacks=[] if callback is None else [callback],
         )
     )
@@ -222,3 +223,26 @@ def test_statistics_are_weighted_by_the_gradient_of_trls_loss(pairs_file: Path, 
         [sink] = reading.stream([batch._replace(slope=slope) for batch in text], 1, new_sinks).values()
     found = sink.mean().float()
     assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_trls_fused_head_as_on_a_gpu_gives_the_same_loss(pairs_file: Path, monkeypatch) -> None:
+    trainer = ours(load_recipe(pairs_file, PLAIN))
+    for pair in adapter_pairs(trainer.model):
+        torch.nn.init.normal_(pair.b, std=0.05)
+    inputs = padded_pairs([trainer.train_dataset[i] for i in range(4)])
+
+    def loss() -> float:
+        prepared = trainer.objective.prepare(trainer, inputs)
+        return float(trainer.objective.loss(trainer, trainer.model, prepared, torch.tensor(4))[0].detach())
+
+    by_logits = loss()
+    monkeypatch.setattr(objectives, "_head_is_fused", lambda trainer: True)
+    assert loss() == pytest.approx(by_logits, abs=1e-5) and abs(by_logits - 0.6931) > 1e-3
+
+
+def test_in_bfloat16_model_and_base_are_rounded_alike(pairs_file: Path) -> None:
+    losses = Losses()
+    recipe = load_recipe(pairs_file, [*PLAIN, "model.dtype=bfloat16", "training.max_steps=3"])
+    trainer = ours(recipe, losses, Hardware(torch.device("cpu"), torch.bfloat16, "a test"))
+    trainer.train()
+    assert losses.seen[0] == pytest.approx(0.693147, abs=1e-6) and losses.seen[2] < 0.69
