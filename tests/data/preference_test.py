@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 from folora_q.data.encode import Encoder
@@ -76,7 +77,7 @@ def test_a_system_prompt_and_mapped_columns_belong_to_both_sides() -> None:
 def test_text_is_a_prompt_with_two_continuations_given_or_found_as_trl_finds_it() -> None:
     given = parse({"prompt": "2+2=", "chosen": "4", "rejected": "5"})
     assert given.chosen == Completion(HERE, "2+2=", "4") and given.rejected == Completion(HERE, "2+2=", "5")
-    row = {"chosen": "Human: why? Assistant: it is so", "rejected": "Human: why? Assistant: it rains"}
+    row: dict[str, Any] = {"chosen": "Human: why? Assistant: it is so", "rejected": "Human: why? Assistant: it rains"}
     found, trls = parse(row), maybe_extract_prompt(dict(row))
     for name, side in (("chosen", found.chosen), ("rejected", found.rejected)):
         assert isinstance(side, Completion) and (side.prompt, side.completion) == (trls["prompt"], trls[name])
@@ -113,16 +114,15 @@ def test_tokens_are_trls_and_an_overlong_answer_drops_or_cuts_both(tmp_path: Pat
     examples = [parse(row) for row in rows]
     found = tokenize(examples, encoder, UnfitExamples(200, "drop"))
     assert found.counts.sequences == 4
-    for row, tokens in zip(rows, found.sequences, strict=True):
+    sequences: list[dict[str, Any]] = list(cast(Any, found.sequences))
+    for row, tokens in zip(rows, sequences, strict=True):
         rendered = maybe_apply_chat_template(dict(row), tokenizer)
         asked = tokenizer(rendered["prompt"], add_special_tokens=False)["input_ids"]
         for name, ids, labels in (("chosen", "input_ids", "labels"), ("rejected", "rejected_ids", "rejected_labels")):
             said = tokenizer(rendered[name], add_special_tokens=False)["input_ids"]
             assert tokens[ids] == asked + said and tokens[labels] == [IGNORED] * len(asked) + said
-    lengths = [max(len(row["input_ids"]), len(row["rejected_ids"])) for row in found.sequences]
-    assert found.counts.tokens == sum(
-        len(row[name]) for row in found.sequences for name in ("input_ids", "rejected_ids")
-    )
+    lengths = [max(len(row["input_ids"]), len(row["rejected_ids"])) for row in sequences]
+    assert found.counts.tokens == sum(len(row[name]) for row in sequences for name in ("input_ids", "rejected_ids"))
     limit = sorted(lengths)[1]
     dropped = tokenize(examples, encoder, UnfitExamples(limit, "drop"))
     assert (dropped.counts.sequences, dropped.counts.dropped) == (2, 2)
@@ -140,7 +140,7 @@ def test_the_longest_pairs_come_first_with_both_answers_together() -> None:
     ids, labels = in_order(*both_answers(rows))
     assert ids == [[3], [6, 6, 6], [1], [4, 4], [2, 2], [5]]
     assert labels == [[3], [6, 6, IGNORED], [1], [4, 4], [2, IGNORED], [5]]
-    made = list(batches(ids, 4, "cpu", labels, sort=False))
+    made = list(batches(ids, 4, torch.device("cpu"), labels, sort=False))
     assert [batch.input_ids.shape for batch in made] == [(4, 3), (2, 2)]
     inputs = padded_pairs([{name: column[i] for name, column in rows.items()} for i in range(3)])
     assert inputs["input_ids"].shape == (3, 2, 3) and inputs["attention_mask"].sum() == 10

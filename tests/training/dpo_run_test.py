@@ -59,10 +59,19 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pairs_file: Path, tmp_path: Path
     assert_the_same_run(straight, stopped)
 
 
-def test_two_processes_take_the_steps_of_one(pairs_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["gate.rule=step"],
+        ["gate.rule=spectral"],
+        ["gate.rule=frozen", "model.fsdp=shard", "training.activation_checkpointing=true"],
+    ],
+    ids=" ".join,
+)
+def test_two_processes_take_the_steps_of_one(pairs_file: Path, tmp_path: Path, settings: list[str]) -> None:
     """12 rows do not divide among batches of 8, so accelerate repeats rows, which do not count."""
-    one(pairs_file, tmp_path / "one", DPO)
-    several(2, pairs_file, tmp_path / "two", DPO)
+    one(pairs_file, tmp_path / "one", DPO, *(each for each in settings if "fsdp" not in each))
+    several(2, pairs_file, tmp_path / "two", DPO, *settings)
     assert_the_same(tmp_path / "one", tmp_path / "two")
     pairs = [json.loads((tmp_path / name / "evaluation.json").read_text())["preference"] for name in ("one", "two")]
     assert pairs[1]["margin"]["value"] == pytest.approx(pairs[0]["margin"]["value"], rel=1e-3)
