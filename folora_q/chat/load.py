@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from itertools import islice
 
 from folora_q.chat.reply import Chatter
-from folora_q.data.formats import Chat, detect_format, to_example, with_answers
+from folora_q.data.examples import Chat, with_answers
+from folora_q.data.formats import detect_format, to_example
 from folora_q.data.rows import Row
 from folora_q.data.sources import read_source
 from folora_q.data.turns import Message

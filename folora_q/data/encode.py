@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import has_generation_markers
 
 from folora_q.data.completeness import lost_part
-from folora_q.data.formats import Chat, Completion, Example, Preference, Text, with_answers
+from folora_q.data.examples import Chat, Completion, Example, Preference, Text, with_answers
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
 from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, RenderError, common_length
 from folora_q.data.rows import RowError

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from folora_q.data.formats import Example, Text, content_of, detect_format, to_example
+from folora_q.data.examples import Example, Text, content_of
+from folora_q.data.formats import detect_format, to_example
 from folora_q.data.rows import ErrorPolicy, RowError
 from folora_q.data.sources import find, read_source
 from folora_q.data.unused import filled_columns, unused_columns

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat, Text, with_answers
+from folora_q.data.examples import Chat, Text, with_answers
 from folora_q.data.loading import TaskData, read_task_data
 from folora_q.data.rendering import Renderer
 from folora_q.data.templates import read_template

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Example, Text, content_of
+from folora_q.data.examples import Example, Text, content_of
 from folora_q.data.pairs import COLUMNS
 from folora_q.data.pieces import Encoded
 from folora_q.data.rows import RowError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from folora_q.data.formats import FORMATS, Fields
+from folora_q.data.fields import Fields
+from folora_q.data.formats import FORMATS
 from folora_q.data.rows import Row
 from folora_q.data.turns import EMPTY, unused_keys
 from folora_q.recipe.dataset import FormatName, Source

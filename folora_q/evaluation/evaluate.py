@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.block_sizes import GENERAL_WINDOW
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.formats import Example, with_answers
+from folora_q.data.examples import Example, with_answers
 from folora_q.data.pairs import both_answers
 from folora_q.data.rendering import Renderer
 from folora_q.data.task_data import TaskTokens

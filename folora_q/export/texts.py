@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.calibration.sample_cache import read_samples
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat, with_answers
+from folora_q.data.examples import Chat, with_answers
 from folora_q.data.loading import read_task_data
 from folora_q.data.tokens import IGNORED
 from folora_q.errors import UserError

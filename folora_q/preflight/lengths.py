@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from folora_q.data.formats import Chat, Completion, Example, Preference, Text
+from folora_q.data.examples import Chat, Completion, Example, Preference, Text
 from folora_q.data.loading import first_examples
 from folora_q.errors import UserError
 from folora_q.memory.config import files_here

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.advice import size_warnings
-from folora_q.data.formats import Example, with_answers
+from folora_q.data.examples import Example, with_answers
 from folora_q.data.sources import find
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.thoughts import Said

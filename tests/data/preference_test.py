@@ -11,7 +11,8 @@ import torch
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat, Completion, Preference, content_of, detect_format, to_example
+from folora_q.data.examples import Chat, Completion, Preference, content_of
+from folora_q.data.formats import detect_format, to_example
 from folora_q.data.loading import read_task_data
 from folora_q.data.pairs import both_answers, in_order, padded_pairs
 from folora_q.data.rows import Row, RowError
@@ -57,6 +58,7 @@ PAIR = Preference(HERE, Chat(HERE, [ASKED, GOOD], 1), Chat(HERE, [ASKED, BAD], 1
         {"prompt": "why?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD]},
         {"prompt": "why?", "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": [ASKED], "chosen": "so", "rejected": "no idea"},
+        {"prompt": "", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
         {"prompt": None, "chosen": [{"from": "human", "value": "why?"}, GOOD], "rejected": [ASKED, BAD]},
     ],
 )

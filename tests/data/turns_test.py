@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from folora_q.data.formats import Chat, Example, detect_format, to_example
+from folora_q.data.examples import Chat, Example
+from folora_q.data.formats import detect_format, to_example
 from folora_q.data.rows import Row, RowError
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.recipe.dataset import Source
