@@ -32,7 +32,7 @@ class TrainingPlan:
 
     sequences: int
     tokens: int
-    kind: Literal["row", "sequence", "packed sequence"]
+    kind: Literal["row", "sequence", "packed sequence", "pair"]
     epochs: float
     batch: int
     steps: int

@@ -168,6 +168,24 @@ def recipe_file(tiny_folder: Path, tmp_path: Path) -> Path:
     return write_recipe(tmp_path, tiny_folder)
 
 
+@pytest.fixture
+def pairs_file(recipe_file: Path) -> Path:
+    """The recipe on pairs of answers of unequal lengths, for training.objective dpo."""
+    import json
+
+    for name, rows in (("train.jsonl", range(12)), ("heldout.jsonl", range(20, 36))):
+        lines = [
+            {
+                "prompt": [{"role": "user", "content": f"say {i}"}],
+                "chosen": [{"role": "assistant", "content": f"it is {i}" + " indeed" * (i % 3)}],
+                "rejected": [{"role": "assistant", "content": f"{i + 1}, I think" + "!" * (i % 5)}],
+            }
+            for i in rows
+        ]
+        (recipe_file.parent / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return recipe_file
+
+
 def write_recipe(folder: Path, model: Path) -> Path:
     """recipe.yaml in a folder, with its data beside it; the run goes to run in that folder."""
     import json

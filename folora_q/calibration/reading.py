@@ -117,7 +117,7 @@ class Reading:
                     part = rows_of(batch, start, start + size)
                     counted.count(part.attention_mask if self.weighted else part.loss_positions, part.weight)
                     if self.weighted:
-                        _backward(base_of(self.model), part, unit, counted, labels)
+                        _backward(base_of(self.model), part, unit * part.slope, counted, labels)
                     else:
                         ids, seen_by = part.input_ids, part.attention_mask
                         self.model(input_ids=ids, attention_mask=seen_by, use_cache=False, logits_to_keep=1)

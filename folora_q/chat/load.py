@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from itertools import islice
 
 from folora_q.chat.reply import Chatter
-from folora_q.data.formats import Chat, detect_format, to_example
+from folora_q.data.examples import Chat, with_answers
+from folora_q.data.formats import detect_format, to_example
 from folora_q.data.rows import Row
 from folora_q.data.sources import read_source
 from folora_q.data.turns import Message
@@ -84,10 +85,11 @@ def _trained(run: RunFolder) -> list[list[Message]]:
         if is_hub_dataset(source) or is_remote(source.path):
             return []
         rows = [row for row in islice(read_source(source), FIRST_ROWS) if isinstance(row, Row)]
-        examples = [to_example(row, detect_format(row, source), source) for row in rows]
+        objective = recipe.get("training", {}).get("objective", "sft")  # older recipes name none
+        examples = [to_example(row, detect_format(row, source, objective), source) for row in rows]
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return []
-    return [example.messages for example in examples if isinstance(example, Chat)]
+    return [example.messages for example in with_answers(examples) if isinstance(example, Chat)]
 
 
 def _shared(chats: Iterable[list[Message]]) -> str | None:

@@ -8,7 +8,15 @@ from rich.table import Table
 from folora_q.cli.console import out, print_table, visible
 from folora_q.recipe.size_advice import MIN_TEXTS
 from folora_q.runs.in_words import summary
-from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, Interval, PairedChange, TextKind
+from folora_q.runs.results import (
+    AnswerResult,
+    Evaluation,
+    HarnessResult,
+    Interval,
+    PairedChange,
+    PreferenceResult,
+    TextKind,
+)
 
 ANSWER_LENGTH = 200
 
@@ -16,12 +24,7 @@ ANSWER_LENGTH = 200
 def print_evaluation(found: Evaluation, title: str) -> None:
     """Print a table with sections for the task, what is kept, model-generated and general text; with 95 % intervals."""
     table = _ChangeTable(title)
-    for kind, scores in ((TextKind.TASK, [found.score]), (TextKind.EARLIER, found.earlier)):
-        for text in found.of_kind(kind):
-            table.add(f"{text.name}: loss, nats per token", text.loss, ".4f", True)
-        for score in filter(None, scores):
-            table.add(f"{score.task or 'task'}: {score.metric.replace('_', ' ')}", score.score, ".1%", False)
-        table.rows.add_section()
+    _add_tasks(table, found)
     for kept in found.kept:
         if kept.score is not None:
             table.add(f"keep, {kept.name}: {kept.metric}", kept.score, ".1%", False)
@@ -37,6 +40,22 @@ def print_evaluation(found: Evaluation, title: str) -> None:
     print_table(table.rows)
     for sentence in summary(found):
         out.print(escape(visible(sentence)), soft_wrap=True)
+
+
+def _add_tasks(table: _ChangeTable, found: Evaluation) -> None:
+    """Add the sections of the task and of earlier ones."""
+    for label, loss in _task_losses(found):
+        table.add(label, loss, ".4f", True)
+    for row in _rewards(found.preference):
+        table.rows.add_row(*row)
+    if found.score is not None:
+        table.add(f"task: {found.score.metric.replace('_', ' ')}", found.score.score, ".1%", False)
+    table.rows.add_section()
+    for text in found.of_kind(TextKind.EARLIER):
+        table.add(f"{text.name}: loss, nats per token", text.loss, ".4f", True)
+    for score in found.earlier:
+        table.add(f"{score.task}: {score.metric.replace('_', ' ')}", score.score, ".1%", False)
+    table.rows.add_section()
 
 
 class _ChangeTable:
@@ -96,6 +115,25 @@ def print_answer(answer: AnswerResult) -> None:
         line = " ".join(text.split())
         line = line if len(line) <= ANSWER_LENGTH else f"{line[:ANSWER_LENGTH]} …"
         out.print(f"[bold]{name:6}[/] {escape(visible(line))}", soft_wrap=True)
+
+
+def _task_losses(found: Evaluation) -> list[tuple[str, PairedChange]]:
+    of_tokens = [text.loss for text in found.of_kind(TextKind.TASK)]
+    if found.preference is None:
+        return [("task: loss, nats per token", loss) for loss in of_tokens]
+    of_pairs = ("task: DPO loss, nats per pair", found.preference.loss)
+    return [of_pairs, *(("chosen answers: loss", loss) for loss in of_tokens)]
+
+
+def _rewards(pairs: PreferenceResult | None) -> list[tuple[str, str, str, str, str]]:
+    """Return rows on the implicit rewards, which the base does not tell apart."""
+    if pairs is None:
+        return []
+    accuracy, margin = pairs.accuracy, pairs.margin
+    return [
+        ("  chosen rewarded more", "", f"{accuracy.value:.1%}", "", _interval(accuracy, ".1%")),
+        ("  margin of rewards", "0", f"{margin.value:.3f}", "", _interval(margin, ".3f")),
+    ]
 
 
 def _interval(estimate: Interval, form: str) -> str:

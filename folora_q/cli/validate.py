@@ -43,7 +43,7 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
     model = examined(recipe, path, overrides, settings["debug"], ask_the_hub=False)
     rows = None if all_rows else FIRST_ROWS
     data = recipe.data
-    train, heldout = ([_look_at(source, rows, data) for source in given or []] for given in _sources(data))
+    train, heldout = ([_look_at(source, rows, recipe) for source in given or []] for given in _sources(data))
     _require_training_rows(data, train)
     facts = list(_facts(recipe, train, heldout))
     examine_rows(recipe, model, rows)
@@ -79,12 +79,12 @@ def _sources(data: DataSection) -> tuple[list[Source], list[Source] | None]:
     return data.train_dataset, data.eval_dataset
 
 
-def _look_at(source: Source, rows: int | None, data: DataSection) -> Look:
+def _look_at(source: Source, rows: int | None, recipe: Recipe) -> Look:
     if is_hub_dataset(source):
         return Look(f"{source.path} ({source.split or TRAIN}) from the hub, not checked")
     if is_remote(source.path):
         return Look(f"{source.path}, not checked: `folora-q preview` reads it")
-    facts = examine(source, rows, data.on_error)
+    facts = examine(source, rows, recipe.data.on_error, recipe.training.objective)
     remarks = "".join(f"; {remark}" for remark in facts.remarks)
     if facts.read != rows:
         return Look(f"{source.path}: {facts.rows:,} rows of `{facts.shape}`{remarks}", facts, whole=True)
@@ -125,9 +125,10 @@ def _facts(recipe: Recipe, train: Sequence[Look], heldout: Sequence[Look]) -> It
     length = counted(training.max_steps, "step") if training.max_steps else counted(training.num_train_epochs, "epoch")
     sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps
     packed = ", packed" if training.packing else ""
+    what = "sequences" if training.sequences_per_row == 1 else "pairs of answers"
     yield (
         "training",
-        f"{length} of {sequences} sequences up to {training.max_length:,} tokens{packed}; learning rate "
+        f"{length} of {sequences} {what} up to {training.max_length:,} tokens{packed}; learning rate "
         f"{training.learning_rate:g}, "
         f"{'optimizer by hardware' if training.optim == 'auto' else training.optim}",
     )

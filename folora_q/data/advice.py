@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from folora_q.data.formats import Text
+from folora_q.data.examples import Text
 from folora_q.data.task_data import TaskTokens
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.size_advice import heldout_advice, step_advice

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import date
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import has_generation_markers
 
 from folora_q.data.completeness import lost_part
-from folora_q.data.formats import Chat, Completion, Example, Text
+from folora_q.data.examples import Chat, Completion, Example, Preference, Text, with_answers
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
 from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, RenderError, common_length
 from folora_q.data.rows import RowError
@@ -115,7 +116,7 @@ class Encoder:
     def ends_of_turn(self, examples: Iterable[Example]) -> list[int]:
         """Return the tokens at which generation must stop: the end of a turn, and of a tool call if there is any."""
         ends = [] if self.end_of_turn is None else [self.end_of_turn]
-        for chat in (example for example in examples if isinstance(example, Chat)):
+        for chat in (example for example in with_answers(examples) if isinstance(example, Chat)):
             calling = [index for index in chat.learned if chat.messages[index].get("tool_calls")]
             if calling:
                 try:
@@ -127,7 +128,7 @@ class Encoder:
         return list(dict.fromkeys(ends))
 
     def __call__(self, example: Example) -> list[Encoded]:
-        """Encode one example; a chat may need several sequences.
+        """Encode one example; a chat may need several sequences, and a pair is one with the rejected answer in it.
 
         Raises:
             RowError: the chat template or the tokenizer fails on it, or a part of it would be lost.
@@ -142,10 +143,27 @@ class Encoder:
                     return [self._document(text, start)]
                 case Text():
                     return [self._document(self._ended(example.text), 0)]
+                case Preference():
+                    return [replace(self._answer(example.chosen), rejected=self._answer(example.rejected))]
         except TEMPLATE_ERRORS as error:
             raise RowError(example.where, f"it cannot be rendered: {_sentence(error)}") from None
         except RenderError as error:
             raise RowError(example.where, f"{self.template_name} {error.reason}", error.hint) from None
+
+    def _answer(self, example: Chat | Completion) -> Encoded:
+        """Encode one side of a pair.
+
+        Raises:
+            RowError: as for a single example, or it needs several sequences.
+        """
+        encoded = self(example)
+        if len(encoded) > 1:
+            raise RowError(
+                example.where,
+                f"an answer has several turns that {self.template_name} renders differently in one text",
+                "give the turns before the last one as `prompt`, or data.on_error: skip leaves such rows out",
+            )
+        return encoded[0]
 
     def _chat(self, chat: Chat) -> list[Encoded]:
         if not self.assistant_only_loss:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from folora_q.data.column_guess import Guess, guess_fields
-from folora_q.data.formats import Text, detect_format
+from folora_q.data.examples import Text
+from folora_q.data.formats import detect_format
 from folora_q.data.loading import examine, first_examples
 from folora_q.data.rows import Row, RowError
 from folora_q.data.sources import read_source

@@ -1,115 +1,64 @@
-"""Row formats, and the three kinds of examples: a chat, a prompt with its completion, and plain text."""
+"""Row formats: which columns a row has, and how it becomes an example."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import get_args
 
 from folora_q.data.column_guess import guess_fields
+from folora_q.data.examples import Chat, Completion, Example, Text, content_of
+from folora_q.data.fields import Fields, chat_of, listed_columns
+from folora_q.data.pair_rows import parse_preference
 from folora_q.data.rows import Row, RowError, kind_of
-from folora_q.data.tools import Tool, parse_tools
-from folora_q.data.turns import Message, Turn, check_order, parse_turns
+from folora_q.data.turns import Turn, check_order, parse_turns
 from folora_q.recipe.dataset import FormatName, Source
 from folora_q.recipe.strict_yaml import dump_yaml
+from folora_q.recipe.training import ObjectiveName
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A conversation.
-
-    Attributes:
-        where: file and line.
-        messages: in the form of `apply_chat_template`.
-        context: the number of messages at the beginning that are never trained on.
-        tools: tools that the assistant may call.
-        unlearned: indices of assistant turns that the row excludes from training.
-    """
-
-    where: str
-    messages: list[Message]
-    context: int = 0
-    tools: list[Tool] | None = None
-    unlearned: tuple[int, ...] = ()
-
-    @property
-    def learned(self) -> list[int]:
-        """The indices of the trained turns."""
-        return [index for index in self._said if index >= self.context and index not in self.unlearned]
-
-    @property
-    def answer(self) -> int:
-        """The index of the turn that evaluation asks for: the last trained one, else the last of the assistant's."""
-        return (self.learned or self._said)[-1]
-
-    @property
-    def prompt(self) -> list[Message]:
-        """The messages before that turn."""
-        return self.messages[: self.answer]
-
-    @property
-    def reference(self) -> str:
-        """The content of that turn."""
-        return self.messages[self.answer]["content"]
-
-    @property
-    def _said(self) -> list[int]:
-        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and its continuation, both plain text."""
-
-    where: str
-    prompt: str
-    completion: str
-
-    @property
-    def reference(self) -> str:
-        """The completion, with which answers are compared."""
-        return self.completion
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document that is trained in full."""
-
-    where: str
-    text: str
-
-
-Example = Chat | Completion | Text
-
-
-def content_of(example: Example) -> str:
-    """Serialize an example without its location: equal for two examples of the same content."""
-    parts = {name: value for name, value in vars(example).items() if name != "where"}
-    return json.dumps([type(example).__name__, parts], ensure_ascii=False)
-
-
-def detect_format(row: Row, source: Source) -> FormatName:
+def detect_format(row: Row, source: Source, objective: ObjectiveName = "sft") -> FormatName:
     """Return the format that the source names, or that the row's columns imply.
 
+    Args:
+        objective: what the rows are for; other formats are not considered.
+
     Raises:
-        RowError: the columns fit no format.
+        RowError: the columns fit no format of the objective.
     """
     if source.shape != "auto":
+        if FORMATS[source.shape].objective != objective:
+            raise _of_another_objective(row, f"its source has `shape: {source.shape}`", objective)
         return source.shape
     columns = {*row.values, *source.fields}
-    fitting: list[FormatName] = [name for name, known in FORMATS.items() if known.columns <= columns]
+    fitting: list[FormatName] = [
+        name for name, known in FORMATS.items() if known.columns <= columns and known.objective == objective
+    ]
     if fitting:  # formats whose columns the recipe maps come first
         return max(fitting, key=lambda name: len(FORMATS[name].fields & source.fields.keys()))
-    if {"chosen", "rejected"} <= columns:
-        raise RowError(
-            row.where,
-            "it has `chosen` and `rejected`: preference data, as for DPO, which is not supported",
-            "to fine-tune on the chosen answers alone, set fields: {completion: chosen}, or {messages: chosen} if "
-            "`chosen` is a list of turns",
-        )
+    if objective == "dpo":
+        raise _of_another_objective(row, f"its columns are {listed_columns(row.values)}", objective)
+    if FORMATS["preference"].columns <= columns:
+        raise _of_another_objective(row, "it has `chosen` and `rejected`", objective)
     raise RowError(
-        row.where, f"its columns ({_listed(row.values)}) match no known format", _hint_on_columns(row, source)
+        row.where, f"its columns ({listed_columns(row.values)}) match no known format", _hint_on_columns(row, source)
+    )
+
+
+def _of_another_objective(row: Row, what: str, objective: ObjectiveName) -> RowError:
+    """Return the error for a row of a format that training.objective cannot use."""
+    if objective == "dpo":
+        return RowError(
+            row.where,
+            f"{what}, and training.objective: dpo needs pairs",
+            "give each row a `chosen` and a `rejected` answer, and perhaps their `prompt`; map other names with "
+            "`fields`, e.g. {chosen: better, rejected: worse}; or set training.objective: sft",
+        )
+    return RowError(
+        row.where,
+        f"{what}: preference data, which training.objective: sft does not use",
+        "set training.objective: dpo; to fine-tune on the chosen answers alone, set fields: {completion: chosen}, or "
+        "{messages: chosen} if `chosen` is a list of turns",
     )
 
 
@@ -142,68 +91,11 @@ def to_example(row: Row, name: FormatName, source: Source) -> Example:
             raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained")
     try:
         example = FORMATS[name].parse(Fields(row, source))
-        if isinstance(example, Chat):
+        if not isinstance(example, Text):
             content_of(example)  # tools and calls may be nested to any depth
     except RecursionError:
         raise RowError(row.where, "it is nested too deeply") from None
     return example
-
-
-@dataclass(frozen=True)
-class Fields:
-    """A row's columns, looked up by our names."""
-
-    row: Row
-    source: Source
-
-    @property
-    def where(self) -> str:
-        return self.row.where
-
-    def column(self, *names: str) -> str | None:
-        """Return the row's column for the first of our names that has one.
-
-        A column that `fields` maps to another name is not found under its own.
-        """
-        fields = self.source.fields
-        mapped = set(fields.values())
-        for name in names:
-            column = self.source.column(name)
-            if column in self.row.values and (name in fields or column not in mapped):
-                return column
-        return None
-
-    def get(self, *names: str) -> Any:
-        """Return the value of a required column, looked up by these names."""
-        column = self.column(*names)
-        if column is not None:
-            return self.row.values[column]
-        wanted = self.source.column(names[0])
-        raise RowError(self.where, f"the column `{wanted[:40]}` is missing; the columns are {_listed(self.row.values)}")
-
-    def text(self, name: str, *others: str, required: bool = True) -> str:
-        """Return the text of a column; "" if it is not required and absent or null.
-
-        Args:
-            others: further names that the column may have.
-        """
-        column = self.column(name, *others)
-        theirs = column or self.source.column(name)
-        value = None if column is None else self.row.values[column]
-        if value is None and not required:
-            return ""
-        if column is None:
-            self.get(name)
-        if not isinstance(value, str):
-            raise RowError(self.where, f"`{theirs}` must be text, not {kind_of(value)}")
-        if required and not value.strip():
-            raise RowError(self.where, f"`{theirs}` is empty")
-        return value
-
-    def tools(self) -> list[Tool] | None:
-        """Return the tools that the row offers, if any."""
-        column = self.column("tools", "functions")
-        return None if column is None else parse_tools(self.row.values[column], self.where, column)
 
 
 def _messages(fields: Fields) -> Chat:
@@ -217,7 +109,7 @@ def _messages(fields: Fields) -> Chat:
             raise RowError(fields.where, f"it has two system prompts: `system`, and another in `{column}[0]`")
         if first["role"] != "system":
             turns.insert(0, Turn({"role": "system", "content": system}))
-    return _chat(fields, turns)
+    return chat_of(fields, turns)
 
 
 def _alpaca(fields: Fields) -> Chat:
@@ -260,7 +152,7 @@ def _prompt_completion(fields: Fields) -> Chat | Completion:
         check_order(fields.where, [turn.message for turn in turns], "prompt + completion")
         if not any(turn.message["role"] == "assistant" for turn in turns[len(context) :]):
             raise RowError(fields.where, "the assistant says nothing in `completion`, so there is nothing to learn")
-        return _chat(fields, turns, context=len(context))
+        return chat_of(fields, turns, context=len(context))
     if fields.tools():
         raise RowError(fields.where, "it has `tools`, which only a chat template can render: give lists of turns")
     return Completion(fields.where, fields.text("prompt"), fields.text("completion"))
@@ -268,18 +160,6 @@ def _prompt_completion(fields: Fields) -> Chat | Completion:
 
 def _text(fields: Fields) -> Text:
     return Text(fields.where, fields.text("text"))
-
-
-def _chat(fields: Fields, turns: list[Turn], context: int = 0) -> Chat:
-    unlearned = tuple(
-        index for index, turn in enumerate(turns) if turn.message["role"] == "assistant" and not turn.learned
-    )
-    return Chat(fields.where, [turn.message for turn in turns], context, fields.tools(), unlearned)
-
-
-def _listed(columns: Mapping[str, Any]) -> str:
-    """List the names of a row's columns, shortened for a message."""
-    return ", ".join(sorted(str(name)[:40] for name in columns)[:8]) or "none"
 
 
 @dataclass(frozen=True)
@@ -292,6 +172,7 @@ class DatasetFormat:
         fields: names that a recipe's `fields` may map.
         unmapped: further columns, which are read only under their own names.
         turns: names of each column that holds turns; the first that a row has counts.
+        objective: the training objective that its rows are for.
     """
 
     parse: Callable[[Fields], Example]
@@ -299,6 +180,7 @@ class DatasetFormat:
     fields: frozenset[str]
     unmapped: frozenset[str] = frozenset()
     turns: tuple[tuple[str, ...], ...] = ()
+    objective: ObjectiveName = "sft"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -330,6 +212,14 @@ FORMATS: dict[FormatName, DatasetFormat] = {
         unmapped=_names("system_prompt"),
     ),
     "text": DatasetFormat(parse=_text, columns=_names("text"), fields=_names("text")),
+    "preference": DatasetFormat(
+        parse=parse_preference,
+        columns=_names("chosen rejected"),
+        fields=_names("prompt chosen rejected role content system tools"),
+        unmapped=_names("functions system_prompt"),
+        turns=(("prompt",), ("chosen",), ("rejected",)),
+        objective="dpo",
+    ),
 }
 if FORMATS.keys() != set(get_args(FormatName)):
     raise TypeError(f"FormatName has {get_args(FormatName)}, FORMATS has {tuple(FORMATS)}")

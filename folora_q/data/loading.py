@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from folora_q.data.formats import Example, Text, content_of, detect_format, to_example
+from folora_q.data.examples import Example, Text, content_of
+from folora_q.data.formats import detect_format, to_example
 from folora_q.data.rows import ErrorPolicy, RowError
 from folora_q.data.sources import find, read_source
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, FormatName, Source
+from folora_q.recipe.training import ObjectiveName
 
 # The maximum number of files or columns that a line names; run.json has all files.
 MAX_NAMED = 10
@@ -73,8 +75,11 @@ class TaskData:
     repeated: int = 0
 
 
-def read_task_data(section: DataSection, seed: int) -> TaskData:
+def read_task_data(section: DataSection, seed: int, objective: ObjectiveName = "sft") -> TaskData:
     """Read, hold out, weight and sample rows; every random choice depends on `seed`.
+
+    Args:
+        objective: `training.objective`, which determines the formats that rows may have.
 
     Raises:
         UserError: a source cannot be read, a row cannot be used (unless `on_error: skip`), or nothing is left.
@@ -84,7 +89,7 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
     heldout: list[Example] = []
     train: list[Example] = []
     for number, source in enumerate(section.train_dataset):
-        examples = _read(source, error_policy, facts)
+        examples = _read(source, error_policy, facts, objective)
         chooser = random.Random(f"{seed} {number}")
         if section.eval_dataset is None:
             size = share_of(section.eval_size, number, len(section.train_dataset))
@@ -92,7 +97,7 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
             heldout += held
         train += _weighted(examples, source.weight, chooser)
     for source in section.eval_dataset or []:
-        heldout += _read(source, error_policy, facts)
+        heldout += _read(source, error_policy, facts, objective)
     train = _at_most(train, section.max_train_samples, seed)
     heldout = _at_most(heldout, section.max_eval_samples, seed)
     if not train:
@@ -102,24 +107,24 @@ def read_task_data(section: DataSection, seed: int) -> TaskData:
     return TaskData(train, heldout, facts, error_policy.skipped, repeated)
 
 
-def examine(source: Source, rows: int | None, on_error: str) -> SourceFacts:
+def examine(source: Source, rows: int | None, on_error: str, objective: ObjectiveName = "sft") -> SourceFacts:
     """Return the facts about a source, from its first rows, or from all if `rows` is None.
 
     Raises:
         UserError: as `read_task_data`, as far as these rows show it.
     """
     facts: list[SourceFacts] = []
-    _read(source, ErrorPolicy(on_error == "skip"), facts, rows)
+    _read(source, ErrorPolicy(on_error == "skip"), facts, objective, rows)
     return facts[0]
 
 
-def first_examples(source: Source, rows: int | None, on_error: str) -> list[Example]:
+def first_examples(source: Source, rows: int | None, on_error: str, objective: ObjectiveName = "sft") -> list[Example]:
     """Return the examples from a source's first rows, or from all rows with None.
 
     Raises:
         UserError: as `examine`.
     """
-    return _read(source, ErrorPolicy(on_error == "skip"), [], rows)
+    return _read(source, ErrorPolicy(on_error == "skip"), [], objective, rows)
 
 
 def _some(names: list[str]) -> str:
@@ -128,7 +133,11 @@ def _some(names: list[str]) -> str:
 
 
 def _read(
-    source: Source, error_policy: ErrorPolicy, facts: list[SourceFacts], most: int | None = None
+    source: Source,
+    error_policy: ErrorPolicy,
+    facts: list[SourceFacts],
+    objective: ObjectiveName,
+    most: int | None = None,
 ) -> list[Example]:
     found: list[FormatName] = []
     columns: set[str] = set()
@@ -140,14 +149,14 @@ def _read(
         for row in error_policy.pass_on(islice(read_source(source, there), most)):
             columns.update(row.values)
             try:
-                name = detect_format(row, source)
+                name = detect_format(row, source, objective)
                 if found and name != found[0]:
                     raise RowError(
                         row.where, f"its columns are those of `{name}`, but the rows before it are `{found[0]}`"
                     )
                 example = to_example(row, name, source)
                 found[:] = [name]
-                filled.update(filled_columns(row, source))
+                filled.update(filled_columns(row, name, source))
                 yield example
             except RowError as error:
                 yield error

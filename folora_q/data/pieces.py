@@ -19,11 +19,23 @@ class Encoded:
 
     Attributes:
         given: the number of turns without a thought for which the template's empty thought is not trained.
+        rejected: of a pair, the sequence with the other answer.
     """
 
     input_ids: list[int]
     labels: list[int]
     given: int = 0
+    rejected: Encoded | None = None
+
+    @property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """The sequence, and the other one of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    def cut(self, length: int) -> Encoded:
+        """Return it without the tokens after the first `length`."""
+        rejected = None if self.rejected is None else self.rejected.cut(length)
+        return Encoded(self.input_ids[:length], self.labels[:length], self.given, rejected)
 
     @property
     def trained(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat, Text
+from folora_q.data.examples import Chat, Text, with_answers
 from folora_q.data.loading import TaskData, read_task_data
 from folora_q.data.rendering import Renderer
 from folora_q.data.templates import read_template
@@ -62,7 +62,7 @@ def read_task(recipe: Recipe, clock: StageTimer) -> TaskData:
         UserError: a row cannot be used, or the metric does not apply to the rows.
     """
     with clock.stage("reading the data", None):
-        task = read_task_data(recipe.data, recipe.training.seed)
+        task = read_task_data(recipe.data, recipe.training.seed, recipe.training.objective)
     for facts in task.facts:
         clock.note(f"{facts.path}: {facts.rows:,} rows of `{facts.shape}`")
         for remark in facts.remarks:
@@ -93,7 +93,7 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
         template_name=f"the chat template {data.chat_template}" if data.chat_template else "the model's chat template",
         without_thought=data.without_thought,
     )
-    if any(isinstance(example, Chat) for example in (*task.train, *task.heldout)):
+    if any(isinstance(example, Chat) for example in with_answers((*task.train, *task.heldout))):
         encoder.prepare_chats()
         if encoder.assistant_only_loss:
             clock.note(f"the assistant's turns are found by {encoder.marking}")
@@ -113,7 +113,8 @@ def _described(data: Tokenized, max_length: int) -> str:
     """Describe in one line what there is to train on, what was left out, and where it is stored."""
     counts = data.counts
     share = counts.trained / counts.tokens
-    sequences = f"{counts.sequences:,} sequence{'s' * (counts.sequences != 1)}"
+    kind = "pair" if "rejected_ids" in data.sequences.column_names else "sequence"
+    sequences = f"{counts.sequences:,} {kind}{'s' * (counts.sequences != 1)}"
     parts = [f"{sequences}, {counts.tokens:,} tokens, {share:.0%} of them trained"]
     happened = {"left out": counts.dropped, "cut": counts.cut, "split": counts.split}
     parts += [f"{count:,} over {max_length} tokens {what}" for what, count in happened.items() if count]

@@ -13,7 +13,8 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Example, Text, content_of
+from folora_q.data.examples import Example, Text, content_of
+from folora_q.data.pairs import COLUMNS
 from folora_q.data.pieces import Encoded
 from folora_q.data.rows import RowError
 from folora_q.errors import UserError
@@ -21,7 +22,10 @@ from folora_q.storage.files import cache_folder, commit_directory
 
 # Increased when the same settings give other tokens.
 FORMAT = 2
-FEATURES = Features({"input_ids": ListOf(Value("int32")), "labels": ListOf(Value("int32")), "example": Value("int32")})
+IDS = ListOf(Value("int32"))
+FEATURES = Features({"input_ids": IDS, "labels": IDS, "example": Value("int32")})
+# Of pairs: `input_ids` and `labels` are those of the chosen answer.
+PAIR_FEATURES = Features({**FEATURES, "rejected_ids": IDS, "rejected_labels": IDS})
 COUNTS = "counts.json"
 
 
@@ -45,7 +49,7 @@ class Counts:
     """What happened to the examples.
 
     Attributes:
-        examples, sequences: the number of examples, and of sequences that are left to train on.
+        examples, sequences: the number of examples, and of sequences that are left to train on; a pair counts once.
         tokens, trained: the number of tokens in the sequences, and of trained ones among them.
         overlong: examples longer than max_length.
         dropped, cut, split: what happened to these.
@@ -74,7 +78,8 @@ class Tokenized:
     """Sequences to train or to evaluate on.
 
     Attributes:
-        sequences: columns `input_ids`, `labels`, and `example`, the index of the example that each comes from.
+        sequences: columns `input_ids`, `labels`, and `example`, the index of the example that each comes from; of pairs
+            also `rejected_ids` and `rejected_labels`.
         folder: where they are cached.
         from_cache: whether they were found there.
     """
@@ -112,9 +117,7 @@ def tokenize(
         return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=True)
 
     counts = Counts(examples=len(examples))
-    ids: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    origins: list[int] = []
+    columns: dict[str, list] = {name: [] for name in FEATURES}
     for index, example in enumerate(examples):
         try:
             encoded = encoder(example)
@@ -123,22 +126,24 @@ def tokenize(
                 raise
             counts.refused.append((index, error.reason))
             encoded = []
-        counts.given += sum(sequence.given for sequence in encoded)
+        counts.given += sum(each.given for sequence in encoded for each in sequence.sequences)
         for sequence in _fitted(example, encoded, unfit, counts):
-            ids.append(np.asarray(sequence.input_ids, np.int32))
-            labels.append(np.asarray(sequence.labels, np.int32))
-            origins.append(index)
-            counts.tokens += len(sequence.input_ids)
-            counts.trained += sequence.trained
+            columns["example"].append(index)
+            for names, each in zip(COLUMNS, sequence.sequences, strict=False):
+                for name, values in zip(names, (each.input_ids, each.labels), strict=True):
+                    columns.setdefault(name, []).append(np.asarray(values, np.int32))
+                counts.tokens += len(each.input_ids)
+                counts.trained += each.trained
         on_progress(1)
-    counts.sequences = len(ids)
-    if not ids:
+    counts.sequences = len(columns["example"])
+    if not counts.sequences:
         longer = f"raise training.max_length to {counts.longest} or more, " if counts.dropped else ""
         raise UserError(
             _nothing_left(examples, counts, unfit.max_length, kind), f"{longer}look at them with `folora-q preview`"
         )
     with commit_directory(folder, keeps_existing=True) as staging:
-        made = Dataset.from_dict({"input_ids": ids, "labels": labels, "example": origins}, features=FEATURES)
+        features = PAIR_FEATURES if "rejected_ids" in columns else FEATURES
+        made = Dataset.from_dict(columns, features=features)
         made.save_to_disk(staging)
         (staging / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
     return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=False)
@@ -147,21 +152,22 @@ def tokenize(
 def _fitted(example: Example, encoded: Sequence[Encoded], unfit: UnfitExamples, counts: Counts) -> Iterator[Encoded]:
     """Yield the sequences of one example that can be trained on."""
     for sequence in encoded:
-        length = len(sequence.input_ids)
+        length = max(len(each.input_ids) for each in sequence.sequences)
         counts.longest = max(counts.longest, length)
         parts = [sequence]
         if length > unfit.max_length:
             counts.overlong += 1
             parts = _shortened(example, sequence, unfit, counts)
         for part in parts:
-            if part.trained:
+            if all(each.trained for each in part.sequences):
                 yield part
             else:
                 counts.untrained += 1
 
 
 def _shortened(example: Example, sequence: Encoded, unfit: UnfitExamples, counts: Counts) -> list[Encoded]:
-    length, max_length = len(sequence.input_ids), unfit.max_length
+    max_length = unfit.max_length
+    length = max(len(each.input_ids) for each in sequence.sequences)
     too_long = f"{example.where} has {length} tokens, more than training.max_length ({max_length})"
     match unfit.overlong:
         case "raise":
@@ -171,7 +177,7 @@ def _shortened(example: Example, sequence: Encoded, unfit: UnfitExamples, counts
             return []
         case "truncate":
             counts.cut += 1
-            return [Encoded(sequence.input_ids[:max_length], sequence.labels[:max_length])]
+            return [sequence.cut(max_length)]
     if not isinstance(example, Text):
         raise UserError(
             f"{too_long}, and data.overlong: split is for plain text", "set data.overlong: drop or truncate"

@@ -23,13 +23,15 @@ TEMPLATE_ERRORS = (
 class Batch(NamedTuple):
     """Right-padded sequences: ids and mask (b, t), labels (b, t) with IGNORED where a token does not count.
 
-    Statistics count each token `weight` times.
+    Statistics count each token `weight` times. `slope` is how the objective changes with the loss of a token, up to its
+    sign: 1 if it is the sum of these losses.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     weight: float = 1.0
+    slope: float = 1.0
 
     @property
     def loss_positions(self) -> Tensor:
@@ -86,18 +88,22 @@ def batches(
     batch_size: int | Callable[[int], int],
     device: torch.device,
     labels: Sequence[Sequence[int]] | None = None,
+    sort: bool = True,
 ) -> Iterator[Batch]:
     """Yield sequences in batches, longest first: there is little padding, and memory runs out at once or never.
 
     Args:
         batch_size: sequences per batch, or a function of their length.
+        sort: if False, sequences stay in their order.
     """
     labels = labels if labels is not None else sequences
-    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    order = list(range(len(sequences)))
+    if sort:
+        order.sort(key=lambda index: -len(sequences[index]))
     while order:
-        width = len(sequences[order[0]])
-        size = batch_size if isinstance(batch_size, int) else batch_size(width)
+        size = batch_size if isinstance(batch_size, int) else batch_size(len(sequences[order[0]]))
         chosen, order = order[:size], order[size:]
+        width = max(len(sequences[index]) for index in chosen)
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         mask = torch.zeros(len(chosen), width, dtype=torch.long)
         targets = torch.full((len(chosen), width), IGNORED)

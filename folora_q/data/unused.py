@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from folora_q.data.formats import FORMATS, Fields, detect_format
+from folora_q.data.fields import Fields
+from folora_q.data.formats import FORMATS
 from folora_q.data.rows import Row
 from folora_q.data.turns import EMPTY, unused_keys
 from folora_q.recipe.dataset import FormatName, Source
 
 
-def filled_columns(row: Row, source: Source) -> set[str]:
+def filled_columns(row: Row, name: FormatName, source: Source) -> set[str]:
     """Return the columns of a usable row that hold something, and unread keys of its turns as `messages[].key`."""
     found = {name for name, value in row.values.items() if value not in EMPTY}
     fields = Fields(row, source)
-    for column in filter(None, (fields.column(*names) for names in FORMATS[detect_format(row, source)].turns)):
+    for column in filter(None, (fields.column(*names) for names in FORMATS[name].turns)):
         if isinstance(turns := row.values[column], list):
             found |= {f"{column}[].{key}" for key in unused_keys(turns, source)}
     return found

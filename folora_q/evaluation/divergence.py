@@ -46,22 +46,7 @@ def compare(
         on_progress: called with the number of tokens read.
         splitter: splits batches if memory runs out; None raises.
     """
-    splitter = splitter or BatchSplitter("comparing", enabled=False)
-    processes = model_pair.processes
-    parts: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
-    model_pair.eval()
-    with torch.no_grad():
-        for number, batch in enumerate(divided(text.batches, processes.count)):
-            on_progress(count_tokens([batch]))
-            if not processes.owns(number):
-                continue
-            if number < processes.count:
-                with model_pair.base() as base:
-                    verify_chunked_logits(base, batch.input_ids)
-            parts.append((number, list(splitter.over_batch(batch, lambda part: _tally(model_pair, part)))))
-    gathered = sorted((part for mine in processes.gather(parts) for part in mine), key=lambda part: part[0])
-    tallies = [tally for _, part in gathered for tally in part]  # in the order of the text's rows
-    all_sums, all_counts = (torch.cat(tensors, -1) for tensors in zip(*tallies, strict=True))
+    all_sums, all_counts = sums_by_row(model_pair, text.batches, on_progress, splitter)
     said = all_counts > 0  # a row may have no tokens that count
     counts = all_counts[said].numpy()
     base_loss, tuned_loss, kl, agreed = (Tally(row, counts) for row in all_sums[:, said].numpy())
@@ -74,6 +59,39 @@ def compare(
         kl=estimate(kl, limits=(0.0, math.inf)),
         top1_agreement=estimate(agreed, limits=(0.0, 1.0)),
     )
+
+
+def sums_by_row(
+    model_pair: ModelPair,
+    text: Sequence[Batch],
+    on_progress: Callable[[int], None] = lambda tokens: None,
+    splitter: BatchSplitter | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compare both models on a text, and return sums over the labelled tokens of each row, in the order of its rows.
+
+    Args:
+        on_progress, splitter: as in `compare`.
+
+    Returns:
+        Sums (4, rows) of the losses of base and tuned model, KL and agreement, and numbers of tokens (rows,).
+    """
+    splitter = splitter or BatchSplitter("comparing", enabled=False)
+    processes = model_pair.processes
+    parts: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
+    model_pair.eval()
+    with torch.no_grad():
+        for number, batch in enumerate(divided(text, processes.count)):
+            on_progress(count_tokens([batch]))
+            if not processes.owns(number):
+                continue
+            if number < processes.count:
+                with model_pair.base() as base:
+                    verify_chunked_logits(base, batch.input_ids)
+            parts.append((number, list(splitter.over_batch(batch, lambda part: _tally(model_pair, part)))))
+    gathered = sorted((part for mine in processes.gather(parts) for part in mine), key=lambda part: part[0])
+    tallies = [tally for _, part in gathered for tally in part]  # in the order of the text's rows
+    sums, counts = (torch.cat(tensors, -1) for tensors in zip(*tallies, strict=True))
+    return sums, counts
 
 
 def _tally(model_pair: ModelPair, batch: Batch) -> tuple[Tensor, Tensor]:

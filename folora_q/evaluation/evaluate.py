@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.block_sizes import GENERAL_WINDOW
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.formats import Example, Text
+from folora_q.data.examples import Example, with_answers
+from folora_q.data.pairs import both_answers
 from folora_q.data.rendering import Renderer
 from folora_q.data.task_data import TaskTokens
 from folora_q.data.tokens import Batch, batches, count_tokens
@@ -22,6 +23,7 @@ from folora_q.evaluation.drift import adapted_layers, measured_drift, update_nor
 from folora_q.evaluation.kept import Kept, kept_answers, kept_results
 from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.evaluation.model_pair import ModelPair
+from folora_q.evaluation.preference import HeldOutPairs, heldout_pairs, measure_pairs
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Generation,
@@ -39,6 +41,7 @@ from folora_q.runs.results import (
     AnswerResult,
     KeptResult,
     LayerResult,
+    PreferenceResult,
     ScoreResult,
     TextKind,
     TextResult,
@@ -59,12 +62,14 @@ class HeldOutSources:
         crop_seed: seed of the crops.
         data: the task; None: no task.
         kept: what the recipe keeps, as the base answers it.
+        beta: of DPO's loss, if the task's rows are pairs.
     """
 
     generated: Sequence[Sequence[int]]
     crop_seed: int
     data: TaskTokens | None
     kept: Sequence[Kept] = ()
+    beta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class HeldOut:
         reader: reads the answers.
         drift: texts by kind, on which the layers' outputs are compared.
         kept: what the recipe keeps; its held-out sequences are in `texts` too, in the same order.
+        pairs: of objective dpo; the task's text is then that of the chosen answers.
     """
 
     texts: list[HeldOutText]
@@ -84,6 +90,15 @@ class HeldOut:
     reader: Questions
     drift: dict[str, list[Batch]]
     kept: Sequence[Kept] = field(default_factory=tuple)
+    pairs: HeldOutPairs | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Base and tuned model on texts, and on pairs of answers if the task has pairs."""
+
+    texts: list[TextResult]
+    preference: PreferenceResult | None = None
 
 
 class Measurements(NamedTuple):
@@ -93,6 +108,7 @@ class Measurements(NamedTuple):
     score: ScoreResult | None
     answers: list[AnswerResult]
     kept: list[KeptResult]
+    preference: PreferenceResult | None
 
 
 def held_out(
@@ -127,6 +143,9 @@ def held_out(
         TextKind.GENERATED: [*generated[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]],
         TextKind.TASK: list(ids[:DRIFT_TEXTS]),
     }
+    pairs = None
+    if rows is not None and sources.beta is not None:
+        pairs = heldout_pairs(*both_answers(rows[:]), sources.beta, size, device)
     reader = Questions(Renderer(tokenizer) if data is None else data.renderer)
     return HeldOut(
         texts=texts,
@@ -134,6 +153,7 @@ def held_out(
         reader=reader,
         drift={kind: list(batches(sequences, size, device)) for kind, sequences in drift.items() if sequences},
         kept=sources.kept,
+        pairs=pairs,
     )
 
 
@@ -147,7 +167,7 @@ def general_texts(section: EvaluationSection) -> dict[str, Path]:
 
 
 def _questions(reader: Questions, section: EvaluationSection, examples: Sequence[Example]) -> list[Question]:
-    answerable = [example for example in examples if not isinstance(example, Text)]
+    answerable = with_answers(examples)
     few = SAMPLE_ANSWERS if section.metric == "none" else None
     prompts = Path(section.general_prompts) if section.general_prompts else GENERAL_PROMPTS
     chosen = answerable[: few if section.num_answers is None else section.num_answers]
@@ -162,29 +182,32 @@ def evaluate(
     clock: StageTimer,
 ) -> Measurements:
     """Measure losses and predictions on every text, and answer and score every question."""
-    texts = compare_texts(model_pair, on, clock)
+    compared = compare_texts(model_pair, on, clock)
     splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
     prompts = sum(len(kept.source.prompts.held_out) for kept in on.kept)  # which the base has answered before
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions) + prompts, "answers") as done:
         generation = Generation(section.max_new_tokens, section.batch_size, done, splitter, model_pair.processes)
         answers = answer_both(model_pair, on.reader, on.questions, generation, scorer)
         of_kept = kept_answers(model_pair, on.reader, on.kept, generation)
+    texts = compared.texts
     results = kept_results(on.kept, of_kept, [text for text in texts if text.kind is TextKind.KEPT])
     return Measurements(
         texts=[text for text in texts if text.kind is not TextKind.KEPT],
         score=mean_score(answers, section.metric),
         answers=answers + [answer for each in of_kept.values() for answer in each],
         kept=results,
+        preference=compared.preference,
     )
 
 
-def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> list[TextResult]:
-    """Measure losses and predictions on every text; all processes of the pair take part."""
+def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> Compared:
+    """Measure losses and predictions on every text, and rewards of pairs; all processes of the pair take part."""
     model_pair.eval()
     splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
-    tokens = sum(count_tokens(text.batches) for text in on.texts)
+    tokens = sum(count_tokens(text.batches) for text in (*on.texts, *([on.pairs] if on.pairs else [])))
     with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
-        return [compare(model_pair, text, done, splitter) for text in on.texts]
+        texts = [compare(model_pair, text, done, splitter) for text in on.texts]
+        return Compared(texts, None if on.pairs is None else measure_pairs(model_pair, on.pairs, done, splitter))
 
 
 def evaluate_layers(

@@ -89,6 +89,18 @@ def score_change(base: np.ndarray, tuned: np.ndarray) -> PairedChange:
     )
 
 
+def share(hits: np.ndarray) -> Interval:
+    """Return a share of independent cases with its adjusted Wald interval: two hits and two misses are added.
+
+    Source: Agresti and Coull, Approximate is better than "exact" for interval estimation of binomial proportions, The
+    American Statistician 52 (1998).
+
+    Args:
+        hits: 0 or 1, (n,).
+    """
+    return _adjusted(hits.astype(np.float64), [(0, 2.0), (1, 2.0)], 0)
+
+
 def _means(tally: Tally, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean of each resample and its standard error, of a ratio by linearization.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.formats import Chat, Completion
+from folora_q.data.examples import Chat, Completion
 from folora_q.data.rendering import Renderer, RenderError
 from folora_q.data.thoughts import Said, ThoughtSyntax
 from folora_q.data.tokens import TEMPLATE_ERRORS, decoded, generation_inputs, text_ids

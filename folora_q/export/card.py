@@ -54,7 +54,7 @@ def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation | None) -> s
 
 Trained by folora-q {__version__} on a base {"saved in" if held.prequantized else "quantized to"} 4 bits
 ({held.bnb_4bit_quant_type}, double quantization {"on" if held.bnb_4bit_use_double_quant else "off"}).
-Updates were {method}.
+{OBJECTIVES[recipe.training.objective]}Updates were {method}.
 
 - Base model: {_code(base.name)}{f" at revision {_code(base.revision)}" if base.revision else ""}
 - Training data: {", ".join(_code(_named(source)) for source in recipe.data.train_dataset)}
@@ -75,6 +75,7 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
 
 
+OBJECTIVES = {"sft": "", "dpo": "Its objective was Direct Preference Optimization (DPO).\n"}
 NOT_MEASURED = "Not measured: the run ended before its evaluation did."
 
 
@@ -120,6 +121,14 @@ def _rows(evaluation: Evaluation) -> str:
         shift = f"{by.value:+.1%}{_interval(by, '+.1%')}"
         named = f"{_text(scored.task or '')}: {scored.metric.replace('_', ' ')}, {scored.answers} answers"
         rows.append(f"| {named} | {old:.1%} | {new:.1%} | {shift} |")
+    if (pairs := evaluation.preference) is not None:
+        by, accuracy, margin = pairs.loss.change, pairs.accuracy, pairs.margin
+        shift = f"{by.value:+.4f}{_interval(by, '+.4f')}"
+        rows.append(
+            f"| DPO loss, {pairs.pairs} pairs | {pairs.loss.base.value:.4f} | {pairs.loss.tuned.value:.4f} | {shift} |"
+        )
+        rows.append(f"| chosen answer rewarded more | | {accuracy.value:.1%} |{_interval(accuracy, '.1%')} |")
+        rows.append(f"| margin of rewards | 0 | {margin.value:.3f} |{_interval(margin, '.3f')} |")
     for text in evaluation.texts:
         loss, by, kl = text.loss, text.loss.change, text.kl
         shift = f"{by.value:+.4f}{_interval(by, '+.4f')}"

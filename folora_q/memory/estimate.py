@@ -234,9 +234,12 @@ class _Run:
         return batch.tokens * max(c * mlp, c * attention + scores) + self.decoded
 
     def training(self) -> MemoryStage:
-        """The largest of three moments of a step: the head, the backward pass of a layer, and the optimizer's step."""
+        """The largest of three moments of a step: the head, the backward pass of a layer, and the optimizer's step.
+
+        The pass of the base that objective dpo needs is smaller: it comes first, and keeps nothing.
+        """
         training, shape, how = self.recipe.training, self.shape, self.how
-        rows = training.per_device_train_batch_size
+        rows = training.per_device_train_batch_size * training.sequences_per_row
         batch = BatchShape(rows, training.max_length, masked=rows > 1)
         if training.packing:  # TRL joins them into one row
             batch = BatchShape(1, rows * training.max_length)

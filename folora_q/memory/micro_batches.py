@@ -58,12 +58,14 @@ class StepPlan:
     @property
     def time(self) -> float:
         """A step's time in units of a token's forward and backward pass, to rank plans by."""
-        tokens = LAUNCH_TOKENS + self.rows * self.recipe.training.max_length
+        training = self.recipe.training
+        tokens = LAUNCH_TOKENS + self.rows * training.sequences_per_row * training.max_length
         return self.passes * tokens * (RECOMPUTATION if self.recompute else 1)
 
     def __str__(self) -> str:
         rows, passes = self.rows, self.passes
-        at_once = f"{rows} sequence{'s' * (rows != 1)} at a time" + f", {passes} times per step" * (passes != 1)
+        what = "sequence" if self.recipe.training.sequences_per_row == 1 else "pair"
+        at_once = f"{rows} {what}{'s' * (rows != 1)} at a time" + f", {passes} times per step" * (passes != 1)
         fsdp = self.recipe.model.fsdp
         sharded = f", with model.fsdp: {fsdp}" if fsdp in SHARDED else ""
         return f"{at_once}, {'with' if self.recompute else 'without'} activation checkpointing{sharded}"

@@ -36,12 +36,15 @@ def require_rows(data: TaskTokens, tokenizer: Tokenizer, config: PreTrainedConfi
 
 def _first_beyond(half: Tokenized, rows: int) -> tuple[int, int] | None:
     """Return example and id of the first token beyond the embedding's rows."""
-    ids = half.sequences.data.column("input_ids")
-    largest = pc.call_function("max", [pc.call_function("list_flatten", [ids])]).as_py()
-    if (largest or 0) < rows:
-        return None
-    for row in cast(Iterable[dict[str, Any]], half.sequences):
-        for number in row["input_ids"]:
-            if number >= rows:
-                return row["example"], number
+    for name in half.sequences.column_names:
+        if name not in ("input_ids", "rejected_ids"):
+            continue
+        ids = half.sequences.data.column(name)
+        largest = pc.call_function("max", [pc.call_function("list_flatten", [ids])]).as_py()
+        if (largest or 0) < rows:
+            continue
+        for row in cast(Iterable[dict[str, Any]], half.sequences):
+            for number in row[name]:
+                if number >= rows:
+                    return row["example"], number
     return None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from folora_q.data.formats import Chat, Completion, Example, Text
+from folora_q.data.examples import Chat, Completion, Example, Preference, Text
 from folora_q.data.loading import first_examples
 from folora_q.errors import UserError
 from folora_q.memory.config import files_here
@@ -46,7 +46,7 @@ def examine_lengths(recipe: Recipe, rows: int | None) -> list[str]:
     examples: list[Example] = []
     for source in recipe.data.train_dataset:
         if not is_hub_dataset(source) and not is_remote(source.path):
-            examples += first_examples(source, rows, recipe.data.on_error)
+            examples += first_examples(source, rows, recipe.data.on_error, recipe.training.objective)
     found = _lengths(recipe, [example for example in examples if not _is_split(example, overlong)], limit)
     if found is None or not found.over:
         return []
@@ -110,3 +110,5 @@ def _texts(example: Example) -> list[str]:
             return [example.prompt + example.completion]
         case Text():
             return [example.text]
+        case Preference():  # the longer one
+            return max(map(_texts, (example.chosen, example.rejected)), key=lambda parts: sum(map(len, parts)))

@@ -140,7 +140,9 @@ def examine_rows(recipe: Recipe, model: Examined, rows: int | None) -> None:
     if not model.beyond:
         return
     for source in [*recipe.data.train_dataset, *(recipe.data.eval_dataset or [])]:
-        for example in () if is_hub_dataset(source) else first_examples(source, rows, recipe.data.on_error):
+        if is_hub_dataset(source):
+            continue
+        for example in first_examples(source, rows, recipe.data.on_error, recipe.training.objective):
             if held := tokens_in(example, model.beyond):
                 raise UserError(f"{example.where}: {no_row(held, model.rows)}")
 

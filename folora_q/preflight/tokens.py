@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from folora_q.data.formats import Example, content_of
+from folora_q.data.examples import Example, content_of
 from folora_q.storage.untrusted import MIB, read_json, read_text
 
 # A tokenizer of 260,000 tokens with merges takes 33 MiB.

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from folora_q.recipe.section import PositiveInt, Section
 
-FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
 Role = Literal["system", "user", "assistant", "tool"]
 FieldName = Literal[
     "messages",
@@ -23,6 +23,8 @@ FieldName = Literal[
     "prompt",
     "completion",
     "text",
+    "chosen",
+    "rejected",
 ]
 
 

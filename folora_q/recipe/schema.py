@@ -177,6 +177,18 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pairs_are_compared_without_noise(self) -> Recipe:
+        if self.training.objective == "dpo":
+            if self.adapter.lora_dropout:
+                raise ValueError(
+                    "training.objective dpo compares the model with its base, without dropout: set "
+                    "adapter.lora_dropout to 0"
+                )
+            if self.data.overlong == "split":
+                raise ValueError("data.overlong: split is for plain text, not for the pairs of objective dpo: use drop")
+        return self
+
     @property
     def rate_advice(self) -> str | None:
         """A warning if the learning rate is far from the rule's default, as plain LoRA's rates are."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from folora_q.recipe.gate_rules import DEFAULT_RULE, GATE_RULES, PLAIN_LEARNING_RATE, defaults_by_rule, written
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
@@ -32,13 +32,33 @@ Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 Kernels = Literal["auto", "compile", "liger", "none"]
+ObjectiveName = Literal["sft", "dpo"]
+# Objectives of other tools, each with why it is not one here.
+OTHER_OBJECTIVES = {
+    "kto": "its loss depends on which rows share a forward pass, and a batch is cut by memory here; if each prompt has "
+    "an answer that is preferred to another, use dpo",
+    **dict.fromkeys(("orpo", "simpo", "ipo", "cpo"), "the loss on pairs is DPO's own: use dpo"),
+    **dict.fromkeys(("pt", "pretrain"), "plain text in a `text` column is learned in full with sft"),
+    **dict.fromkeys(("ppo", "grpo", "rloo"), "nothing is generated in training: use dpo on pairs"),
+}
+
+
+def _known_objective(value: Any) -> Any:
+    if isinstance(value, str) and (reason := OTHER_OBJECTIVES.get(value.lower())):
+        raise ValueError(f"{value} is not supported: {reason}")
+    return value
 
 
 class TrainingSection(Section):
-    """The training loop: TRL's SFTTrainer."""
+    """The training loop of TRL's SFTTrainer, and what it minimizes."""
 
     output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     """The run folder, relative to the working directory."""
+    objective: Annotated[ObjectiveName, BeforeValidator(_known_objective, json_schema_input_type=ObjectiveName)] = "sft"
+    """What is minimized. sft: the loss of the tokens to learn. dpo: Direct Preference Optimization, on rows with a
+    preferred (chosen) and another answer (rejected); its reference is the base, which is the model without adapter."""
+    beta: Positive = 0.1
+    """dpo: weight of the distance from the base; with a larger value the model stays closer to it."""
     learning_rate: Annotated[
         Positive,
         Field(
@@ -54,7 +74,7 @@ class TrainingSection(Section):
     max_steps: PositiveInt | None = None
     """Number of optimizer steps. Overrides num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 4
-    """Number of sequences in one forward pass."""
+    """Number of rows in one forward pass. With objective dpo each has two sequences."""
     gradient_accumulation_steps: PositiveInt = 4
     """Number of forward passes per optimizer step."""
     max_length: Annotated[int, Field(ge=16)] = 1024
@@ -131,6 +151,28 @@ class TrainingSection(Section):
         if self.activation_offloading and self.activation_checkpointing is False:
             raise ValueError("activation_offloading requires activation_checkpointing: set that to true or auto")
         return self
+
+    @model_validator(mode="after")
+    def _pairs_are_whole(self) -> TrainingSection:
+        if self.objective != "dpo":
+            return self
+        if self.packing:
+            raise ValueError("packing is for objective sft: with dpo every answer has its own sequence")
+        if not (self.assistant_only_loss and self.completion_only_loss):
+            raise ValueError(
+                "objective dpo compares answers alone: remove assistant_only_loss and completion_only_loss"
+            )
+        return self
+
+    @property
+    def beta_of_pairs(self) -> float | None:
+        """β if the rows are pairs, else None."""
+        return self.beta if self.objective == "dpo" else None
+
+    @property
+    def sequences_per_row(self) -> int:
+        """The number of sequences that are made of one row: of a pair, both answers."""
+        return 2 if self.objective == "dpo" else 1
 
     def steps_for(self, sequences: int) -> int:
         """Return the number of optimizer steps for a number of sequences, as transformers counts them."""

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
 from folora_q.runs.in_words import summary
-from folora_q.runs.results import Evaluation, Interval, KeptResult, PairedChange, TextKind, TextResult
+from folora_q.runs.results import (
+    Evaluation,
+    Interval,
+    KeptResult,
+    PairedChange,
+    PreferenceResult,
+    ScoreResult,
+    TextKind,
+    TextResult,
+)
 
 # Hint for a run without measurements during training.
 NO_TRAJECTORY = "train with evaluation.steps set, e.g. evaluation.steps=50, to compare a run at other losses"
@@ -65,62 +73,99 @@ class AtEqualLoss:
         return self.base_loss is None or self.loss < self.base_loss
 
 
-def at_ends(runs: Sequence[Run]) -> list[TableRow]:
-    """Return the rows of the comparison at the end of training; numbers that no run has are left out."""
-    evaluations = [run.evaluation for run in runs]
-    rows: list[TableRow] = []
+Pick = Callable[[Evaluation], Interval | None]
+
+
+class _Ends:
+    """Rows of the comparison at the end of training; None for a run that was not evaluated."""
+
+    def __init__(self, evaluations: Sequence[Evaluation | None]) -> None:
+        self.evaluations = evaluations
+        self.known = [found for found in evaluations if found is not None]
+        self.rows: list[TableRow] = []
 
     def add(
+        self,
         label: str,
         form: str,
         base: Callable[[Evaluation], float | None],
-        tuned: Callable[[Evaluation], Interval | None],
+        tuned: Pick,
         lower_is_better: bool | None = True,
     ) -> None:
-        estimates = [None if found is None else tuned(found) for found in evaluations]
-        bases = [base(found) for found in evaluations if found is not None]
-        known = next((value for value in bases if value is not None), None)
-        rows.append(TableRow(label, form, known, estimates, lower_is_better))
+        estimates = [None if found is None else tuned(found) for found in self.evaluations]
+        known = next((value for value in map(base, self.known) if value is not None), None)
+        self.rows.append(TableRow(label, form, known, estimates, lower_is_better))
 
-    def of_text(name: str, pick: Callable[[TextResult], Interval]) -> Callable[[Evaluation], Interval | None]:
-        return lambda found: None if (result := found.text(name)) is None else pick(result)
+    def add_losses(self, kind: TextKind) -> None:
+        """Add the losses on texts of a kind."""
+        for name in _names(self.evaluations, kind):
+            label = "task: loss" if name == "task" else f"{name}: loss"
+            self.add(label, ".4f", _base_loss(name), _of_text(name, lambda result: result.loss.tuned))
 
-    def base_loss(name: str) -> Callable[[Evaluation], float | None]:
-        return lambda found: None if (result := found.text(name)) is None else result.loss.base.value
+    def add_scores(self, scores: Callable[[Evaluation], Sequence[ScoreResult]]) -> None:
+        """Add the scores of answers, by task and metric."""
+        for task, metric in dict.fromkeys((s.task, s.metric) for found in self.known for s in scores(found)):
 
-    for name in _names(evaluations, TextKind.TASK):
-        label = "task: loss" if name == "task" else f"{name}: loss"
-        add(label, ".4f", base_loss(name), of_text(name, lambda result: result.loss.tuned))
-    for metric in dict.fromkeys(found.score.metric for found in evaluations if found and found.score):
-        add(
-            f"task: {metric_name(metric)}",
-            ".1%",
-            lambda found, m=metric: found.score.score.base.value if found.score and found.score.metric == m else None,
-            lambda found, m=metric: found.score.score.tuned if found.score and found.score.metric == m else None,
-            lower_is_better=False,
-        )
-    for name in _names(evaluations, TextKind.EARLIER):
-        add(f"{name}: loss", ".4f", base_loss(name), of_text(name, lambda result: result.loss.tuned))
-    for name, metric in dict.fromkeys((s.task, s.metric) for found in evaluations if found for s in found.earlier):
-        of_score = partial(_earlier_score, key=(name, metric))
-        add(
-            f"{name}: {metric_name(metric)}",
-            ".1%",
-            lambda found, of=of_score: None if (score := of(found)) is None else score.base.value,
-            lambda found, of=of_score: None if (score := of(found)) is None else score.tuned,
-            lower_is_better=False,
-        )
-    rows += _kept_rows([found for found in evaluations if found is not None], evaluations)
-    for name in _names(evaluations, TextKind.GENERATED):
-        add(f"{name}: KL", ".4f", lambda _: 0.0, of_text(name, lambda result: result.kl))
-        agreement = of_text(name, lambda result: result.top1_agreement)
-        add(f"{name}: same top token", ".1%", lambda _: 1.0, agreement, lower_is_better=False)
-    for name in _names(evaluations, TextKind.GENERAL):
-        add(f"{name}: rise of the loss", "+.4f", lambda _: 0.0, of_text(name, lambda result: result.loss.change))
-    add("size of the update, ‖ΔW‖", ".3g", lambda _: None, update_norm, lower_is_better=None)
-    rows.append(_exact_row("time", "time", map(total_seconds, runs)))
-    rows.append(_exact_row("peak memory", "memory", map(peak_bytes, runs)))
-    return [row for row in rows if any(estimate is not None for estimate in row.estimates)]
+            def of_both(found: Evaluation, key: tuple[str | None, str] = (task, metric)) -> PairedChange | None:
+                return next((s.score for s in scores(found) if (s.task, s.metric) == key), None)
+
+            self.add(
+                f"{task or 'task'}: {metric_name(metric)}",
+                ".1%",
+                lambda found, of=of_both: None if (score := of(found)) is None else score.base.value,
+                lambda found, of=of_both: None if (score := of(found)) is None else score.tuned,
+                lower_is_better=False,
+            )
+
+    def add_pairs(self) -> None:
+        """Add what is measured on pairs of answers."""
+        pairs = [found.preference for found in self.known if found.preference is not None]
+        if not pairs:
+            return
+
+        def of_pairs(pick: Callable[[PreferenceResult], Interval]) -> Pick:
+            return lambda found: None if found.preference is None else pick(found.preference)
+
+        untuned = pairs[0].loss.base.value
+        self.add("task: DPO loss", ".4f", lambda _: untuned, of_pairs(lambda result: result.loss.tuned))
+        accuracy = of_pairs(lambda result: result.accuracy)
+        self.add("task: chosen answer rewarded more", ".1%", lambda _: None, accuracy, lower_is_better=False)
+        margin = of_pairs(lambda result: result.margin)
+        self.add("task: margin of rewards", ".3f", lambda _: 0.0, margin, lower_is_better=False)
+
+    def add_forgetting(self) -> None:
+        """Add KL and agreement on generated text, and the rise of the loss on general text."""
+        for name in _names(self.evaluations, TextKind.GENERATED):
+            self.add(f"{name}: KL", ".4f", lambda _: 0.0, _of_text(name, lambda result: result.kl))
+            agreement = _of_text(name, lambda result: result.top1_agreement)
+            self.add(f"{name}: same top token", ".1%", lambda _: 1.0, agreement, lower_is_better=False)
+        for name in _names(self.evaluations, TextKind.GENERAL):
+            rise = _of_text(name, lambda result: result.loss.change)
+            self.add(f"{name}: rise of the loss", "+.4f", lambda _: 0.0, rise)
+
+
+def at_ends(runs: Sequence[Run]) -> list[TableRow]:
+    """Return the rows of the comparison at the end of training; numbers that no run has are left out."""
+    ends = _Ends([run.evaluation for run in runs])
+    ends.add_losses(TextKind.TASK)
+    ends.add_pairs()
+    ends.add_scores(lambda found: [found.score] if found.score is not None else [])
+    ends.add_losses(TextKind.EARLIER)
+    ends.add_scores(lambda found: found.earlier)
+    ends.rows += _kept_rows(ends.known, ends.evaluations)
+    ends.add_forgetting()
+    ends.add("size of the update, ‖ΔW‖", ".3g", lambda _: None, update_norm, lower_is_better=None)
+    ends.rows.append(_exact_row("time", "time", map(total_seconds, runs)))
+    ends.rows.append(_exact_row("peak memory", "memory", map(peak_bytes, runs)))
+    return [row for row in ends.rows if any(estimate is not None for estimate in row.estimates)]
+
+
+def _of_text(name: str, pick: Callable[[TextResult], Interval]) -> Pick:
+    return lambda found: None if (result := found.text(name)) is None else pick(result)
+
+
+def _base_loss(name: str) -> Callable[[Evaluation], float | None]:
+    return lambda found: None if (result := found.text(name)) is None else result.loss.base.value
 
 
 def _kept_rows(known: Sequence[Evaluation], all_runs: Sequence[Evaluation | None]) -> list[TableRow]:
@@ -146,10 +191,6 @@ def _kept_by(found: Evaluation, name: str) -> KeptResult | None:
     return next((kept for kept in found.kept if kept.name == name), None)
 
 
-def _earlier_score(found: Evaluation, key: tuple[str | None, str]) -> PairedChange | None:
-    return next((score.score for score in found.earlier if (score.task, score.metric) == key), None)
-
-
 def _exact_row(label: str, form: str, numbers: Iterable[float | None]) -> TableRow:
     """Return a row of numbers without uncertainty."""
     found = [None if value is None else Interval(value, value, value) for value in numbers]
@@ -162,7 +203,7 @@ def at_equal_loss(runs: Sequence[Run]) -> AtEqualLoss | None:
     loss = equal_loss(courses)
     if loss is None:
         return None
-    bases = [run.task_text.loss.base.value for run in runs if run.task_text]
+    bases = [run.task_loss.base.value for run in runs if run.task_loss]
     bases += [run.points[0].loss for run in runs if run.points and run.points[0].step == 0]
     return AtEqualLoss(loss, [at_loss(course, loss) for course in courses], min(bases, default=None))
 

@@ -23,6 +23,7 @@ from folora_q.runs.results import (
     Evaluation,
     GateResult,
     Interval,
+    PairedChange,
     TextKind,
     TextResult,
     read_answers,
@@ -134,7 +135,15 @@ class Run:
 
     @property
     def task_text(self) -> TextResult | None:
+        """The result on the task's held-out rows, of pairs on the chosen answers."""
         return next(iter(self.evaluation.of_kind(TextKind.TASK)), None) if self.evaluation else None
+
+    @property
+    def task_loss(self) -> PairedChange | None:
+        """The training objective's loss on the task's held-out rows: of pairs DPO's, else that of the tokens."""
+        if self.evaluation is not None and self.evaluation.preference is not None:
+            return self.evaluation.preference.loss
+        return None if self.task_text is None else self.task_text.loss
 
     @property
     def generated_text(self) -> TextResult | None:
@@ -147,12 +156,12 @@ class Run:
 
         KL and agreement are over all model-generated text, in full and cropped, as during training.
         """
-        if self.task_text is None or not math.isfinite(self.task_text.loss.tuned.value):
+        if self.task_loss is None or not math.isfinite(self.task_loss.tuned.value):
             return None
         generated = self.evaluation.of_kind(TextKind.GENERATED) if self.evaluation else []
         return Point(
             step=None,
-            loss=self.task_text.loss.tuned.value,
+            loss=self.task_loss.tuned.value,
             kl=_mean(generated, lambda text: text.kl),
             agreement=_mean(generated, lambda text: text.top1_agreement),
         )

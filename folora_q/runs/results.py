@@ -122,6 +122,26 @@ class KeptResult:
 
 
 @dataclass(frozen=True)
+class PreferenceResult:
+    """Base and tuned model on held-out pairs of a chosen and a rejected answer.
+
+    The implicit reward of an answer is β log π(answer) / π_base(answer), so the base's rewards are 0.
+
+    Attributes:
+        beta: β.
+        loss: DPO's; the base's is ln 2.
+        accuracy: share of pairs in which the chosen answer has the larger reward.
+        margin: mean reward of the chosen answer, less that of the rejected one.
+    """
+
+    pairs: int
+    beta: float
+    loss: PairedChange
+    accuracy: Interval
+    margin: Interval
+
+
+@dataclass(frozen=True)
 class HarnessResult:
     """One metric of one lm-eval task, with standard errors; that of the change uses paired differences if known."""
 
@@ -235,6 +255,7 @@ class Evaluation:
     harness: Checked[HarnessResult] = field(default_factory=list)
     kept: Checked[KeptResult] = field(default_factory=list)
     earlier: Checked[ScoreResult] = field(default_factory=list)
+    preference: PreferenceResult | None = None
 
     def text(self, name: str) -> TextResult | None:
         """Return the result on a text by its name, if there is one."""

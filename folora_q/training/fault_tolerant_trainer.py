@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from trl.models import get_act_offloading_ctx_manager
 from folora_q.data.tokens import IGNORED, Batch
 from folora_q.errors import RunError
 from folora_q.evaluation.divergence import HeldOutText
-from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.kernels.compiled_layers import CompilationError
-from folora_q.models.parts import base_of
 from folora_q.training.callbacks import Stopping
 from folora_q.training.checkpoint_schema import PROGRESS, SavedProgress, read_saved
 from folora_q.training.monitor import StepReading
+from folora_q.training.objectives import Objective
 from folora_q.training.resumable_trainer import ResumableTrainer
 from folora_q.training.step_guards import longest_rows, rehearse_saving
 
@@ -45,6 +44,7 @@ class FaultTolerantTrainer(ResumableTrainer):
     """A trainer that survives faults, or loses no more than the steps since its last checkpoint.
 
     Args:
+        objective: what is minimized.
         heldout: the task's held-out rows, for the loss in `evaluate`.
         monitored: other texts to evaluate on.
 
@@ -54,7 +54,10 @@ class FaultTolerantTrainer(ResumableTrainer):
         stopping: handles signals; all processes stop after the same step.
     """
 
-    def __init__(self, *args: Any, heldout: Sequence[Batch], monitored: Monitored, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, objective: Objective, heldout: Sequence[Batch], monitored: Monitored, **kwargs: Any
+    ) -> None:
+        self.objective = objective
         self.stopping: Stopping | None = None
         self.heldout, self.generated_text, self.real_text = heldout, monitored.generated_text, monitored.real_text
         self.step_in_hand: int | None = None
@@ -115,6 +118,13 @@ class FaultTolerantTrainer(ResumableTrainer):
             epoch_iterator = self._without_repeated_rows(epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """Return the number of items, tokens or pairs, over which a step's loss is a mean, of all processes."""
+        if not batch_samples:
+            return None
+        count = torch.stack([self.objective.count(inputs) for inputs in batch_samples]).sum().to(device)
+        return cast(Tensor, self.accelerator.gather(count)).sum() if self.args.world_size > 1 else count
+
     def _without_repeated_rows(self, epoch_iterator: Iterator) -> Iterator:
         """Yield micro-batches in which no token of a repeated row is trained."""
         size, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
@@ -131,14 +141,14 @@ class FaultTolerantTrainer(ResumableTrainer):
     def _try_step(self, rows: list[dict[str, Any]]) -> None:
         """Compute a micro-batch, wait for it, and discard its gradients."""
         inputs = self.data_collator(rows)
-        count = (inputs["labels"] != IGNORED).sum().to(self.args.device)
+        count = self.objective.count(inputs).to(self.args.device)
         self.step_in_hand = None
         self.training_step(self.model, inputs, count).item()
         self.model.zero_grad(set_to_none=True)
 
-    def loss_of(self, rows: Sequence[Batch]) -> float:
-        """Return the mean loss per token of held-out batches."""
-        return mean_loss(base_of(self.model), rows, splitter=self.measuring, processes=self.processes.readers)
+    def measured_on_task(self) -> dict[str, float]:
+        """Return the objective's measurements on the held-out rows."""
+        return self.objective.measure(self.model_pair, self.heldout, self.measuring)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
@@ -149,6 +159,7 @@ class FaultTolerantTrainer(ResumableTrainer):
         def compute(part: dict[str, Any], more: bool = False) -> Tensor:
             # Gradients of several processes are added up with the last part of a step only.
             later = model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
+            part = self.objective.prepare(self, self._prepare_inputs(part))  # not with the step's kernels
             with self.kernels.active(), later:
                 return step(model, part, num_items_in_batch)
 

@@ -33,10 +33,10 @@ from folora_q.training.step_guards import MicroBatches, SkippedSteps
 
 # Private members of transformers' and TRL's trainers that this subclass overrides or relies on (5.17 to 5.23). A test
 # looks for each in the installed versions, so that an upgrade which renames one fails there and not in a run.
-OVERRIDDEN = ("_get_grad_norm", "_run_epoch", "_save_checkpoint", "_load_best_model")
+OVERRIDDEN = ("_get_grad_norm", "_get_num_items_in_batch", "_run_epoch", "_save_checkpoint", "_load_best_model")
 RELIED_ON = (
     *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens", "_metrics"),
-    *("_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"),
+    *("_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state", "_prepare_inputs"),
 )
 # What torch, safetensors and transformers raise for invalid checkpoint content, before the first step.
 UNFIT = (

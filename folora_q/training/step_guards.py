@@ -27,9 +27,9 @@ MEASURE, MIN_MEASURED_LOSSES = 32, 10
 class MicroBatches:
     """The micro-batches of one optimizer step; recomputed in parts if memory runs out, or without compiled layers.
 
-    The loss of a part is a sum over its tokens, divided by the number of tokens in the complete step, so that the parts
-    add up. An error during a backward pass leaves a partial gradient: the step's gradients are then cleared, and all
-    its micro-batches recomputed.
+    The loss of a part is a sum over its tokens, or pairs, divided by their number in the complete step, so that the
+    parts add up. An error during a backward pass leaves a partial gradient: the step's gradients are then cleared, and
+    all its micro-batches recomputed.
 
     Args:
         stop_compiling: lets layers run as they are, since they could not be compiled.
@@ -45,7 +45,7 @@ class MicroBatches:
         """Compute a micro-batch's loss and add its gradient.
 
         Args:
-            inputs: tensors (rows, ...).
+            inputs: tensors (rows, ..., t).
             first: whether it is the first of its step.
             compute: forward and backward of one part; is told whether more parts of the micro-batch follow.
             clear: clears the step's gradients.
@@ -69,7 +69,7 @@ class MicroBatches:
                     raise
             clear()  # here, where the error no longer holds the tensors of its frames
             if out_of_memory:
-                rows, length = inputs["input_ids"].shape
+                rows, length = len(inputs["input_ids"]), inputs["input_ids"].shape[-1]
                 self.splitter.halve(self.splitter.fitting(rows), length)
             todo = self.gathered
 
@@ -156,8 +156,10 @@ class SkippedSteps:
 
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     """Return the longest rows, which take the most memory."""
-    column = dataset.with_format("arrow").select_columns(["input_ids"])[:]["input_ids"]
-    lengths = pc.call_function("list_value_length", [column]).to_pylist()
+    names = [name for name in ("input_ids", "rejected_ids") if name in dataset.column_names]
+    table = dataset.with_format("arrow").select_columns(names)[:]
+    of_columns = [pc.call_function("list_value_length", [table[name]]).to_pylist() for name in names]
+    lengths = list(map(max, zip(*of_columns, strict=True)))
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [dataset[index] for index in order[:count]]
 

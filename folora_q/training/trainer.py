@@ -11,12 +11,10 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn.functional import pad
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.loss.loss_utils import ForCausalLMLoss
 from trl import SFTConfig, pack_dataset
 from trl.trainer import sft_trainer
 
@@ -24,12 +22,11 @@ from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.core.shrink import FrozenRows
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.tokens import IGNORED, Batch, batches
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, first_line
 from folora_q.evaluation.divergence import compare
 from folora_q.kernels.step_kernels import StepKernels
-from folora_q.models.adapters import adapter_pairs, keep_in_float32, trains_head, wrappers
+from folora_q.models.adapters import adapter_pairs, keep_in_float32, wrappers
 from folora_q.models.parts import embedding_rows
 from folora_q.models.sharding import train_without_base
 from folora_q.recipe.gate import BudgetSection
@@ -39,6 +36,7 @@ from folora_q.training.budget import Budget, BudgetPlan
 from folora_q.training.callbacks import BeforeTraining, Spending
 from folora_q.training.config import BEST
 from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer, Monitored
+from folora_q.training.objectives import objective_of
 from folora_q.training.resumable_trainer import FaultTolerance
 from folora_q.training.schedule import rising_from_the_first_step, warmup_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps
@@ -67,7 +65,7 @@ class GatedTrainer(FaultTolerantTrainer):
         self.gated: GatedOptimizer | None = None
         super().__init__(*args, **kwargs)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # the pre-flight check's
-        self.model_accepts_loss_kwargs = True  # every token has the same weight, in whichever batch it is
+        self.model_accepts_loss_kwargs = True  # every token or pair has the same weight, in whichever batch it is
         self.remove_callback(PrinterCallback)  # it prints every line of metrics
         self.add_callback(BeforeTraining(self.before_first_step))
         self.add_callback(Spending(lambda: self.budget))
@@ -170,7 +168,7 @@ class GatedTrainer(FaultTolerantTrainer):
     def _measured(self, metric_key_prefix: str) -> dict[str, float]:
         """Return the measurements of `evaluate`; each process reads a part, and all get the same numbers."""
         self.model.eval()
-        metrics = {f"{metric_key_prefix}_loss": self.loss_of(self.heldout)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured_on_task().items()}
         if self.generated_text is not None:
             generated = compare(self.model_pair, self.generated_text, splitter=self.measuring)
             metrics[f"{metric_key_prefix}_kl"] = generated.kl.value
@@ -256,21 +254,7 @@ class GatedTrainer(FaultTolerantTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        # TRL's chunked head is made for Triton; without it, it also scores ignored positions, for half of the step.
-        # It uses the head's weight directly and bypasses the module, so an adapter on the head would learn nothing.
-        if self.args.device.type == "cuda" and not trains_head(self.model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the head is applied to no other position
-        balancing = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        others = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**others, logits_to_keep=columns, **balancing)
-        words, targets = outputs.logits.shape[-1], targets[:, columns]
-        loss = ForCausalLMLoss(outputs.logits, None, words, num_items_in_batch=num_items_in_batch, shift_labels=targets)
-        if num_items_in_batch is not None:  # the tokens of all processes, whose gradients are averaged
-            loss = loss * self.processes.count
-        if self.aux_loss_enabled:  # a mean over a micro-batch
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        loss, outputs = self.objective.loss(self, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -279,7 +263,8 @@ class TrainerSetup:
     """Everything that a trainer is built from.
 
     Attributes:
-        train, heldout: columns `input_ids` and `labels`; `training.packing` packs `train`.
+        train, heldout: columns `input_ids` and `labels`, and of pairs those of the rejected answers; `training.packing`
+            packs `train`.
         config: from `trainer_config`.
         gates: by adapted layer, after `Rule.before_training`; None is plain QLoRA.
         notify: receives a line whenever memory runs out or a step is skipped.
@@ -309,6 +294,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
     train = setup.train
     if training.packing:
         train = pack_dataset(train.select_columns(["input_ids", "labels"]), training.max_length)
+    objective = objective_of(training)
     callbacks = list(setup.callbacks)
     if training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience, training.early_stopping_threshold))
@@ -325,7 +311,9 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
             gates=setup.gates,
             note=setup.note,
             tolerance=_fault_tolerance(setup),
-            heldout=_heldout_batches(setup),
+            data_collator=objective.collate,
+            objective=objective,
+            heldout=objective.batches(setup.heldout[:], recipe.evaluation.batch_size, model.device),
             monitored=setup.monitored,
         )
     # TRL enables it for every forward pass; only training steps need it, and ask for it.
@@ -333,6 +321,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
     if setup.processes.sharded:
         train_without_base(model)
     keep_in_float32(model, start)  # SFTTrainer casts adapters on a 4-bit base to bfloat16
+    objective.prepare_model(model)
     return trainer
 
 
@@ -355,8 +344,3 @@ def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
         needs_saves=training.on_save_error == "stop",
         processes=setup.processes,
     )
-
-
-def _heldout_batches(setup: TrainerSetup) -> list[Batch]:
-    ids, labels = (setup.heldout[column][:] for column in ("input_ids", "labels"))
-    return list(batches(ids, setup.recipe.evaluation.batch_size, setup.model.device, labels))

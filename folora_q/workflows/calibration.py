@@ -18,6 +18,7 @@ from folora_q.calibration.collect import StatisticsSettings, build_gates, row_pe
 from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.texts import penalty_text, public_windows, with_earlier_tasks
 from folora_q.core import SpectralGate
+from folora_q.data.pairs import both_answers
 from folora_q.data.tokens import Batch, batches
 from folora_q.data.windows import crops, last_windows
 from folora_q.distributed.processes import ONE, Processes
@@ -29,6 +30,16 @@ Gates = Mapping[str, SpectralGate]
 Samples = Sequence[ProxySample]
 # Tokens and labels of earlier tasks' rows.
 EarlierRows = tuple[list[Sequence[int]], list[Sequence[int]]]
+
+
+def slope_of_pairs(beta: float, pairs: int, text: Sequence[Batch]) -> float:
+    """Return the slope of DPO's loss in the loss of one token, where the model is its base, B = 0.
+
+    There -log σ(β (r₊ - r₋)) has the derivative -β/2 in log π(chosen) and β/2 in log π(rejected). Statistics divide by
+    the number of labelled tokens, and the loss is a mean over pairs: so it is multiplied by the root of their ratio.
+    """
+    tokens = sum(int(batch.loss_positions.sum()) for batch in text)
+    return beta / 2 * (tokens / pairs) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Calibration:
     """Collects statistics with a recipe's settings.
 
     Attributes:
-        task: the training rows, with columns `input_ids` and `labels`.
+        task: the training rows, with columns `input_ids` and `labels`, and those of pairs.
         on_gpu: whether activations are recomputed if the recipe leaves that open.
         identity: of the base model and how it computes, for the cache of Σp; None does not use it.
         kept: what the recipe keeps, as the base answers it.
@@ -73,7 +84,11 @@ class Calibration:
         recipe, device, size = self.recipe, model.device, self.recipe.statistics_batch_size
         count = min(recipe.gate.num_task_samples, len(self.task))
         rows = self.task[random.Random(recipe.training.seed).sample(range(len(self.task)), count)]
-        ids, labels = last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
+        ids, labels = last_windows(*both_answers(rows), STATISTICS_LENGTH)
+        task = list(batches(ids, size, device, labels))
+        if recipe.training.objective == "dpo":
+            slope = slope_of_pairs(recipe.training.beta, count, task)
+            task = [batch._replace(slope=slope) for batch in task]
         # A different seed than for the held-out crops, so that their offsets differ.
         whole = [sample.ids for sample in samples]
         written, public = [*whole, *crops(whole, recipe.proxy.seed + 1)], public_windows(self.tokenizer)
@@ -90,7 +105,7 @@ class Calibration:
         read = json.dumps(inputs)
         key = None if self.identity is None else hashlib.sha256(read.encode()).hexdigest()
         settings = replace(self.settings, penalty_key=key)
-        return build_gates(model, penalty, list(batches(ids, size, device, labels)), settings, self.timer)
+        return build_gates(model, penalty, task, settings, self.timer)
 
     def _kept_texts(self, size: Callable[[int], int], device: torch.device) -> Iterator[tuple[list[Batch], float]]:
         """Yield the answers and texts to keep, each with its share in the penalty."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from folora_q.block_sizes import STATISTICS_LENGTH
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.formats import Text
+from folora_q.data.examples import with_answers
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.tokens import batches
 from folora_q.data.windows import last_windows
@@ -159,7 +159,7 @@ def score_earlier(model_pair: ModelPair, tasks: Sequence[EarlierTask], timer: St
     splitter = BatchSplitter("measuring", timer.warn, enabled=not model_pair.processes.sharded)
     for task in tasks:
         section = task.recipe.evaluation
-        answerable = [each for each in task.data.task.heldout if not isinstance(each, Text)][: section.num_answers]
+        answerable = with_answers(task.data.task.heldout)[: section.num_answers]
         if task.scorer is None or not answerable:
             continue
         reader = Questions(task.data.renderer)

@@ -127,7 +127,8 @@ def _evaluate(
     model_pair = ModelPair(loaded.model, loaded.base)
     data = task_of(request, recipe, loaded, model_pair, clock)
     kept = _kept(request, recipe, loaded, model_pair, clock)
-    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data, kept)
+    beta = None if recipe is None else recipe.training.beta_of_pairs
+    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data, kept, beta)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
     how = TaskReading(loaded.target.section, clock, request.allow_code, request.trust, required=False)
@@ -139,6 +140,7 @@ def _evaluate(
         base=(against or target.base or target.section).model_name_or_path,
         held=loaded.held,
         texts=found.texts,
+        preference=found.preference,
         score=found.score,
         layers=_layers(request, loaded, model_pair, on, clock),
         harness=_harness(request.harness, loaded, model_pair, section, clock),

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.advice import size_warnings
-from folora_q.data.formats import Example, Text
+from folora_q.data.examples import Example, with_answers
 from folora_q.data.kept_prompts import KeptSource, kept_sources
 from folora_q.data.sources import find
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
@@ -164,7 +164,7 @@ def _data_files(recipe: Recipe) -> dict[str, Path]:
 
 def _try(scorer: Scorer | None, heldout: Sequence[Example]) -> None:
     """Score one reference against itself, so that a metric function that fails is found before training."""
-    prompts = (example for example in heldout if not isinstance(example, Text))
-    if scorer is not None and (first := next(prompts, None)) is not None and first.reference is not None:
+    first = next(iter(with_answers(heldout)), None)
+    if scorer is not None and first is not None and first.reference is not None:
         said = Said(first.reference)
         scorer(said, said)

@@ -253,7 +253,7 @@ class TrainingRun:
         recipe = self.recipe
         monitored = recipe.evaluation.num_proxy_samples if recipe.gate.budget is not None else 0
         unseen = [sample.ids for sample in text.held_out[monitored:]]  # by a budget's controller
-        sources = HeldOutSources(unseen, recipe.proxy.seed, self.data, kept)
+        sources = HeldOutSources(unseen, recipe.proxy.seed, self.data, kept, recipe.training.beta_of_pairs)
         on = held_out(
             self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )
@@ -403,7 +403,15 @@ class TrainingRun:
         earlier = score_earlier(self.model_pair(trainer), self.prepared.earlier, self.timer)
         named = base.name if base.earlier is None else f"{base.name} with {Path(base.earlier.name).name}"
         evaluation = Evaluation(
-            folder.path.name, named, held, found.texts, found.score, layers, kept=found.kept, earlier=earlier
+            tuned=folder.path.name,
+            base=named,
+            held=held,
+            texts=found.texts,
+            score=found.score,
+            layers=layers,
+            kept=found.kept,
+            earlier=earlier,
+            preference=found.preference,
         )
         atomic_write(folder.evaluation, to_json(evaluation))
         folder.write_lines(folder.answers, answer_lines(found.answers))

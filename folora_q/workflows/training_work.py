@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from peft import PeftModel
 
@@ -14,6 +15,7 @@ from folora_q.evaluation.evaluate import DRIFT_TEXTS, SAMPLE_ANSWERS, general_te
 from folora_q.evaluation.task import GENERAL_PROMPTS
 from folora_q.progress import TrainingPlan
 from folora_q.recipe.schema import Recipe
+from folora_q.recipe.training import TrainingSection
 
 # A token costs one unit in a forward pass, and as much again for the gradients of its inputs: weights are frozen.
 FORWARD, FORWARD_BACKWARD = 1, 2
@@ -40,13 +42,20 @@ def training_plan(model: PeftModel, recipe: Recipe, data: TaskTokens, sequences:
     return TrainingPlan(
         sequences=sequences,
         tokens=counts.tokens,
-        kind="packed sequence" if training.packing else "sequence" if counts.split else "row",
+        kind=_kind(training, counts.split),
         epochs=training.num_train_epochs if training.max_steps is None else steps * batch / sequences,
         batch=batch,
         steps=steps,
         trained=trained,
         parameters=parameters,
     )
+
+
+def _kind(training: TrainingSection, split: int) -> Literal["row", "sequence", "packed sequence", "pair"]:
+    """Return what a sequence that is trained on is called."""
+    if training.objective == "dpo":
+        return "pair"
+    return "packed sequence" if training.packing else "sequence" if split else "row"
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool, kept: Sequenc
     """Estimate a run's work from the numbers of its tokens, as if every sample and answer had its maximum length."""
     training, train = recipe.training, data.train.counts
     learning = FORWARD_BACKWARD + FORWARD * training.recomputes_on(on_gpu)
+    learning += FORWARD * (training.objective == "dpo")  # the base's
     reading = FORWARD_BACKWARD + FORWARD * recipe.statistics_recompute_on(on_gpu)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     passes = training.num_train_epochs

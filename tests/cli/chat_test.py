@@ -28,7 +28,7 @@ from folora_q.chat.reply import Chatter, Conversation, Pieces, Sampling
 from folora_q.cli import app
 from folora_q.cli import chat as chat_cli
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat
+from folora_q.data.examples import Chat
 from folora_q.errors import RunError, UserError
 from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model

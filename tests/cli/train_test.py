@@ -336,7 +336,7 @@ def test_where_no_held_out_loss_is_finite_the_last_step_is_kept_and_said(
     recipe_file: Path, tmp_path: Path, capfd, monkeypatch
 ) -> None:
     """In other tools days of training were lost: a loss of inf or NaN is never the best, so nothing was saved."""
-    monkeypatch.setattr(GatedTrainer, "loss_of", lambda *_: float("nan"))
+    monkeypatch.setattr(GatedTrainer, "measured_on_task", lambda *_: {"loss": float("nan")})
     quick = ["evaluation.metric=none", "gate.enabled=false", "training.max_steps=2", "evaluation.steps=1"]
     assert run("train", recipe_file, *quick, "training.load_best_model_at_end=true") == 0
     assert "no step is the best, since no held-out loss was finite: the last one is kept" in capfd.readouterr().err

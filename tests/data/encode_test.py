@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat, Completion, Text
+from folora_q.data.examples import Chat, Completion, Text
 from folora_q.data.pieces import Encoded
 from folora_q.data.rows import RowError
 from folora_q.data.templates import read_template

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from folora_q.data.formats import FORMATS, Chat, Completion, Example, Text, content_of, detect_format, to_example
+from folora_q.data.examples import Chat, Completion, Example, Text, content_of
+from folora_q.data.formats import FORMATS, detect_format, to_example
 from folora_q.data.rows import Row, RowError
 from folora_q.recipe.dataset import Source
 from tests.data.rows import assistant, user

@@ -16,8 +16,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from folora_q.data.examples import Chat, Completion, Example, Text
 from folora_q.data.file_readers import READERS
-from folora_q.data.formats import Chat, Completion, Example, Text
 from folora_q.data.loading import TaskData, read_task_data
 from folora_q.data.rows import RowError
 from folora_q.data.turns import ROLES

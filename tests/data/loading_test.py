@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from folora_q.data.formats import Completion, Example, Text
+from folora_q.data.examples import Completion, Example, Text
 from folora_q.data.loading import SourceFacts, TaskData, examine, read_task_data
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, Source

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.chat.reply import Chatter
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat, Completion, Example, Text
+from folora_q.data.examples import Chat, Completion, Example, Text
 from folora_q.data.rendering import Renderer
 from folora_q.evaluation.loss import text_windows
 from folora_q.evaluation.task import Questions

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat, Completion, Text
+from folora_q.data.examples import Chat, Completion, Text
 from folora_q.data.rows import RowError
 from folora_q.data.tokenized import Tokenized, UnfitExamples, tokenize
 from folora_q.data.tokens import IGNORED

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.formats import Chat
+from folora_q.data.examples import Chat
 from folora_q.data.rows import RowError
 from folora_q.data.templates import read_template
 from folora_q.errors import UserError

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from folora_q.data.formats import Chat, Example, detect_format, to_example
+from folora_q.data.examples import Chat, Example
+from folora_q.data.formats import detect_format, to_example
 from folora_q.data.rows import Row, RowError
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.recipe.dataset import Source
@@ -159,14 +160,14 @@ def test_keys_of_turns_that_are_not_read_are_named() -> None:
         assistant("two"),
     ]
     source = Source(path="x")
-    assert filled_columns(Row(HERE, {"messages": turns, "tags": []}), source) == {
+    assert filled_columns(Row(HERE, {"messages": turns, "tags": []}), "messages", source) == {
         "messages",
         "messages[].name",
         "messages[].id",
     }
     speakers = [{"speaker": "user", "text": "hi", "role": "x"}, {"speaker": "assistant", "text": "ok"}]
     mapped = Source(path="x", fields={"messages": "dialog", "role": "speaker", "content": "text"})
-    assert filled_columns(Row(HERE, {"dialog": speakers}), mapped) == {"dialog", "dialog[].role"}
+    assert filled_columns(Row(HERE, {"dialog": speakers}), "messages", mapped) == {"dialog", "dialog[].role"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrai
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.batch_splitting import BatchSplitter
-from folora_q.data.formats import Completion
+from folora_q.data.examples import Completion
 from folora_q.data.rendering import Renderer
 from folora_q.data.thoughts import Said
 from folora_q.data.tokens import IGNORED, batches

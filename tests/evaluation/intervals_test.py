@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
-from folora_q.evaluation.intervals import Tally, change, estimate, score_change
+from folora_q.evaluation.intervals import Tally, change, estimate, score_change, share
 from folora_q.recipe.size_advice import MIN_TEXTS
 from folora_q.runs.results import Interval
 
@@ -97,3 +97,12 @@ def test_scores_that_are_all_alike_are_not_certain() -> None:
     found = score_change(np.zeros(16), np.ones(16))
     assert found.base.value == 0.0 and found.base.low == 0.0 and 0.1 < found.base.high < 0.3
     assert found.change.value == 1.0 and found.change.high == 1.0 and 0.6 < found.change.low < 0.9
+
+
+@pytest.mark.parametrize(("count", "truth"), [(12, 0.9), (48, 0.97), (48, 0.6), (200, 0.99)])
+def test_the_interval_of_a_share_contains_the_truth(count: int, truth: float) -> None:
+    generator = np.random.default_rng(0)
+    found = [share(generator.random(count) < truth) for _ in range(2000)]
+    covered = np.mean([each.low <= truth <= each.high for each in found])
+    assert 0.93 <= covered <= 1
+    assert all(0 <= each.low <= each.value <= each.high <= 1 for each in found)

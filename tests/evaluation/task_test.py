@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Chat
+from folora_q.data.examples import Chat
 from folora_q.data.thoughts import Said
 from folora_q.errors import RunError
 from folora_q.evaluation.task import Generation, Question, Questions, greedy_tokens, make_scorer

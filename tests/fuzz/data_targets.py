@@ -139,7 +139,7 @@ def build_template(folder: Path) -> None:
 
 def read_template(folder: Path, file: str) -> None:
     from folora_q.data.encode import Encoder
-    from folora_q.data.formats import Chat
+    from folora_q.data.examples import Chat
     from folora_q.data.rows import RowError
     from folora_q.data.templates import read_template
     from folora_q.models.tokenizer import load_tokenizer

@@ -354,3 +354,10 @@ def test_an_odd_number_of_rows_becomes_one() -> None:
     found = advise(a_recipe(training=training), MISTRAL, 8).overrides
     assert found["training.per_device_train_batch_size"] == 1
     assert found["training.gradient_accumulation_steps"] == 10
+
+
+def test_a_pair_is_two_sequences_and_the_pass_of_its_base_is_below_the_peak() -> None:
+    pairs = {"training": {"objective": "dpo", "per_device_train_batch_size": 2}}
+    sequences = {"training": {"per_device_train_batch_size": 4}}
+    of_pairs, of_sequences = (estimate(a_recipe().changed(each), SMALL) for each in (pairs, sequences))
+    assert stage(of_pairs, "training") == stage(of_sequences, "training")

@@ -284,6 +284,8 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "which is not set",
             "shards the base",
             "could be stacked",
+            "objective dpo",
+            "with dpo",
         )
         assert any(reason in recipe.message for reason in known), recipe.message
         reject()

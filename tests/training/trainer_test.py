@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from folora_q.core import GatedOptimizer, SpectralAdamW
 from folora_q.data.encode import Encoder
-from folora_q.data.formats import Example
+from folora_q.data.examples import Example
 from folora_q.data.loading import read_task_data
 from folora_q.data.tokenized import UnfitExamples, tokenize
 from folora_q.data.tokens import IGNORED, batches
