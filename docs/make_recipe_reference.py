@@ -19,13 +19,8 @@ key, or `--set learning_rate=2e-4`. `--dry-run` prints the complete recipe with 
 JSON schema for completion in editors. YAML is read as version 1.2: `2e-5` is a number, `on` and `no` are words, and a
 repeated key is an error.
 
-<<<<<<< HEAD
-[data.md](data.md) shows the data formats, [keep.md](keep.md) the section `keep`; [coming-from.md](coming-from.md)
-has the names that other tools use.
-=======
 [data.md](data.md) shows the data formats, [keep.md](keep.md) the section `keep`; [coming-from.md](coming-from.md) has
 the names that other tools use.
->>>>>>> keep
 
 Generated from `folora_q/recipe/schema.py` by `docs/make_recipe_reference.py`; do not edit.
 """
