@@ -25,6 +25,8 @@ MEASUREMENTS = 12
 FILLING = 0.4
 # Factors on the learning rate, and by how much it changes at a time.
 MAX_PACE, MAX_CHANGE = 16.0, 2.0
+# A measurement this many times as large as the first shows the update, not rounding.
+CLEAR = 1.5
 # Corrections after the last step, each followed by a measurement.
 CORRECTIONS = 4
 
@@ -34,7 +36,8 @@ class BudgetState:
     """What a resumed run needs.
 
     Attributes:
-        rate: what is limited, per unit of penalty; None before the first measurement above zero.
+        rate: what is limited, per unit of penalty; None before it is known.
+        floor: what was measured after the first step, when the model had hardly changed: rounding in 16 bits.
         pace: the factor on the learning rate.
         strength: μ of the last shrinking; 0 if nothing was shrunk.
         learned: the sum of the steps' learning rates, without and with the pace.
@@ -44,6 +47,7 @@ class BudgetState:
     """
 
     rate: float | None = None
+    floor: float | None = None
     pace: float = 1.0
     strength: float = 0.0
     learned: tuple[float, float] = (0.0, 0.0)
@@ -118,6 +122,11 @@ class Budget:
                 self._correct(step)
             self._choose_pace()
 
+    @property
+    def _left(self) -> float:
+        """What the update may cost: the aim without what rounding alone makes."""
+        return max(self.plan.aim - (self.state.floor or 0.0), (1 - AIM) * self.plan.limit)
+
     def _is_measured(self, step: int) -> bool:
         every = max(1, self.plan.steps // MEASUREMENTS)
         early = step < every and step & (step - 1) == 0  # 1, 2, 4, ...
@@ -128,7 +137,7 @@ class Budget:
         if state.rate is None:
             return
         found = self.layers.energies()
-        state.strength = found.strength_for(self.plan.aim / state.rate)
+        state.strength = found.strength_for(self._left / state.rate)
         if state.strength:
             state.filled = True
             self.layers.shrink(state.strength)
@@ -137,8 +146,9 @@ class Budget:
         state, penalty = self.state, self.layers.energies().penalty
         value = self.plan.measure()
         state.measured.append((step, value))
-        if value > 0 and penalty > 0:
-            state.rate = value / penalty
+        state.floor = max(value, 0.0) if state.floor is None else max(min(state.floor, value), 0.0)
+        if penalty > 0 and value > CLEAR * state.floor:
+            state.rate = (value - state.floor) / penalty
         how = f"shrunk with μ = {state.strength:.2g}" if state.filled else f"learning rate x {state.pace:.2g}"
         self.plan.tell(f"budget at step {step}: {value:.4f} of {self.plan.limit:g} is spent; {how}")
 
@@ -153,7 +163,10 @@ class Budget:
     def _choose_pace(self) -> None:
         """Choose the pace with which the limit is reached in time, from the speed since the last choice."""
         state, plan = self.state, self.plan
-        if state.filled or state.rate is None:
+        if state.filled:
+            return
+        if state.rate is None:
+            state.pace = min(state.pace * MAX_CHANGE, MAX_PACE)
             return
         now = (state.rate * self.layers.energies().penalty) ** 0.5
         before, learned = state.before
@@ -161,6 +174,6 @@ class Budget:
         state.before = now, state.learned[1]
         left = max(FILLING * plan.learning - state.learned[0], 0.05 * plan.learning)
         if speed > 0:
-            wanted = (plan.aim**0.5 - now) / (speed * left)
+            wanted = (self._left**0.5 - now) / (speed * left)
             lowest, highest = state.pace / MAX_CHANGE, state.pace * MAX_CHANGE
             state.pace = min(max(wanted, lowest, 1.0), highest, MAX_PACE)

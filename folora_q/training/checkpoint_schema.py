@@ -27,6 +27,7 @@ class SavedBudget(Saved):
     """State of a forgetting budget (`folora_q.training.budget.BudgetState`)."""
 
     rate: float | None
+    floor: float | None
     pace: float
     strength: float
     learned: tuple[float, float]
