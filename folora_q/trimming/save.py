@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from folora_q.export.adapter import PREFIX, read_tensors
+from folora_q.models.adapter_file import PREFIX, read_tensors
 from folora_q.models.adapters import AdapterPair
 from folora_q.models.trust import PICKLED_ADAPTER, SAFE_ADAPTER
 from folora_q.storage.files import atomic_write, commit_directory

@@ -109,7 +109,7 @@ def test_earlier_tasks_have_their_share_of_the_predictions_and_the_rest_is_as_it
     ids = sequences(3, 4)
     labels = [[IGNORED] * (len(row) - 4) + row[-4:] for row in ids]  # four of each row's tokens are an answer
     rows = list(batches(ids, 2, CPU, labels))
-    penalty = penalty_text(written, public, share=0.25)
+    penalty = penalty_text([(written, 0.75), (public, 0.25)])
     found = with_earlier_tasks(penalty, rows, share)
 
     def weights_of(part) -> float:

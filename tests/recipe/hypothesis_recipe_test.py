@@ -95,6 +95,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "general_prompts": st.sampled_from([None, "prose.txt"]),
     "metric_function": st.sampled_from([None, "prose.txt", "score.py:score"]),
     "files": st.sampled_from([[], "prose.txt", ["prose.txt", "t.jinja"]]),
+    "budget": st.sampled_from([None, {"kl": 0.02}, {"forgetting": 0.1}]),
     "report_to": st.sampled_from([None, "none", [], ["none"]]),
 }
 
@@ -284,6 +285,8 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "which is not set",
             "shards the base",
             "could be stacked",
+            "budget needs a gate",
+            "gate.budget measures",
             "objective dpo",
             "with dpo",
         )
