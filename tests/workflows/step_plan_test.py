@@ -67,7 +67,7 @@ def test_a_model_that_cannot_be_built_without_weights_is_trained_as_the_recipe_s
     def fails(*_: object) -> None:
         raise UserError("transformers knows no model of the type mine")
 
-    monkeypatch.setattr("folora_q.workflows.training_run.plan_on", fails)
+    monkeypatch.setattr("folora_q.workflows.run_inputs.plan_on", fails)
     progress = Silent()
     run_training(TrainingRequest(recipe=load_recipe(recipe_file)), progress)
     assert "the batch is computed as the recipe says: transformers knows no model of the type mine" in progress.notes
