@@ -42,6 +42,12 @@ class BudgetSection(Section):
         return self
 
     @property
+    def words(self) -> str:
+        """Description of the budget."""
+        what = "KL" if self.forgetting is None else "rise of the loss on real text"
+        return f"{what} of at most {self.limit:g} nats per token"
+
+    @property
     def limit(self) -> float:
         """The budget in nats per token."""
         return cast(float, self.kl if self.forgetting is None else self.forgetting)
@@ -151,9 +157,10 @@ class GateSection(Section):
 
     @property
     def words(self) -> str:
-        """Description of the rule, its places and, where it matters, its strength."""
+        """Description of the rule, its places and, where they matter, its strength and its budget."""
         strength = f"; λ = {self.gate_lambda:g}" if self.facts.uses_strength else ""
-        return f"{self.rule} at {', '.join(self.places)}{strength}"
+        budget = "" if self.budget is None else f"; {self.budget.words}"
+        return f"{self.rule} at {', '.join(self.places)}{strength}{budget}"
 
     @model_validator(mode="before")
     @classmethod
