@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from folora_q.report.plots import NATS, WIDTH, label_of, legend_above, line_style
 from folora_q.report.render import in_our_style, titled
+from folora_q.report.text import tick
 
 
 @in_our_style
 def trade_off_curves(paths: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """Draw KL against task loss, one line for each path.
+    """Draw KL against task loss, both on logarithmic scales, one line for each path.
 
     Args:
-        paths: (loss, KL) of its points in order, by label.
+        paths: (loss, KL) of its points in order, by label; those with a KL of 0, the base, are left out.
     """
     figure = Figure(figsize=(1.4 * WIDTH, 4.2), layout="constrained")
     titled(figure, "What the task costs, along the way to the base")
     axes = figure.subplots()
     for number, (label, points) in enumerate(paths.items()):
-        axes.plot(*zip(*points, strict=True), label=label_of(label), **line_style(number, len(points)))
-    axes.set_ylim(bottom=0)
+        shown = [point for point in points if min(point) > 0]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), label=label_of(label), **line_style(number, len(shown)))
+    for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
+        scale("log")
+        axis.set_major_formatter(tick)
+        axis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.set_xlabel(f"held-out task loss, {NATS}")
     axes.set_ylabel(f"KL from the base on generated text, {NATS}")
     legend_above(axes)
