@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from folora_q.data.tokens import Batch, count_labelled
+from folora_q.data.tokens import Batch, count_labelled, count_predicted
 
 # Openings of public-domain works by a dozen authors in four languages, and passages of other kinds (news, a recipe, a
 # letter, tables, SQL, code in three languages) written for this file. Nothing is evaluated on it.
@@ -40,7 +40,7 @@ def with_earlier_tasks(penalty: Sequence[Batch], earlier: Sequence[Batch], share
     """
     if share == 0 or not earlier:
         return list(penalty)
-    counts = [sum(int(batch.loss_positions.sum()) for batch in text) for text in (penalty, earlier)]
+    counts = [count_predicted(text) for text in (penalty, earlier)]
     return [
         batch._replace(weight=batch.weight * of * sum(counts) / count)
         for text, of, count in zip((penalty, earlier), (1 - share, share), counts, strict=True)

@@ -46,6 +46,11 @@ class Batch(NamedTuple):
         return labels[labels != IGNORED]
 
 
+def count_predicted(text: Sequence[Batch]) -> int:
+    """Return the number of predictions of a text that count."""
+    return sum(int(batch.loss_positions.sum()) for batch in text)
+
+
 def count_labelled(text: Sequence[Batch]) -> int:
     """Return the number of tokens of a text that count: all of them in text that is read as a whole."""
     return sum(int((batch.labels != IGNORED).sum()) for batch in text)

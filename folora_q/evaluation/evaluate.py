@@ -157,6 +157,18 @@ def held_out(
     )
 
 
+def whole_and_cut(ids: Sequence[Sequence[int]], crop_seed: int, batch_size: int, device: torch.device) -> HeldOutText:
+    """Return model-generated texts as one: complete, and again without their beginning."""
+    both = [*ids, *crops(ids, crop_seed)]
+    return HeldOutText(GENERATED_TEXT, TextKind.GENERATED, list(batches(both, batch_size, device)))
+
+
+def task_batches(data: TaskTokens, batch_size: int, device: torch.device) -> list[Batch]:
+    """Return a task's held-out rows."""
+    rows = data.heldout.sequences
+    return list(batches(rows["input_ids"][:], batch_size, device, rows["labels"][:]))
+
+
 def general_texts(section: EvaluationSection) -> dict[str, Path]:
     """Return the files of general text by a unique display name."""
     if section.general_text is None:

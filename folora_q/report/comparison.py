@@ -169,7 +169,7 @@ def _base_loss(name: str) -> Callable[[Evaluation], float | None]:
 
 
 def _kept_rows(known: Sequence[Evaluation], all_runs: Sequence[Evaluation | None]) -> list[TableRow]:
-    """Return the rows of what the runs keep: score and KL of each capability, KL of each file.
+    """Return the rows for `keep`: score and KL of each capability, KL of each file.
 
     Args:
         known: the runs with an evaluation.

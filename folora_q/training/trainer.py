@@ -24,7 +24,7 @@ from folora_q.core.shrink import FrozenRows
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import RunError, first_line
-from folora_q.evaluation.divergence import compare
+from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.kernels.step_kernels import StepKernels
 from folora_q.models.adapters import adapter_pairs, keep_in_float32, wrappers
 from folora_q.models.parts import embedding_rows
@@ -32,6 +32,7 @@ from folora_q.models.sharding import train_without_base
 from folora_q.recipe.gate import BudgetSection
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
+from folora_q.runs.results import TextResult
 from folora_q.training.budget import Budget, BudgetPlan
 from folora_q.training.callbacks import BeforeTraining, Spending
 from folora_q.training.config import BEST
@@ -83,17 +84,20 @@ class GatedTrainer(FaultTolerantTrainer):
         rates = getattr(self.lr_scheduler, "lr_lambdas", [lambda step: 1.0])
         learning = self.args.learning_rate * sum(rates[0](step) for step in range(steps))
         measure = self._kl if section.forgetting is None else self._rise
-
         return Budget(BudgetPlan(section.limit, steps, learning, measure, self.note), layers)
+
+    def _compared(self, text: HeldOutText) -> TextResult:
+        """Compare the model with its base on a text."""
+        return compare(self.model_pair, text, splitter=self.measuring)
 
     def _kl(self) -> float:
         """Measure the KL from the base on the monitored text."""
         assert self.generated_text is not None, "a run with a budget has such text"
-        return compare(self.model_pair, self.generated_text, splitter=self.measuring).kl.value
+        return self._compared(self.generated_text).kl.value
 
     def _rise(self) -> float:
         """Measure the mean rise of the loss on monitored real text."""
-        rises = [compare(self.model_pair, text, splitter=self.measuring).loss.change.value for text in self.real_text]
+        rises = [self._compared(text).loss.change.value for text in self.real_text]
         return sum(rises) / len(rises)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
@@ -170,11 +174,11 @@ class GatedTrainer(FaultTolerantTrainer):
         self.model.eval()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured_on_task().items()}
         if self.generated_text is not None:
-            generated = compare(self.model_pair, self.generated_text, splitter=self.measuring)
+            generated = self._compared(self.generated_text)
             metrics[f"{metric_key_prefix}_kl"] = generated.kl.value
             metrics[f"{metric_key_prefix}_top1_agreement"] = generated.top1_agreement.value
         for text in self.real_text:
-            rise = compare(self.model_pair, text, splitter=self.measuring).loss.change
+            rise = self._compared(text).loss.change
             metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
             if rise.bounds and rise.bounds[0] > 0:
                 self.skipped.tell(

@@ -19,7 +19,7 @@ from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.texts import penalty_text, public_windows, with_earlier_tasks
 from folora_q.core import SpectralGate
 from folora_q.data.pairs import both_answers
-from folora_q.data.tokens import Batch, batches
+from folora_q.data.tokens import Batch, batches, count_predicted
 from folora_q.data.windows import crops, last_windows
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.evaluation.kept import Kept
@@ -38,8 +38,7 @@ def slope_of_pairs(beta: float, pairs: int, text: Sequence[Batch]) -> float:
     There -log σ(β (r₊ - r₋)) has the derivative -β/2 in log π(chosen) and β/2 in log π(rejected). Statistics divide by
     the number of labelled tokens, and the loss is a mean over pairs: so it is multiplied by the root of their ratio.
     """
-    tokens = sum(int(batch.loss_positions.sum()) for batch in text)
-    return beta / 2 * (tokens / pairs) ** 0.5
+    return beta / 2 * (count_predicted(text) / pairs) ** 0.5
 
 
 @dataclass(frozen=True)

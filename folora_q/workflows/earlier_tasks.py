@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from folora_q.block_sizes import STATISTICS_LENGTH
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.examples import with_answers
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
-from folora_q.data.tokens import batches
 from folora_q.data.windows import last_windows
 from folora_q.errors import UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText
+from folora_q.evaluation.evaluate import task_batches
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.evaluation.task import Generation, Questions, Scorer, answer_both, make_scorer, mean_score
 from folora_q.models.tokenizer import load_tokenizer
@@ -143,14 +145,9 @@ def read_tasks(named: Sequence[tuple[str, Recipe]], how: TaskReading) -> list[Ea
     return tasks
 
 
-def held_out_texts(tasks: Sequence[EarlierTask], batch_size: int, device: object) -> list[HeldOutText]:
+def held_out_texts(tasks: Sequence[EarlierTask], batch_size: int, device: torch.device) -> list[HeldOutText]:
     """Return the held-out rows of earlier tasks, for losses."""
-    found = []
-    for task in tasks:
-        rows = task.data.heldout.sequences
-        read = batches(rows["input_ids"][:], batch_size, device, rows["labels"][:])  # pyright: ignore[reportArgumentType]
-        found.append(HeldOutText(task.name, TextKind.EARLIER, list(read)))
-    return found
+    return [HeldOutText(task.name, TextKind.EARLIER, task_batches(task.data, batch_size, device)) for task in tasks]
 
 
 def score_earlier(model_pair: ModelPair, tasks: Sequence[EarlierTask], timer: StageTimer) -> list[ScoreResult]:

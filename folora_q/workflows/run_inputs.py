@@ -11,14 +11,12 @@ import torch
 from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, write_samples
 from folora_q.data.batch_splitting import first_rows
-from folora_q.data.tokens import batches
-from folora_q.data.windows import crops
 from folora_q.errors import UserError, first_line
-from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.evaluate import (
     HeldOut,
     HeldOutSources,
     held_out,
+    whole_and_cut,
 )
 from folora_q.evaluation.kept import Kept
 from folora_q.kernels.liger import apply_liger
@@ -34,7 +32,6 @@ from folora_q.models.target_modules import in_16_bits, listed
 from folora_q.progress import StageTimer
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.results import (
-    GENERATED_TEXT,
     TextKind,
 )
 from folora_q.storage.files import atomic_write
@@ -189,10 +186,7 @@ class RunInputs:
         """Choose the texts to monitor in training: held-out samples, in full and cropped, and windows of real text."""
         section = self.recipe.evaluation
         ids = [sample.ids for sample in text.held_out[: section.num_proxy_samples]]
-        both = [*ids, *crops(ids, self.recipe.proxy.seed)]
-        generated = HeldOutText(
-            GENERATED_TEXT, TextKind.GENERATED, list(batches(both, section.batch_size, base.model.device))
-        )
+        generated = whole_and_cut(ids, self.recipe.proxy.seed, section.batch_size, base.model.device)
         general = [each for each in measured_on.texts if each.kind is TextKind.GENERAL]
         windows = math.ceil(section.num_proxy_samples / max(len(general), 1))
         return Monitored(generated, [replace(each, batches=first_rows(each.batches, windows)) for each in general])

@@ -14,10 +14,8 @@ from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import read_samples
 from folora_q.core import SpectralGate
 from folora_q.data.task_data import TaskTokens
-from folora_q.data.tokens import Batch, batches
-from folora_q.data.windows import crops
 from folora_q.errors import UserError
-from folora_q.evaluation.divergence import HeldOutText
+from folora_q.evaluation.evaluate import task_batches, whole_and_cut
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.hardware import PeakMemory
 from folora_q.models.parts import embedding_rows
@@ -27,7 +25,6 @@ from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.schema import Recipe
 from folora_q.report.run_record import load_run
 from folora_q.report.trajectory import Point
-from folora_q.runs.results import GENERATED_TEXT, TextKind
 from folora_q.targets.find import find_target, trimmed_folder
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
 from folora_q.trimming.paths import BY_QUOTIENTS, PATHS, Update
@@ -122,9 +119,9 @@ class TrimRun:
         measuring = Measuring(
             model_pair,
             update,
-            chosen_on=self.text(held_out[:half], seed, loaded),
-            reported_on=self.text(held_out[half:], seed, loaded),
-            task=self.task(data, loaded),
+            chosen_on=whole_and_cut(held_out[:half], seed, self.rows, model.device),
+            reported_on=whole_and_cut(held_out[half:], seed, self.rows, model.device),
+            task=[] if data is None else task_batches(data, self.rows, model.device),
         )
         points, chosen = self.measure(measuring)
         if chosen is not None:
@@ -167,18 +164,6 @@ class TrimRun:
         on_gpu = loaded.hardware.device.type == "cuda"
         calibration = Calibration(recipe, loaded.tokenizer, data.train.sequences, self.timer, on_gpu)
         return calibration.gates(model, seen)
-
-    def text(self, ids: Sequence[Sequence[int]], seed: int, loaded: LoadedTarget) -> HeldOutText:
-        """Return held-out text, complete and without its beginning."""
-        both = [*ids, *crops(ids, seed)]
-        return HeldOutText(GENERATED_TEXT, TextKind.GENERATED, list(batches(both, self.rows, loaded.model.device)))
-
-    def task(self, data: TaskTokens | None, loaded: LoadedTarget) -> list[Batch]:
-        """Return the task's held-out rows."""
-        if data is None:
-            return []
-        rows = data.heldout.sequences
-        return list(batches(rows["input_ids"][:], self.rows, loaded.model.device, rows["labels"][:]))
 
     def measure(self, measuring: Measuring) -> tuple[list[TrimPoint], TrimPoint | None]:
         """Measure points of every path, and the one with the KL that was asked for."""
