@@ -20,6 +20,8 @@ from folora_q.recipe.training import TrainingSection
 FAR_RATE = 5
 # With this many times the default, plain training diverges.
 EXTREME_RATE = 50
+# Held-out samples with a budget: a KL differs much between texts.
+BUDGET_TEXTS = 96
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
 
@@ -58,7 +60,7 @@ class ProxySection(Section):
     num_samples: PositiveInt = 256
     """Number of samples for the statistics."""
     num_heldout_samples: PositiveInt = 32
-    """Number of further samples, used for measuring only."""
+    """Number of further samples, used for measuring only. Default: 32, with gate.budget 96."""
     max_new_tokens: Annotated[int, Field(ge=16)] = 256
     """Maximum length of a sample in tokens."""
     decoding: Literal["plain", "paper"] = "plain"
@@ -107,6 +109,17 @@ class LoggingSection(Section):
     """Number of steps between two lines of metrics."""
 
 
+def _texts_of_a_budget(proxy: Any, evaluation: Any) -> dict[str, Any]:
+    """Return both sections with enough texts for a budget, where they name no numbers: two thirds steer it."""
+    if not isinstance(proxy, dict) or not isinstance(evaluation, dict):
+        return {}
+    held = proxy.get("num_heldout_samples", BUDGET_TEXTS)
+    if not isinstance(held, int):
+        return {}
+    steering = {"num_proxy_samples": max(2 * held // 3, 1)}
+    return {"proxy": {"num_heldout_samples": held} | proxy, "evaluation": steering | evaluation}
+
+
 class Recipe(Section):
     """One run of folora-q."""
 
@@ -134,7 +147,15 @@ class Recipe(Section):
             gate = {"rank": sketch_rank(rows)} | gate
         if training and (rate := default_learning_rate(gate)) is not None:
             training = {"learning_rate": rate} | training
-        return given | {name: section for name, section in (("gate", gate), ("training", training)) if section}
+        found = {"gate": gate, "training": training}
+        if gate.get("budget") is not None:
+            found |= _texts_of_a_budget(given.get("proxy") or {}, given.get("evaluation") or {})
+        return given | {name: section for name, section in found.items() if section}
+
+    @property
+    def steering_texts(self) -> int:
+        """The number of held-out samples, the first ones, that steer a budget; tables show the others."""
+        return self.evaluation.num_proxy_samples if self.gate.budget is not None else 0
 
     @model_validator(mode="after")
     def _a_budget_is_checked_on_other_text(self) -> Recipe:

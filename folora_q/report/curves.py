@@ -1,15 +1,17 @@
-"""Plot what an adapter learned against what it forgot, along several paths."""
+"""Plot what an adapter learned against what it forgot, along several paths, and how a budget was spent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from folora_q.report.plots import NATS, WIDTH, label_of, legend_above, line_style
 from folora_q.report.render import in_our_style, titled
-from folora_q.report.text import tick
+from folora_q.report.spending import SpentBudget
+from folora_q.report.style import MUTED
+from folora_q.report.text import short, tick
 
 
 @in_our_style
@@ -33,5 +35,25 @@ def trade_off_curves(paths: Mapping[str, Sequence[tuple[float, float]]]) -> Figu
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.set_xlabel(f"held-out task loss, {NATS}")
     axes.set_ylabel(f"KL from the base on generated text, {NATS}")
+    legend_above(axes)
+    return figure
+
+
+@in_our_style
+def spending(budget: SpentBudget) -> Figure:
+    """Draw what was spent by step, predicted and measured, and the limit."""
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    titled(figure, "How the budget was spent")
+    axes = figure.subplots()
+    if budget.predicted:
+        axes.plot(*zip(*budget.predicted, strict=True), color=MUTED, linewidth=1, label="predicted")
+    if budget.measured:
+        style = line_style(1, len(budget.measured)) | {"linestyle": "none"}
+        axes.plot(*zip(*budget.measured, strict=True), label="measured", **style)
+    axes.axhline(budget.limit, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), label=f"budget, {short(budget.limit)}")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(f"{budget.of},\n{NATS}")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     legend_above(axes)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from folora_q.report.curves import spending
 from folora_q.report.heatmaps import heat_map, spectra, spectrum
 from folora_q.report.layers import Quantity, gate_quantities, layer_quantities, scale_of
 from folora_q.report.plots import costs, predicted_drift, trade_off, training_curves
@@ -31,6 +32,19 @@ def course_pictures(run: Run) -> list[Picture]:
         (first, start), (last, end) = run.train_losses[0], run.train_losses[-1]
         said.append(f"Training loss {short(start)} at step {first}, {short(end)} at step {last}.")
     return [Picture("course", "Loss and forgetting over steps", caption, " ".join(said), training_curves(run))]
+
+
+def budget_pictures(run: Run) -> list[Picture]:
+    """Return the figure of a forgetting budget over steps."""
+    budget = run.budget
+    if budget is None or budget.spent is None:
+        return []
+    caption = (
+        f"The budget is a {budget.of} of {short(budget.limit)} nats per token. Predicted: from the penalty of the update, "
+        "known at every step. Measured: on the texts that steer the budget, which the tables leave out."
+    )
+    alt = f"{short(budget.spent)} of {short(budget.limit)} nats per token was spent at the last step."
+    return [Picture("budget", "How the budget was spent", caption, alt, spending(budget))]
 
 
 def trade_off_pictures(runs: Sequence[Run], names: Sequence[str], equal_loss: float | None = None) -> list[Picture]:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from folora_q.report import comparison, text
 from folora_q.report.comparison import at_ends, at_equal_loss, factor, in_words, names_of
 from folora_q.report.figure_set import (
+    budget_pictures,
     cost_pictures,
     course_pictures,
     drift_pictures,
@@ -61,7 +62,7 @@ def report_page(run: Run, baseline: Run | None = None) -> Page:
     if equal and not equal.learned:
         equal = None
     sections = {
-        "course": course_pictures(run) + trade_off_pictures(runs, names, equal.loss if equal else None),
+        "course": course_pictures(run) + budget_pictures(run) + trade_off_pictures(runs, names, equal.loss if equal else None),
         "layers": layer_pictures(run),
         "gates": gate_pictures(run),
         "costs": cost_pictures(run),

@@ -16,6 +16,7 @@ from typing import Any
 from folora_q.errors import UserError, first_line
 from folora_q.recipe.gate_rules import GATE_RULES
 from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
+from folora_q.report.spending import SpentBudget, spent_budget
 from folora_q.report.trajectory import Point, train_losses, trajectory
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.results import (
@@ -132,6 +133,11 @@ class Run:
     @cached_property
     def train_losses(self) -> list[tuple[int, float]]:
         return train_losses(self.metrics)
+
+    @cached_property
+    def budget(self) -> SpentBudget | None:
+        """The forgetting budget and how it was spent; None without one."""
+        return spent_budget(self.recipe, self.metrics, self.manifest)
 
     @property
     def task_text(self) -> TextResult | None:

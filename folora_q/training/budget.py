@@ -9,7 +9,9 @@ reached, so that the budget is spent in the first part of the run, and the rest 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -88,15 +90,34 @@ class Budget:
 
     Args:
         layers: all gated layers, with A frozen.
+
+    Attributes:
+        seconds: that measuring and shrinking took, in this process.
     """
 
     def __init__(self, plan: BudgetPlan, layers: FrozenRows) -> None:
         self.plan, self.layers, self.state = plan, layers, BudgetState()
+        self.seconds = {"measuring": 0.0, "shrinking": 0.0}
         self._rates: list[float] = []
 
     def to_dict(self) -> dict[str, Any]:
         """Return the budget and its measurements, for run.json."""
-        return {"limit": self.plan.limit, "measured": self.state.measured, "pace": self.state.pace}
+        state = self.state
+        return {"limit": self.plan.limit, "measured": state.measured, "pace": state.pace, "strength": state.strength}
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is spent by the present prediction, and how: for a line of metrics."""
+        state = self.state
+        found = {"budget_pace": state.pace, "budget_strength": state.strength}
+        if state.rate is not None:
+            found["budget_spent"] = state.rate * self.layers.energies().penalty + (state.floor or 0.0)
+        return found
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - began
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Apply the pace to the learning rates."""
@@ -136,15 +157,16 @@ class Budget:
         state = self.state
         if state.rate is None:
             return
-        found = self.layers.energies()
-        state.strength = found.strength_for(self._left / state.rate)
-        if state.strength:
-            state.filled = True
-            self.layers.shrink(state.strength)
+        with self._timed("shrinking"):
+            state.strength = self.layers.energies().strength_for(self._left / state.rate)
+            if state.strength:
+                state.filled = True
+                self.layers.shrink(state.strength)
 
     def _measure(self, step: int) -> None:
         state, penalty = self.state, self.layers.energies().penalty
-        value = self.plan.measure()
+        with self._timed("measuring"):
+            value = self.plan.measure()
         state.measured.append((step, value))
         state.floor = max(value, 0.0) if state.floor is None else max(min(state.floor, value), 0.0)
         if penalty > 0 and value > CLEAR * state.floor:

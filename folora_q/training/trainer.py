@@ -86,6 +86,11 @@ class GatedTrainer(FaultTolerantTrainer):
         measure = self._kl if section.forgetting is None else self._rise
         return Budget(BudgetPlan(section.limit, steps, learning, measure, self.note), layers)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.budget is not None and "loss" in logs:
+            logs |= self.budget.metrics()
+        super().log(logs, start_time)
+
     def _compared(self, text: HeldOutText) -> TextResult:
         """Compare the model with its base on a text."""
         return compare(self.model_pair, text, splitter=self.measuring)

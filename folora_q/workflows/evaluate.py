@@ -196,7 +196,7 @@ def generated_text(
     of_base = run is not None and (loaded.target.section.adapter is not None or not run.earlier.is_dir())
     if run is not None and recipe is not None and request.against is None and of_base:
         samples = read_samples(run.proxy, embedding_rows(loaded.model)) or []
-        if kept := samples[recipe.proxy.num_samples :]:
+        if kept := samples[recipe.proxy.num_samples + recipe.steering_texts :]:
             return [sample.ids for sample in kept], recipe.proxy.seed
     section = ProxySection(
         source="bos" if loaded.tokenizer.chat_template is None else "mixed",

@@ -173,8 +173,7 @@ class RunInputs:
     def held_out(self, base: LoadedModel, text: CalibrationText, kept: list[Kept]) -> HeldOut:
         """Gather the texts for the evaluation after training."""
         recipe = self.recipe
-        monitored = recipe.evaluation.num_proxy_samples if recipe.gate.budget is not None else 0
-        unseen = [sample.ids for sample in text.held_out[monitored:]]  # by a budget's controller
+        unseen = [sample.ids for sample in text.held_out[recipe.steering_texts :]]
         sources = HeldOutSources(unseen, recipe.proxy.seed, self.data, kept, recipe.training.beta_of_pairs)
         on = held_out(
             self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length

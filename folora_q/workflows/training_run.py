@@ -194,7 +194,7 @@ class TrainingRun(RunInputs):
                 trainer.train(checkpoint)
         trainer.conclude(steps, note)
         if trainer.budget is not None:
-            self.manifest["budget"] = trainer.budget.to_dict()
+            self.manifest["budget"] = trainer.budget.to_dict() | {"seconds": trainer.budget.seconds}
         trainer.require_learned()
 
     def save(self, base: LoadedModel, model: PeftModel) -> None:

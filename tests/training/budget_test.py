@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from folora_q.cli.app import main
 from folora_q.errors import UserError
 from folora_q.recipe import load_recipe
+from folora_q.report.page import report_page
+from folora_q.report.run_record import load_run
+from folora_q.report.text import short
 from tests.faults.commands import assert_the_same_run, manifest, run
 from tests.faults.resume_test import stop_at
 
@@ -35,6 +40,37 @@ def test_a_budget_is_spent_and_not_exceeded(recipe_file: Path, tmp_path: Path, k
     step, value = record["measured"][-1]
     assert record["limit"] == kl and step == 40 and 0.85 * kl <= value <= kl
     assert 0.7 * kl <= unseen_kl(folder) <= 1.15 * kl
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    predicted = [line["budget_spent"] for line in metrics if "budget_spent" in line]
+    assert predicted[-1] == pytest.approx(value, rel=0.05)
+    shown = load_run(folder)
+    assert shown.budget.limit == kl and shown.budget.spent == value
+    assert f'of {short(kl)}, by the texts that steered it' in report_page(shown).html
+
+
+def test_a_later_evaluation_leaves_out_what_steered(recipe_file: Path, tmp_path: Path) -> None:
+    folder, again = tmp_path / "spent", tmp_path / "again"
+    arguments = [*FROZEN, *TEXTS, "training.max_steps=4", "gate.budget={kl: 0.01}", f"training.output_dir={folder}"]
+    assert run(recipe_file, *arguments) == 0
+    with pytest.raises(SystemExit):
+        main(["eval", str(folder), "--output", str(again)])
+    assert unseen_kl(again) == pytest.approx(unseen_kl(folder), rel=1e-4)
+
+
+def test_a_budget_has_more_texts_by_default(recipe_file: Path) -> None:
+    def texts(*overrides: str) -> tuple[int, int]:
+        recipe = load_recipe(recipe_file, [*FROZEN, *overrides])
+        return recipe.evaluation.num_proxy_samples, recipe.proxy.num_heldout_samples
+
+    text = recipe_file.read_text("utf-8")
+    recipe = yaml.safe_load(text)
+    recipe["proxy"].pop("num_heldout_samples", None)
+    recipe["evaluation"].pop("num_proxy_samples", None)
+    recipe_file.write_text(yaml.safe_dump(recipe), "utf-8")
+    assert texts() == (16, 32)
+    assert texts("gate.budget={kl: 0.02}") == (64, 96)
+    assert texts("gate.budget={kl: 0.02}", "proxy.num_heldout_samples=30") == (20, 30)
+    assert texts("gate.budget={kl: 0.02}", "evaluation.num_proxy_samples=9") == (9, 96)
 
 
 def test_a_budget_of_forgetting_is_kept(recipe_file: Path, tmp_path: Path) -> None:
@@ -58,7 +94,10 @@ def test_a_resumed_run_spends_as_one_that_was_not_interrupted(recipe_file: Path,
     stop_at(monkeypatch, 7, [*arguments, f"training.output_dir={stopped}"])
     assert run(*arguments, f"training.output_dir={stopped}", "--resume") == 0
     assert_the_same_run(straight, stopped)
-    assert manifest(stopped)["budget"] == manifest(straight)["budget"]
+    spent = [manifest(folder)["budget"] for folder in (stopped, straight)]
+    for each in spent:
+        each.pop("seconds")
+    assert spent[0] == spent[1]
 
 
 @pytest.mark.parametrize(
