@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from folora_q.cli.console import err, out, print_error, visible
 from folora_q.data.column_guess import Guess, fields_given
+from folora_q.data.formats import FORMATS
 from folora_q.data.first_look import FirstLook, columns_of, guess_for, look_at
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import FieldName, FormatName, Source
@@ -166,7 +167,7 @@ def _data(text: str, folder: Path, fields: dict[FieldName, str]) -> Data:
     if guess is None and (guess := guess_for(source)) is not None:
         guess = _settled(guess, source)
         source = source.model_copy(update={"fields": guess.fields})
-    look = look_at(source)
+    look = look_at(source, FORMATS[guess.format].objective if guess is not None else "sft")
     local = Path(os.path.relpath(place, folder.resolve())).as_posix() if Path(place).is_absolute() else place
     return Data(local, look.format, guess, look)
 

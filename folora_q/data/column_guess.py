@@ -39,8 +39,8 @@ TURNS = _words("messages conversations conversation dialog dialogue chat turns c
 LABELS = _words(
     "id idx index uid uuid url source title label category topic tags lang language split score date time name"
 )
-# With this column, rows are pairs of which one is preferred.
-REJECTED = ("rejected",)
+# With these columns, rows are pairs; the first is the better answer.
+PAIR = ("chosen", "rejected")
 # A column is of a kind if this share of its values is.
 MIN_SHARE = 0.5
 
@@ -71,6 +71,9 @@ class Guess:
             return f"the text is `{self.fields['text']}`"
         if self.format == "messages":
             return f"the turns of a chat are `{self.fields['messages']}`"
+        if self.format == "preference":
+            asked = f", as answers to `{self.fields['instruction']}`" if "instruction" in self.fields else ""
+            return f"`{self.fields.get('chosen', 'chosen')}` is preferred to `{self.fields.get('rejected', 'rejected')}`{asked}"
         if self.format == "prompt_completion":
             return f"the prompt is `{self.fields['prompt']}` and its completion `{self.fields['completion']}`"
         parts = [f"the question is `{self.fields['instruction']}`"]
@@ -115,7 +118,23 @@ def _pair(texts: Sequence[str], asked: Sequence[str], answered: Sequence[str]) -
         fields["system"] = system[0]
     doubtful = [column for column in (*asked, *answered) if column not in fields.values()]
     others = [column for column in doubtful if _plain(column) not in LABELS]
-    return Guess("alpaca", fields, not others and not _named(texts, REJECTED))
+    return Guess("alpaca", fields, not others and not _named(texts, PAIR[1:]))
+
+
+def guess_pairs(rows: Rows) -> Guess | None:
+    """Guess the columns of pairs of answers; None if the rows are none. A prompt and answers of text become chats."""
+    columns = {column for row in rows for column in row}
+    if not columns.issuperset(PAIR):
+        return None
+    in_text = _share(rows, PAIR[0], _is_text) >= MIN_SHARE
+    asked = question_in(rows[0]) if in_text else None
+    return Guess("preference", {"instruction": asked} if asked and asked != "instruction" else {}, True)
+
+
+def question_in(row: Mapping[str, Any]) -> str | None:
+    """Return the column of a row that is named like a question and holds text of several words, if any."""
+    named = [column for column in _named(row, QUESTIONS) if _plain(column) not in LABELS]
+    return next((column for column in named if _is_text(row[column]) and len(row[column].split()) > 1), None)
 
 
 def fields_given(fields: dict[FieldName, str]) -> Guess:
@@ -125,6 +144,7 @@ def fields_given(fields: dict[FieldName, str]) -> Guess:
         UserError: they make no row; the message says which fields do.
     """
     known: dict[frozenset[FieldName], FormatName] = {
+        frozenset({"chosen", "rejected"}): "preference",
         frozenset({"messages"}): "messages",
         frozenset({"prompt", "completion"}): "prompt_completion",
         frozenset({"instruction", "output"}): "alpaca",
@@ -135,7 +155,7 @@ def fields_given(fields: dict[FieldName, str]) -> Guess:
             return Guess(name, dict(fields), True)
     raise UserError(
         f"the fields {', '.join(fields)} make no row",
-        "give instruction and output, prompt and completion, messages, or text",
+        "give instruction and output, prompt and completion, messages, text, or chosen and rejected",
     )
 
 

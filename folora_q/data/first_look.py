@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 
-from folora_q.data.column_guess import Guess, guess_fields
+from folora_q.data.column_guess import Guess, guess_fields, guess_pairs
 from folora_q.data.examples import Text
 from folora_q.data.formats import detect_format
 from folora_q.data.loading import examine, first_examples
 from folora_q.data.rows import Row, RowError
 from folora_q.data.sources import read_source
 from folora_q.recipe.dataset import FormatName, Source
+from folora_q.recipe.training import ObjectiveName
 
 # Rows that are checked, and rows that are counted: with more, one epoch has more than enough steps.
 CHECKED_ROWS, MAX_COUNTED_ROWS = 100, 20_000
@@ -45,12 +46,14 @@ def columns_of(source: Source) -> list[str]:
 
 
 def guess_for(source: Source) -> Guess | None:
-    """Guess the fields of a source whose columns match no known format; None if they match one.
+    """Guess the fields of a source with pairs, or whose columns match no known format; None if they match one.
 
     Raises:
         UserError: it cannot be read, or nothing can be guessed.
     """
     rows = _first_rows(source)
+    if (pairs := guess_pairs([row.values for row in rows])) is not None:
+        return pairs
     try:
         detect_format(rows[0], source)
     except RowError:
@@ -61,17 +64,20 @@ def guess_for(source: Source) -> Guess | None:
     return None
 
 
-def look_at(source: Source) -> FirstLook:
+def look_at(source: Source, objective: ObjectiveName) -> FirstLook:
     """Check the first rows of a source, and count all.
+
+    Args:
+        objective: what the rows are for.
 
     Raises:
         UserError: it cannot be read, or one of its first rows cannot be used.
     """
-    examine(source, CHECKED_ROWS, "raise")
-    facts = examine(source, MAX_COUNTED_ROWS, "skip")
+    examine(source, CHECKED_ROWS, "raise", objective)
+    facts = examine(source, MAX_COUNTED_ROWS, "skip", objective)
     characters = None
     if facts.shape == "text":
-        examples = first_examples(source, MAX_COUNTED_ROWS, "skip")
+        examples = first_examples(source, MAX_COUNTED_ROWS, "skip", objective)
         characters = sum(len(example.text) for example in examples if isinstance(example, Text))
     return FirstLook(facts.shape, facts.rows, facts.read - facts.rows, facts.read < MAX_COUNTED_ROWS, characters)
 

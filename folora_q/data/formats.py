@@ -215,9 +215,9 @@ FORMATS: dict[FormatName, DatasetFormat] = {
     "preference": DatasetFormat(
         parse=parse_preference,
         columns=_names("chosen rejected"),
-        fields=_names("prompt chosen rejected role content system tools"),
-        unmapped=_names("functions system_prompt"),
-        turns=(("prompt",), ("chosen",), ("rejected",)),
+        fields=_names("prompt instruction input messages chosen rejected role content system tools"),
+        unmapped=_names("functions system_prompt conversations"),
+        turns=(("prompt",), ("messages", "conversations"), ("chosen",), ("rejected",)),
         objective="dpo",
     ),
 }

@@ -45,9 +45,18 @@ class Answers:
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes for the card; a pair is two sequences."""
+        micro_batch, accumulation, *others = SIZES[self.card]
+        if self.format != "preference" or micro_batch == 1:
+            return SIZES[self.card]
+        length, sampled, measured = others
+        return micro_batch // 2, accumulation * 2, length, sampled, measured
+
+    @property
     def length(self) -> RunLength:
         """The length of the run."""
-        micro_batch, accumulation, length, *_ = SIZES[self.card]
+        micro_batch, accumulation, length, *_ = self.sizes
         training = TrainingSection(
             output_dir=self.output_dir,
             max_length=length,
@@ -59,9 +68,11 @@ class Answers:
 
 def new_recipe(answers: Answers) -> str:
     """Return the text of the recipe, which can be loaded if the data are where the answers say."""
-    micro_batch, _, length, sampled, measured = SIZES[answers.card]
+    micro_batch, _, length, sampled, measured = answers.sizes
     run = answers.length
-    is_text = answers.format == "text"
+    is_text, pairs = answers.format == "text", answers.format == "preference"
+    of_pairs = "  objective: dpo ## learns the chosen answer of each pair against the rejected one\n" if pairs else ""
+    batch = f"{micro_batch} x {run.accumulation} {'pairs' if pairs else 'sequences'} in a step"
     source = "bos" if is_text or answers.format == "prompt_completion" else "mixed"
     on_gpu = answers.card != "cpu"
     machine = f"{'an' if answers.card.startswith('8') else 'a'} {answers.card} GB card" if on_gpu else "a CPU"
@@ -98,11 +109,12 @@ gate:
   rule: frozen ## only B learns, each direction by its share; step: A too
 
 training:
+{of_pairs}\
   output_dir: {dump_yaml(answers.output_dir, flow=True)}
   learning_rate: 2e-3 ## in units of the KL that a step costs; plain QLoRA's is 2e-4
   num_train_epochs: {run.epochs} ## passes over the rows
   per_device_train_batch_size: {micro_batch} ## computed together, as far as memory allows
-  gradient_accumulation_steps: {run.accumulation} ## {micro_batch} x {run.accumulation} sequences in a step
+  gradient_accumulation_steps: {run.accumulation} ## {batch}
   max_length: {length} ## in tokens
   packing: {str(is_text).lower()} ## several examples in one sequence, which do not see each other
   activation_checkpointing: {"auto" if on_gpu else "false"} ## recompute activations: slower, far less memory
@@ -123,7 +135,7 @@ def _source(answers: Answers) -> str:
     if not answers.fields:
         return f"  train_dataset: {data} ## {comment}"
     fields = dump_yaml(dict(answers.fields), flow=True)
-    rendered = "; it becomes a chat" if answers.format == "alpaca" else ""
+    rendered = "; it becomes a chat" if "instruction" in answers.fields else ""
     return f"  train_dataset:\n    path: {data} ## {comment}\n    fields: {fields} ## our names: your columns{rendered}"
 
 

@@ -50,7 +50,9 @@ def spending(budget: SpentBudget) -> Figure:
     if budget.measured:
         style = line_style(1, len(budget.measured)) | {"linestyle": "none"}
         axes.plot(*zip(*budget.measured, strict=True), label="measured", **style)
-    axes.axhline(budget.limit, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), label=f"budget, {short(budget.limit)}")
+    axes.axhline(
+        budget.limit, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), label=f"budget, {short(budget.limit)}"
+    )
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{budget.of},\n{NATS}")
     axes.set_xlabel("step")

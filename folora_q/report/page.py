@@ -62,7 +62,9 @@ def report_page(run: Run, baseline: Run | None = None) -> Page:
     if equal and not equal.learned:
         equal = None
     sections = {
-        "course": course_pictures(run) + budget_pictures(run) + trade_off_pictures(runs, names, equal.loss if equal else None),
+        "course": course_pictures(run)
+        + budget_pictures(run)
+        + trade_off_pictures(runs, names, equal.loss if equal else None),
         "layers": layer_pictures(run),
         "gates": gate_pictures(run),
         "costs": cost_pictures(run),

@@ -69,6 +69,23 @@ def test_common_columns_are_understood(ending: str, columns: str, fields: dict[s
     assert all(f"`{column}`" in told for column in fields.values())
 
 
+@pytest.mark.parametrize(
+    ("columns", "fields"),
+    [
+        ("prompt chosen rejected", {"instruction": "prompt"}),
+        ("system question chosen rejected", {"instruction": "question"}),
+        ("instruction input chosen rejected", {}),
+        ("chosen rejected", {}),
+    ],
+)
+def test_pairs_are_for_dpo(columns: str, fields: dict[str, str], capfd) -> None:
+    recipe = written("--data", write("rows.jsonl", columns))
+    assert recipe.training.objective == "dpo" and recipe.data.train_dataset[0].fields == fields
+    assert "`chosen` is preferred to `rejected`" in capfd.readouterr().out
+    assert run("validate", "r.yaml") == 0
+    assert "pairs of answers" in capfd.readouterr().out
+
+
 def test_the_length_of_the_run_follows_from_the_number_of_rows(capfd) -> None:
     recipe = written("--data", write("rows.jsonl", "question answer", 60))
     training = recipe.training

@@ -60,6 +60,14 @@ PAIR = Preference(HERE, Chat(HERE, [ASKED, GOOD], 1), Chat(HERE, [ASKED, BAD], 1
         {"prompt": [ASKED], "chosen": "so", "rejected": "no idea"},
         {"prompt": "", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
         {"prompt": None, "chosen": [{"from": "human", "value": "why?"}, GOOD], "rejected": [ASKED, BAD]},
+        {"instruction": "why?", "chosen": "so", "rejected": "no idea"},  # LLaMA-Factory
+        {"instruction": "why?", "input": "", "prompt": None, "chosen": [GOOD], "rejected": BAD},
+        {
+            "conversations": [{"from": "human", "value": "why?"}],
+            "chosen": {"from": "gpt", "value": "so"},
+            "rejected": {"from": "gpt", "value": "no idea"},
+        },
+        {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},  # axolotl
     ],
 )
 def test_every_conversational_form_is_the_same_pair(row: dict[str, Any]) -> None:
@@ -74,6 +82,23 @@ def test_a_system_prompt_and_mapped_columns_belong_to_both_sides() -> None:
     assert found.chosen == Chat(HERE, [system, ASKED, GOOD], 2) and found.rejected == Chat(
         HERE, [system, ASKED, BAD], 2
     )
+
+
+def test_an_input_follows_the_instruction_and_a_question_can_be_mapped_to_it() -> None:
+    found = parse({"instruction": "why?", "input": "the sky", "chosen": "so", "rejected": "no"})
+    assert cast(Chat, found.chosen).messages[0] == user("why?\n\nthe sky")
+    row = {"system": "be brief", "question": "why now?", "chosen": "so", "rejected": "no idea"}
+    assert "has a system prompt, which only a chat template can render" in refusal(row)
+    chosen = cast(Chat, parse(row, fields={"instruction": "question"}).chosen)
+    assert chosen.messages == [{"role": "system", "content": "be brief"}, user("why now?"), GOOD]
+
+
+@pytest.mark.parametrize("column", ["question", "User Prompt", "input"])
+def test_a_prompt_under_another_name_is_not_lost(column: str) -> None:
+    row = {column: "why is it so?", "chosen": "it rained", "rejected": "it snowed", "id": "a b"}
+    assert f"`{column}` seems to be the prompt, and is not mapped" in refusal(row)
+    assert parse(row, fields={"prompt": column}).chosen == Completion(HERE, "why is it so?", "it rained")
+    assert cast(Chat, parse(row, fields={"instruction": column}).chosen).messages[0] == user("why is it so?")
 
 
 def test_text_is_a_prompt_with_two_continuations_given_or_found_as_trl_finds_it() -> None:
@@ -99,6 +124,7 @@ def test_text_is_a_prompt_with_two_continuations_given_or_found_as_trl_finds_it(
         ({"prompt": "a", "chosen": "b", "rejected": None}, "`rejected` must be text, not null"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "`rejected` is empty"),
         ({"messages": [ASKED, GOOD]}, "training.objective: dpo needs pairs"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "d"}, "it has a system prompt"),
     ],
 )
 def test_what_is_no_pair_is_refused_with_the_reason(row: dict[str, Any], reason: str) -> None:
@@ -151,9 +177,9 @@ def test_the_longest_pairs_come_first_with_both_answers_together() -> None:
 
 def test_rows_of_both_kinds_are_told_apart_by_the_objective(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    row = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD]}
+    row = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD], "model": "m"}
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
     section = DataSection(train_dataset=[Source(path=str(path))], eval_size=1)
     assert {type(example) for example in read_task_data(section, 0).train} == {Chat}
     assert {type(example) for example in read_task_data(section, 0, "dpo").train} == {Preference}
-    assert read_task_data(section, 0, "dpo").facts[0].unused == ("messages",)
+    assert read_task_data(section, 0, "dpo").facts[0].unused == ("model",)

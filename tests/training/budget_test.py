@@ -45,7 +45,7 @@ def test_a_budget_is_spent_and_not_exceeded(recipe_file: Path, tmp_path: Path, k
     assert predicted[-1] == pytest.approx(value, rel=0.05)
     shown = load_run(folder)
     assert shown.budget.limit == kl and shown.budget.spent == value
-    assert f'of {short(kl)}, by the texts that steered it' in report_page(shown).html
+    assert f"of {short(kl)}, by the texts that steered it" in report_page(shown).html
 
 
 def test_a_later_evaluation_leaves_out_what_steered(recipe_file: Path, tmp_path: Path) -> None:
