@@ -18,8 +18,8 @@ from rich.markup import escape
 
 from folora_q.cli.console import err, out, print_error, visible
 from folora_q.data.column_guess import Guess, fields_given
-from folora_q.data.formats import FORMATS
 from folora_q.data.first_look import FirstLook, columns_of, guess_for, look_at
+from folora_q.data.formats import FORMATS
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import FieldName, FormatName, Source
 from folora_q.recipe.json_schema import json_schema

@@ -72,8 +72,9 @@ class Guess:
         if self.format == "messages":
             return f"the turns of a chat are `{self.fields['messages']}`"
         if self.format == "preference":
+            chosen, rejected = (self.fields.get(name, name) for name in PAIR)
             asked = f", as answers to `{self.fields['instruction']}`" if "instruction" in self.fields else ""
-            return f"`{self.fields.get('chosen', 'chosen')}` is preferred to `{self.fields.get('rejected', 'rejected')}`{asked}"
+            return f"`{chosen}` is preferred to `{rejected}`{asked}"
         if self.format == "prompt_completion":
             return f"the prompt is `{self.fields['prompt']}` and its completion `{self.fields['completion']}`"
         parts = [f"the question is `{self.fields['instruction']}`"]

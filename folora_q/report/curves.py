@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -48,7 +49,7 @@ def spending(budget: SpentBudget) -> Figure:
     if budget.predicted:
         axes.plot(*zip(*budget.predicted, strict=True), color=MUTED, linewidth=1, label="predicted")
     if budget.measured:
-        style = line_style(1, len(budget.measured)) | {"linestyle": "none"}
+        style: dict[str, Any] = line_style(1, len(budget.measured)) | {"linestyle": "none"}
         axes.plot(*zip(*budget.measured, strict=True), label="measured", **style)
     axes.axhline(
         budget.limit, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), label=f"budget, {short(budget.limit)}"

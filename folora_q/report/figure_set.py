@@ -40,8 +40,8 @@ def budget_pictures(run: Run) -> list[Picture]:
     if budget is None or budget.spent is None:
         return []
     caption = (
-        f"The budget is a {budget.of} of {short(budget.limit)} nats per token. Predicted: from the penalty of the update, "
-        "known at every step. Measured: on the texts that steer the budget, which the tables leave out."
+        f"The budget is a {budget.of} of {short(budget.limit)} nats per token. Predicted: from the penalty of the "
+        "update, known at every step. Measured: on the texts that steer the budget, which the tables leave out."
     )
     alt = f"{short(budget.spent)} of {short(budget.limit)} nats per token was spent at the last step."
     return [Picture("budget", "How the budget was spent", caption, alt, spending(budget))]
