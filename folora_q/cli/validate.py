@@ -16,6 +16,7 @@ from folora_q.cli.wording import counted
 from folora_q.data.loading import SourceFacts, examine, require_left, share_of
 from folora_q.data.splits import TRAIN
 from folora_q.data.templates import read_template
+from folora_q.errors import UserError
 from folora_q.memory.config import read_config
 from folora_q.models.stored_quantization import stored_quantization
 from folora_q.preflight.keeping import examine_keep, kept_in_words
@@ -25,6 +26,7 @@ from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
 from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.size_advice import heldout_advice, step_advice
+from folora_q.runs.earlier_tasks import EARLIER, earlier_recipes, unknown_tasks, unreadable_data
 from folora_q.runs.folder import RunFolder, check_run_folder, held_run
 
 # Number of rows to check without --all-rows.
@@ -45,7 +47,8 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
     data = recipe.data
     train, heldout = ([_look_at(source, rows, recipe) for source in given or []] for given in _sources(data))
     _require_training_rows(data, train)
-    facts = list(_facts(recipe, train, heldout))
+    earlier, unmeasured = _look_at_earlier(recipe, rows)
+    facts = [*_facts(recipe, train, heldout), *(("earlier", text) for text in earlier)]
     examine_rows(recipe, model, rows)
     too_long = examine_lengths(recipe, rows)
     left_out = examine_keep(recipe)
@@ -56,7 +59,7 @@ def command(settings: dict[str, bool], path: Path, overrides: tuple[str, ...], r
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
     for warning in [*too_long, *recipe.advice]:
         out.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
-    for note in [*model.notes, *left_out]:
+    for note in [*model.notes, *left_out, *unmeasured]:
         out.print(f"  [yellow]note[/]      {escape(note)}", soft_wrap=True)
 
 
@@ -91,6 +94,26 @@ def _look_at(source: Source, rows: int | None, recipe: Recipe) -> Look:
     usable = "" if facts.rows == facts.read else f"{facts.rows:,} of "
     text = f"{source.path}: {usable}the first {facts.read:,} rows, of `{facts.shape}`{remarks}"
     return Look(text, facts)
+
+
+def _look_at_earlier(recipe: Recipe, rows: int | None) -> tuple[list[str], list[str]]:
+    """Read the data of earlier tasks; return a line for each source, and notes on tasks that cannot be measured.
+
+    Raises:
+        UserError: rows of an earlier task are to be preserved, and cannot be read.
+    """
+    found, notes = [], unknown_tasks(recipe.model)
+    for name, task in earlier_recipes(recipe.model)[0]:
+        try:
+            looks = [_look_at(source, rows, task) for given in _sources(task.data) for source in given or []]
+        except UserError as error:
+            unreadable = unreadable_data(name, error)
+            if recipe.preserves_earlier_rows:
+                raise unreadable from error
+            notes.append(f"{unreadable.message}; it is not measured")
+        else:
+            found += [f"{name.removeprefix(EARLIER)}: {look.text}" for look in looks]
+    return found, notes
 
 
 def _require_training_rows(data: DataSection, train: Sequence[Look]) -> None:

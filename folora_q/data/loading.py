@@ -15,6 +15,7 @@ from folora_q.data.sources import find, read_source
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, FormatName, Source
+from folora_q.recipe.paths import is_hub_dataset
 from folora_q.recipe.training import ObjectiveName
 
 # The maximum number of files or columns that a line names; run.json has all files.
@@ -144,6 +145,8 @@ def _read(
     filled: set[str] = set()
     skipped_before = len(error_policy.skipped)
     there = find(source)
+    if not there.parts and not there.unread and not is_hub_dataset(source):  # moved since the recipe was loaded
+        raise UserError(f"no file at {source.path}")
 
     def examples() -> Iterator[Example | RowError]:
         for row in error_policy.pass_on(islice(read_source(source, there), most)):

@@ -153,6 +153,11 @@ class Recipe(Section):
         return given | {name: section for name, section in found.items() if section}
 
     @property
+    def preserves_earlier_rows(self) -> bool:
+        """Whether rows of earlier tasks are part of the penalty, so that they must be readable."""
+        return self.gate.enabled and self.proxy.earlier_share > 0
+
+    @property
     def steering_texts(self) -> int:
         """The number of held-out samples, the first ones, that steer a budget; tables show the others."""
         return self.evaluation.num_proxy_samples if self.gate.budget is not None else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -14,7 +13,7 @@ from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.examples import with_answers
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.windows import last_windows
-from folora_q.errors import UserError, first_line
+from folora_q.errors import UserError
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.evaluate import task_batches
 from folora_q.evaluation.model_pair import ModelPair
@@ -22,15 +21,9 @@ from folora_q.evaluation.task import Generation, Questions, Scorer, answer_both,
 from folora_q.models.tokenizer import load_tokenizer
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.progress import StageTimer
-from folora_q.recipe import load_recipe
 from folora_q.recipe.schema import ModelSection, Recipe
-from folora_q.runs.folder import RunFolder
+from folora_q.runs.earlier_tasks import earlier_recipes, unreadable_data
 from folora_q.runs.results import ScoreResult, TextKind
-
-UNKNOWN = (
-    "the data of the task that {name} learned is not known (model.adapter_data): the task is not measured, and only "
-    "text that the base generates with the adapter protects it"
-)
 
 
 @dataclass(frozen=True)
@@ -56,37 +49,6 @@ class EarlierTask:
         return last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
 
 
-def earlier_recipes(section: ModelSection) -> tuple[list[tuple[str, Recipe]], list[str]]:
-    """Return the recipes of all earlier tasks by name, the first task first, and the adapters whose task is unknown.
-
-    Raises:
-        UserError: a recipe cannot be read.
-    """
-    found: list[tuple[str, Recipe]] = []
-    unknown: list[str] = []
-    seen: set[Path] = set()
-    while section.adapter is not None and Path(section.adapter).resolve() not in seen:
-        path = Path(section.adapter).resolve()
-        seen.add(path)
-        run = next((run for run in (RunFolder(path), RunFolder(path.parent)) if run.manifest.is_file()), None)
-        recipe = None if run is None else _recipe_of(run)
-        if section.adapter_data is not None:
-            found.append((Path(section.adapter_data).stem, load_recipe(Path(section.adapter_data))))
-        elif recipe is not None:
-            found.append((run.path.name if run else path.name, recipe))
-        else:
-            unknown.append(section.adapter)
-        if recipe is None:
-            break
-        section = recipe.model
-    return found[::-1], unknown
-
-
-def unknown_tasks(section: ModelSection) -> list[str]:
-    """Return a warning for each earlier adapter whose task is not known."""
-    return [UNKNOWN.format(name=name) for name in earlier_recipes(section)[1]]
-
-
 def read_earlier_tasks(
     section: ModelSection, timer: StageTimer, allow_code: bool = False, trust: Trust = NOTHING, required: bool = True
 ) -> list[EarlierTask]:
@@ -100,8 +62,7 @@ def read_earlier_tasks(
         UserError: a recipe or its data cannot be read.
     """
     recipes, _ = earlier_recipes(section)
-    named = with_unique_names([(f"earlier task {name}", recipe) for name, recipe in recipes])
-    return read_tasks(named, TaskReading(section, timer, allow_code, trust, required))
+    return read_tasks(recipes, TaskReading(section, timer, allow_code, trust, required))
 
 
 @dataclass(frozen=True)
@@ -131,11 +92,10 @@ def read_tasks(named: Sequence[tuple[str, Recipe]], how: TaskReading) -> list[Ea
         try:
             data = _tokenized(recipe, how)
         except UserError as error:
-            reason = f"the data of the {name} cannot be read: {error.message}"
+            unreadable = unreadable_data(name, error)
             if how.required:
-                hint = "name a recipe with its data as model.adapter_data, or set proxy.earlier_share: 0"
-                raise UserError(reason, hint) from error
-            note(f"{reason}; it is not measured")
+                raise unreadable from error
+            note(f"{unreadable.message}; it is not measured")
             continue
         runs_code = recipe.evaluation.metric == "function" and not how.allow_code
         if runs_code:
@@ -173,23 +133,3 @@ def _tokenized(recipe: Recipe, how: TaskReading) -> TaskTokens:
     """Tokenize a task as its own run did: with its template and lengths."""
     tokenizer = load_tokenizer(how.section, chat_template(recipe), how.trust)
     return tokenize_task(recipe, read_task(recipe, how.timer), tokenizer, how.timer)
-
-
-def _recipe_of(run: RunFolder) -> Recipe | None:
-    try:
-        return run.read_recipe()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run.recipe} cannot be read: {first_line(error)}", "name a recipe with its data as model.adapter_data"
-        ) from None
-
-
-def with_unique_names(found: Sequence[tuple[str, Recipe]]) -> list[tuple[str, Recipe]]:
-    """Number names that several tasks have."""
-    names = [name for name, _ in found]
-    return [
-        (name if names.count(name) == 1 else f"{name} ({number})", recipe)
-        for number, (name, recipe) in enumerate(found, 1)
-    ]

@@ -29,6 +29,7 @@ from folora_q.progress import Progress, Stage, StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.keep import KeepSection
 from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
+from folora_q.runs.earlier_tasks import unknown_tasks
 from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
@@ -39,7 +40,6 @@ from folora_q.workflows.earlier_tasks import (
     read_earlier_tasks,
     read_tasks,
     score_earlier,
-    unknown_tasks,
 )
 from folora_q.workflows.keeping import BaseAnswers
 from folora_q.workflows.together import add_adapters

@@ -26,10 +26,11 @@ from folora_q.models.trust import NOTHING, Trust
 from folora_q.preflight.ids import require_rows
 from folora_q.progress import StageTimer
 from folora_q.recipe.schema import Recipe
+from folora_q.runs.earlier_tasks import unknown_tasks
 from folora_q.runs.folder import RunFolder, open_run_folder
 from folora_q.runs.manifest import new_manifest
 from folora_q.training.resume import Manifests, Resumption, prepare_resume
-from folora_q.workflows.earlier_tasks import EarlierTask, read_earlier_tasks, unknown_tasks
+from folora_q.workflows.earlier_tasks import EarlierTask, read_earlier_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def _read(
     data = tokenize_task(recipe, task, tokenizer, timer)
     require_rows(data, tokenizer, config)
     kept = kept_sources(recipe.keep, data.renderer, timer.note, longest_input(config.to_dict()))
-    required = recipe.gate.enabled and recipe.proxy.earlier_share > 0
+    required = recipe.preserves_earlier_rows
     earlier = read_earlier_tasks(recipe.model, timer, request.allow_code, request.trust, required)
     return data, tokenizer, kept, earlier
 

@@ -15,9 +15,9 @@ from folora_q.models.adapter_file import Delta, read_adapter
 from folora_q.models.earlier_adapter import read_earlier, stack
 from folora_q.models.trust import ADAPTER_CONFIG, NOTHING, PICKLED_ADAPTER, SAFE_ADAPTER, Trust
 from folora_q.recipe.schema import Recipe
+from folora_q.runs.earlier_tasks import with_unique_names
 from folora_q.runs.folder import RunFolder
 from folora_q.targets.find import Target, adapter_folder, find_target
-from folora_q.workflows.earlier_tasks import with_unique_names
 
 # Files of an adapter's folder that are its own; tokenizer and generation settings are those of the sum too.
 OWN_FILES = (ADAPTER_CONFIG, SAFE_ADAPTER, PICKLED_ADAPTER, "README.md")

@@ -245,6 +245,22 @@ def test_what_cannot_work_is_refused_by_validate(
     assert message in " ".join(capfd.readouterr().err.split())
 
 
+def test_validate_reads_the_data_of_the_earlier_task(tasks: tuple[Path, Path], tmp_path: Path, capfd) -> None:
+    first, second = tasks
+    moved = tmp_path / "moved"
+    shutil.copytree(first / "run", moved)
+    given = ("validate", second / "recipe.yaml", "gate.rule=frozen", f"model.adapter={moved}")
+    assert command(*given) == 0
+    assert f"earlier   moved: {first / 'train.jsonl'}: 12 rows of `messages`" in capfd.readouterr().out
+    resolved = moved / "recipe.resolved.yaml"
+    resolved.write_text(resolved.read_text("utf-8").replace("train.jsonl", "gone.jsonl"), encoding="utf-8")
+    assert command(*given) == 2
+    told = capfd.readouterr().err
+    assert "the data of the earlier task moved cannot be read: " in told and "set proxy.earlier_share: 0" in told
+    assert command(*given, "proxy.earlier_share=0") == 0
+    assert f"no file at {first / 'gone.jsonl'}; it is not measured" in capfd.readouterr().out.replace("\n", "")
+
+
 def test_an_adapter_of_another_kind_is_refused_by_validate(tasks: tuple[Path, Path], tmp_path: Path, capfd) -> None:
     for settings, message in (({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")):
         folder = tmp_path / message
