@@ -87,6 +87,15 @@ def run_trim(request: TrimRequest, progress: Progress) -> TrimResult:
     return TrimRun(request, StageTimer(progress)).run()
 
 
+@dataclass(frozen=True)
+class PreparedTrim:
+    """An adapter with its statistics, and the texts to measure it on."""
+
+    target: Target
+    update: Update
+    measuring: Measuring
+
+
 class TrimRun:
     """One trim in reading order: load, get statistics, measure, choose, save."""
 
@@ -99,6 +108,21 @@ class TrimRun:
 
     def run(self) -> TrimResult:
         """Run all steps."""
+        request = self.request
+        prepared = self.prepare()
+        target, update = prepared.target, prepared.update
+        points, chosen = self.measure(prepared.measuring)
+        folder = request.output or trimmed_folder(target)
+        if chosen is not None and target.adapter is not None:
+            report = {"adapter": request.name, "kl": request.kl, "chosen": asdict(chosen)}
+            report["points"] = [asdict(point) for point in points]
+            with update.at(chosen.path, chosen.share):
+                save_trimmed(target.adapter, update.pairs, folder, report)
+        trajectory = [] if target.run is None else load_run(target.run.path).points
+        return TrimResult(points, chosen, trajectory, folder if chosen is not None else None)
+
+    def prepare(self) -> PreparedTrim:
+        """Load the adapter and its base, get the statistics, and choose the texts."""
         request = self.request
         target = fetched(find_target(request.name))
         if target.adapter is None:
@@ -123,14 +147,7 @@ class TrimRun:
             reported_on=whole_and_cut(held_out[half:], seed, self.rows, model.device),
             task=[] if data is None else task_batches(data, self.rows, model.device),
         )
-        points, chosen = self.measure(measuring)
-        if chosen is not None:
-            report = {"adapter": request.name, "kl": request.kl, "chosen": asdict(chosen)}
-            report["points"] = [asdict(point) for point in points]
-            with update.at(chosen.path, chosen.share):
-                save_trimmed(target.adapter, update.pairs, folder, report)
-        trajectory = [] if target.run is None else load_run(target.run.path).points
-        return TrimResult(points, chosen, trajectory, folder if chosen is not None else None)
+        return PreparedTrim(target, update, measuring)
 
     def generated(
         self, loaded: LoadedTarget, recipe: Recipe | None, model_pair: ModelPair
