@@ -21,8 +21,10 @@ from folora_q.core.shrink import FrozenRows
 
 # The limit to keep to, as a share of the budget: the rest is for the error of its measurement.
 AIM = 0.95
-# Number of measurements in a run, besides the early ones after 1, 2, 4, ... steps.
+# Number of measurements in a run, besides the early ones after 1, 2, 4, ... steps; fewer while they are as predicted.
 MEASUREMENTS = 12
+# A prediction this near to its measurement, as a share of it, doubles the number of steps to the next one, to 8 times.
+NEAR, MAX_GAP = 0.1, 8
 # The share of the run's learning, by learning rates, in which the budget should be reached.
 FILLING = 0.4
 # Factors on the learning rate, and by how much it changes at a time.
@@ -46,6 +48,7 @@ class BudgetState:
         filled: whether the limit has been reached.
         before: the square root of the predicted value, and the paced learning, at the last change of the pace.
         measured: steps with their measurements.
+        due, gap: the step of the next measurement, and the number of steps between two, in units of the least number.
     """
 
     rate: float | None = None
@@ -56,6 +59,8 @@ class BudgetState:
     filled: bool = False
     before: tuple[float, float] = (0.0, 0.0)
     measured: list[tuple[int, float]] = field(default_factory=list)
+    due: int = 0
+    gap: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -109,9 +114,7 @@ class Budget:
         """Return what is spent by the present prediction, and how: for a line of metrics."""
         state = self.state
         found = {"budget_pace": state.pace, "budget_strength": state.strength}
-        if state.rate is not None:
-            found["budget_spent"] = state.rate * self.layers.energies().penalty + (state.floor or 0.0)
-        return found
+        return found if (spent := self._predicted) is None else found | {"budget_spent": spent}
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -148,10 +151,22 @@ class Budget:
         """What the update may cost: the aim without what rounding alone makes."""
         return max(self.plan.aim - (self.state.floor or 0.0), (1 - AIM) * self.plan.limit)
 
+    @property
+    def _every(self) -> int:
+        """The least number of steps between two measurements, after the early ones."""
+        return max(1, self.plan.steps // MEASUREMENTS)
+
+    @property
+    def _predicted(self) -> float | None:
+        """What the present update is predicted to spend; None before the ratio is known."""
+        state = self.state
+        if state.rate is None:
+            return None
+        return state.rate * self.layers.energies().penalty + (state.floor or 0.0)
+
     def _is_measured(self, step: int) -> bool:
-        every = max(1, self.plan.steps // MEASUREMENTS)
-        early = step < every and step & (step - 1) == 0  # 1, 2, 4, ...
-        return early or step % every == 0 or step == self.plan.steps
+        early = step < self._every and step & (step - 1) == 0  # 1, 2, 4, ...
+        return early or step >= max(self.state.due, self._every) or step == self.plan.steps
 
     def _keep_to_the_limit(self) -> None:
         state = self.state
@@ -164,10 +179,13 @@ class Budget:
                 self.layers.shrink(state.strength)
 
     def _measure(self, step: int) -> None:
-        state, penalty = self.state, self.layers.energies().penalty
+        state, penalty, predicted = self.state, self.layers.energies().penalty, self._predicted
         with self._timed("measuring"):
             value = self.plan.measure()
         state.measured.append((step, value))
+        near = state.filled and predicted is not None and abs(predicted - value) <= NEAR * value
+        state.gap = min(2 * state.gap, MAX_GAP) if near else 1
+        state.due = step + state.gap * self._every
         state.floor = max(value, 0.0) if state.floor is None else max(min(state.floor, value), 0.0)
         if penalty > 0 and value > CLEAR * state.floor:
             state.rate = (value - state.floor) / penalty

@@ -34,6 +34,8 @@ class SavedBudget(Saved):
     filled: bool
     before: tuple[float, float]
     measured: list[tuple[Count, float]]
+    due: Count
+    gap: Count
 
 
 class SavedProgress(Saved):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from peft import PeftModel
 
+from folora_q.block_sizes import GENERAL_WINDOW
 from folora_q.calibration.texts import PUBLIC_TEXT
 from folora_q.data.kept_prompts import KeptPrompt, KeptSource
 from folora_q.data.task_data import TaskTokens
@@ -16,6 +17,7 @@ from folora_q.evaluation.task import GENERAL_PROMPTS
 from folora_q.progress import TrainingPlan
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.training import TrainingSection
+from folora_q.training.budget import MEASUREMENTS
 
 # A token costs one unit in a forward pass, and as much again for the gradients of its inputs: weights are frozen.
 FORWARD, FORWARD_BACKWARD = 1, 2
@@ -60,13 +62,14 @@ def _kind(training: TrainingSection, split: int) -> Literal["row", "sequence", "
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a run's parts, in units of a token's forward pass."""
+    """The work of a run's parts, in units of a token's forward pass; `budget` is that of its measurements."""
 
     sampling: float
     statistics: float
     training: float
     evaluation: float
     keeping: float = 0.0
+    budget: float = 0.0
 
     def sentence(self, sampled: bool) -> str:
         """Compare the work before and after training with training's.
@@ -82,9 +85,12 @@ class Work:
         }
         times = {name: part / self.training for name, part in parts.items() if part}
         listed = ", ".join(f"{name} {_times(ratio)}" for name, ratio in times.items())
+        controller = (
+            f"; measuring for the budget adds about {_times(self.budget / self.training)}" if self.budget else ""
+        )
         return (
             f"before and after training: text to generate and measure equals about {_times(sum(times.values()))} times "
-            f"the training itself ({listed}; estimated from token counts)"
+            f"the training itself ({listed}; estimated from token counts){controller}"
         )
 
 
@@ -104,6 +110,7 @@ def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool, kept: Sequenc
         statistics=_statistics_tokens(recipe, data, kept) * (reading if recipe.gate.weighted else FORWARD),
         training=passes * train.tokens * learning,
         evaluation=_evaluation(recipe, data) + sum(_comparing(each, recipe) for each in kept),
+        budget=_budget(recipe),
         keeping=sum(_answering(each, each.prompts.penalty + each.prompts.held_out, recipe) for each in kept),
     )
 
@@ -157,6 +164,15 @@ def _evaluation(recipe: Recipe, data: TaskTokens) -> float:
     prompts += len(GENERAL_PROMPTS.read_text("utf-8").splitlines())
     answers = _generating(prompts, section.max_new_tokens, section.batch_size)
     return 2 * (heldout.tokens + sampled + general) * FORWARD + drift + 2 * answers
+
+
+def _budget(recipe: Recipe) -> float:
+    """Return the work of the tuned model on the texts that steer a budget; the base's is kept from the first time."""
+    budget = recipe.gate.budget
+    if budget is None:
+        return 0.0
+    length = (1 + CROPPED) * recipe.proxy.max_new_tokens if budget.kl is not None else GENERAL_WINDOW
+    return MEASUREMENTS * recipe.evaluation.num_proxy_samples * length * FORWARD
 
 
 def _times(ratio: float) -> str:

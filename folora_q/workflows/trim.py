@@ -25,7 +25,7 @@ from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.schema import Recipe
 from folora_q.report.run_record import load_run
 from folora_q.report.trajectory import Point
-from folora_q.targets.find import find_target, trimmed_folder
+from folora_q.targets.find import Target, find_target, trimmed_folder
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
 from folora_q.trimming.paths import BY_QUOTIENTS, PATHS, Update
 from folora_q.trimming.points import FEW_SHARES, SHARES, STEPS, Measuring, TrimPoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,8 @@ def test_the_sentence_names_what_is_left_to_do() -> None:
         "before and after training: text to generate and measure equals about 1.4 times the training itself "
         "(sampling 0.6, statistics 0.5, evaluation 0.3; estimated from token counts)"
     )
+    spending = replace(work, budget=120)
+    assert spending.sentence(sampled=False).endswith("token counts); measuring for the budget adds about 0.12")
     assert "about 0.8 times the training itself (statistics 0.5, evaluation 0.3;" in work.sentence(sampled=True)
 
 
