@@ -2,7 +2,7 @@
 
     python -m benchmarks.keep.demonstration recipes/demo.yaml --model FOLDER --keep tools,code --output runs/keep
 
-All three runs measure the same held-out prompts. The second measures them only (keep.share: 0), so that the third shows
+All three runs measure the same held-out prompts. The third measures them only (keep.share: 0), so that the second shows
 what the share in the penalty adds. A run that is complete is not repeated.
 """
 
@@ -20,8 +20,8 @@ from folora_q.runs.results import Evaluation, Interval, PairedChange, TextKind, 
 
 VARIANTS: dict[str, list[str]] = {
     "plain QLoRA": ["gate.enabled=false", f"training.learning_rate={PLAIN_LEARNING_RATE:g}"],
-    "default, keep measured only": ["keep.share=0"],
     "default with keep": [],
+    "default, keep measured only": ["keep.share=0"],
 }
 
 
@@ -50,7 +50,9 @@ def _run(recipe: Path, folder: Path, overrides: list[str]) -> Evaluation:
     if (earlier := read_evaluation(RunFolder(folder).evaluation)) is not None:
         return earlier
     command = [sys.executable, "-m", "folora_q", "train", str(recipe), *overrides]
-    done = subprocess.run([*command, f"training.output_dir={folder}", "--overwrite"], stdout=subprocess.DEVNULL)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.log").open("w") as log:
+        done = subprocess.run([*command, f"training.output_dir={folder}", "--overwrite"], stdout=log)
     found = read_evaluation(RunFolder(folder).evaluation)
     if done.returncode or found is None:
         raise click.ClickException(f"{folder} failed")
