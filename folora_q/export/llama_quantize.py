@@ -9,23 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from folora_q.errors import RunError, UserError
-from folora_q.export.gguf import OUTTYPES, require_room, require_written, run_program, write_gguf
+from folora_q.export.gguf import require_room, require_written, run_program, write_gguf
 from folora_q.export.gguf_check import GgufFacts
 from folora_q.export.gguf_quantized import check_quantized
+from folora_q.export.gguf_types import CONVERTED, K_QUANTS
 from folora_q.models.weight_files import open_checkpoint
 from folora_q.storage.files import commit_file
 
 PROGRAM = "llama-quantize"
-# The types that are made by llama-quantize, with about the bytes per number that llama.cpp states for them.
-K_QUANTS: dict[str, float] = {
-    "q3_k_m": 0.50,
-    "q4_k_s": 0.58,
-    "q4_k_m": 0.61,
-    "q5_k_s": 0.70,
-    "q5_k_m": 0.72,
-    "q6_k": 0.83,
-}
-GGUF_TYPES = (*OUTTYPES, *K_QUANTS)
 INSTALL = (
     "install llama.cpp, which has it (`brew install llama.cpp`, or build the target llama-quantize of "
     "https://github.com/ggml-org/llama.cpp with cmake), and put it on PATH or name it with --llama-quantize or "
@@ -95,7 +86,7 @@ def write_k_quant(folder: Path, target: Path, kind: str, tools: GgufTools) -> Gg
     dtypes = {stored.dtype for stored in tensors if stored.dtype in SOURCE_TYPES}
     outtype = SOURCE_TYPES[dtypes.pop()] if len(dtypes) == 1 else "f32"
     numel = sum(stored.numel for stored in tensors)
-    require_room(target, numel * (OUTTYPES[outtype][1] + K_QUANTS[kind]))
+    require_room(target, numel * (CONVERTED[outtype] + K_QUANTS[kind]))
     source = target.with_name(f".{target.stem}-{outtype}.gguf")
     try:
         facts = write_gguf(folder, source, outtype, tools.converter)

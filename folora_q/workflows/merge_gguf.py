@@ -14,7 +14,8 @@ from folora_q.errors import RunError
 from folora_q.export.gguf import find_converter, write_gguf
 from folora_q.export.gguf_check import GgufFacts
 from folora_q.export.gguf_quality import TASK_AMOUNT, GgufQuality, measure_gguf
-from folora_q.export.llama_quantize import K_QUANTS, GgufTools, find_quantizer, write_k_quant
+from folora_q.export.gguf_types import K_QUANTS
+from folora_q.export.llama_quantize import GgufTools, find_quantizer, write_k_quant
 from folora_q.export.merge import REPORT
 from folora_q.export.modelfile import Modelfile, write_modelfile
 from folora_q.export.texts import check_texts

@@ -9,12 +9,12 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from folora_q.cli.merge import GGUF_TYPES as OFFERED
 from folora_q.errors import RunError, UserError
 from folora_q.export import gguf as export
 from folora_q.export.gguf import write_gguf
 from folora_q.export.gguf_quantized import MAX_RELATIVE_ERROR, check_quantized
-from folora_q.export.llama_quantize import GGUF_TYPES, INSTALL, K_QUANTS, GgufTools, find_quantizer, write_k_quant
+from folora_q.export.gguf_types import K_QUANTS
+from folora_q.export.llama_quantize import INSTALL, GgufTools, find_quantizer, write_k_quant
 from tests.conftest import save_tiny_model, tiny_tokenizer
 from tests.export.gguf_test import CONVERTER, program
 from tests.export.quantizer import save_quantizer
@@ -25,10 +25,6 @@ def tools(tmp_path: Path) -> GgufTools:
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text(CONVERTER, encoding="utf-8")
     return GgufTools([sys.executable, str(script)], save_quantizer(tmp_path / "bin"))
-
-
-def test_the_command_line_offers_every_type() -> None:
-    assert tuple(OFFERED) == GGUF_TYPES
 
 
 def test_the_quantizer_is_looked_for_in_order(tmp_path: Path, monkeypatch) -> None:
