@@ -43,21 +43,35 @@ def estimate(tally: Tally, limits: tuple[float, float] = (-math.inf, math.inf), 
     Args:
         limits: the smallest and the largest possible mean.
     """
-    mean, texts = tally.mean, len(tally.counts)
-    if texts < MIN_TEXTS:
-        return Interval(mean)
-    ones = np.ones((1, texts))
-    error = float(_means(tally, ones)[1][0])
-    if error == 0:  # all texts have the same mean
-        return Interval(mean, mean, mean)
+    return _bootstrapped([(1, tally)], limits, seed)
+
+
+def difference(first: Tally, second: Tally, seed: int = 0) -> Interval:
+    """Return the mean of the first less that of the second, of independent texts; the interval is as in `estimate`."""
+    return _bootstrapped([(1, first), (-1, second)], (-math.inf, math.inf), seed)
+
+
+def _bootstrapped(parts: list[tuple[int, Tally]], limits: tuple[float, float], seed: int) -> Interval:
+    """Return a sum of means, each with its sign, and its bootstrap-t interval; the texts of each mean are resampled."""
+    value = sum(sign * tally.mean for sign, tally in parts)
+    if min(len(tally.counts) for _, tally in parts) < MIN_TEXTS:
+        return Interval(value)
+    error = math.sqrt(sum(float(_means(tally, np.ones((1, len(tally.counts))))[1][0]) ** 2 for _, tally in parts))
+    if error == 0:  # in each mean all texts have the same one
+        return Interval(value, value, value)
     generator = np.random.default_rng(seed)
     ratios: list[np.ndarray] = []
     for _ in range(RESAMPLES // BLOCK):
-        drawn = generator.multinomial(texts, np.full(texts, 1 / texts), size=BLOCK)  # how often each text
-        means, errors = _means(tally, drawn)
-        ratios.append((means - mean)[errors > 0] / errors[errors > 0])
+        sums, squares = np.zeros(BLOCK), np.zeros(BLOCK)
+        for sign, tally in parts:
+            texts = len(tally.counts)
+            drawn = generator.multinomial(texts, np.full(texts, 1 / texts), size=BLOCK)  # how often each text
+            means, errors = _means(tally, drawn)
+            sums, squares = sums + sign * means, squares + errors**2
+        errors = np.sqrt(squares)
+        ratios.append((sums - value)[errors > 0] / errors[errors > 0])
     low, high = np.quantile(np.concatenate(ratios), [TAIL, 1 - TAIL])
-    return Interval(mean, max(mean - float(high) * error, limits[0]), min(mean - float(low) * error, limits[1]))
+    return Interval(value, max(value - float(high) * error, limits[0]), min(value - float(low) * error, limits[1]))
 
 
 def change(base: Tally, tuned: Tally) -> PairedChange:

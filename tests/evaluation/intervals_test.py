@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
-from folora_q.evaluation.intervals import Tally, change, estimate, score_change, share
+from folora_q.evaluation.intervals import Tally, change, difference, estimate, score_change, share
 from folora_q.recipe.size_advice import MIN_TEXTS
 from folora_q.runs.results import Interval
 
@@ -48,6 +48,16 @@ def test_with_equal_counts_it_is_close_to_what_scipy_computes_by_another_method(
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
+def test_a_difference_of_independent_means_has_an_interval_of_both() -> None:
+    generator = np.random.default_rng(0)
+    first, second = (Tally(generator.normal(mean, 1.0, 300), np.ones(300)) for mean in (2.0, 1.0))
+    found, single = difference(first, second), estimate(first)
+    assert found.value == pytest.approx(first.mean - second.mean)
+    assert found.high - found.low == pytest.approx(math.sqrt(2) * (single.high - single.low), rel=0.1)
+    few = Tally(np.arange(MIN_TEXTS - 1.0), np.ones(MIN_TEXTS - 1))
+    assert difference(first, few).bounds is None and difference(few, first).bounds is None
+
+
 def test_few_texts_have_no_interval() -> None:
     few, enough = np.arange(MIN_TEXTS - 1.0), np.arange(float(MIN_TEXTS))
     assert estimate(Tally(few, np.ones_like(few))) == Interval(few.mean(), None, None)
@@ -78,6 +88,13 @@ def per_text(means: np.ndarray, generator: np.random.Generator) -> Tally:
 )
 def test_intervals_contain_the_truth_about_as_often_as_they_say(sample, truth: float, texts: int) -> None:
     assert 0.90 < coverage(lambda g: per_text(sample(g, texts), g), truth, estimate) < 0.98
+
+
+def test_intervals_of_a_difference_contain_the_truth_about_as_often_as_they_say() -> None:
+    def both(g: np.random.Generator) -> tuple[Tally, Tally]:
+        return Tally(g.normal(1.0, 1.0, 16), np.ones(16)), Tally(g.normal(0.0, 3.0, 24), np.ones(24))
+
+    assert 0.90 < coverage(both, 1.0, lambda parts: difference(*parts)) < 0.98
 
 
 @pytest.mark.parametrize("answers", [16, 32])
