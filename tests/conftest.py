@@ -186,6 +186,21 @@ def pairs_file(recipe_file: Path) -> Path:
     return recipe_file
 
 
+@pytest.fixture
+def labelled_file(recipe_file: Path) -> Path:
+    """The recipe on answers with a label, for training.objective kto; two of three are desirable."""
+    import json
+
+    for name, rows in (("train.jsonl", range(12)), ("heldout.jsonl", range(20, 59))):
+        lines = []
+        for i in rows:
+            said = f"it is {i}" + " indeed" * (i % 4) if i % 3 else f"{i + 1}, I think"
+            turns = [{"role": "user", "content": f"say {i}"}], [{"role": "assistant", "content": said}]
+            lines.append({"prompt": turns[0], "completion": turns[1], "label": i % 3 != 0})
+        (recipe_file.parent / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return recipe_file
+
+
 def write_recipe(folder: Path, model: Path) -> Path:
     """recipe.yaml in a folder, with its data beside it; the run goes to run in that folder."""
     import json

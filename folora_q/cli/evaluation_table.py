@@ -7,7 +7,7 @@ from rich.table import Table
 
 from folora_q.cli.console import out, print_table, visible
 from folora_q.recipe.size_advice import MIN_TEXTS
-from folora_q.runs.in_words import summary
+from folora_q.runs.in_words import REWARD_WORDS, summary
 from folora_q.runs.results import (
     AnswerResult,
     Evaluation,
@@ -121,19 +121,21 @@ def _task_losses(found: Evaluation) -> list[tuple[str, PairedChange]]:
     of_tokens = [text.loss for text in found.of_kind(TextKind.TASK)]
     if found.preference is None:
         return [("task: loss, nats per token", loss) for loss in of_tokens]
-    of_pairs = ("task: DPO loss, nats per pair", found.preference.loss)
-    return [of_pairs, *(("chosen answers: loss", loss) for loss in of_tokens)]
+    words = REWARD_WORDS[found.preference.objective]
+    of_rows = (f"task: {words.loss}, {words.unit}", found.preference.loss)
+    return [of_rows, *((f"{words.learned}: loss", loss) for loss in of_tokens)]
 
 
-def _rewards(pairs: PreferenceResult | None) -> list[tuple[str, str, str, str, str]]:
+def _rewards(found: PreferenceResult | None) -> list[tuple[str, str, str, str, str]]:
     """Return rows on the implicit rewards, which the base does not tell apart."""
-    if pairs is None:
+    if found is None:
         return []
-    accuracy, margin = pairs.accuracy, pairs.margin
-    return [
-        ("  chosen rewarded more", "", f"{accuracy.value:.1%}", "", _interval(accuracy, ".1%")),
-        ("  margin of rewards", "0", f"{margin.value:.3f}", "", _interval(margin, ".3f")),
-    ]
+    accuracy, margin = found.accuracy, found.margin
+    words = REWARD_WORDS[found.objective]
+    rows = [(f"  {words.accuracy}", "", f"{accuracy.value:.1%}", "", _interval(accuracy, ".1%"))]
+    if margin is not None:
+        rows.append(("  margin of rewards", "0", f"{margin.value:.3f}", "", _interval(margin, ".3f")))
+    return rows
 
 
 def _interval(estimate: Interval, form: str) -> str:

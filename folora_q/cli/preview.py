@@ -52,7 +52,7 @@ def command(
     """Show examples as the model will see them: trained tokens in green, the others dim. No model is loaded."""
     with starting(settings["debug"], "Transformers") as progress:
         from folora_q.data.advice import size_warnings
-        from folora_q.data.pairs import COLUMNS, both_answers
+        from folora_q.data.pairs import DESIRABLE, columns_of, sequences_of
         from folora_q.data.task_data import chat_template, read_task, tokenize_task
         from folora_q.models.tokenizer import load_tokenizer
     clock = StageTimer(progress)
@@ -62,18 +62,21 @@ def command(
     half, examples = (data.heldout, task.heldout) if heldout else (data.train, task.train)
 
     rows = half.sequences
-    pairs = "rejected_ids" in rows.column_names
+    columns = columns_of(rows.column_names, trained=True)
     chosen = sorted(random.Random(recipe.training.seed).sample(range(len(rows)), min(count, len(rows))))
     for row in (rows[index] for index in chosen):
         where = examples[row["example"]].where
-        for names, answer in zip(COLUMNS if pairs else COLUMNS[:1], (" chosen", " rejected"), strict=False):
+        kinds = (" chosen", " rejected") if len(columns) > 1 else ("",)
+        if DESIRABLE in row:
+            kinds = (" desirable" if row[DESIRABLE] else " undesirable",)
+        for names, kind in zip(columns, kinds, strict=True):
             ids, labels = (row[name] for name in names)
             learned = sum(label >= 0 for label in labels[1:])
             what = f"[dim]{len(ids)} tokens, {learned} learned[/]"
-            out.print(f"\n[bold]{escape(where)}[/]{answer * pairs} {what}", soft_wrap=True)
+            out.print(f"\n[bold]{escape(where)}[/]{kind} {what}", soft_wrap=True)
             runs = _runs(tokenizer, ids, labels)
             out.print(_coloured(runs if full else _shortened(runs)), soft_wrap=True)
-    _print_lengths(both_answers(rows[:])[0])
+    _print_lengths(sequences_of(rows[:], trained=True)[0])
     _print_left_out(recipe, data, half)
     for warning in size_warnings(recipe, data):
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)

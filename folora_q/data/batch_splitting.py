@@ -118,10 +118,11 @@ def first_rows(text: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def rows_of_inputs(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Slice a model's inputs (rows, ..., t) as `rows_of` does; without an attention mask, padding is kept."""
+    """Slice inputs (rows, ..., t) or (rows,) as `rows_of` does; without an attention mask, padding is kept."""
     part = {name: value[start:stop] if isinstance(value, Tensor) else value for name, value in inputs.items()}
     mask = part.get("attention_mask")
     if mask is None:
         return part
     width = int(mask.sum(-1).max())
-    return {name: value[..., :width] if isinstance(value, Tensor) else value for name, value in part.items()}
+    padded = {name: value for name, value in part.items() if isinstance(value, Tensor) and value.dim() > 1}
+    return part | {name: value[..., :width] for name, value in padded.items()}

@@ -41,6 +41,8 @@ LABELS = _words(
 )
 # With these columns, rows are pairs; the first is the better answer.
 PAIR = ("chosen", "rejected")
+# One of these says whether an answer is desirable.
+LABEL_COLUMNS = ("label", "kto_tag")
 # A column is of a kind if this share of its values is.
 MIN_SHARE = 0.5
 
@@ -75,6 +77,10 @@ class Guess:
             chosen, rejected = (self.fields.get(name, name) for name in PAIR)
             asked = f", as answers to `{self.fields['instruction']}`" if "instruction" in self.fields else ""
             return f"`{chosen}` is preferred to `{rejected}`{asked}"
+        if self.format == "labelled":
+            answer = self.fields.get("output", self.fields.get("completion", "the last turn"))
+            asked = f" to `{self.fields['instruction']}`" if "instruction" in self.fields else ""
+            return f"a label says whether {answer if ' ' in answer else f'`{answer}`'}{asked} is desirable"
         if self.format == "prompt_completion":
             return f"the prompt is `{self.fields['prompt']}` and its completion `{self.fields['completion']}`"
         parts = [f"the question is `{self.fields['instruction']}`"]
@@ -132,6 +138,20 @@ def guess_pairs(rows: Rows) -> Guess | None:
     return Guess("preference", {"instruction": asked} if asked and asked != "instruction" else {}, True)
 
 
+def guess_labelled(rows: Rows) -> Guess | None:
+    """Guess the columns of answers with a label, whose values are true and false; None if the rows have none.
+
+    A prompt and a completion of text become chats.
+    """
+    if max(_share(rows, name, _is_truth) for name in LABEL_COLUMNS) < MIN_SHARE:
+        return None
+    columns = {column for row in rows for column in row}
+    if {"prompt", "completion"} <= columns and _share(rows, "completion", _is_text) >= MIN_SHARE:
+        return Guess("labelled", {"instruction": "prompt", "output": "completion"}, True)
+    known = ({"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"})
+    return Guess("labelled", {}, True) if any(each <= columns for each in known) else None
+
+
 def question_in(row: Mapping[str, Any]) -> str | None:
     """Return the column of a row that is named like a question and holds text of several words, if any."""
     named = [column for column in _named(row, QUESTIONS) if _plain(column) not in LABELS]
@@ -146,6 +166,7 @@ def fields_given(fields: dict[FieldName, str]) -> Guess:
     """
     known: dict[frozenset[FieldName], FormatName] = {
         frozenset({"chosen", "rejected"}): "preference",
+        frozenset({"label"}): "labelled",
         frozenset({"messages"}): "messages",
         frozenset({"prompt", "completion"}): "prompt_completion",
         frozenset({"instruction", "output"}): "alpaca",
@@ -156,7 +177,7 @@ def fields_given(fields: dict[FieldName, str]) -> Guess:
             return Guess(name, dict(fields), True)
     raise UserError(
         f"the fields {', '.join(fields)} make no row",
-        "give instruction and output, prompt and completion, messages, text, or chosen and rejected",
+        "give instruction and output, prompt and completion, messages, text, chosen and rejected, or label",
     )
 
 
@@ -180,6 +201,10 @@ def _share(rows: Rows, column: str, is_kind: Any) -> float:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_turns(value: Any) -> bool:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import has_generation_markers
 
 from folora_q.data.completeness import lost_part
-from folora_q.data.examples import Chat, Completion, Example, Preference, Text, with_answers
+from folora_q.data.examples import Chat, Completion, Example, Labelled, Preference, Text, with_answers
 from folora_q.data.pieces import Encoded, Piece, PieceTokenizer, Span, inside, labels_of
 from folora_q.data.rendering import END_HINT, RenderedTurn, Renderer, RenderError, common_length
 from folora_q.data.rows import RowError
@@ -145,13 +145,15 @@ class Encoder:
                     return [self._document(self._ended(example.text), 0)]
                 case Preference():
                     return [replace(self._answer(example.chosen), rejected=self._answer(example.rejected))]
+                case Labelled():
+                    return [replace(self._answer(example.answer), desirable=example.desirable)]
         except TEMPLATE_ERRORS as error:
             raise RowError(example.where, f"it cannot be rendered: {_sentence(error)}") from None
         except RenderError as error:
             raise RowError(example.where, f"{self.template_name} {error.reason}", error.hint) from None
 
     def _answer(self, example: Chat | Completion) -> Encoded:
-        """Encode one side of a pair.
+        """Encode one side of a pair, or a labelled answer.
 
         Raises:
             RowError: as for a single example, or it needs several sequences.

@@ -1,4 +1,4 @@
-"""The kinds of examples: a chat, a prompt with its completion, plain text, and a pair of answers."""
+"""The kinds of examples: a chat, a prompt with its completion, plain text, a pair of answers, and a labelled answer."""
 
 from __future__ import annotations
 
@@ -84,17 +84,45 @@ class Preference:
     rejected: Chat | Completion
 
 
-Example = Chat | Completion | Text | Preference
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt with one answer, and whether such an answer is desirable."""
+
+    where: str
+    answer: Chat | Completion
+    desirable: bool
+
+
+Example = Chat | Completion | Text | Preference | Labelled
 
 
 def with_answers(examples: Iterable[Example]) -> list[Chat | Completion]:
-    """Return the examples that have an answer, of a pair the one with the chosen answer."""
-    chosen = (example.chosen if isinstance(example, Preference) else example for example in examples)
-    return [example for example in chosen if not isinstance(example, Text)]
+    """Return the examples whose answer is to be learned: of a pair the chosen one, with a label the desirable ones."""
+    found = []
+    for example in examples:
+        match example:
+            case Preference():
+                found.append(example.chosen)
+            case Labelled():
+                found += [example.answer] if example.desirable else []
+            case Chat() | Completion():
+                found.append(example)
+    return found
+
+
+def has_chats(examples: Iterable[Example]) -> bool:
+    """Return whether any example, or an answer of one, is a chat."""
+    for example in examples:
+        parts = (example.chosen, example.rejected) if isinstance(example, Preference) else (example,)
+        if any(isinstance(part.answer if isinstance(part, Labelled) else part, Chat) for part in parts):
+            return True
+    return False
 
 
 def content_of(example: Example) -> str:
     """Serialize an example without its location: equal for two examples of the same content."""
+    if isinstance(example, Labelled):
+        return json.dumps(["Labelled", content_of(example.answer), example.desirable], ensure_ascii=False)
     if isinstance(example, Preference):
         return json.dumps(["Preference", content_of(example.chosen), content_of(example.rejected)], ensure_ascii=False)
     parts = {name: value for name, value in vars(example).items() if name != "where"}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 
-from folora_q.data.column_guess import Guess, guess_fields, guess_pairs
+from folora_q.data.column_guess import Guess, guess_fields, guess_labelled, guess_pairs
 from folora_q.data.examples import Text
 from folora_q.data.formats import detect_format
 from folora_q.data.loading import examine, first_examples
 from folora_q.data.rows import Row, RowError
 from folora_q.data.sources import read_source
 from folora_q.recipe.dataset import FormatName, Source
-from folora_q.recipe.training import ObjectiveName
+from folora_q.recipe.objectives import ObjectiveName
 
 # Rows that are checked, and rows that are counted: with more, one epoch has more than enough steps.
 CHECKED_ROWS, MAX_COUNTED_ROWS = 100, 20_000
@@ -46,18 +46,19 @@ def columns_of(source: Source) -> list[str]:
 
 
 def guess_for(source: Source) -> Guess | None:
-    """Guess the fields of a source with pairs, or whose columns match no known format; None if they match one.
+    """Guess the fields of pairs, of labelled answers, or of columns that match no known format; None if they match one.
 
     Raises:
         UserError: it cannot be read, or nothing can be guessed.
     """
     rows = _first_rows(source)
-    if (pairs := guess_pairs([row.values for row in rows])) is not None:
-        return pairs
+    values = [row.values for row in rows]
+    if (compared := guess_pairs(values) or guess_labelled(values)) is not None:
+        return compared
     try:
         detect_format(rows[0], source)
     except RowError:
-        guess = guess_fields([row.values for row in rows])
+        guess = guess_fields(values)
         if guess is None:
             raise
         return guess

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from folora_q.data.column_guess import guess_fields
-from folora_q.data.examples import Chat, Completion, Example, Text, content_of
+from folora_q.data.examples import Chat, Completion, Example, Labelled, Text, content_of
 from folora_q.data.fields import Fields, chat_of, listed_columns
+from folora_q.data.labels import LABEL, TAG, label_of
 from folora_q.data.pair_rows import parse_preference
 from folora_q.data.rows import Row, RowError, kind_of
 from folora_q.data.turns import Turn, check_order, parse_turns
 from folora_q.recipe.dataset import FormatName, Source
+from folora_q.recipe.objectives import ObjectiveName
 from folora_q.recipe.strict_yaml import dump_yaml
-from folora_q.recipe.training import ObjectiveName
 
 
 def detect_format(row: Row, source: Source, objective: ObjectiveName = "sft") -> FormatName:
@@ -28,32 +29,53 @@ def detect_format(row: Row, source: Source, objective: ObjectiveName = "sft") ->
     """
     if source.shape != "auto":
         if FORMATS[source.shape].objective != objective:
-            raise _of_another_objective(row, f"its source has `shape: {source.shape}`", objective)
+            raise _of_another_objective(row, f"its source has `shape: {source.shape}`", objective, source.shape)
         return source.shape
     columns = {*row.values, *source.fields}
     fitting: list[FormatName] = [
-        name for name, known in FORMATS.items() if known.columns <= columns and known.objective == objective
+        name for name, known in FORMATS.items() if known.fits(columns) and known.objective == objective
     ]
     if fitting:  # formats whose columns the recipe maps come first
         return max(fitting, key=lambda name: len(FORMATS[name].fields & source.fields.keys()))
-    if objective == "dpo":
-        raise _of_another_objective(row, f"its columns are {listed_columns(row.values)}", objective)
-    if FORMATS["preference"].columns <= columns:
-        raise _of_another_objective(row, "it has `chosen` and `rejected`", objective)
+    if FORMATS["preference"].fits(columns):
+        raise _of_another_objective(row, "it has `chosen` and `rejected`", objective, "preference")
+    if objective != "sft":
+        labelled: FormatName | None = "labelled" if FORMATS["labelled"].fits(columns) else None
+        raise _of_another_objective(row, f"its columns are {listed_columns(row.values)}", objective, labelled)
     raise RowError(
         row.where, f"its columns ({listed_columns(row.values)}) match no known format", _hint_on_columns(row, source)
     )
 
 
-def _of_another_objective(row: Row, what: str, objective: ObjectiveName) -> RowError:
-    """Return the error for a row of a format that training.objective cannot use."""
-    if objective == "dpo":
-        return RowError(
-            row.where,
-            f"{what}, and training.objective: dpo needs pairs",
-            "give each row a `chosen` and a `rejected` answer, and perhaps their `prompt`; map other names with "
-            "`fields`, e.g. {chosen: better, rejected: worse}; or set training.objective: sft",
-        )
+def _of_another_objective(row: Row, what: str, objective: ObjectiveName, found: FormatName | None) -> RowError:
+    """Return the error for a row that training.objective cannot use.
+
+    Args:
+        found: the format that the row seems to have.
+    """
+    needs = f"{what}, and training.objective: {objective} needs"
+    other = "sft" if found is None else FORMATS[found].objective
+    match objective, found:
+        case "dpo", _:
+            return RowError(
+                row.where,
+                f"{needs} pairs",
+                "give each row a `chosen` and a `rejected` answer, and perhaps their `prompt`; map other names with "
+                f"`fields`, e.g. {{chosen: better, rejected: worse}}; or set training.objective: {other}",
+            )
+        case "kto", _:
+            return RowError(
+                row.where,
+                f"{needs} answers with a label",
+                "give each row a prompt, an answer, and a `label` that is true or false; map other names with "
+                f"`fields`, e.g. {{label: liked}}; or set training.objective: {other}",
+            )
+        case _, "labelled":
+            return RowError(
+                row.where,
+                f"{what}: answers with a label, which training.objective: sft does not use",
+                "set training.objective: kto",
+            )
     return RowError(
         row.where,
         f"{what}: preference data, which training.objective: sft does not use",
@@ -89,6 +111,8 @@ def to_example(row: Row, name: FormatName, source: Source) -> Example:
     for column in sorted(MEDIA & row.values.keys() - set(source.fields.values())):
         if row.values[column]:
             raise RowError(row.where, f"it has `{column[:40]}`, and only text can be trained")
+    if row.values.get(TAG) is False and FORMATS[name].objective == "sft":
+        raise _undesirable(row.where, TAG)
     try:
         example = FORMATS[name].parse(Fields(row, source))
         if not isinstance(example, Text):
@@ -139,13 +163,13 @@ def _history(fields: Fields) -> list[tuple[str, str]]:
 
 
 def _prompt_completion(fields: Fields) -> Chat | Completion:
+    if fields.row.values.get(LABEL) is False:
+        raise _undesirable(fields.where, LABEL)
+    return _prompt_and_completion(fields)
+
+
+def _prompt_and_completion(fields: Fields) -> Chat | Completion:
     prompt, completion = fields.get("prompt"), fields.get("completion")
-    if fields.row.values.get("label") is False:
-        raise RowError(
-            fields.where,
-            "its `label` is false, which marks an answer that is not to be learned (KTO data)",
-            "set data.on_error: skip to learn the others alone, or remove the column",
-        )
     if isinstance(prompt, list) or isinstance(completion, list):
         context = parse_turns(prompt, fields.source, fields.where, "prompt")
         turns = context + parse_turns(completion, fields.source, fields.where, "completion")
@@ -156,6 +180,24 @@ def _prompt_completion(fields: Fields) -> Chat | Completion:
     if fields.tools():
         raise RowError(fields.where, "it has `tools`, which only a chat template can render: give lists of turns")
     return Completion(fields.where, fields.text("prompt"), fields.text("completion"))
+
+
+def _undesirable(where: str, column: str) -> RowError:
+    return RowError(
+        where,
+        f"its `{column}` is false, which marks an answer that is not to be learned",
+        "set training.objective: kto, which learns from such answers too, or data.on_error: skip to learn the others "
+        "alone, or remove the column",
+    )
+
+
+def _labelled(fields: Fields) -> Labelled:
+    """Parse an answer with its label; the answer is the completion, the output, or the last turn of a chat."""
+    desirable = label_of(fields)
+    if fields.column("completion"):
+        return Labelled(fields.where, _prompt_and_completion(fields), desirable)
+    chat = _alpaca(fields) if fields.column("output") else _messages(fields)
+    return Labelled(fields.where, replace(chat, context=chat.answer), desirable)
 
 
 def _text(fields: Fields) -> Text:
@@ -169,6 +211,7 @@ class DatasetFormat:
     Attributes:
         parse: makes an example of a row.
         columns: columns by which the format is detected.
+        aliases: further sets of columns by which it is.
         fields: names that a recipe's `fields` may map.
         unmapped: further columns, which are read only under their own names.
         turns: names of each column that holds turns; the first that a row has counts.
@@ -181,6 +224,11 @@ class DatasetFormat:
     unmapped: frozenset[str] = frozenset()
     turns: tuple[tuple[str, ...], ...] = ()
     objective: ObjectiveName = "sft"
+    aliases: tuple[frozenset[str], ...] = ()
+
+    def fits(self, columns: Set[str]) -> bool:
+        """Return whether a row with these columns can have the format."""
+        return any(each <= columns for each in (self.columns, *self.aliases))
 
 
 def _names(text: str) -> frozenset[str]:
@@ -219,6 +267,15 @@ FORMATS: dict[FormatName, DatasetFormat] = {
         unmapped=_names("functions system_prompt conversations"),
         turns=(("prompt",), ("messages", "conversations"), ("chosen",), ("rejected",)),
         objective="dpo",
+    ),
+    "labelled": DatasetFormat(
+        parse=_labelled,
+        columns=frozenset({LABEL}),
+        fields=_names("prompt completion instruction input output messages history role content system tools label"),
+        unmapped=_names("functions system_prompt conversations") | {TAG},
+        turns=(("prompt",), ("completion",), ("messages", "conversations")),
+        objective="kto",
+        aliases=(frozenset({TAG}),),
     ),
 }
 if FORMATS.keys() != set(get_args(FormatName)):

@@ -15,8 +15,8 @@ from folora_q.data.sources import find, read_source
 from folora_q.data.unused import filled_columns, unused_columns
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import DataSection, FormatName, Source
+from folora_q.recipe.objectives import ObjectiveName
 from folora_q.recipe.paths import is_hub_dataset
-from folora_q.recipe.training import ObjectiveName
 
 # The maximum number of files or columns that a line names; run.json has all files.
 MAX_NAMED = 10

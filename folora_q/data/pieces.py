@@ -20,12 +20,14 @@ class Encoded:
     Attributes:
         given: the number of turns without a thought for which the template's empty thought is not trained.
         rejected: of a pair, the sequence with the other answer.
+        desirable: of a labelled answer, whether it is desirable.
     """
 
     input_ids: list[int]
     labels: list[int]
     given: int = 0
     rejected: Encoded | None = None
+    desirable: bool | None = None
 
     @property
     def sequences(self) -> tuple[Encoded, ...]:
@@ -35,7 +37,7 @@ class Encoded:
     def cut(self, length: int) -> Encoded:
         """Return it without the tokens after the first `length`."""
         rejected = None if self.rejected is None else self.rejected.cut(length)
-        return Encoded(self.input_ids[:length], self.labels[:length], self.given, rejected)
+        return Encoded(self.input_ids[:length], self.labels[:length], self.given, rejected, self.desirable)
 
     @property
     def trained(self) -> int:

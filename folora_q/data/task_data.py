@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.data.encode import Encoder
-from folora_q.data.examples import Chat, Text, with_answers
+from folora_q.data.examples import Text, has_chats
 from folora_q.data.loading import TaskData, read_task_data
 from folora_q.data.rendering import Renderer
 from folora_q.data.templates import read_template
@@ -93,7 +93,7 @@ def tokenize_task(recipe: Recipe, task: TaskData, tokenizer: Tokenizer, clock: S
         template_name=f"the chat template {data.chat_template}" if data.chat_template else "the model's chat template",
         without_thought=data.without_thought,
     )
-    if any(isinstance(example, Chat) for example in with_answers((*task.train, *task.heldout))):
+    if has_chats((*task.train, *task.heldout)):
         encoder.prepare_chats()
         if encoder.assistant_only_loss:
             clock.note(f"the assistant's turns are found by {encoder.marking}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from datasets import Sequence as ListOf
 
 from folora_q.data.encode import Encoder
 from folora_q.data.examples import Example, Text, content_of
-from folora_q.data.pairs import COLUMNS
+from folora_q.data.pairs import DESIRABLE, FIRST, MISMATCHED, REJECTED, mismatched
 from folora_q.data.pieces import Encoded
 from folora_q.data.rows import RowError
 from folora_q.errors import UserError
@@ -23,9 +23,9 @@ from folora_q.storage.files import cache_folder, commit_directory
 # Increased when the same settings give other tokens.
 FORMAT = 2
 IDS = ListOf(Value("int32"))
-FEATURES = Features({"input_ids": IDS, "labels": IDS, "example": Value("int32")})
-# Of pairs: `input_ids` and `labels` are those of the chosen answer.
-PAIR_FEATURES = Features({**FEATURES, "rejected_ids": IDS, "rejected_labels": IDS})
+FEATURES = Features({**dict.fromkeys(FIRST, IDS), "example": Value("int32")})
+# Of pairs, whose chosen answers are in the first columns, and of labelled answers.
+FURTHER = Features({**dict.fromkeys((*REJECTED, *MISMATCHED), IDS), DESIRABLE: Value("bool")})
 COUNTS = "counts.json"
 
 
@@ -50,7 +50,7 @@ class Counts:
 
     Attributes:
         examples, sequences: the number of examples, and of sequences that are left to train on; a pair counts once.
-        tokens, trained: the number of tokens in the sequences, and of trained ones among them.
+        tokens, trained: the number of tokens in the sequences, and of trained ones among them; without mismatched ones.
         overlong: examples longer than max_length.
         dropped, cut, split: what happened to these.
         untrained: sequences without a trained token, which are left out.
@@ -79,7 +79,7 @@ class Tokenized:
 
     Attributes:
         sequences: columns `input_ids`, `labels`, and `example`, the index of the example that each comes from; of pairs
-            also `rejected_ids` and `rejected_labels`.
+            and labelled answers also those of `folora_q.data.pairs`.
         folder: where they are cached.
         from_cache: whether they were found there.
     """
@@ -129,11 +129,9 @@ def tokenize(
         counts.given += sum(each.given for sequence in encoded for each in sequence.sequences)
         for sequence in _fitted(example, encoded, unfit, counts):
             columns["example"].append(index)
-            for names, each in zip(COLUMNS, sequence.sequences, strict=False):
-                for name, values in zip(names, (each.input_ids, each.labels), strict=True):
-                    columns.setdefault(name, []).append(np.asarray(values, np.int32))
-                counts.tokens += len(each.input_ids)
-                counts.trained += each.trained
+            _add(columns, sequence)
+            counts.tokens += sum(len(each.input_ids) for each in sequence.sequences)
+            counts.trained += sum(each.trained for each in sequence.sequences)
         on_progress(1)
     counts.sequences = len(columns["example"])
     if not counts.sequences:
@@ -141,12 +139,34 @@ def tokenize(
         raise UserError(
             _nothing_left(examples, counts, unfit.max_length, kind), f"{longer}look at them with `folora-q preview`"
         )
+    if DESIRABLE in columns:
+        columns |= _mismatched(columns, unfit.max_length, kind)
     with commit_directory(folder, keeps_existing=True) as staging:
-        features = PAIR_FEATURES if "rejected_ids" in columns else FEATURES
+        features = Features({name: feature for name, feature in (FEATURES | FURTHER).items() if name in columns})
         made = Dataset.from_dict(columns, features=features)
         made.save_to_disk(staging)
         (staging / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
     return Tokenized(Dataset.load_from_disk(folder), counts, folder, from_cache=False)
+
+
+def _add(columns: dict[str, list], sequence: Encoded) -> None:
+    """Append a row to the columns of tokens, labels and, if it has one, its own label."""
+    if sequence.desirable is not None:
+        columns.setdefault(DESIRABLE, []).append(sequence.desirable)
+    for names, each in zip((FIRST, REJECTED), sequence.sequences, strict=False):
+        for name, values in zip(names, (each.input_ids, each.labels), strict=True):
+            columns.setdefault(name, []).append(np.asarray(values, np.int32))
+
+
+def _mismatched(columns: Mapping[str, list], max_length: int, kind: str) -> dict[str, list]:
+    """Return the columns of labelled answers that hold each prompt with the answer of another row."""
+    ids, labels = (columns[name] for name in FIRST)
+    if len(ids) < 2:
+        raise UserError(
+            f"training.objective: kto needs at least two {kind} rows, since it compares an answer with that of another",
+            "add rows, or check what data.overlong and data.on_error leave out",
+        )
+    return dict(zip(MISMATCHED, mismatched(ids, labels, max_length), strict=True))
 
 
 def _fitted(example: Example, encoded: Sequence[Encoded], unfit: UnfitExamples, counts: Counts) -> Iterator[Encoded]:

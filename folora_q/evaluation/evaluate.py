@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from folora_q.block_sizes import GENERAL_WINDOW
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.examples import Example, with_answers
-from folora_q.data.pairs import both_answers
+from folora_q.data.pairs import answers_to_learn
 from folora_q.data.rendering import Renderer
 from folora_q.data.task_data import TaskTokens
 from folora_q.data.tokens import Batch, batches, count_tokens
@@ -23,7 +23,7 @@ from folora_q.evaluation.drift import adapted_layers, measured_drift, update_nor
 from folora_q.evaluation.kept import Kept, kept_answers, kept_results
 from folora_q.evaluation.loss import GENERAL_TEXTS, text_windows
 from folora_q.evaluation.model_pair import ModelPair
-from folora_q.evaluation.preference import HeldOutPairs, heldout_pairs, measure_pairs
+from folora_q.evaluation.preference import HeldOutAnswers, held_out_answers, measure_rewards
 from folora_q.evaluation.task import (
     GENERAL_PROMPTS,
     Generation,
@@ -35,6 +35,7 @@ from folora_q.evaluation.task import (
 )
 from folora_q.progress import StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
+from folora_q.recipe.training import TrainingSection
 from folora_q.runs.results import (
     GENERATED_TEXT,
     GENERATED_TEXT_CUT,
@@ -62,14 +63,14 @@ class HeldOutSources:
         crop_seed: seed of the crops.
         data: the task; None: no task.
         kept: what the recipe keeps, as the base answers it.
-        beta: of DPO's loss, if the task's rows are pairs.
+        training: the task's, whose objective may be one on rewards.
     """
 
     generated: Sequence[Sequence[int]]
     crop_seed: int
     data: TaskTokens | None
     kept: Sequence[Kept] = ()
-    beta: float | None = None
+    training: TrainingSection | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class HeldOut:
         reader: reads the answers.
         drift: texts by kind, on which the layers' outputs are compared.
         kept: what the recipe keeps; its held-out sequences are in `texts` too, in the same order.
-        pairs: of objective dpo; the task's text is then that of the chosen answers.
+        rewarded: answers whose rewards are measured, of objectives dpo and kto; the task's text is then that of the
+            answers to be learned.
     """
 
     texts: list[HeldOutText]
@@ -90,12 +92,12 @@ class HeldOut:
     reader: Questions
     drift: dict[str, list[Batch]]
     kept: Sequence[Kept] = field(default_factory=tuple)
-    pairs: HeldOutPairs | None = None
+    rewarded: HeldOutAnswers | None = None
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Base and tuned model on texts, and on pairs of answers if the task has pairs."""
+    """Base and tuned model on texts, and on answers with rewards if the task has such."""
 
     texts: list[TextResult]
     preference: PreferenceResult | None = None
@@ -127,8 +129,8 @@ def held_out(
         UserError: a text file cannot be read, or is too short.
     """
     size, generated, data = section.batch_size, sources.generated, sources.data
-    rows = None if data is None else data.heldout.sequences
-    ids, labels = ((), ()) if rows is None else (rows["input_ids"][:], rows["labels"][:])
+    rows = None if data is None else data.heldout.sequences[:]
+    ids, labels = ((), ()) if rows is None else answers_to_learn(rows)
     cut = crops(generated, sources.crop_seed)
     texts = [HeldOutText("task", TextKind.TASK, list(batches(ids, size, device, labels)))] if ids else []
     if generated:
@@ -143,9 +145,9 @@ def held_out(
         TextKind.GENERATED: [*generated[:DRIFT_TEXTS], *cut[:DRIFT_TEXTS]],
         TextKind.TASK: list(ids[:DRIFT_TEXTS]),
     }
-    pairs = None
-    if rows is not None and sources.beta is not None:
-        pairs = heldout_pairs(*both_answers(rows[:]), sources.beta, size, device)
+    rewarded = None
+    if rows is not None and sources.training is not None and sources.training.compares:
+        rewarded = held_out_answers(rows, sources.training, size, device)
     reader = Questions(Renderer(tokenizer) if data is None else data.renderer)
     return HeldOut(
         texts=texts,
@@ -153,7 +155,7 @@ def held_out(
         reader=reader,
         drift={kind: list(batches(sequences, size, device)) for kind, sequences in drift.items() if sequences},
         kept=sources.kept,
-        pairs=pairs,
+        rewarded=rewarded,
     )
 
 
@@ -164,9 +166,9 @@ def whole_and_cut(ids: Sequence[Sequence[int]], crop_seed: int, batch_size: int,
 
 
 def task_batches(data: TaskTokens, batch_size: int, device: torch.device) -> list[Batch]:
-    """Return a task's held-out rows."""
-    rows = data.heldout.sequences
-    return list(batches(rows["input_ids"][:], batch_size, device, rows["labels"][:]))
+    """Return a task's held-out rows, with the answers to be learned."""
+    ids, labels = answers_to_learn(data.heldout.sequences[:])
+    return list(batches(ids, batch_size, device, labels))
 
 
 def general_texts(section: EvaluationSection) -> dict[str, Path]:
@@ -213,13 +215,14 @@ def evaluate(
 
 
 def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> Compared:
-    """Measure losses and predictions on every text, and rewards of pairs; all processes of the pair take part."""
+    """Measure losses and predictions on every text, and rewards of answers; all processes of the pair take part."""
     model_pair.eval()
     splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
-    tokens = sum(count_tokens(text.batches) for text in (*on.texts, *([on.pairs] if on.pairs else [])))
+    tokens = sum(count_tokens(text.batches) for text in (*on.texts, *([on.rewarded] if on.rewarded else [])))
     with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
         texts = [compare(model_pair, text, done, splitter) for text in on.texts]
-        return Compared(texts, None if on.pairs is None else measure_pairs(model_pair, on.pairs, done, splitter))
+        rewards = None if on.rewarded is None else measure_rewards(model_pair, on.rewarded, done, splitter)
+        return Compared(texts, rewards)
 
 
 def evaluate_layers(

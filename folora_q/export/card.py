@@ -16,9 +16,10 @@ from huggingface_hub import ModelCardData
 from folora_q import __version__
 from folora_q.models.load import LoadedModel
 from folora_q.recipe.dataset import Source
+from folora_q.recipe.objectives import OBJECTIVE_FACTS
 from folora_q.recipe.paths import HUB_MODEL, is_hub_dataset
 from folora_q.recipe.schema import Recipe
-from folora_q.runs.in_words import summary
+from folora_q.runs.in_words import REWARD_WORDS, summary
 from folora_q.runs.results import Evaluation, Interval
 from folora_q.storage.files import atomic_write
 
@@ -54,7 +55,7 @@ def _body(recipe: Recipe, base: LoadedModel, evaluation: Evaluation | None) -> s
 
 Trained by folora-q {__version__} on a base {"saved in" if held.prequantized else "quantized to"} 4 bits
 ({held.bnb_4bit_quant_type}, double quantization {"on" if held.bnb_4bit_use_double_quant else "off"}).
-{OBJECTIVES[recipe.training.objective]}Updates were {method}.
+{_objective(recipe)}Updates were {method}.
 
 - Base model: {_code(base.name)}{f" at revision {_code(base.revision)}" if base.revision else ""}
 - Training data: {", ".join(_code(_named(source)) for source in recipe.data.train_dataset)}
@@ -75,8 +76,12 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
 
 
-OBJECTIVES = {"sft": "", "dpo": "Its objective was Direct Preference Optimization (DPO).\n"}
 NOT_MEASURED = "Not measured: the run ended before its evaluation did."
+
+
+def _objective(recipe: Recipe) -> str:
+    training = recipe.training
+    return f"Its objective was {OBJECTIVE_FACTS[training.objective].title}.\n" if training.compares else ""
 
 
 def _table(evaluation: Evaluation) -> str:
@@ -124,11 +129,11 @@ def _rows(evaluation: Evaluation) -> str:
     if (pairs := evaluation.preference) is not None:
         by, accuracy, margin = pairs.loss.change, pairs.accuracy, pairs.margin
         shift = f"{by.value:+.4f}{_interval(by, '+.4f')}"
-        rows.append(
-            f"| DPO loss, {pairs.pairs} pairs | {pairs.loss.base.value:.4f} | {pairs.loss.tuned.value:.4f} | {shift} |"
-        )
-        rows.append(f"| chosen answer rewarded more | | {accuracy.value:.1%} |{_interval(accuracy, '.1%')} |")
-        rows.append(f"| margin of rewards | 0 | {margin.value:.3f} |{_interval(margin, '.3f')} |")
+        words, base, tuned = REWARD_WORDS[pairs.objective], pairs.loss.base.value, pairs.loss.tuned.value
+        rows.append(f"| {words.loss}, {pairs.pairs} {words.rows} | {base:.4f} | {tuned:.4f} | {shift} |")
+        rows.append(f"| {words.accuracy} | | {accuracy.value:.1%} |{_interval(accuracy, '.1%')} |")
+        if margin is not None:
+            rows.append(f"| margin of rewards | 0 | {margin.value:.3f} |{_interval(margin, '.3f')} |")
     for text in evaluation.texts:
         loss, by, kl = text.loss, text.loss.change, text.kl
         shift = f"{by.value:+.4f}{_interval(by, '+.4f')}"

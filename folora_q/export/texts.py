@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from folora_q.calibration.sample_cache import read_samples
 from folora_q.data.encode import Encoder
-from folora_q.data.examples import Chat, with_answers
+from folora_q.data.examples import has_chats
 from folora_q.data.loading import read_task_data
 from folora_q.data.tokens import IGNORED
 from folora_q.errors import UserError
@@ -83,7 +83,7 @@ def _held_out_rows(recipe: Recipe, tokenizer: Tokenizer, amount: Amount) -> list
             completion_only_loss=training.completion_only_loss,
             without_thought=recipe.data.without_thought,
         )
-        if any(isinstance(example, Chat) for example in with_answers(examples)):
+        if has_chats(examples):
             encoder.prepare_chats()
         encoded = [row for example in examples for row in encoder(example)]
         return [(row.input_ids[: amount.length], row.labels[: amount.length]) for row in encoded]

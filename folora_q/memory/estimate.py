@@ -236,7 +236,7 @@ class _Run:
     def training(self) -> MemoryStage:
         """The largest of three moments of a step: the head, the backward pass of a layer, and the optimizer's step.
 
-        The pass of the base that objective dpo needs is smaller: it comes first, and keeps nothing.
+        The passes without gradients that objectives dpo and kto need are smaller: they come first, and keep nothing.
         """
         training, shape, how = self.recipe.training, self.shape, self.how
         rows = training.per_device_train_batch_size * training.sequences_per_row

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from folora_q.data.pairs import columns_of
 from folora_q.data.task_data import TaskTokens
 from folora_q.data.tokenized import Tokenized
 from folora_q.errors import UserError
@@ -36,9 +37,7 @@ def require_rows(data: TaskTokens, tokenizer: Tokenizer, config: PreTrainedConfi
 
 def _first_beyond(half: Tokenized, rows: int) -> tuple[int, int] | None:
     """Return example and id of the first token beyond the embedding's rows."""
-    for name in half.sequences.column_names:
-        if name not in ("input_ids", "rejected_ids"):
-            continue
+    for name, _ in columns_of(half.sequences.column_names, trained=True):
         ids = half.sequences.data.column(name)
         largest = pc.call_function("max", [pc.call_function("list_flatten", [ids])]).as_py()
         if (largest or 0) < rows:

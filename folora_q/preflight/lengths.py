@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from folora_q.data.examples import Chat, Completion, Example, Preference, Text
+from folora_q.data.examples import Chat, Completion, Example, Labelled, Preference, Text
 from folora_q.data.loading import first_examples
 from folora_q.errors import UserError
 from folora_q.memory.config import files_here
@@ -110,5 +110,7 @@ def _texts(example: Example) -> list[str]:
             return [example.prompt + example.completion]
         case Text():
             return [example.text]
+        case Labelled():
+            return _texts(example.answer)
         case Preference():  # the longer one
             return max(map(_texts, (example.chosen, example.rejected)), key=lambda parts: sum(map(len, parts)))

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from folora_q.recipe.section import PositiveInt, Section
 
-FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "labelled"]
 Role = Literal["system", "user", "assistant", "tool"]
 FieldName = Literal[
     "messages",
@@ -25,6 +25,7 @@ FieldName = Literal[
     "text",
     "chosen",
     "rejected",
+    "label",
 ]
 
 

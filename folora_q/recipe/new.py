@@ -23,6 +23,11 @@ SIZES: dict[Card, tuple[int, int, int, int, int]] = {
     "24": (4, 4, 2048, 16, 8),
     "cpu": (2, 4, 512, 16, 8),
 }
+# By format: the line on the objective, where it is not the default.
+OBJECTIVES: dict[FormatName, str] = {
+    "preference": "  objective: dpo ## learns the chosen answer of each pair against the rejected one\n",
+    "labelled": "  objective: kto ## learns from desirable and from undesirable answers\n",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def new_recipe(answers: Answers) -> str:
     micro_batch, _, length, sampled, measured = answers.sizes
     run = answers.length
     is_text, pairs = answers.format == "text", answers.format == "preference"
-    of_pairs = "  objective: dpo ## learns the chosen answer of each pair against the rejected one\n" if pairs else ""
+    objective = OBJECTIVES.get(answers.format, "")
     batch = f"{micro_batch} x {run.accumulation} {'pairs' if pairs else 'sequences'} in a step"
     source = "bos" if is_text or answers.format == "prompt_completion" else "mixed"
     on_gpu = answers.card != "cpu"
@@ -109,7 +114,7 @@ gate:
   rule: frozen ## only B learns, each direction by its share; step: A too
 
 training:
-{of_pairs}\
+{objective}\
   output_dir: {dump_yaml(answers.output_dir, flow=True)}
   learning_rate: 2e-3 ## in units of the KL that a step costs; plain QLoRA's is 2e-4
   num_train_epochs: {run.epochs} ## passes over the rows

@@ -204,15 +204,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs_are_compared_without_noise(self) -> Recipe:
-        if self.training.objective == "dpo":
+    def _answers_are_compared_without_noise(self) -> Recipe:
+        objective = self.training.objective
+        if self.training.compares:
             if self.adapter.lora_dropout:
                 raise ValueError(
-                    "training.objective dpo compares the model with its base, without dropout: set "
+                    f"training.objective {objective} compares the model with its base, without dropout: set "
                     "adapter.lora_dropout to 0"
                 )
             if self.data.overlong == "split":
-                raise ValueError("data.overlong: split is for plain text, not for the pairs of objective dpo: use drop")
+                raise ValueError(
+                    f"data.overlong: split is for plain text, not for the answers of objective {objective}: use drop"
+                )
         return self
 
     @property

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from folora_q.recipe.gate_rules import DEFAULT_RULE, GATE_RULES, PLAIN_LEARNING_RATE, defaults_by_rule, written
+from folora_q.recipe.objectives import OBJECTIVE_FACTS, OTHER_OBJECTIVES, ObjectiveName, RewardObjective
 from folora_q.recipe.section import Fraction, NonNegative, Positive, PositiveInt, Section, Seed
 
 # Names in transformers (which a test checks) of optimizers that need no further packages.
@@ -32,15 +33,6 @@ Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 Kernels = Literal["auto", "compile", "liger", "none"]
-ObjectiveName = Literal["sft", "dpo"]
-# Objectives of other tools, each with why it is not one here.
-OTHER_OBJECTIVES = {
-    "kto": "its loss depends on which rows share a forward pass, and a batch is cut by memory here; if each prompt has "
-    "an answer that is preferred to another, use dpo",
-    **dict.fromkeys(("orpo", "simpo", "ipo", "cpo"), "the loss on pairs is DPO's own: use dpo"),
-    **dict.fromkeys(("pt", "pretrain"), "plain text in a `text` column is learned in full with sft"),
-    **dict.fromkeys(("ppo", "grpo", "rloo"), "nothing is generated in training: use dpo on pairs"),
-}
 
 
 def _known_objective(value: Any) -> Any:
@@ -56,9 +48,14 @@ class TrainingSection(Section):
     """The run folder, relative to the working directory."""
     objective: Annotated[ObjectiveName, BeforeValidator(_known_objective, json_schema_input_type=ObjectiveName)] = "sft"
     """What is minimized. sft: the loss of the tokens to learn. dpo: Direct Preference Optimization, on rows with a
-    preferred (chosen) and another answer (rejected); its reference is the base, which is the model without adapter."""
+    preferred (chosen) and another answer (rejected). kto: Kahneman-Tversky Optimization, on rows with an answer and
+    whether it is desirable (label). The reference of both is the base, which is the model without adapter."""
     beta: Positive = 0.1
-    """dpo: weight of the distance from the base; with a larger value the model stays closer to it."""
+    """dpo, kto: weight of the distance from the base; with a larger value the model stays closer to it."""
+    desirable_weight: Positive = 1.0
+    """kto: weight of the loss of desirable answers."""
+    undesirable_weight: Positive = 1.0
+    """kto: weight of the loss of undesirable answers. If one kind has many more rows, raise the weight of the other."""
     learning_rate: Annotated[
         Positive,
         Field(
@@ -74,7 +71,7 @@ class TrainingSection(Section):
     max_steps: PositiveInt | None = None
     """Number of optimizer steps. Overrides num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 4
-    """Number of rows in one forward pass. With objective dpo each has two sequences."""
+    """Number of rows in one forward pass. With objective dpo each has two sequences that are trained."""
     gradient_accumulation_steps: PositiveInt = 4
     """Number of forward passes per optimizer step."""
     max_length: Annotated[int, Field(ge=16)] = 1024
@@ -153,26 +150,27 @@ class TrainingSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs_are_whole(self) -> TrainingSection:
-        if self.objective != "dpo":
+    def _answers_are_compared_alone(self) -> TrainingSection:
+        if not self.compares:
             return self
         if self.packing:
-            raise ValueError("packing is for objective sft: with dpo every answer has its own sequence")
+            raise ValueError(f"packing is for objective sft: with {self.objective} every answer has its own sequence")
         if not (self.assistant_only_loss and self.completion_only_loss):
             raise ValueError(
-                "objective dpo compares answers alone: remove assistant_only_loss and completion_only_loss"
+                f"objective {self.objective} compares answers alone: remove assistant_only_loss and "
+                "completion_only_loss"
             )
         return self
 
     @property
-    def beta_of_pairs(self) -> float | None:
-        """β if the rows are pairs, else None."""
-        return self.beta if self.objective == "dpo" else None
+    def compares(self) -> bool:
+        """Whether the objective rewards answers by their probability in relation to the base."""
+        return self.objective in get_args(RewardObjective)
 
     @property
     def sequences_per_row(self) -> int:
-        """The number of sequences that are made of one row: of a pair, both answers."""
-        return 2 if self.objective == "dpo" else 1
+        """The number of sequences of one row that are trained on: of a pair, both answers."""
+        return OBJECTIVE_FACTS[self.objective].sequences
 
     def steps_for(self, sequences: int) -> int:
         """Return the number of optimizer steps for a number of sequences, as transformers counts them."""

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from folora_q.recipe.objectives import RewardObjective
 from folora_q.report import text
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.trajectory import Reached, at_loss, equal_loss
-from folora_q.runs.in_words import summary
+from folora_q.runs.in_words import REWARD_WORDS, summary
 from folora_q.runs.results import (
     Evaluation,
     Interval,
@@ -117,21 +118,22 @@ class _Ends:
                 lower_is_better=False,
             )
 
-    def add_pairs(self) -> None:
-        """Add what is measured on pairs of answers."""
-        pairs = [found.preference for found in self.known if found.preference is not None]
-        if not pairs:
-            return
+    def add_rewards(self) -> None:
+        """Add what is measured on implicit rewards of answers, by objective."""
+        for objective, words in REWARD_WORDS.items():
+            known = [result for each in self.known if (result := _rewards(each, objective)) is not None]
+            if not known:
+                continue
 
-        def of_pairs(pick: Callable[[PreferenceResult], Interval]) -> Pick:
-            return lambda found: None if found.preference is None else pick(found.preference)
+            def of(pick: Callable[[PreferenceResult], Interval | None], objective: RewardObjective = objective) -> Pick:
+                return lambda found: None if (result := _rewards(found, objective)) is None else pick(result)
 
-        untuned = pairs[0].loss.base.value
-        self.add("task: DPO loss", ".4f", lambda _: untuned, of_pairs(lambda result: result.loss.tuned))
-        accuracy = of_pairs(lambda result: result.accuracy)
-        self.add("task: chosen answer rewarded more", ".1%", lambda _: None, accuracy, lower_is_better=False)
-        margin = of_pairs(lambda result: result.margin)
-        self.add("task: margin of rewards", ".3f", lambda _: 0.0, margin, lower_is_better=False)
+            untuned = known[0].loss.base.value
+            self.add(f"task: {words.loss}", ".4f", lambda _, loss=untuned: loss, of(lambda result: result.loss.tuned))
+            accuracy = of(lambda result: result.accuracy)
+            self.add(f"task: {words.accuracy}", ".1%", lambda _: None, accuracy, lower_is_better=False)
+            margin = of(lambda result: result.margin)
+            self.add("task: margin of rewards", ".3f", lambda _: 0.0, margin, lower_is_better=False)
 
     def add_forgetting(self) -> None:
         """Add KL and agreement on generated text, and the rise of the loss on general text."""
@@ -144,11 +146,17 @@ class _Ends:
             self.add(f"{name}: rise of the loss", "+.4f", lambda _: 0.0, rise)
 
 
+def _rewards(found: Evaluation, objective: RewardObjective) -> PreferenceResult | None:
+    """Return what was measured on implicit rewards, if it is of this objective."""
+    result = found.preference
+    return result if result is not None and result.objective == objective else None
+
+
 def at_ends(runs: Sequence[Run]) -> list[TableRow]:
     """Return the rows of the comparison at the end of training; numbers that no run has are left out."""
     ends = _Ends([run.evaluation for run in runs])
     ends.add_losses(TextKind.TASK)
-    ends.add_pairs()
+    ends.add_rewards()
     ends.add_scores(lambda found: [found.score] if found.score is not None else [])
     ends.add_losses(TextKind.EARLIER)
     ends.add_scores(lambda found: found.earlier)

@@ -24,7 +24,7 @@ from folora_q.report.figure_set import (
 from folora_q.report.render import Picture, svg
 from folora_q.report.run_record import Run
 from folora_q.report.style import css_variables
-from folora_q.runs.in_words import summary
+from folora_q.runs.in_words import REWARD_WORDS, summary
 from folora_q.runs.results import AnswerResult, Interval
 from folora_q.storage.redaction import conceal
 
@@ -179,6 +179,7 @@ def _environment() -> Environment:
         "direction": direction,
         "factor": factor,
         "too_few": text.TOO_FEW,
+        "reward_words": REWARD_WORDS,
     }
     return environment
 

@@ -141,12 +141,12 @@ class Run:
 
     @property
     def task_text(self) -> TextResult | None:
-        """The result on the task's held-out rows, of pairs on the chosen answers."""
+        """The result on the task's held-out rows, of pairs on the chosen answers, with labels on the desirable ones."""
         return next(iter(self.evaluation.of_kind(TextKind.TASK)), None) if self.evaluation else None
 
     @property
     def task_loss(self) -> PairedChange | None:
-        """The training objective's loss on the task's held-out rows: of pairs DPO's, else that of the tokens."""
+        """The training objective's loss on the task's held-out rows: DPO's or KTO's, or that of the tokens."""
         if self.evaluation is not None and self.evaluation.preference is not None:
             return self.evaluation.preference.loss
         return None if self.task_text is None else self.task_text.loss

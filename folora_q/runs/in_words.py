@@ -3,9 +3,55 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import get_args
 
+from folora_q.recipe.objectives import RewardObjective
 from folora_q.recipe.size_advice import MIN_TEXTS
 from folora_q.runs.results import Evaluation, KeptResult, TextKind, TextResult
+
+
+@dataclass(frozen=True)
+class RewardWords:
+    """What the numbers of an objective on implicit rewards are called.
+
+    Attributes:
+        loss: the loss.
+        unit: its unit.
+        rows: what is counted.
+        accuracy: the share of `PreferenceResult.accuracy`.
+        learned: the answers whose loss is measured.
+        margin: the mean difference, as a clause that "by X on average" follows.
+    """
+
+    loss: str
+    unit: str
+    rows: str
+    accuracy: str
+    learned: str
+    margin: str
+
+
+REWARD_WORDS: dict[RewardObjective, RewardWords] = {
+    "dpo": RewardWords(
+        loss="DPO loss",
+        unit="nats per pair",
+        rows="pairs",
+        accuracy="chosen rewarded more",
+        learned="chosen answers",
+        margin="the chosen answer's implicit reward exceeds the rejected one's",
+    ),
+    "kto": RewardWords(
+        loss="KTO loss",
+        unit="mean of rows",
+        rows="labelled answers",
+        accuracy="reward fits the label",
+        learned="desirable answers",
+        margin="the implicit reward of desirable answers exceeds that of undesirable ones",
+    ),
+}
+if REWARD_WORDS.keys() != set(get_args(RewardObjective)):
+    raise TypeError(f"RewardObjective has {get_args(RewardObjective)}, REWARD_WORDS has {tuple(REWARD_WORDS)}")
 
 
 def summary(found: Evaluation) -> list[str]:

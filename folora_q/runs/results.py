@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import FailFast, TypeAdapter, ValidationError
 
 from folora_q.errors import UserError, first_line
+from folora_q.recipe.objectives import RewardObjective
 from folora_q.storage.untrusted import MIB, parse_json, read_lines, read_text
 
 # Limit of evaluation.json and gates.json; a hundred layers with hundreds of directions each take 1 MiB.
@@ -123,22 +124,29 @@ class KeptResult:
 
 @dataclass(frozen=True)
 class PreferenceResult:
-    """Base and tuned model on held-out pairs of a chosen and a rejected answer.
+    """Base and tuned model on held-out pairs of answers (objective dpo), or on answers with a label (kto).
 
     The implicit reward of an answer is β log π(answer) / π_base(answer), so the base's rewards are 0.
 
     Attributes:
+        pairs: the number of pairs, or of answers with a label.
         beta: β.
-        loss: DPO's; the base's is ln 2.
-        accuracy: share of pairs in which the chosen answer has the larger reward.
-        margin: mean reward of the chosen answer, less that of the rejected one.
+        loss: the objective's; the base's is ln 2 for dpo, and half the mean weight for kto.
+        accuracy: share of pairs in which the chosen answer has the larger reward; of answers with a label, share in
+            which the reward of a desirable one exceeds `reference`, or that of an undesirable one is below it.
+        margin: mean reward of the chosen or desirable answers, less that of the rejected or undesirable ones; None if
+            all answers have the same label.
+        reference: of kto, the reward with which rewards are compared: z, the mean of mismatched answers, or 0 if that
+            is negative.
     """
 
     pairs: int
     beta: float
     loss: PairedChange
     accuracy: Interval
-    margin: Interval
+    margin: Interval | None
+    objective: RewardObjective = "dpo"
+    reference: float | None = None
 
 
 @dataclass(frozen=True)

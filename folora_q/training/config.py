@@ -64,7 +64,7 @@ def trainer_config(
             max_length=training.max_length,
             packing=training.packing,
             dataset_kwargs={"skip_prepare_dataset": True},  # already prepared
-            remove_unused_columns=training.objective == "sft",  # TRL would remove the rejected answers
+            remove_unused_columns=not training.compares,  # TRL would remove the second sequences
             eval_strategy="steps" if every else "no",
             eval_steps=every,
             eval_on_start=every is not None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from trl.models import get_act_offloading_ctx_manager
 
-from folora_q.data.tokens import IGNORED, Batch
+from folora_q.data.tokens import IGNORED
 from folora_q.errors import RunError
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.model_pair import ModelPair
@@ -45,7 +45,7 @@ class FaultTolerantTrainer(ResumableTrainer):
 
     Args:
         objective: what is minimized.
-        heldout: the task's held-out rows, for the loss in `evaluate`.
+        heldout: the task's held-out rows, as the objective measures them in `evaluate`.
         monitored: other texts to evaluate on.
 
     Attributes:
@@ -55,7 +55,7 @@ class FaultTolerantTrainer(ResumableTrainer):
     """
 
     def __init__(
-        self, *args: Any, objective: Objective, heldout: Sequence[Batch], monitored: Monitored, **kwargs: Any
+        self, *args: Any, objective: Objective[Any], heldout: Any, monitored: Monitored, **kwargs: Any
     ) -> None:
         self.objective = objective
         self.stopping: Stopping | None = None
@@ -116,10 +116,11 @@ class FaultTolerantTrainer(ResumableTrainer):
         """Get the micro-batches of a step, without rows that accelerate repeats so that all processes have as many."""
         if self.processes.count > 1:
             epoch_iterator = self._without_repeated_rows(epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        step, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return (self.objective.prepare_step(self, step, count) if step else step), count
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        """Return the number of items, tokens or pairs, over which a step's loss is a mean, of all processes."""
+        """Return the number of items, tokens or rows, over which a step's loss is a mean, of all processes."""
         if not batch_samples:
             return None
         count = torch.stack([self.objective.count(inputs) for inputs in batch_samples]).sum().to(device)
@@ -142,6 +143,7 @@ class FaultTolerantTrainer(ResumableTrainer):
         """Compute a micro-batch, wait for it, and discard its gradients."""
         inputs = self.data_collator(rows)
         count = self.objective.count(inputs).to(self.args.device)
+        [inputs] = self.objective.prepare_step(self, [inputs], count)
         self.step_in_hand = None
         self.training_step(self.model, inputs, count).item()
         self.model.zero_grad(set_to_none=True)

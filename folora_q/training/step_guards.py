@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from folora_q.data.batch_splitting import BatchSplitter, ran_out, rows_of_inputs
+from folora_q.data.pairs import columns_of
 from folora_q.errors import RunError
 from folora_q.kernels.compiled_layers import CompilationError
 from folora_q.storage.files import free_bytes
@@ -27,7 +28,7 @@ MEASURE, MIN_MEASURED_LOSSES = 32, 10
 class MicroBatches:
     """The micro-batches of one optimizer step; recomputed in parts if memory runs out, or without compiled layers.
 
-    The loss of a part is a sum over its tokens, or pairs, divided by their number in the complete step, so that the
+    The loss of a part is a sum over its tokens, or rows, divided by their number in the complete step, so that the
     parts add up. An error during a backward pass leaves a partial gradient: the step's gradients are then cleared, and
     all its micro-batches recomputed.
 
@@ -45,7 +46,7 @@ class MicroBatches:
         """Compute a micro-batch's loss and add its gradient.
 
         Args:
-            inputs: tensors (rows, ..., t).
+            inputs: tensors (rows, ..., t) or (rows,).
             first: whether it is the first of its step.
             compute: forward and backward of one part; is told whether more parts of the micro-batch follow.
             clear: clears the step's gradients.
@@ -156,7 +157,7 @@ class SkippedSteps:
 
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     """Return the longest rows, which take the most memory."""
-    names = [name for name in ("input_ids", "rejected_ids") if name in dataset.column_names]
+    names = [ids for ids, _ in columns_of(dataset.column_names)]
     table = dataset.with_format("arrow").select_columns(names)[:]
     of_columns = [pc.call_function("list_value_length", [table[name]]).to_pylist() for name in names]
     lengths = list(map(max, zip(*of_columns, strict=True)))

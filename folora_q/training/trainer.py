@@ -272,8 +272,8 @@ class TrainerSetup:
     """Everything that a trainer is built from.
 
     Attributes:
-        train, heldout: columns `input_ids` and `labels`, and of pairs those of the rejected answers; `training.packing`
-            packs `train`.
+        train, heldout: columns `input_ids` and `labels`, and of pairs and labelled answers their further ones;
+            `training.packing` packs `train`.
         config: from `trainer_config`.
         gates: by adapted layer, after `Rule.before_training`; None is plain QLoRA.
         notify: receives a line whenever memory runs out or a step is skipped.
@@ -322,7 +322,7 @@ def build_trainer(setup: TrainerSetup) -> GatedTrainer:
             tolerance=_fault_tolerance(setup),
             data_collator=objective.collate,
             objective=objective,
-            heldout=objective.batches(setup.heldout[:], recipe.evaluation.batch_size, model.device),
+            heldout=objective.held_out(setup.heldout[:], recipe.evaluation.batch_size, model.device),
             monitored=setup.monitored,
         )
     # TRL enables it for every forward pass; only training steps need it, and ask for it.

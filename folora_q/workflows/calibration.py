@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -18,13 +19,14 @@ from folora_q.calibration.collect import StatisticsSettings, build_gates, row_pe
 from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.texts import penalty_text, public_windows, with_earlier_tasks
 from folora_q.core import SpectralGate
-from folora_q.data.pairs import both_answers
+from folora_q.data.pairs import DESIRABLE, sequences_of
 from folora_q.data.tokens import Batch, batches, count_predicted
 from folora_q.data.windows import crops, last_windows
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.evaluation.kept import Kept
 from folora_q.progress import StageTimer
 from folora_q.recipe.schema import Recipe
+from folora_q.recipe.training import TrainingSection
 
 Gates = Mapping[str, SpectralGate]
 Samples = Sequence[ProxySample]
@@ -32,13 +34,43 @@ Samples = Sequence[ProxySample]
 EarlierRows = tuple[list[Sequence[int]], list[Sequence[int]]]
 
 
-def slope_of_pairs(beta: float, pairs: int, text: Sequence[Batch]) -> float:
-    """Return the slope of DPO's loss in the loss of one token, where the model is its base, B = 0.
+def task_text(
+    rows: Mapping[str, Any], training: TrainingSection, size: int | Callable[[int], int], device: torch.device
+) -> list[Batch]:
+    """Return the task's rows as text for its statistics, with the slope of the objective in the loss of one token.
 
-    There -log σ(β (r₊ - r₋)) has the derivative -β/2 in log π(chosen) and β/2 in log π(rejected). Statistics divide by
-    the number of labelled tokens, and the loss is a mean over pairs: so it is multiplied by the root of their ratio.
+    The slope is that where the model is its base, B = 0, so that every reward r is 0, and z of objective kto too.
+
+    - dpo: -log σ(r₊ - r₋) has the derivative -β/2 in log π(chosen) and β/2 in log π(rejected).
+    - kto: w (1 - σ(±(r - z))) has ∓w σ'(0) β = ∓w β/4 in log π(answer), with the weight w of the row's label. z has no
+      gradient, so the mismatched answers have none.
+
+    Statistics divide by the number of labelled tokens, and these losses are means over rows: so the slope is multiplied
+    by the root of their ratio.
+
+    Args:
+        rows: tokenized rows by column.
+        size: sequences per batch, or a function of their length.
     """
-    return beta / 2 * (count_predicted(text) / pairs) ** 0.5
+    ids, labels = last_windows(*sequences_of(rows, trained=True), STATISTICS_LENGTH)
+    match training.objective:
+        case "sft":
+            return list(batches(ids, size, device, labels))
+        case "dpo":
+            parts = [(training.beta / 2, range(len(ids)))]
+        case "kto":
+            of_label = {True: training.desirable_weight, False: training.undesirable_weight}
+            parts = [
+                (weight * training.beta / 4, [row for row, label in enumerate(rows[DESIRABLE]) if label == desirable])
+                for desirable, weight in of_label.items()
+            ]
+    sloped = [
+        (slope, batch)
+        for slope, chosen in parts
+        for batch in batches([ids[row] for row in chosen], size, device, [labels[row] for row in chosen])
+    ]
+    per_row = (count_predicted([batch for _, batch in sloped]) / len(rows["input_ids"])) ** 0.5
+    return [batch._replace(slope=slope * per_row) for slope, batch in sloped]
 
 
 @dataclass(frozen=True)
@@ -54,7 +86,7 @@ class Calibration:
     """Collects statistics with a recipe's settings.
 
     Attributes:
-        task: the training rows, with columns `input_ids` and `labels`, and those of pairs.
+        task: the training rows, with columns `input_ids` and `labels`, and those of pairs or labelled answers.
         on_gpu: whether activations are recomputed if the recipe leaves that open.
         identity: of the base model and how it computes, for the cache of Σp; None does not use it.
         kept: what the recipe keeps, as the base answers it.
@@ -83,11 +115,7 @@ class Calibration:
         recipe, device, size = self.recipe, model.device, self.recipe.statistics_batch_size
         count = min(recipe.gate.num_task_samples, len(self.task))
         rows = self.task[random.Random(recipe.training.seed).sample(range(len(self.task)), count)]
-        ids, labels = last_windows(*both_answers(rows), STATISTICS_LENGTH)
-        task = list(batches(ids, size, device, labels))
-        if recipe.training.objective == "dpo":
-            slope = slope_of_pairs(recipe.training.beta, count, task)
-            task = [batch._replace(slope=slope) for batch in task]
+        task = task_text(rows, recipe.training, size, device)
         # A different seed than for the held-out crops, so that their offsets differ.
         whole = [sample.ids for sample in samples]
         written, public = [*whole, *crops(whole, recipe.proxy.seed + 1)], public_windows(self.tokenizer)

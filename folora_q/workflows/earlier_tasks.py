@@ -11,6 +11,7 @@ import torch
 from folora_q.block_sizes import STATISTICS_LENGTH
 from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.examples import with_answers
+from folora_q.data.pairs import answers_to_learn
 from folora_q.data.task_data import TaskTokens, chat_template, read_task, tokenize_task
 from folora_q.data.windows import last_windows
 from folora_q.errors import UserError
@@ -43,10 +44,9 @@ class EarlierTask:
 
     def rows(self, count: int, seed: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
         """Return tokens and labels of at most `count` training rows, cut to the length of the statistics."""
-        train = self.data.train.sequences
-        chosen = random.Random(seed).sample(range(len(train)), min(count, len(train)))
-        rows = train[chosen]
-        return last_windows(rows["input_ids"], rows["labels"], STATISTICS_LENGTH)
+        ids, labels = answers_to_learn(self.data.train.sequences[:])
+        chosen = random.Random(seed).sample(range(len(ids)), min(count, len(ids)))
+        return last_windows([ids[row] for row in chosen], [labels[row] for row in chosen], STATISTICS_LENGTH)
 
 
 def read_earlier_tasks(
@@ -107,7 +107,8 @@ def read_tasks(named: Sequence[tuple[str, Recipe]], how: TaskReading) -> list[Ea
 
 def held_out_texts(tasks: Sequence[EarlierTask], batch_size: int, device: torch.device) -> list[HeldOutText]:
     """Return the held-out rows of earlier tasks, for losses."""
-    return [HeldOutText(task.name, TextKind.EARLIER, task_batches(task.data, batch_size, device)) for task in tasks]
+    rows = ((task.name, task_batches(task.data, batch_size, device)) for task in tasks)
+    return [HeldOutText(name, TextKind.EARLIER, batches) for name, batches in rows if batches]
 
 
 def score_earlier(model_pair: ModelPair, tasks: Sequence[EarlierTask], timer: StageTimer) -> list[ScoreResult]:

@@ -127,8 +127,8 @@ def _evaluate(
     model_pair = ModelPair(loaded.model, loaded.base)
     data = task_of(request, recipe, loaded, model_pair, clock)
     kept = _kept(request, recipe, loaded, model_pair, clock)
-    beta = None if recipe is None else recipe.training.beta_of_pairs
-    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data, kept, beta)
+    training = None if recipe is None else recipe.training
+    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data, kept, training)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
     how = TaskReading(loaded.target.section, clock, request.allow_code, request.trust, required=False)

@@ -174,7 +174,7 @@ class RunInputs:
         """Gather the texts for the evaluation after training."""
         recipe = self.recipe
         unseen = [sample.ids for sample in text.held_out[recipe.steering_texts :]]
-        sources = HeldOutSources(unseen, recipe.proxy.seed, self.data, kept, recipe.training.beta_of_pairs)
+        sources = HeldOutSources(unseen, recipe.proxy.seed, self.data, kept, recipe.training)
         on = held_out(
             self.prepared.tokenizer, recipe.evaluation, base.model.device, sources, recipe.training.max_length
         )

@@ -15,6 +15,7 @@ from folora_q.data.task_data import TaskTokens
 from folora_q.evaluation.evaluate import DRIFT_TEXTS, SAMPLE_ANSWERS, general_texts
 from folora_q.evaluation.task import GENERAL_PROMPTS
 from folora_q.progress import TrainingPlan
+from folora_q.recipe.objectives import OBJECTIVE_FACTS
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.training import TrainingSection
 from folora_q.training.budget import MEASUREMENTS
@@ -98,7 +99,7 @@ def estimated_work(recipe: Recipe, data: TaskTokens, on_gpu: bool, kept: Sequenc
     """Estimate a run's work from the numbers of its tokens, as if every sample and answer had its maximum length."""
     training, train = recipe.training, data.train.counts
     learning = FORWARD_BACKWARD + FORWARD * training.recomputes_on(on_gpu)
-    learning += FORWARD * (training.objective == "dpo")  # the base's
+    learning += FORWARD * OBJECTIVE_FACTS[training.objective].readings
     reading = FORWARD_BACKWARD + FORWARD * recipe.statistics_recompute_on(on_gpu)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     passes = training.num_train_epochs
@@ -163,7 +164,8 @@ def _evaluation(recipe: Recipe, data: TaskTokens) -> float:
     prompts = min(heldout.examples, few if section.num_answers is None else section.num_answers)
     prompts += len(GENERAL_PROMPTS.read_text("utf-8").splitlines())
     answers = _generating(prompts, section.max_new_tokens, section.batch_size)
-    return 2 * (heldout.tokens + sampled + general) * FORWARD + drift + 2 * answers
+    task = heldout.tokens * (1 + OBJECTIVE_FACTS[recipe.training.objective].measured)
+    return 2 * (task + sampled + general) * FORWARD + drift + 2 * answers
 
 
 def _budget(recipe: Recipe) -> float:

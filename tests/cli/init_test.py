@@ -10,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from folora_q.cli.app import main
 from folora_q.recipe import Recipe, load_recipe
+
+USER = {"role": "user", "content": "a"}
 
 
 def run(*arguments: object) -> int:
@@ -84,6 +87,23 @@ def test_pairs_are_for_dpo(columns: str, fields: dict[str, str], capfd) -> None:
     assert "`chosen` is preferred to `rejected`" in capfd.readouterr().out
     assert run("validate", "r.yaml") == 0
     assert "pairs of answers" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"prompt": "a", "completion": "b", "label": True}, {"instruction": "prompt", "output": "completion"}),
+        ({"instruction": "a", "output": "b", "kto_tag": False}, {}),
+        ({"prompt": [USER], "completion": [{"role": "assistant", "content": "b"}], "label": False}, {}),
+    ],
+)
+def test_answers_with_a_label_are_for_kto(row: dict[str, Any], fields: dict[str, str], capfd) -> None:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(200)))
+    recipe = written("--data", "rows.jsonl")
+    assert recipe.training.objective == "kto" and recipe.data.train_dataset[0].fields == fields
+    assert "a label says whether" in capfd.readouterr().out
+    assert run("validate", "r.yaml") == 0
+    assert "of `labelled`" in capfd.readouterr().out
 
 
 def test_the_length_of_the_run_follows_from_the_number_of_rows(capfd) -> None:

@@ -14,7 +14,7 @@ from folora_q.data.encode import Encoder
 from folora_q.data.examples import Chat, Completion, Preference, content_of
 from folora_q.data.formats import detect_format, to_example
 from folora_q.data.loading import read_task_data
-from folora_q.data.pairs import both_answers, in_order, padded_pairs
+from folora_q.data.pairs import in_order, padded_pairs, sequences_of
 from folora_q.data.rows import Row, RowError
 from folora_q.data.tokenized import UnfitExamples, tokenize
 from folora_q.data.tokens import IGNORED, batches
@@ -155,17 +155,17 @@ def test_tokens_are_trls_and_an_overlong_answer_drops_or_cuts_both(tmp_path: Pat
     dropped = tokenize(examples, encoder, UnfitExamples(limit, "drop"))
     assert (dropped.counts.sequences, dropped.counts.dropped) == (2, 2)
     cut = tokenize(examples, encoder, UnfitExamples(limit, "truncate"))
-    assert cut.counts.cut == 2 and max(map(len, both_answers(cut.sequences[:])[0])) == limit
+    assert cut.counts.cut == 2 and max(map(len, sequences_of(cut.sequences[:])[0])) == limit
 
 
-def test_the_longest_pairs_come_first_with_both_answers_together() -> None:
+def test_the_longest_pairs_come_first_with_sequences_of_together() -> None:
     rows = {
         "input_ids": [[1], [2, 2], [3]],
         "labels": [[1], [2, IGNORED], [3]],
         "rejected_ids": [[4, 4], [5], [6, 6, 6]],
         "rejected_labels": [[4, 4], [5], [6, 6, IGNORED]],
     }
-    ids, labels = in_order(*both_answers(rows))
+    ids, labels = in_order(*sequences_of(rows))
     assert ids == [[3], [6, 6, 6], [1], [4, 4], [2, 2], [5]]
     assert labels == [[3], [6, 6, IGNORED], [1], [4, 4], [2, IGNORED], [5]]
     made = list(batches(ids, 4, torch.device("cpu"), labels, sort=False))

@@ -361,3 +361,9 @@ def test_a_pair_is_two_sequences_and_the_pass_of_its_base_is_below_the_peak() ->
     sequences = {"training": {"per_device_train_batch_size": 4}}
     of_pairs, of_sequences = (estimate(a_recipe().changed(each), SMALL) for each in (pairs, sequences))
     assert stage(of_pairs, "training") == stage(of_sequences, "training")
+
+
+def test_a_labelled_answer_is_one_sequence_and_its_passes_without_gradients_are_below_the_peak() -> None:
+    labelled, sequences = ({"training": {"objective": name}} for name in ("kto", "sft"))
+    of_labelled, of_sequences = (estimate(a_recipe().changed(each), SMALL) for each in (labelled, sequences))
+    assert stage(of_labelled, "training") == stage(of_sequences, "training")

@@ -288,7 +288,9 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "budget needs a gate",
             "gate.budget measures",
             "objective dpo",
+            "objective kto",
             "with dpo",
+            "with kto",
         )
         assert any(reason in recipe.message for reason in known), recipe.message
         reject()

@@ -42,7 +42,7 @@ def test_a_gated_run_reports_what_it_prefers_and_eval_measures_the_same(
     card = (folder / "adapter" / "README.md").read_text()
     assert "Direct Preference Optimization" in card and "DPO loss, 16 pairs" in card
     assert outcome("report", folder) == 0
-    assert "chosen answer rewarded more" in (folder / "report.html").read_text()
+    assert "chosen rewarded more" in (folder / "report.html").read_text()
     assert outcome("eval", folder, "--output", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())["preference"]
     assert again["loss"]["tuned"]["value"] == pytest.approx(pairs["loss"]["tuned"]["value"], abs=1e-5)
@@ -85,7 +85,7 @@ def test_rows_and_settings_that_do_not_fit_the_objective_are_refused(
         return capfd.readouterr().err
 
     assert "set training.objective: dpo" in refusal()
-    assert "kto is not supported: " in refusal("training.objective=kto")
+    assert "orpo is not supported: " in refusal("training.objective=orpo")
     assert "packing is for objective sft" in refusal(DPO, "training.packing=true")
     assert "remove assistant_only_loss" in refusal(DPO, "training.assistant_only_loss=false")
     assert "set adapter.lora_dropout to 0" in refusal(DPO, "adapter.lora_dropout=0.1")

@@ -18,9 +18,9 @@ from folora_q.calibration.reading import Reading
 from folora_q.core import ProjectedCovariance
 from folora_q.data.encode import Encoder
 from folora_q.data.loading import read_task_data
-from folora_q.data.pairs import both_answers, padded_pairs
+from folora_q.data.pairs import padded_pairs
 from folora_q.data.tokenized import UnfitExamples, tokenize
-from folora_q.data.tokens import IGNORED, batches
+from folora_q.data.tokens import IGNORED
 from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter, keep_in_float32
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
@@ -28,7 +28,7 @@ from folora_q.recipe import Recipe, load_recipe
 from folora_q.training import objectives
 from folora_q.training.config import trainer_config
 from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
-from folora_q.workflows.calibration import slope_of_pairs
+from folora_q.workflows.calibration import task_text
 from tests.conftest import run_out_of_memory_over
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
@@ -207,9 +207,7 @@ def test_statistics_are_weighted_by_the_gradient_of_trls_loss(pairs_file: Path, 
         expected += torch.einsum("bt,btd,bte->de", weights, seen["x"], seen["x"]) / len(rows)
     handle.remove()
 
-    ids, labels = both_answers(rows[:])
-    text = list(batches(ids, 4, model.device, labels))
-    slope = slope_of_pairs(recipe.training.beta, len(rows), text)
+    text = task_text(rows[:], recipe.training, 4, model.device)
     modules = {each.name: each.module for each in adapter_pairs(model)}
     with adapter_off(model):
         groups = shared_inputs(model, modules, text[0].input_ids[:1, :8])
@@ -220,7 +218,7 @@ def test_statistics_are_weighted_by_the_gradient_of_trls_loss(pairs_file: Path, 
         def new_sinks() -> dict[str, ProjectedCovariance]:
             return {pair.name: ProjectedCovariance(torch.eye(module.in_features), device=model.device)}
 
-        [sink] = reading.stream([batch._replace(slope=slope) for batch in text], 1, new_sinks).values()
+        [sink] = reading.stream(text, 1, new_sinks).values()
     found = sink.mean().float()
     assert float((found - expected).norm() / expected.norm()) < 1e-4
 

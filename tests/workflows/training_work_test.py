@@ -45,6 +45,16 @@ def test_recomputed_activations_cost_a_third_pass_and_large_batches_their_texts(
     assert found.sampling == 24 * (200 + 100) and found.statistics == 0
 
 
+def test_objectives_on_rewards_also_read_without_gradients(recipe_file: Path) -> None:
+    sft, dpo, kto = (
+        estimated_work(load_recipe(recipe_file, [f"training.objective={name}"]), data(), on_gpu=False)
+        for name in ("sft", "dpo", "kto")
+    )
+    assert dpo.training == pytest.approx(sft.training * 3 / 2), "the base reads each answer"
+    assert kto.training == pytest.approx(sft.training * 5 / 2), "and both models read the mismatched one"
+    assert (dpo.evaluation - sft.evaluation, kto.evaluation - sft.evaluation) == (2 * 140, 4 * 140)
+
+
 def test_what_is_kept_is_answered_read_and_measured(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     prompts = Halves([KeptPrompt(Ask([]), [3] * 10, None)] * 4, [KeptPrompt(Ask([]), [3] * 10, None)] * 2)
