@@ -66,7 +66,7 @@ def in_order(ids: Ids, labels: Ids) -> tuple[Ids, Ids]:
     return [ids[place] for place in places], [labels[place] for place in places]
 
 
-def mismatched(ids: Ids, labels: Ids, max_length: int) -> tuple[Ids, Ids]:
+def mismatched(ids: Ids, labels: Ids, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
     """Return for each row its prompt with the answer of another row, as ids and labels cut to a length.
 
     The rows are brought into a random order that depends on their number alone, in which each row gets the answer of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -166,7 +166,8 @@ def _mismatched(columns: Mapping[str, list], max_length: int, kind: str) -> dict
             f"training.objective: kto needs at least two {kind} rows, since it compares an answer with that of another",
             "add rows, or check what data.overlong and data.on_error leave out",
         )
-    return dict(zip(MISMATCHED, mismatched(ids, labels, max_length), strict=True))
+    made: Iterable[tuple[str, list]] = zip(MISMATCHED, mismatched(ids, labels, max_length), strict=True)
+    return dict(made)
 
 
 def _fitted(example: Example, encoded: Sequence[Encoded], unfit: UnfitExamples, counts: Counts) -> Iterator[Encoded]:

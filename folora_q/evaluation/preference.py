@@ -62,7 +62,7 @@ def dpo_losses(rewards: Tensor) -> Tensor:
 def kto_losses(rewards: Tensor, reference: Tensor, desirable: Tensor, training: TrainingSection) -> Tensor:
     """Return the losses (rows,) of implicit rewards (rows,): w (1 - σ(r - z)) if desirable, else w (1 - σ(z - r)).
 
-    Source: Ethayarajh et al., KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306, equation 8;
+    Source: Ethayarajh et al., KTO: Model Alignment as Prospect Theoretic Optimization, arXiv 2402.01306, equation 7;
     without the constant that it adds, as in TRL.
 
     Args:

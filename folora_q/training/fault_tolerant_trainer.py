@@ -117,7 +117,9 @@ class FaultTolerantTrainer(ResumableTrainer):
         if self.processes.count > 1:
             epoch_iterator = self._without_repeated_rows(epoch_iterator)
         step, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return (self.objective.prepare_step(self, step, count) if step else step), count
+        if step:
+            step = self.objective.prepare_step(self, step, cast(Tensor, count))
+        return step, count
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Return the number of items, tokens or rows, over which a step's loss is a mean, of all processes."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from trl.data_utils import maybe_apply_chat_template
 
+from folora_q.data.advice import balance_advice
 from folora_q.data.column_guess import guess_labelled
 from folora_q.data.encode import Encoder
 from folora_q.data.examples import Chat, Completion, Labelled, content_of, has_chats, with_answers
@@ -19,6 +20,7 @@ from folora_q.data.tokens import IGNORED
 from folora_q.errors import UserError
 from folora_q.recipe.dataset import Source
 from folora_q.recipe.objectives import ObjectiveName
+from folora_q.recipe.training import TrainingSection
 from tests.conftest import tiny_tokenizer
 from tests.data.preference_test import ASKED, GOOD, HERE, assistant, user
 
@@ -163,6 +165,16 @@ def test_a_mismatched_answer_is_cut_to_the_length_that_rows_have() -> None:
 def test_labels_that_are_truth_values_are_recognized(row: dict[str, Any], fields: dict[str, str] | None) -> None:
     guess = guess_labelled([row, row])
     assert (None if guess is None else guess.fields) == fields
+
+
+def test_unbalanced_labels_are_told_with_the_weight_that_balances_them() -> None:
+    training = TrainingSection(output_dir="run")
+    assert balance_advice(training, [True] * 4 + [False] * 4) is None
+    assert "set training.undesirable_weight=3" in (balance_advice(training, [True] * 6 + [False] * 2) or "")
+    assert "set training.desirable_weight=3" in (balance_advice(training, [True] * 2 + [False] * 6) or "")
+    weighted = TrainingSection(output_dir="run", undesirable_weight=3.0)
+    assert balance_advice(weighted, [True] * 6 + [False] * 2) is None
+    assert "have the label false" in (balance_advice(training, [False] * 3) or "")
 
 
 def test_the_same_rows_have_the_same_tokens_in_every_run(tmp_path: Path) -> None:

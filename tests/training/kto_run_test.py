@@ -45,7 +45,7 @@ def test_a_gated_run_reports_rewards_and_eval_measures_the_same(labelled_file: P
 
 def test_an_interrupted_run_goes_on_bit_for_bit(labelled_file: Path, tmp_path: Path, monkeypatch) -> None:
     straight, stopped = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
-    demanding = [labelled_file, KTO, "training.save_steps=2", "logging.logging_steps=1"]
+    demanding = [labelled_file, KTO, "training.save_steps=2", "logging.logging_steps=1", "data.max_eval_samples=6"]
     assert run(*demanding, f"training.output_dir={straight}") == 0
     with monkeypatch.context() as patch:
         at_step(patch, 3, signalled(signal.SIGINT))
@@ -56,8 +56,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(labelled_file: Path, tmp_path: P
 
 def test_two_processes_take_the_steps_of_one(labelled_file: Path, tmp_path: Path) -> None:
     """12 rows do not divide among batches of 8, so accelerate repeats rows, which do not count, neither in z."""
-    one(labelled_file, tmp_path / "one", KTO)
-    several(2, labelled_file, tmp_path / "two", KTO)
+    settings = [KTO, "data.max_eval_samples=6"]
+    one(labelled_file, tmp_path / "one", *settings)
+    several(2, labelled_file, tmp_path / "two", *settings)
     assert_the_same(tmp_path / "one", tmp_path / "two")
     found = [json.loads((tmp_path / name / "evaluation.json").read_text())["preference"] for name in ("one", "two")]
     assert found[1]["margin"]["value"] == pytest.approx(found[0]["margin"]["value"], rel=1e-3)
@@ -82,5 +83,5 @@ def test_rows_and_settings_that_do_not_fit_the_objective_are_refused(labelled_fi
 def test_preview_names_the_label_and_shows_what_is_trained(labelled_file: Path, capfd) -> None:
     assert outcome("preview", labelled_file, KTO, "-n", "12") == 0
     printed = capfd.readouterr().out
-    assert printed.count(" desirable ") == 8 and printed.count(" undesirable ") == 4
+    assert printed.count(" desirable 3") == 8 and printed.count(" undesirable 3") == 4, "then the number of tokens"
     assert "12 sequences by length" in printed
