@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -83,5 +84,6 @@ def test_rows_and_settings_that_do_not_fit_the_objective_are_refused(labelled_fi
 def test_preview_names_the_label_and_shows_what_is_trained(labelled_file: Path, capfd) -> None:
     assert outcome("preview", labelled_file, KTO, "-n", "12") == 0
     printed = capfd.readouterr().out
-    assert printed.count(" desirable 3") == 8 and printed.count(" undesirable 3") == 4, "then the number of tokens"
+    counts = [len(re.findall(rf" {label} \d+ tokens", printed)) for label in ("desirable", "undesirable")]
+    assert counts == [8, 4] and "set training.undesirable_weight=2" in printed
     assert "12 sequences by length" in printed
