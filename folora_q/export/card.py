@@ -90,7 +90,7 @@ def _table(evaluation: Evaluation) -> str:
 |---|---|---|---|
 {_rows(evaluation)}
 
-{" ".join(map(_text, summary(evaluation)))} Loss and KL are in nats per token; intervals are over texts.
+{" ".join(map(_text, summary(evaluation)))} Loss and KL on texts are in nats per token; intervals are over texts.
 Generated text was sampled from the base model and held out from training."""
 
 

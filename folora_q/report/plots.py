@@ -9,10 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from folora_q.recipe.objectives import RewardObjective
 from folora_q.report.render import in_our_style, titled
 from folora_q.report.run_record import Run, StageTime
 from folora_q.report.style import ACCENT, INK, LINE, MARKERS, MUTED, SERIES, SURFACE
 from folora_q.report.text import memory, short, tick, visible, wall_time
+from folora_q.runs.in_words import REWARD_WORDS
 from folora_q.runs.results import LayerResult, TextKind
 
 WIDTH = 4.9  # inches: half of a page, or a phone's full width
@@ -26,6 +28,17 @@ def label_of(text: str) -> str:
     """Return a name from a file as a figure's label, shortened."""
     text = visible(text)
     return text if len(text) <= MAX_LABEL_LENGTH else text[: MAX_LABEL_LENGTH - 1] + "…"
+
+
+def _task_loss(runs: Sequence[Run]) -> str:
+    """Return what the task loss of runs is called, with its unit."""
+    results = [run.evaluation.preference if run.evaluation else None for run in runs]
+    objectives: set[RewardObjective | None] = {None if result is None else result.objective for result in results}
+    objective = objectives.pop() if len(objectives) == 1 else None
+    if objective is None:
+        return f"task loss, {NATS}"
+    words = REWARD_WORDS[objective]
+    return f"{words.loss}, {words.unit}"
 
 
 @in_our_style
@@ -43,7 +56,7 @@ def training_curves(run: Run) -> Figure:
         losses.plot(steps, [point.loss for point in run.points], label="held out", **line_style(0, len(steps)))
     legend_above(losses)
     _set_loss_scale(losses, "y", [loss for _, loss in run.train_losses] + [point.loss for point in run.points])
-    losses.set_ylabel(f"task loss, {NATS}")
+    losses.set_ylabel(_task_loss([run]))
     if with_kl:
         steps = [point.step for point in with_kl]
         panels[1].plot(steps, [point.kl for point in with_kl], **line_style(1, len(steps)))
@@ -85,7 +98,7 @@ def trade_off(runs: Sequence[Run], names: Sequence[str], equal_loss: float | Non
         )
     _set_loss_scale(axes, "x", losses)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"held-out task loss, {NATS}")
+    axes.set_xlabel(f"held-out {_task_loss(runs)}")
     axes.set_ylabel(f"KL from the base on generated text, {NATS}")
     legend_above(axes)
     return figure
