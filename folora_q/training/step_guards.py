@@ -156,8 +156,8 @@ class SkippedSteps:
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """Return the longest rows, which take the most memory."""
-    names = [ids for ids, _ in columns_of(dataset.column_names)]
+    """Return the rows with the longest sequences that are trained on, which take the most memory."""
+    names = [ids for ids, _ in columns_of(dataset.column_names, trained=True)]
     table = dataset.with_format("arrow").select_columns(names)[:]
     of_columns = [pc.call_function("list_value_length", [table[name]]).to_pylist() for name in names]
     lengths = list(map(max, zip(*of_columns, strict=True)))

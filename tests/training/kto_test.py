@@ -26,6 +26,7 @@ from folora_q.models.adapters import adapter_off, adapter_pairs, attach_adapter,
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import Recipe, load_recipe
+from folora_q.training import objectives
 from folora_q.training.config import trainer_config
 from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
 from folora_q.workflows.calibration import task_text
@@ -195,6 +196,21 @@ def test_z_is_a_mean_over_the_step_without_rows_that_fill_a_batch(labelled_file:
     parts = [{name: value[start:stop] for name, value in inputs.items()} for start, stop in ((0, 1), (1, 4), (4, 5))]
     assert loss(*parts) == pytest.approx(loss(inputs), abs=1e-6)
     assert loss(*parts[:2]) == pytest.approx(loss(inputs), abs=1e-6)
+
+
+def test_trls_fused_head_as_on_a_gpu_gives_the_same_loss(labelled_file: Path, monkeypatch) -> None:
+    trainer = ours(load_recipe(labelled_file, PLAIN))
+    set_b(trainer)
+    inputs, count = padded_pairs([trainer.train_dataset[i] for i in range(4)]), torch.tensor(4)
+
+    def loss() -> float:
+        [step] = trainer.objective.prepare_step(trainer, [inputs], count)
+        prepared = trainer.objective.prepare(trainer, step)
+        return float(trainer.objective.loss(trainer, trainer.model, prepared, count)[0].detach())
+
+    by_logits = loss()
+    monkeypatch.setattr(objectives, "_head_is_fused", lambda trainer: True)
+    assert loss() == pytest.approx(by_logits, abs=1e-5)
 
 
 def test_held_out_numbers_are_those_of_trls_metrics(labelled_file: Path, tmp_path: Path) -> None:
