@@ -92,7 +92,8 @@ class Reading:
 
         Args:
             draw: seed of labels that are drawn from the model's own distribution at every position, which makes the
-                weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher).
+                weighted statistics the Fisher information; None uses the text's labels (the empirical Fisher). Of
+                greedy text they are one of the two most likely tokens (`_drawn_of_two`).
         """
         text = divided(text, self.processes.count)
         labels = torch.Generator().manual_seed(draw) if draw is not None else None
@@ -144,7 +145,7 @@ def _backward(
         logits = head_logits(model, states[rows])
         targets = wanted[rows]
         if labels is not None:
-            targets = _drawn(logits.detach(), labels)
+            targets = (_drawn_of_two if part.greedy else _drawn)(logits.detach(), labels)
         (unit * cross_entropy(logits, targets, reduction="sum")).backward()
     hidden.backward(states.grad)
 
@@ -157,6 +158,17 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     cumulative = logits.softmax(-1).cumsum_(-1)
     thresholds = _numbers(len(logits), generator).to(logits.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def _drawn_of_two(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one of the two most likely labels for each row of logits (n, vocabulary), each with probability 1/2.
+
+    Where the model is sure, labels from its own distribution have almost no gradient: to second order the KL hardly
+    changes there. But a greedy token changes once the logit of another one exceeds its own, and then the KL is large.
+    With these labels every token counts, by how its lead over the second one changes.
+    """
+    likely = logits.topk(2).indices
+    return likely.gather(1, (_numbers(len(logits), generator) < 0.5).long().to(logits.device))[:, 0]
 
 
 def _numbers(count: int, generator: torch.Generator) -> Tensor:

@@ -24,7 +24,8 @@ class Batch(NamedTuple):
     """Right-padded sequences: ids and mask (b, t), labels (b, t) with IGNORED where a token does not count.
 
     Statistics count each token `weight` times. `slope` is how the objective changes with the loss of a token, up to its
-    sign: 1 if it is the sum of these losses.
+    sign: 1 if it is the sum of these losses. `greedy` says that the tokens that count are the model's most likely ones,
+    which should stay so.
     """
 
     input_ids: Tensor
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
     labels: Tensor
     weight: float = 1.0
     slope: float = 1.0
+    greedy: bool = False
 
     @property
     def loss_positions(self) -> Tensor:

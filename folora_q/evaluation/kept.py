@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from folora_q.data.kept_prompts import KeptPrompt, KeptSource
-from folora_q.data.tokens import IGNORED, batches, end_tokens, until_end
+from folora_q.data.tokens import IGNORED, Batch, batches, end_tokens, until_end
 from folora_q.evaluation.capability_scores import SCORERS, KeptAnswer
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.intervals import score_change
@@ -38,6 +38,16 @@ class Kept:
     def held_out(self) -> list[Labelled]:
         """Sequences on which base and tuned model are compared."""
         return _labelled(self.source.prompts.held_out, self.held_out_answers, self.source.texts.held_out)
+
+    def penalty_text(self, batch_size: int | Callable[[int], int], device: torch.device) -> list[Batch]:
+        """Return the sequences for Σp, the answers as greedy text."""
+        answered = len(self.penalty_answers)
+        parts = (self.penalty[:answered], True), (self.penalty[answered:], False)
+        return [
+            batch._replace(greedy=greedy)
+            for part, greedy in parts
+            for batch in batches([ids for ids, _ in part], batch_size, device, [labels for _, labels in part])
+        ]
 
     def text(self, batch_size: int, device: torch.device) -> HeldOutText:
         """Return the held-out sequences as text for the KL."""

@@ -138,8 +138,7 @@ class Calibration:
         """Yield the answers and texts to keep, each with its share in the penalty."""
         share = self.recipe.keep.share / max(len(self.kept), 1)
         for each in self.kept if share else ():
-            ids, labels = zip(*each.penalty, strict=True)
-            yield list(batches(ids, size, device, labels)), share
+            yield each.penalty_text(size, device), share
 
     def _kept_facts(self) -> list[object]:
         """Return what is kept, for the cache of Σp; nothing if nothing is."""

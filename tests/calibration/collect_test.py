@@ -164,8 +164,11 @@ def test_fisher_covariances_are_those_of_autograd_in_one_unit(model, name: str, 
     assert all(p.grad is None for p in model.parameters())
 
 
-def exact_fisher(model, name: str, texts: list[list[int]]) -> torch.Tensor:
-    """E over labels that the model itself gives, of Σ over tokens of ‖g‖² x xᵀ, by the Jacobian of every position."""
+def exact_fisher(model, name: str, texts: list[list[int]], greedy: bool = False) -> torch.Tensor:
+    """E over labels of Σ over tokens of ‖g‖² x xᵀ, by the Jacobian of every position.
+
+    Labels have the model's own probabilities, or are one of the two most likely ones.
+    """
     base = model.get_base_model()
     layer = base.get_submodule(name)
     total, count = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64), 0
@@ -179,8 +182,9 @@ def exact_fisher(model, name: str, texts: list[list[int]]) -> torch.Tensor:
         x, output = kept
         for position in logits:
             p = position.detach().softmax(-1)
-            # Of the loss with label y: p - e_y, which comes with probability p_y.
-            cotangents = p.sqrt()[:, None] * (p - torch.eye(len(p)))
+            chances = torch.zeros_like(p).scatter(0, p.topk(2).indices, 0.5) if greedy else p
+            # Of the loss with label y: p - e_y.
+            cotangents = chances.sqrt()[:, None] * (p - torch.eye(len(p)))
             (g,) = torch.autograd.grad(position, output, cotangents, retain_graph=True, is_grads_batched=True)
             weights = g.double().square().sum((0, 1, 3))  # over labels and outputs, by token
             total += (x[0].detach().double().T * weights) @ x[0].detach().double()
@@ -188,7 +192,8 @@ def exact_fisher(model, name: str, texts: list[list[int]]) -> torch.Tensor:
     return total / count
 
 
-def test_labels_of_the_penalty_are_drawn_from_the_model(model) -> None:
+@pytest.mark.parametrize("greedy", [False, True])
+def test_labels_of_the_penalty_are_drawn_from_the_model(model, greedy: bool) -> None:
     name, text = "model.layers.1.mlp.down_proj", [ids[:7] for ids in sequences(1, 3)]
     layers = {pair.name: pair.module for pair in adapter_pairs(model)}
     width = layers[name].in_features
@@ -196,13 +201,14 @@ def test_labels_of_the_penalty_are_drawn_from_the_model(model) -> None:
     def found(draws: list[int | None]) -> torch.Tensor:
         sink = ProjectedCovariance(torch.eye(width))
         for draw in draws:
-            Reading(model, layers, [[name]], weighted=True).feed(list(batches(text, 3, CPU)), {name: sink}, draw=draw)
+            read = [batch._replace(greedy=greedy) for batch in batches(text, 3, CPU)]
+            Reading(model, layers, [[name]], weighted=True).feed(read, {name: sink}, draw=draw)
         return sink.mean()
 
     model.eval()
     with model.disable_adapter():
         drawn, again, of_the_text = found(list(range(60))), found(list(range(60))), found([None])
-    expected = exact_fisher(model, name, text)
+    expected = exact_fisher(model, name, text, greedy)
     assert torch.equal(drawn, again), "a seed always gives the same labels"
     of_drawn, of_text = (float((each - expected).norm() / expected.norm()) for each in (drawn, of_the_text))
     assert of_drawn < 0.05 and 3 * of_drawn < of_text, (of_drawn, of_text)
@@ -265,6 +271,26 @@ def test_labels_are_drawn_from_the_models_distribution() -> None:
     shares = torch.bincount(drawn, minlength=5) / len(drawn)
     assert torch.allclose(shares, logits[0].softmax(-1), atol=0.01) and shares[4] == 0
     assert torch.equal(drawn, _drawn(logits, torch.Generator().manual_seed(0)))
+
+
+def test_a_sure_model_has_gradients_on_greedy_text_only(model) -> None:
+    """Where the next token has a probability of almost 1, drawn labels have no gradient, and the answer may change."""
+    name, text = "model.layers.1.mlp.down_proj", [ids[:7] for ids in sequences(1, 3)]
+    layers = {pair.name: pair.module for pair in adapter_pairs(model)}
+
+    def penalty(greedy: bool) -> float:
+        sink = ProjectedCovariance(torch.eye(layers[name].in_features))
+        read = [batch._replace(greedy=greedy) for batch in batches(text, 3, CPU)]
+        Reading(model, layers, [[name]], weighted=True).feed(read, {name: sink}, draw=0)
+        return float(sink.mean().trace())
+
+    head = model.get_base_model().get_output_embeddings().weight
+    unsure = head.detach().clone()
+    with model.disable_adapter(), torch.no_grad():
+        head.mul_(1e4)
+        of_drawn, of_two = penalty(False), penalty(True)
+        head.copy_(unsure)
+    assert of_two > 0 and of_drawn < 1e-3 * of_two
 
 
 def test_the_penalty_of_as_rows_is_that_of_the_dense_covariance_of_each_text(model) -> None:
