@@ -120,8 +120,12 @@ def main(
         "learning rates without a budget": [each for each in results if each.variant.budget is None],
         "budgets": [each for each in results if each.variant.budget is not None],
     }
-    points = {label: sorted((each.loss, each.kl.value) for each in found) for label, found in curves.items() if found}
-    (output / "trade-off.png").write_bytes(png(trade_off_curves(points)))
+    points = {
+        label: [(each.loss, each.kl.value) for each in sorted(found, key=lambda each: each.kl.value)]
+        for label, found in curves.items()
+    }
+    picture = trade_off_curves({label: path for label, path in points.items() if path}, "What the task costs")
+    (output / "trade-off.png").write_bytes(png(picture))
 
 
 def _train(recipe: Path, folder: Path, overrides: list[str]) -> None:
@@ -175,7 +179,7 @@ class Measuring:
 
 
 def _print(results: list[Result]) -> None:
-    table = Table("run", "KL by its own texts", "KL on unseen text", "of the budget", "task loss")
+    table = Table("run", "KL, own texts", "KL, unseen text", "of the budget", "task loss")
     for each in results:
         low, high = each.kl.bounds or (each.kl.value, each.kl.value)
         budget = each.variant.budget

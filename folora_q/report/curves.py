@@ -14,26 +14,34 @@ from folora_q.report.spending import SpentBudget
 from folora_q.report.style import MUTED
 from folora_q.report.text import short, tick
 
+# Values that differ by more than this factor are drawn on a logarithmic scale.
+LOG_FROM = 3.0
+
 
 @in_our_style
-def trade_off_curves(paths: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """Draw KL against task loss, both on logarithmic scales, one line for each path.
+def trade_off_curves(
+    paths: Mapping[str, Sequence[tuple[float, float]]], title: str = "What the task costs, along the way to the base"
+) -> Figure:
+    """Draw KL against task loss, one line for each path, on logarithmic scales where values differ by factors.
 
     Args:
         paths: (loss, KL) of its points in order, by label; those with a KL of 0, the base, are left out.
     """
     figure = Figure(figsize=(1.4 * WIDTH, 4.2), layout="constrained")
-    titled(figure, "What the task costs, along the way to the base")
+    titled(figure, title)
     axes = figure.subplots()
     for number, (label, points) in enumerate(paths.items()):
         shown = [point for point in points if min(point) > 0]
         if shown:
             axes.plot(*zip(*shown, strict=True), label=label_of(label), **line_style(number, len(shown)))
-    for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
-        scale("log")
-        axis.set_major_formatter(tick)
-        axis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    points = [point for path in paths.values() for point in path if min(point) > 0] or [(1.0, 1.0)]
+    scales = (axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)
+    for (scale, axis), values in zip(scales, zip(*points, strict=True), strict=True):
+        if max(values) > LOG_FROM * min(values):
+            scale("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(tick)
+            axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"held-out task loss, {NATS}")
     axes.set_ylabel(f"KL from the base on generated text, {NATS}")
     legend_above(axes)
