@@ -27,7 +27,7 @@ def test_the_three_variants_are_trained_and_shown(
     assert done.exit_code == 0, done.output
     lines = [line for line in done.output.splitlines() if line.startswith("| ")]
     assert lines[0] == f"| held out | base | {' | '.join(demonstration.VARIANTS)} |"
-    folders = ["plain-QLoRA", "default-keep-measured-only", "default-with-keep"]
+    folders = ["plain-QLoRA", "default-with-keep", "default-keep-measured-only"]
     found = [read_evaluation(tmp_path / "runs" / name / "evaluation.json") for name in folders]
     [row] = [line for line in lines if line.startswith("| arithmetic: KL on the base's answers")]
     for cell, evaluation in zip(row.split(" | ")[2:], found, strict=True):
