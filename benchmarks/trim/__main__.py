@@ -44,10 +44,10 @@ def main(run: str, output: Path, top_k: int) -> None:
     trim = TrimRun(TrimRequest(run, curve=True), StageTimer(Silence()))
     prepared = trim.prepare()
     points, _ = trim.measure(prepared.measuring)
-    points += intruders_reduced(prepared, top_k)
+    labels = {name: path.label for name, path in PATHS.items()} | {INTRUDERS: "intruders reduced (PEFT)"}
+    points += intruders_reduced(prepared, top_k, labels[INTRUDERS])
     output.mkdir(parents=True, exist_ok=True)
     (output / "points.json").write_text(json.dumps([asdict(point) for point in points], indent=1), encoding="utf-8")
-    labels = {name: path.label for name, path in PATHS.items()}
     curves = {
         label: [(point.loss, point.kl.value) for point in points if point.path == name and point.loss is not None]
         for name, label in labels.items()
@@ -59,7 +59,7 @@ def main(run: str, output: Path, top_k: int) -> None:
     out.print(table)
 
 
-def intruders_reduced(prepared: PreparedTrim, top_k: int) -> list[TrimPoint]:
+def intruders_reduced(prepared: PreparedTrim, top_k: int, label: str) -> list[TrimPoint]:
     """Measure PEFT's reduction with several strengths."""
     model = cast(PeftModel, prepared.measuring.model_pair.adapted)
     decode(model)  # it reads the base's weights, and cannot read 4 bits
@@ -75,8 +75,11 @@ def intruders_reduced(prepared: PreparedTrim, top_k: int) -> list[TrimPoint]:
         model.delete_adapter(REDUCED)
         return cast(Factors, found)
 
-    PATHS[INTRUDERS] = WayToTheBase("intruders reduced (PEFT)", reduced)
-    return [prepared.measuring.point(INTRUDERS, left) for left in LEFT]
+    PATHS[INTRUDERS] = WayToTheBase(label, reduced)
+    try:
+        return [prepared.measuring.point(INTRUDERS, left) for left in LEFT]
+    finally:
+        del PATHS[INTRUDERS]
 
 
 def _written(kl: Interval) -> str:

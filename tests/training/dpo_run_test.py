@@ -62,7 +62,6 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pairs_file: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "settings",
     [
-        ["gate.rule=step"],
         ["gate.rule=spectral"],
         ["gate.rule=frozen", "model.fsdp=shard", "training.activation_checkpointing=true"],
     ],

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.trim.__main__ import INTRUDERS, main
 from folora_q.calibration.gate_store import load_gates
 from folora_q.core.shrink import together
 from folora_q.errors import UserError
@@ -64,6 +66,16 @@ def test_directions_of_low_quotient_are_shrunk_most(runs: Path) -> None:
             )
     assert utility[BY_QUOTIENTS] > 1.05 * utility[BY_SCALE]
     assert together([update.energies]).penalty == update.energies.penalty
+
+
+def test_the_benchmark_reduces_intruders_as_peft_does(runs: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [str(runs / "plain"), "--output", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0 and (tmp_path / "trade-off.png").is_file() and INTRUDERS not in PATHS
+    points = {(each["path"], each["share"]): each for each in json.loads((tmp_path / "points.json").read_text())}
+    whole, none_reduced = points[BY_SCALE, 1.0], points[INTRUDERS, 1.0]
+    assert none_reduced["loss"] == pytest.approx(whole["loss"], rel=1e-3), "1 leaves the adapter as it is"
+    assert none_reduced["kl"]["value"] == pytest.approx(whole["kl"]["value"], rel=1e-2)
+    assert points[INTRUDERS, 0.0]["kl"]["value"] != pytest.approx(whole["kl"]["value"], rel=1e-2)
 
 
 def test_a_run_is_trimmed_to_a_kl_and_merged(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
