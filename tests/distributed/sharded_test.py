@@ -45,7 +45,6 @@ SHARD = "model.fsdp=shard"
     [
         ["gate.rule=frozen", SHARD, "training.activation_checkpointing=true"],
         ["gate.rule=frozen", "model.fsdp=offload"],
-        ["gate.rule=step", SHARD],
         ["gate.rule=spectral", SHARD],
         ["gate.enabled=false", SHARD, "training.kernels=none"],
     ],
