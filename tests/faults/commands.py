@@ -27,6 +27,17 @@ def run(*arguments: object) -> int:
     return caught.value.code
 
 
+def assert_resumed_exactly(arguments: list[object], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted run ends, when it is resumed, as one that was not interrupted."""
+    straight, stopped = folder / "straight" / "run", folder / "stopped" / "run"
+    assert run(*arguments, f"training.output_dir={straight}") == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, signalled(signal.SIGINT))
+        assert run(*arguments, f"training.output_dir={stopped}") == 130
+    assert run(*arguments, f"training.output_dir={stopped}", "--resume") == 0
+    assert_the_same_run(straight, stopped)
+
+
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
     """Do something once, when the metrics of a step are written."""
     append, done = RunFolder.append_metrics, []

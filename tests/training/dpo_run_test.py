@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 
 from folora_q.cli.app import main
 from tests.distributed.train_test import assert_the_same, one, several
-from tests.faults.commands import assert_the_same_run, at_step, metrics, run, signalled
+from tests.faults.commands import assert_resumed_exactly, metrics, run
 
 DPO = "training.objective=dpo"
 
@@ -49,14 +48,8 @@ def test_a_gated_run_reports_what_it_prefers_and_eval_measures_the_same(
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(pairs_file: Path, tmp_path: Path, monkeypatch) -> None:
-    straight, stopped = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
     demanding = [pairs_file, DPO, "training.save_steps=2", "logging.logging_steps=1", "evaluation.steps=2"]
-    assert run(*demanding, f"training.output_dir={straight}") == 0
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, signalled(signal.SIGINT))
-        assert run(*demanding, f"training.output_dir={stopped}") == 130
-    assert run(*demanding, f"training.output_dir={stopped}", "--resume") == 0
-    assert_the_same_run(straight, stopped)
+    assert_resumed_exactly(demanding, tmp_path, monkeypatch)
 
 
 def test_two_processes_take_the_steps_of_one(pairs_file: Path, tmp_path: Path) -> None:

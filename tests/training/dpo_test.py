@@ -21,6 +21,7 @@ from tests.training.reference import (
     Losses,
     adapter,
     apart,
+    held_out_metrics,
     loss_of,
     ours,
     set_b,
@@ -74,15 +75,8 @@ def test_a_pair_without_labels_fills_a_batch_and_counts_nothing(pairs_file: Path
 def test_held_out_loss_accuracy_and_margin_are_those_of_trls_metrics(pairs_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(pairs_file, DPO)
     trainer, reference = ours(recipe), trls(recipe, tmp_path / "trl")
-    for each in (trainer, reference):
-        set_b(each)
-    measured = trainer.measured_on_task()
-    inputs = reference.data_collator([reference.train_dataset[i] for i in range(3)])
-    reference.model.eval()
-    with torch.no_grad():
-        loss = reference.compute_loss(reference.model, inputs)
-    metrics = {name: values[-1] for name, values in reference._metrics["eval"].items()}
-    assert measured["loss"] == pytest.approx(float(loss), abs=1e-5)
+    measured, metrics = held_out_metrics(trainer, reference)
+    assert measured["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
     assert measured["reward_margin"] == pytest.approx(metrics["rewards/margins"], abs=1e-5)
     assert measured["reward_accuracy"] == pytest.approx(metrics["rewards/accuracies"], abs=1e-6)
     assert abs(measured["reward_margin"]) > 1e-3

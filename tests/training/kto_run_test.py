@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.train_test import assert_the_same, one, several
-from tests.faults.commands import assert_the_same_run, at_step, metrics, run, signalled
+from tests.faults.commands import assert_resumed_exactly, metrics, run
 from tests.training.dpo_run_test import outcome
 
 KTO = "training.objective=kto"
@@ -45,14 +44,8 @@ def test_a_gated_run_reports_rewards_and_eval_measures_the_same(labelled_file: P
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(labelled_file: Path, tmp_path: Path, monkeypatch) -> None:
-    straight, stopped = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
     demanding = [labelled_file, KTO, "training.save_steps=2", "logging.logging_steps=1", "data.max_eval_samples=6"]
-    assert run(*demanding, f"training.output_dir={straight}") == 0
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, signalled(signal.SIGINT))
-        assert run(*demanding, f"training.output_dir={stopped}") == 130
-    assert run(*demanding, f"training.output_dir={stopped}", "--resume") == 0
-    assert_the_same_run(straight, stopped)
+    assert_resumed_exactly(demanding, tmp_path, monkeypatch)
 
 
 def test_two_processes_take_the_steps_of_one(labelled_file: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tests.training.reference import (
     Losses,
     adapter,
     apart,
+    held_out_metrics,
     loss_of,
     ours,
     set_b,
@@ -116,15 +117,8 @@ def test_trls_fused_head_as_on_a_gpu_gives_the_same_loss(labelled_file: Path, mo
 def test_held_out_numbers_are_those_of_trls_metrics(labelled_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(labelled_file, KTO)
     trainer, reference = ours(recipe), with_our_mismatched(recipe, tmp_path / "trl")
-    for each in (trainer, reference):
-        set_b(each)
-    measured = trainer.measured_on_task()
-    inputs = reference.data_collator([reference.train_dataset[i] for i in range(3)])
-    reference.model.eval()
-    with torch.no_grad():
-        loss = reference.compute_loss(reference.model, inputs)
-    metrics = {name: values[-1] for name, values in reference._metrics["eval"].items()}
-    assert measured["loss"] == pytest.approx(float(loss), abs=1e-5)
+    measured, metrics = held_out_metrics(trainer, reference)
+    assert measured["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
     assert measured["reward_margin"] == pytest.approx(metrics["rewards/margins"], abs=1e-5)
     assert measured["reward_reference"] == pytest.approx(recipe.training.beta * metrics["kl"], abs=1e-5)
     assert 0 < measured["reward_accuracy"] < 1 and abs(measured["reward_margin"]) > 1e-3

@@ -131,6 +131,18 @@ def set_b(trainer: Any) -> None:
         torch.nn.init.normal_(pair.b, std=0.05)
 
 
+def held_out_metrics(trainer: GatedTrainer, reference: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """What we and TRL measure on the three held-out rows, with the same B in both; TRL's loss is added as `loss`."""
+    for each in (trainer, reference):
+        set_b(each)
+    measured = trainer.measured_on_task()
+    inputs = reference.data_collator([reference.train_dataset[i] for i in range(3)])
+    reference.model.eval()
+    with torch.no_grad():
+        loss = float(reference.compute_loss(reference.model, inputs))
+    return measured, {name: values[-1] for name, values in reference._metrics["eval"].items()} | {"loss": loss}
+
+
 def loss_of(trainer: GatedTrainer, micro_batches: list[dict[str, Tensor]], count: int) -> float:
     """The loss of a step, as the sum of its parts."""
     total, items = 0.0, torch.tensor(count)
