@@ -179,7 +179,7 @@ class Measuring:
 
 
 def _print(results: list[Result]) -> None:
-    table = Table("run", "KL, own texts", "KL, unseen text", "of the budget", "task loss")
+    table = Table("run", "KL, steering texts", "KL, unseen texts", "of the budget", "task loss")
     for each in results:
         low, high = each.kl.bounds or (each.kl.value, each.kl.value)
         budget = each.variant.budget

@@ -26,7 +26,7 @@ from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
 from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.size_advice import heldout_advice, step_advice
-from folora_q.runs.earlier_tasks import EARLIER, earlier_recipes, unknown_tasks, unreadable_data
+from folora_q.runs.earlier_tasks import EARLIER, earlier_recipes, unreadable_data
 from folora_q.runs.folder import RunFolder, check_run_folder, held_run
 
 # Number of rows to check without --all-rows.
@@ -102,8 +102,9 @@ def _look_at_earlier(recipe: Recipe, rows: int | None) -> tuple[list[str], list[
     Raises:
         UserError: rows of an earlier task are to be preserved, and cannot be read.
     """
-    found, notes = [], unknown_tasks(recipe.model)
-    for name, task in earlier_recipes(recipe.model)[0]:
+    tasks, notes = earlier_recipes(recipe.model)
+    found = []
+    for name, task in tasks:
         try:
             looks = [_look_at(source, rows, task) for given in _sources(task.data) for source in given or []]
         except UserError as error:

@@ -66,6 +66,11 @@ class Fields:
             raise RowError(self.where, f"`{theirs}` is empty")
         return value
 
+    def instruction(self, required: bool = True) -> str:
+        """Return the instruction, followed by its `input` if there is one; "" if it is not required and absent."""
+        asked, more = self.text("instruction", required=required), self.text("input", required=False)
+        return f"{asked}\n\n{more}" if asked.strip() and more.strip() else asked
+
     def tools(self) -> list[Tool] | None:
         """Return the tools that the row offers, if any."""
         column = self.column("tools", "functions")

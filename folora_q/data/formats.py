@@ -137,9 +137,8 @@ def _messages(fields: Fields) -> Chat:
 
 
 def _alpaca(fields: Fields) -> Chat:
-    system, more = fields.text("system", "system_prompt", required=False), fields.text("input", required=False)
-    asked = fields.text("instruction") + (f"\n\n{more}" if more.strip() else "")
-    turns = [(asked, fields.text("output"))]
+    system = fields.text("system", "system_prompt", required=False)
+    turns = [(fields.instruction(), fields.text("output"))]
     messages = [{"role": "system", "content": system}] if system.strip() else []
     for question, answer in [*_history(fields), *turns]:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -26,7 +26,7 @@ def label_of(fields: Fields) -> bool:
     """Return whether a row's answer is desirable.
 
     Raises:
-        RowError: there is no label, or its value is not known.
+        RowError: the row has no label, or one with another value.
     """
     column = fields.column(LABEL, TAG) or fields.source.column(LABEL)
     desirable = read_label(fields.get(LABEL, TAG))

@@ -46,9 +46,8 @@ def _turns_before(fields: Fields, in_turns: bool) -> list[Turn] | None:
         return parse_turns(prompt, fields.source, fields.where, column)
     if fields.text("prompt", required=False).strip():
         return [_user(fields.text("prompt"))] if in_turns else None
-    if (asked := fields.text("instruction", required=False)).strip():
-        more = fields.text("input", required=False)
-        return [_user(asked + (f"\n\n{more}" if more.strip() else ""))]
+    if (asked := fields.instruction(required=False)).strip():
+        return [_user(asked)]
     column, turns = value("messages", "conversations")
     return parse_turns(turns, fields.source, fields.where, column) if turns else None
 

@@ -19,10 +19,11 @@ UNKNOWN = (
 
 
 def earlier_recipes(section: ModelSection) -> tuple[list[tuple[str, Recipe]], list[str]]:
-    """Return the recipes of all earlier tasks, the first task first, and the adapters whose task is unknown.
+    """Return the recipes of all earlier tasks, the first task first, and warnings about adapters without one.
 
     Returns:
-        (name, recipe) of each task, with names for display that are unique, and adapters without a recipe.
+        (name, recipe) of each task, with names for display that are unique, and a warning for each adapter whose task
+        is unknown.
 
     Raises:
         UserError: a recipe cannot be read.
@@ -40,7 +41,7 @@ def earlier_recipes(section: ModelSection) -> tuple[list[tuple[str, Recipe]], li
         elif recipe is not None:
             found.append((f"{EARLIER}{run.path.name if run else path.name}", recipe))
         else:
-            unknown.append(section.adapter)
+            unknown.append(UNKNOWN.format(name=section.adapter))
         if recipe is None:
             break
         section = recipe.model
@@ -49,7 +50,7 @@ def earlier_recipes(section: ModelSection) -> tuple[list[tuple[str, Recipe]], li
 
 def unknown_tasks(section: ModelSection) -> list[str]:
     """Return a warning for each earlier adapter whose task is not known."""
-    return [UNKNOWN.format(name=name) for name in earlier_recipes(section)[1]]
+    return earlier_recipes(section)[1]
 
 
 def unreadable_data(name: str, error: UserError) -> UserError:
