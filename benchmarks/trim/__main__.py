@@ -1,5 +1,7 @@
-"""Compare three ways to shrink an adapter after training: by quotients, scaled, and PEFT's intruder reduction.
+"""Compare ways to forget less of an adapter after training: by quotients, scaled, PEFT's reduction, earlier steps.
 
+    python -m folora_q train benchmarks/frontier/style.yaml gate.enabled=false training.learning_rate=1e-3 \\
+        training.output_dir=runs/plain training.save_steps=10 training.save_total_limit=10
     python -m benchmarks.trim runs/plain --output runs/trim-plain
 
 Every way is measured on the same held-out rows of the task and the same model-generated text, which chose nothing.
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import cast
 
 import click
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from rich.table import Table
+from safetensors.torch import load_file
 
 from benchmarks.frontier.testbed import decode
 from folora_q.cli.console import out
@@ -25,12 +28,18 @@ from folora_q.progress import Silence, StageTimer
 from folora_q.report.curves import trade_off_curves
 from folora_q.report.render import png
 from folora_q.runs.results import Interval
-from folora_q.trimming.paths import PATHS, Factors, Update
-from folora_q.trimming.paths import Path as WayToTheBase
+from folora_q.training.checkpoints import checkpoints, step_of
+from folora_q.trimming.paths import PATHS, Factors
 from folora_q.trimming.points import TrimPoint
 from folora_q.workflows.trim import PreparedTrim, TrimRequest, TrimRun
 
-INTRUDERS, REDUCED = "intruders", "reduced"
+INTRUDERS, EARLIER = "intruders", "earlier steps"
+LABELS = {name: path.label for name, path in PATHS.items()} | {
+    INTRUDERS: "intruders reduced (PEFT)",
+    EARLIER: "earlier steps of the run",
+}
+# The name of PEFT's adapter with fewer intruders, next to the original.
+REDUCED = "reduced"
 # PEFT's mitigation_lambda: how much of the intruder dimensions is left. Its default is 0.75.
 LEFT = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -44,42 +53,51 @@ def main(run: str, output: Path, top_k: int) -> None:
     trim = TrimRun(TrimRequest(run, curve=True), StageTimer(Silence()))
     prepared = trim.prepare()
     points, _ = trim.measure(prepared.measuring)
-    labels = {name: path.label for name, path in PATHS.items()} | {INTRUDERS: "intruders reduced (PEFT)"}
-    points += intruders_reduced(prepared, top_k, labels[INTRUDERS])
+    points += [*intruders_reduced(prepared, top_k), *earlier_steps(prepared)]
     output.mkdir(parents=True, exist_ok=True)
     (output / "points.json").write_text(json.dumps([asdict(point) for point in points], indent=1), encoding="utf-8")
     curves = {
         label: [(point.loss, point.kl.value) for point in points if point.path == name and point.loss is not None]
-        for name, label in labels.items()
+        for name, label in LABELS.items()
     }
-    (output / "trade-off.png").write_bytes(png(trade_off_curves(curves)))
+    drawn = trade_off_curves({label: path for label, path in curves.items() if path})
+    (output / "trade-off.png").write_bytes(png(drawn))
     table = Table("way", "left", "task loss", "KL")
     for point in points:
-        table.add_row(labels[point.path], f"{point.share:g}", f"{point.loss:.4f}", _written(point.kl))
+        table.add_row(LABELS[point.path], f"{point.share:g}", f"{point.loss:.4f}", _written(point.kl))
     out.print(table)
 
 
-def intruders_reduced(prepared: PreparedTrim, top_k: int, label: str) -> list[TrimPoint]:
+def intruders_reduced(prepared: PreparedTrim, top_k: int) -> list[TrimPoint]:
     """Measure PEFT's reduction with several strengths."""
     model = cast(PeftModel, prepared.measuring.model_pair.adapted)
     decode(model)  # it reads the base's weights, and cannot read 4 bits
 
-    def reduced(update: Update, left: float) -> Factors:
+    def reduced(left: float) -> Factors:
         reduce_intruder_dimension(
             model, new_adapter_name=REDUCED, top_k=top_k, mitigation_lambda=left, logging_sink=None
         )
-        found = {
-            pair.name: tuple(part.detach().clone() for part in factors(pair.module, REDUCED)) for pair in update.pairs
-        }
+        found = {}
+        for pair in prepared.update.pairs:
+            a, b = factors(pair.module, REDUCED)
+            found[pair.name] = (a.detach().clone(), b.detach().clone())
         model.set_adapter("default")
         model.delete_adapter(REDUCED)
-        return cast(Factors, found)
+        return found
 
-    PATHS[INTRUDERS] = WayToTheBase(label, reduced)
-    try:
-        return [prepared.measuring.point(INTRUDERS, left) for left in LEFT]
-    finally:
-        del PATHS[INTRUDERS]
+    return [prepared.measuring.point_with(INTRUDERS, left, reduced(left)) for left in LEFT]
+
+
+def earlier_steps(prepared: PreparedTrim) -> list[TrimPoint]:
+    """Measure the checkpoints of the run, as the share of its steps."""
+    run = prepared.target.run
+    found = [] if run is None else checkpoints(run.path)
+    model, points = cast(PeftModel, prepared.measuring.model_pair.adapted), []
+    for checkpoint in found:
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        then = {pair.name: (pair.a.detach().clone(), pair.b.detach().clone()) for pair in prepared.update.pairs}
+        points.append(prepared.measuring.point_with(EARLIER, step_of(checkpoint) / step_of(found[0]), then))
+    return points
 
 
 def _written(kl: Interval) -> str:

@@ -6,7 +6,7 @@ A new path needs an entry in `PATHS`; measuring, the table and the picture read 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -46,13 +46,17 @@ class Update:
         return energies(self.gates[pair.name], a, b * pair.scale)
 
     @contextmanager
-    def at(self, path: str, share: float) -> Iterator[None]:
-        """Let the model have the update at a point of a path within this context."""
-        self._set(PATHS[path].shrink(self, share))
+    def replaced(self, factors: Factors) -> Iterator[None]:
+        """Let the model have these factors within this context."""
+        self._set(factors)
         try:
             yield
         finally:
             self._set(self.factors)
+
+    def at(self, path: str, share: float) -> AbstractContextManager[None]:
+        """Let the model have the update at a point of a path within this context."""
+        return self.replaced(PATHS[path].shrink(self, share))
 
     def _set(self, factors: Factors) -> None:
         for pair in self.pairs:

@@ -11,7 +11,7 @@ from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
 from folora_q.models.parts import base_of
 from folora_q.runs.results import Interval
-from folora_q.trimming.paths import BY_QUOTIENTS, Update
+from folora_q.trimming.paths import BY_QUOTIENTS, PATHS, Factors, Update
 
 # Shares of the penalty that are measured: a few, and enough for a curve. A scale of .7 leaves half of the penalty.
 FEW_SHARES = (1.0, 0.5, 0.25, 0.1)
@@ -56,8 +56,12 @@ class Measuring:
     on_progress: Callable[[int], None] = lambda points: None
 
     def point(self, path: str, share: float) -> TrimPoint:
-        """Measure a point."""
-        with self.update.at(path, share):
+        """Measure a point of a path."""
+        return self.point_with(path, share, PATHS[path].shrink(self.update, share))
+
+    def point_with(self, path: str, share: float, factors: Factors) -> TrimPoint:
+        """Measure the update with these factors, under the name of a path."""
+        with self.update.replaced(factors):
             kl = compare(self.model_pair, self.reported_on).kl
             loss = mean_loss(base_of(self.model_pair.model), self.task) if self.task else None
         self.on_progress(1)
