@@ -37,11 +37,11 @@ from folora_q.runs.results import Interval
 from folora_q.targets.find import find_target
 from folora_q.targets.load import load_target
 
-# The texts that steer a budget, and those that are measured afterwards. A KL differs much between texts.
-STEERING, UNSEEN = 64, 192
+# The texts that steer a budget, those of them that are measured often, and those that are measured afterwards.
+STEERING, OFTEN, UNSEEN = 320, 64, 320
 # The runs' own evaluation is small: what counts is measured here.
 SMALL = (
-    *(f"proxy.num_heldout_samples={STEERING + 2}", f"evaluation.num_proxy_samples={STEERING}"),
+    *(f"proxy.num_heldout_samples={STEERING + 2}", f"evaluation.num_proxy_samples={OFTEN}"),
     *("evaluation.metric=none", "evaluation.num_answers=0", "evaluation.steps=null"),
     *("evaluation.general_text=[{folder}/text.txt]", "evaluation.general_prompts={folder}/prompt.txt"),
 )
@@ -64,7 +64,7 @@ class Variant:
     @property
     def overrides(self) -> list[str]:
         """What it changes in the recipe."""
-        own = [] if self.budget is None else [f"gate.budget={{kl: {self.budget:g}}}"]
+        own = [] if self.budget is None else [f"gate.budget={{kl: {self.budget:g}, num_texts: {STEERING}}}"]
         return [
             f"training.seed={self.seed}",
             *own,

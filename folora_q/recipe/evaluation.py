@@ -31,9 +31,8 @@ class EvaluationSection(Section):
     steps: PositiveInt | None = None
     """Number of steps between evaluations during training: held-out loss, KL, loss on general text. Default: none."""
     num_proxy_samples: PositiveInt = 16
-    """Number of held-out samples, and of windows of general text, for evaluations during training. Afterwards all are
-    used; with gate.budget, which these steer, the others. Default: 16, with gate.budget two thirds of the held-out
-    samples."""
+    """Number of held-out samples, and of windows of general text, for evaluations during training. Default: 16,
+    with gate.budget 64."""
     max_kl: Positive | None = None
     """Stop when KL(base ‖ tuned) exceeds this value in nats per token, and keep the best checkpoint below it. Requires
     evaluation.steps."""

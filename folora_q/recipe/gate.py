@@ -34,6 +34,9 @@ class BudgetSection(Section):
     """KL from the base on held-out model-generated text, in nats per token."""
     forgetting: Positive | None = None
     """Mean rise of the loss on evaluation.general_text, in nats per token."""
+    num_texts: PositiveInt = 320
+    """kl: number of held-out samples that steer the budget, of which evaluation.num_proxy_samples are measured most
+    often. The tables show the others. Default: 320, or five sixths of proxy.num_heldout_samples."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> BudgetSection:

@@ -20,8 +20,9 @@ from folora_q.recipe.training import TrainingSection
 FAR_RATE = 5
 # With this many times the default, plain training diverges.
 EXTREME_RATE = 50
-# Held-out samples with a budget: a KL differs much between texts.
-BUDGET_TEXTS = 96
+# Held-out samples with a budget, whose share that steers it, and how many of those are measured often: a KL differs
+# much between texts, and the ratio of its means over many and few texts does not.
+BUDGET_TEXTS, STEERING_SHARE, OFTEN = 384, 5 / 6, 64
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
 
@@ -60,7 +61,7 @@ class ProxySection(Section):
     num_samples: PositiveInt = 256
     """Number of samples for the statistics."""
     num_heldout_samples: PositiveInt = 32
-    """Number of further samples, used for measuring only. Default: 32, with gate.budget 96."""
+    """Number of further samples, used for measuring only. Default: 32, with gate.budget 384."""
     max_new_tokens: Annotated[int, Field(ge=16)] = 256
     """Maximum length of a sample in tokens."""
     decoding: Literal["plain", "paper"] = "plain"
@@ -109,15 +110,21 @@ class LoggingSection(Section):
     """Number of steps between two lines of metrics."""
 
 
-def _texts_of_a_budget(proxy: Any, evaluation: Any) -> dict[str, Any]:
-    """Return both sections with enough texts for a budget, where they name no numbers: two thirds steer it."""
-    if not isinstance(proxy, dict) or not isinstance(evaluation, dict):
+def _texts_of_a_budget(given: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections that choose a budget's texts, with enough of them where they name no number."""
+    proxy, evaluation, budget = given.get("proxy") or {}, given.get("evaluation") or {}, gate["budget"]
+    if not all(isinstance(section, dict) for section in (proxy, evaluation, budget)):
         return {}
     held = proxy.get("num_heldout_samples", BUDGET_TEXTS)
     if not isinstance(held, int):
         return {}
-    steering = {"num_proxy_samples": max(2 * held // 3, 1)}
-    return {"proxy": {"num_heldout_samples": held} | proxy, "evaluation": steering | evaluation}
+    texts = budget.get("num_texts", max(min(round(STEERING_SHARE * held), held - 1), 1))
+    often = {"num_proxy_samples": min(OFTEN, texts)} if isinstance(texts, int) else {}
+    return {
+        "proxy": {"num_heldout_samples": held} | proxy,
+        "gate": gate | {"budget": {"num_texts": texts} | budget},
+        "evaluation": often | evaluation,
+    }
 
 
 class Recipe(Section):
@@ -149,7 +156,7 @@ class Recipe(Section):
             training = {"learning_rate": rate} | training
         found = {"gate": gate, "training": training}
         if gate.get("budget") is not None:
-            found |= _texts_of_a_budget(given.get("proxy") or {}, given.get("evaluation") or {})
+            found |= _texts_of_a_budget(given, gate)
         return given | {name: section for name, section in found.items() if section}
 
     @property
@@ -160,17 +167,21 @@ class Recipe(Section):
     @property
     def steering_texts(self) -> int:
         """The number of held-out samples, the first ones, that steer a budget; tables show the others."""
-        return self.evaluation.num_proxy_samples if self.gate.budget is not None else 0
+        budget = self.gate.budget
+        return 0 if budget is None or budget.kl is None else budget.num_texts
 
     @model_validator(mode="after")
     def _a_budget_is_checked_on_other_text(self) -> Recipe:
-        if self.gate.budget is None or self.gate.budget.kl is None:
-            return self
-        seen, held = self.evaluation.num_proxy_samples, self.proxy.num_heldout_samples
-        if seen >= held:
+        often, steering, held = (
+            self.evaluation.num_proxy_samples,
+            self.steering_texts,
+            self.proxy.num_heldout_samples,
+        )
+        if steering and not often <= steering < held:
             raise ValueError(
-                f"gate.budget measures on evaluation.num_proxy_samples ({seen}) of the proxy.num_heldout_samples "
-                f"({held}) texts, and the others show what was spent: raise the second, or lower the first"
+                f"of the proxy.num_heldout_samples ({held}) texts, gate.budget.num_texts ({steering}) steer the "
+                f"budget, of which evaluation.num_proxy_samples ({often}) are measured often, and the others show what "
+                "was spent: each number must be less than the one before it"
             )
         return self
 

@@ -3,8 +3,12 @@
 The penalty tr(ΔW H ΔWᵀ) is known at every step from the r x r forms of the frozen A (`folora_q.core.shrink`). What is
 limited, say the KL, is measured now and then, and the ratio of the last measurement to the penalty predicts it in
 between. After each step B is shrunk along its directions of lowest quotient if the prediction exceeds the limit: so
-training goes on along the surface of equal penalty, towards the task. Steps are made longer until that surface is
+training continues along the surface of equal penalty, towards the task. Steps are made longer until that surface is
 reached, so that the budget is spent in the first part of the run, and the rest of the run uses it well.
+
+The value differs much between texts, so that few of them give a wrong mean; but the ratio of the mean over many texts
+to that over few of them hardly changes during a run. So most measurements read few texts, and three read all: when the
+limit is reached, at three quarters of the run, and at its end (a ratio estimator: Cochran, Sampling Techniques, 6.2).
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
@@ -27,6 +32,11 @@ MEASUREMENTS = 12
 NEAR, MAX_GAP = 0.1, 8
 # The share of the run's learning, by learning rates, in which the budget should be reached.
 FILLING = 0.4
+# The least share that it is to be reached in, from wherever the run is.
+LEAST_LEFT = 0.05
+# Number of measurements that read all texts, and the share of the run's steps after which the second one is taken:
+# early enough to use what is left.
+COMPLETE, LATE = 3, 0.75
 # Factors on the learning rate, and by how much it changes at a time.
 MAX_PACE, MAX_CHANGE = 16.0, 2.0
 # A measurement this many times as large as the first shows the update, not rounding.
@@ -45,7 +55,9 @@ class BudgetState:
         pace: the factor on the learning rate.
         strength: μ of the last shrinking; 0 if nothing was shrunk.
         learned: the sum of the steps' learning rates, without and with the pace.
-        filled: whether the limit has been reached.
+        filled: whether the limit has been reached, and is still believed to be.
+        complete: the number of measurements of all texts.
+        correction: the ratio of the value on all texts to that on few of them; 1 before it is known.
         before: the square root of the predicted value, and the paced learning, at the last change of the pace.
         measured: steps with their measurements.
         due, gap: the step of the next measurement, and the number of steps between two, in units of the least number.
@@ -57,6 +69,8 @@ class BudgetState:
     strength: float = 0.0
     learned: tuple[float, float] = (0.0, 0.0)
     filled: bool = False
+    complete: int = 0
+    correction: float = 1.0
     before: tuple[float, float] = (0.0, 0.0)
     measured: list[tuple[int, float]] = field(default_factory=list)
     due: int = 0
@@ -67,6 +81,13 @@ class BudgetState:
         return asdict(self)
 
 
+class Spent(NamedTuple):
+    """What is limited, as measured on a few texts, and on all texts if those were read too."""
+
+    few: float
+    all: float | None = None
+
+
 @dataclass(frozen=True)
 class BudgetPlan:
     """What is spent, and over what.
@@ -75,14 +96,14 @@ class BudgetPlan:
         limit: the budget, in nats per token.
         steps: of the run.
         learning: the sum of the schedule's learning rates over the run.
-        measure: measures what is limited, on text that no table shows.
+        measure: measures what is limited, on text that no table shows; with True on all of it, else on a part.
         tell: receives a line for each measurement.
     """
 
     limit: float
     steps: int
     learning: float
-    measure: Callable[[], float]
+    measure: Callable[[bool], Spent]
     tell: Callable[[str], None] = lambda line: None
 
     @property
@@ -108,7 +129,8 @@ class Budget:
     def to_dict(self) -> dict[str, Any]:
         """Return the budget and its measurements, for run.json."""
         state = self.state
-        return {"limit": self.plan.limit, "measured": state.measured, "pace": state.pace, "strength": state.strength}
+        names = ("measured", "pace", "strength", "correction")
+        return {"limit": self.plan.limit} | {name: getattr(state, name) for name in names}
 
     def metrics(self) -> dict[str, float]:
         """Return what is spent by the present prediction, and how: for a line of metrics."""
@@ -166,7 +188,15 @@ class Budget:
 
     def _is_measured(self, step: int) -> bool:
         early = step < self._every and step & (step - 1) == 0  # 1, 2, 4, ...
-        return early or step >= max(self.state.due, self._every) or step == self.plan.steps
+        return early or step >= max(self.state.due, self._every) or step in (self._late, self.plan.steps)
+
+    @property
+    def _late(self) -> int:
+        return ceil(LATE * self.plan.steps)
+
+    def _is_complete(self, step: int) -> bool:
+        """Whether the measurement after a step reads all texts."""
+        return step in (self._late, self.plan.steps) or (self.state.filled and not self.state.complete)
 
     def _keep_to_the_limit(self) -> None:
         state = self.state
@@ -181,7 +211,12 @@ class Budget:
     def _measure(self, step: int) -> None:
         state, penalty, predicted = self.state, self.layers.energies().penalty, self._predicted
         with self._timed("measuring"):
-            value = self.plan.measure()
+            spent = self.plan.measure(self._is_complete(step))
+        value = spent.few * state.correction
+        if spent.all is not None:
+            state.complete += 1
+            state.correction = spent.all / spent.few if spent.few > 0 < spent.all else 1.0
+            value = spent.all
         state.measured.append((step, value))
         near = state.filled and predicted is not None and abs(predicted - value) <= NEAR * value
         state.gap = min(2 * state.gap, MAX_GAP) if near else 1
@@ -203,7 +238,7 @@ class Budget:
     def _choose_pace(self) -> None:
         """Choose the pace with which the limit is reached in time, from the speed since the last choice."""
         state, plan = self.state, self.plan
-        if state.filled:
+        if state.filled and (state.strength or (self._predicted or 0.0) > (1 - NEAR) * plan.aim):
             return
         if state.rate is None:
             state.pace = min(state.pace * MAX_CHANGE, MAX_PACE)
@@ -212,7 +247,10 @@ class Budget:
         before, learned = state.before
         speed = (now - before) / max(state.learned[1] - learned, 1e-30)
         state.before = now, state.learned[1]
-        left = max(FILLING * plan.learning - state.learned[0], 0.05 * plan.learning)
+        if state.filled:  # less is spent than was predicted; the speed is not known, for the update was shrunk
+            state.filled, state.pace = False, min(state.pace * MAX_CHANGE, MAX_PACE)
+            return
+        left = max(FILLING * plan.learning - state.learned[0], LEAST_LEFT * plan.learning)
         if speed > 0:
             wanted = (self._left**0.5 - now) / (speed * left)
             lowest, highest = state.pace / MAX_CHANGE, state.pace * MAX_CHANGE

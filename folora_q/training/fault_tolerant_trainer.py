@@ -33,10 +33,12 @@ class Monitored:
 
     Attributes:
         generated_text: model-generated text for the KL from the base; None skips the KL.
+        further_text: more such text, on which a budget is measured now and then.
         real_text: general texts whose loss is compared with the base's.
     """
 
     generated_text: HeldOutText | None = None
+    further_text: HeldOutText | None = None
     real_text: Sequence[HeldOutText] = ()
 
 
@@ -59,7 +61,7 @@ class FaultTolerantTrainer(ResumableTrainer):
     ) -> None:
         self.objective = objective
         self.stopping: Stopping | None = None
-        self.heldout, self.generated_text, self.real_text = heldout, monitored.generated_text, monitored.real_text
+        self.heldout, self.monitored = heldout, monitored
         self.step_in_hand: int | None = None
         self.step_loss: Tensor | float = 0.0
         self.step_tokens: Tensor | int = 0

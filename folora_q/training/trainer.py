@@ -34,6 +34,7 @@ from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.runs.results import TextResult
 from folora_q.training.budget import Budget, BudgetPlan
+from folora_q.training.budget_measuring import measuring_of
 from folora_q.training.callbacks import BeforeTraining, Spending
 from folora_q.training.config import BEST
 from folora_q.training.fault_tolerant_trainer import FaultTolerantTrainer, Monitored
@@ -83,7 +84,7 @@ class GatedTrainer(FaultTolerantTrainer):
         layers = FrozenRows([(pair.a, pair.b, gates[pair.name], pair.scale) for pair in pairs])
         rates = getattr(self.lr_scheduler, "lr_lambdas", [lambda step: 1.0])
         learning = self.args.learning_rate * sum(rates[0](step) for step in range(steps))
-        measure = self._kl if section.forgetting is None else self._rise
+        measure = measuring_of(section, self.monitored, self._compared)
         return Budget(BudgetPlan(section.limit, steps, learning, measure, self.note), layers)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -94,16 +95,6 @@ class GatedTrainer(FaultTolerantTrainer):
     def _compared(self, text: HeldOutText) -> TextResult:
         """Compare the model with its base on a text."""
         return compare(self.model_pair, text, splitter=self.measuring)
-
-    def _kl(self) -> float:
-        """Measure the KL from the base on the monitored text."""
-        assert self.generated_text is not None, "a run with a budget has such text"
-        return self._compared(self.generated_text).kl.value
-
-    def _rise(self) -> float:
-        """Measure the mean rise of the loss on monitored real text."""
-        rises = [self._compared(text).loss.change.value for text in self.real_text]
-        return sum(rises) / len(rises)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.optimizer is not None:
@@ -178,11 +169,11 @@ class GatedTrainer(FaultTolerantTrainer):
         """Return the measurements of `evaluate`; each process reads a part, and all get the same numbers."""
         self.model.eval()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured_on_task().items()}
-        if self.generated_text is not None:
-            generated = self._compared(self.generated_text)
+        if self.monitored.generated_text is not None:
+            generated = self._compared(self.monitored.generated_text)
             metrics[f"{metric_key_prefix}_kl"] = generated.kl.value
             metrics[f"{metric_key_prefix}_top1_agreement"] = generated.top1_agreement.value
-        for text in self.real_text:
+        for text in self.monitored.real_text:
             rise = self._compared(text).loss.change
             metrics[f"{metric_key_prefix}_rise_{text.name}"] = rise.value
             if rise.bounds and rise.bounds[0] > 0:

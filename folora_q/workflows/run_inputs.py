@@ -12,6 +12,7 @@ from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples, write_samples
 from folora_q.data.batch_splitting import first_rows
 from folora_q.errors import UserError, first_line
+from folora_q.evaluation.divergence import HeldOutText
 from folora_q.evaluation.evaluate import (
     HeldOut,
     HeldOutSources,
@@ -183,12 +184,20 @@ class RunInputs:
 
     def monitored(self, base: LoadedModel, text: CalibrationText, measured_on: HeldOut) -> Monitored:
         """Choose the texts to monitor in training: held-out samples, in full and cropped, and windows of real text."""
-        section = self.recipe.evaluation
-        ids = [sample.ids for sample in text.held_out[: section.num_proxy_samples]]
-        generated = whole_and_cut(ids, self.recipe.proxy.seed, section.batch_size, base.model.device)
+        recipe, section = self.recipe, self.recipe.evaluation
+        often = section.num_proxy_samples
+
+        def generated(first: int, end: int) -> HeldOutText | None:
+            ids = [sample.ids for sample in text.held_out[first:end]]
+            return whole_and_cut(ids, recipe.proxy.seed, section.batch_size, base.model.device) if ids else None
+
         general = [each for each in measured_on.texts if each.kind is TextKind.GENERAL]
-        windows = math.ceil(section.num_proxy_samples / max(len(general), 1))
-        return Monitored(generated, [replace(each, batches=first_rows(each.batches, windows)) for each in general])
+        windows = math.ceil(often / max(len(general), 1))
+        return Monitored(
+            generated(0, often),
+            generated(often, max(often, recipe.steering_texts)),
+            [replace(each, batches=first_rows(each.batches, windows)) for each in general],
+        )
 
     def _remember(self, path: Path) -> None:
         """Record the checksum of a finished file of the run; others than the first process may not have it."""

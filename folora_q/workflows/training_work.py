@@ -18,7 +18,7 @@ from folora_q.progress import TrainingPlan
 from folora_q.recipe.objectives import OBJECTIVE_FACTS
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.training import TrainingSection
-from folora_q.training.budget import MEASUREMENTS
+from folora_q.training.budget import COMPLETE, MEASUREMENTS
 
 # A token costs one unit in a forward pass, and as much again for the gradients of its inputs: weights are frozen.
 FORWARD, FORWARD_BACKWARD = 1, 2
@@ -173,8 +173,11 @@ def _budget(recipe: Recipe) -> float:
     budget = recipe.gate.budget
     if budget is None:
         return 0.0
-    length = (1 + CROPPED) * recipe.proxy.max_new_tokens if budget.kl is not None else GENERAL_WINDOW
-    return MEASUREMENTS * recipe.evaluation.num_proxy_samples * length * FORWARD
+    texts, length = MEASUREMENTS * recipe.evaluation.num_proxy_samples, GENERAL_WINDOW
+    if budget.kl is not None:
+        texts += COMPLETE * (budget.num_texts - recipe.evaluation.num_proxy_samples)
+        length = (1 + CROPPED) * recipe.proxy.max_new_tokens
+    return texts * length * FORWARD
 
 
 def _times(ratio: float) -> str:

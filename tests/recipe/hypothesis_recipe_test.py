@@ -286,7 +286,7 @@ def test_a_recipe_survives_being_written_and_read_again(folder: Path, values: di
             "shards the base",
             "could be stacked",
             "budget needs a gate",
-            "gate.budget measures",
+            "steer the budget",
             "objective dpo",
             "objective kto",
             "with dpo",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ def frozen_run(recipe_file: Path, overrides: list[str], checkpoint: int | None =
     gradients, lines = Gradients(), []
     trainer = trainer_of(recipe, [gradients, Reporting(lambda n: None, lines.append)], gate_lambda=1.0)
     text = list(batches([row["input_ids"] for row in trainer.train_dataset], 4, CPU.device))
-    trainer.generated_text = HeldOutText("generated text", TextKind.GENERATED, text)
+    generated = HeldOutText("generated text", TextKind.GENERATED, text)
+    trainer.monitored = replace(trainer.monitored, generated_text=generated)
     trainer.train(checkpoint_path(Path(recipe.training.output_dir), checkpoint) if checkpoint else None)
     weights = [p.detach().clone() for pair in adapter_pairs(trainer.model) for p in (pair.a, pair.b)]
     return gradients.of_a, [line for line in lines if "grad_norm" in line], weights
@@ -220,7 +222,8 @@ def test_real_text_is_measured_on_the_way_and_a_line_says_when_it_gets_worse(rec
     # A random model finds no text likely but what it would say itself.
     starts = torch.arange(16)[:, None] + 40
     rows = trainer.model.generate(input_ids=starts, do_sample=False, min_new_tokens=30, max_new_tokens=30).tolist()
-    trainer.real_text = [HeldOutText("prose", "general", list(batches(rows, 4, CPU.device)))]
+    text = HeldOutText("prose", "general", list(batches(rows, 4, CPU.device)))
+    trainer.monitored = replace(trainer.monitored, real_text=[text])
     trainer.skipped.tell = told.append
     trainer.train()
     assert [line["eval_rise_prose"] for line in lines if "eval_rise_prose" in line][0] == 0.0, "B is zero"
@@ -228,9 +231,9 @@ def test_real_text_is_measured_on_the_way_and_a_line_says_when_it_gets_worse(rec
         torch.nn.init.normal_(pair.b, std=5.0)
     told.clear()
     rise = trainer.evaluate()["eval_rise_prose"]
-    after = mean_loss(trainer.model.get_base_model(), trainer.real_text[0].batches)
+    after = mean_loss(trainer.model.get_base_model(), text.batches)
     with adapter_off(trainer.model):
-        before = mean_loss(trainer.model.get_base_model(), trainer.real_text[0].batches)
+        before = mean_loss(trainer.model.get_base_model(), text.batches)
     assert rise == pytest.approx(after - before, abs=1e-5) and rise > 0.1
     [line] = told
     assert line.startswith(f"step 5: real text got worse: the loss on prose rose by {rise:.4f} nats per token")
