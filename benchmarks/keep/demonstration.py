@@ -16,7 +16,8 @@ import click
 
 from folora_q.recipe.gate_rules import PLAIN_LEARNING_RATE
 from folora_q.runs.folder import RunFolder
-from folora_q.runs.results import Evaluation, Interval, PairedChange, TextKind, read_evaluation
+from folora_q.runs.result_files import read_evaluation
+from folora_q.runs.results import Evaluation, Interval, PairedChange, TextKind
 
 VARIANTS: dict[str, list[str]] = {
     "plain QLoRA": ["gate.enabled=false", f"training.learning_rate={PLAIN_LEARNING_RATE:g}"],

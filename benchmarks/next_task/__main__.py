@@ -29,7 +29,8 @@ from folora_q.models.load import load_model
 from folora_q.progress import Silence, StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.strict_yaml import dump_yaml
-from folora_q.runs.results import Evaluation, TextKind, read_evaluation
+from folora_q.runs.result_files import read_evaluation
+from folora_q.runs.results import Evaluation, TextKind
 
 DEMO = Path("recipes/demo.yaml")
 WORDS = """apple river stone cloud paper green seven window silver garden bread horse table yellow winter music lemon

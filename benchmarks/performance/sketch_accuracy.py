@@ -39,7 +39,8 @@ from folora_q.progress import StageTimer
 from folora_q.recipe import load_recipe
 from folora_q.recipe.shipped import recipes_folder
 from folora_q.runs.folder import RunFolder
-from folora_q.runs.results import GENERATED_TEXT, GENERATED_TEXT_CUT, read_evaluation
+from folora_q.runs.result_files import read_evaluation
+from folora_q.runs.results import GENERATED_TEXT, GENERATED_TEXT_CUT
 from folora_q.workflows.train import TrainingRequest, run_training
 
 RANKS = (16, 64, 128, 256)

@@ -17,7 +17,7 @@ from folora_q.recipe.dataset import DataSection
 from folora_q.recipe.paths import is_hub_dataset, is_remote
 from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
 from folora_q.runs.folder import RunFolder
-from folora_q.runs.results import read_answers
+from folora_q.runs.result_files import read_answers
 from folora_q.storage.untrusted import MIB, parse_json, read_text
 from folora_q.targets.find import find_target
 from folora_q.targets.load import Precision, load_target

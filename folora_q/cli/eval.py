@@ -21,7 +21,8 @@ from folora_q.recipe import load_recipe
 from folora_q.recipe.paths import listed
 from folora_q.runs.folder import RunFolder
 from folora_q.runs.keep_limits import keep_of, load_limits
-from folora_q.runs.results import Evaluation, TextKind, answer_lines, read_evaluation, to_json
+from folora_q.runs.result_files import answer_lines, read_evaluation, to_json
+from folora_q.runs.results import Evaluation, TextKind
 from folora_q.targets.find import find_target, require_reachable
 
 if TYPE_CHECKING:

@@ -19,19 +19,8 @@ from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
 from folora_q.report.spending import SpentBudget, spent_budget
 from folora_q.report.trajectory import Point, train_losses, trajectory
 from folora_q.runs.folder import RunFolder
-from folora_q.runs.results import (
-    AnswerResult,
-    Evaluation,
-    GateResult,
-    Interval,
-    PairedChange,
-    TextKind,
-    TextResult,
-    read_answers,
-    read_evaluation,
-    read_gate_results,
-    read_metrics,
-)
+from folora_q.runs.result_files import read_answers, read_evaluation, read_gate_results, read_metrics
+from folora_q.runs.results import AnswerResult, Evaluation, GateResult, Interval, PairedChange, TextKind, TextResult
 from folora_q.storage.untrusted import finite, read_object, read_text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from folora_q.errors import UserError
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.strict_yaml import MAX_RECIPE_LENGTH, parse_yaml
-from folora_q.runs.results import read_metrics
+from folora_q.runs.result_files import read_metrics
 from folora_q.storage.files import atomic_write, sha256
 from folora_q.storage.untrusted import finite, read_object, read_text
 

@@ -30,7 +30,8 @@ from folora_q.recipe.evaluation import EvaluationSection
 from folora_q.recipe.keep import KeepSection
 from folora_q.recipe.schema import ModelSection, ProxySection, Recipe
 from folora_q.runs.earlier_tasks import unknown_tasks
-from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult, read_evaluation
+from folora_q.runs.result_files import read_evaluation
+from folora_q.runs.results import AnswerResult, Evaluation, HarnessResult, LayerResult
 from folora_q.targets.find import Target, find_target
 from folora_q.targets.load import LoadedTarget, Precision, fetched, load_target
 from folora_q.workflows.earlier_tasks import (

@@ -32,9 +32,7 @@ from folora_q.models.parts import embedding_rows
 from folora_q.models.target_modules import in_16_bits, listed
 from folora_q.progress import StageTimer
 from folora_q.recipe.strict_yaml import dump_yaml
-from folora_q.runs.results import (
-    TextKind,
-)
+from folora_q.runs.results import TextKind
 from folora_q.storage.files import atomic_write
 from folora_q.training.trainer import Monitored
 from folora_q.workflows.calibration import CalibrationText

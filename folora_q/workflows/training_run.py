@@ -32,13 +32,8 @@ from folora_q.models.load import LoadedModel
 from folora_q.models.target_modules import listed, without_adapter
 from folora_q.progress import Stage
 from folora_q.rules import rule_of
-from folora_q.runs.results import (
-    AnswerResult,
-    Evaluation,
-    LayerResult,
-    answer_lines,
-    to_json,
-)
+from folora_q.runs.result_files import answer_lines, to_json
+from folora_q.runs.results import AnswerResult, Evaluation, LayerResult
 from folora_q.storage.files import atomic_write, commit_directory
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks.keep import demonstration
 from folora_q.cli.app import main
-from folora_q.runs.results import read_evaluation
+from folora_q.runs.result_files import read_evaluation
 
 
 def test_the_three_variants_are_trained_and_shown(

@@ -34,7 +34,8 @@ from folora_q.models.hardware import choose_hardware
 from folora_q.models.load import load_model
 from folora_q.recipe.schema import ModelSection
 from folora_q.runs.folder import RunFolder
-from folora_q.runs.results import AnswerResult, answer_lines
+from folora_q.runs.result_files import answer_lines
+from folora_q.runs.results import AnswerResult
 from tests.conftest import save_tiny_model
 from tests.data.chats import TEMPLATES, tokenizer_for
 from tests.data.rows import assistant, user, write_jsonl

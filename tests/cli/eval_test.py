@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folora_q.cli.app import main
-from folora_q.runs.results import Evaluation, TextKind, read_answers, read_evaluation
+from folora_q.runs.result_files import read_answers, read_evaluation
+from folora_q.runs.results import Evaluation, TextKind
 
 
 def run(*arguments: object) -> int:

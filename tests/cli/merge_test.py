@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folora_q.cli.app import main
 from folora_q.export.merge import REPORT
-from folora_q.runs.results import read_evaluation
+from folora_q.runs.result_files import read_evaluation
 from folora_q.workflows import merge as merging
 from folora_q.workflows.merge import UNVERIFIED
 from tests.export.gguf_test import CONVERTER

@@ -13,7 +13,7 @@ import yaml
 
 import folora_q
 from folora_q.cli.app import main
-from folora_q.runs.results import read_gate_results, to_json
+from folora_q.runs.result_files import read_gate_results, to_json
 from tests.report.run_folder import Shape, gates, write_run
 
 # Without layers, figures are few and fast.

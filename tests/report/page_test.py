@@ -13,7 +13,8 @@ from folora_q.errors import UserError
 from folora_q.report.page import comparison_page, report_page, samples
 from folora_q.report.run_record import Run, load_run
 from folora_q.report.text import number, short, wall_time
-from folora_q.runs.results import AnswerResult, Interval, TextKind, to_json
+from folora_q.runs.result_files import to_json
+from folora_q.runs.results import AnswerResult, Interval, TextKind
 from tests.report.page_parts import Cell, Parts, parts_of
 from tests.report.run_folder import Shape, answers, evaluation, gates, write_run
 

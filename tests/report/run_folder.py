@@ -10,6 +10,7 @@ from typing import Any
 
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.folder import RunFolder
+from folora_q.runs.result_files import answer_lines, to_json
 from folora_q.runs.results import (
     AnswerResult,
     Evaluation,
@@ -21,8 +22,6 @@ from folora_q.runs.results import (
     ScoreResult,
     TextKind,
     TextResult,
-    answer_lines,
-    to_json,
 )
 
 # Modules that read one tensor, with its width.

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from folora_q.cli.app import main
 from folora_q.report.run_record import load_run
-from folora_q.runs.results import GENERATED_TEXT, read_evaluation
+from folora_q.runs.result_files import read_evaluation
+from folora_q.runs.results import GENERATED_TEXT
 from tests.runs.earlier import FOLDERS, logits, placed, tuned
 
 VERSIONS = sorted(path.name for path in FOLDERS.iterdir())

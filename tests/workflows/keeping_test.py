@@ -29,7 +29,8 @@ from folora_q.recipe.schema import ModelSection
 from folora_q.report.comparison import at_ends
 from folora_q.report.page import report_page
 from folora_q.report.run_record import load_run
-from folora_q.runs.results import KeptResult, read_answers, read_evaluation
+from folora_q.runs.result_files import read_answers, read_evaluation
+from folora_q.runs.results import KeptResult
 from folora_q.workflows import calibration, keeping
 from folora_q.workflows.calibration import Calibration
 from folora_q.workflows.keeping import BaseAnswers, from_samples, samples_of_all

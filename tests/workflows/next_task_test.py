@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from folora_q.cli.app import main
 from folora_q.models.load import guard_cpu_kernels
-from folora_q.runs.results import Evaluation, TextKind, read_evaluation
+from folora_q.runs.result_files import read_evaluation
+from folora_q.runs.results import Evaluation, TextKind
 from folora_q.workflows.together import predict_interference
 from tests.conftest import write_recipe
 from tests.faults.commands import assert_the_same_run, at_step, manifest, signalled
