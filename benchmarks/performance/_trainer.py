@@ -15,8 +15,9 @@ from folora_q.models.adapters import adapter_pairs
 from folora_q.models.hardware import choose_hardware
 from folora_q.recipe import Recipe
 from folora_q.rules import rule_of
+from folora_q.training.build_trainer import TrainerSetup, build_trainer
 from folora_q.training.config import trainer_config
-from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
+from folora_q.training.trainer import GatedTrainer
 
 
 def placeholder_tokenizer() -> PreTrainedTokenizerFast:

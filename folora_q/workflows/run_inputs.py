@@ -34,7 +34,7 @@ from folora_q.progress import StageTimer
 from folora_q.recipe.strict_yaml import dump_yaml
 from folora_q.runs.results import TextKind
 from folora_q.storage.files import atomic_write
-from folora_q.training.trainer import Monitored
+from folora_q.training.fault_tolerant_trainer import Monitored
 from folora_q.workflows.calibration import CalibrationText
 from folora_q.workflows.earlier_tasks import held_out_texts
 from folora_q.workflows.keeping import BaseAnswers, from_samples, samples_of_all

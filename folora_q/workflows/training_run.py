@@ -35,13 +35,14 @@ from folora_q.rules import rule_of
 from folora_q.runs.result_files import answer_lines, to_json
 from folora_q.runs.results import AnswerResult, Evaluation, LayerResult
 from folora_q.storage.files import atomic_write, commit_directory
+from folora_q.training.build_trainer import TrainerSetup, build_trainer
 from folora_q.training.callbacks import Reporting, SavedAtTheEnd, Stopping
 from folora_q.training.checkpoints import discard_after, step_of
 from folora_q.training.config import trainer_config
 from folora_q.training.monitor import Monitor
 from folora_q.training.packing import check_packing
 from folora_q.training.schedule import warmup_of
-from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
+from folora_q.training.trainer import GatedTrainer
 from folora_q.workflows.calibration import Calibration, CalibrationText, EarlierRows, Gates
 from folora_q.workflows.earlier_tasks import score_earlier
 from folora_q.workflows.run_inputs import RunInputs

@@ -18,9 +18,10 @@ from folora_q.models.load import load_model, require_packable
 from folora_q.recipe import load_recipe
 from folora_q.recipe.adapter import AdapterSection
 from folora_q.recipe.schema import ModelSection
+from folora_q.training.build_trainer import TrainerSetup, build_trainer
 from folora_q.training.config import trainer_config
 from folora_q.training.packing import check_packing
-from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
+from folora_q.training.trainer import GatedTrainer
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
 FIRST, SECOND = list(range(10, 40)), list(range(60, 100))

@@ -22,8 +22,9 @@ from folora_q.models.adapters import AdapterPair, adapter_off, adapter_pairs, at
 from folora_q.models.hardware import Hardware
 from folora_q.models.load import load_model
 from folora_q.recipe import Recipe
+from folora_q.training.build_trainer import TrainerSetup, build_trainer
 from folora_q.training.config import trainer_config
-from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
+from folora_q.training.trainer import GatedTrainer
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
 STEPS = 6

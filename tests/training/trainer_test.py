@@ -26,10 +26,11 @@ from folora_q.models.load import load_model
 from folora_q.recipe import Recipe, load_recipe
 from folora_q.rules import rule_of
 from folora_q.runs.results import TextKind
+from folora_q.training.build_trainer import TrainerSetup, build_trainer
 from folora_q.training.callbacks import Reporting
 from folora_q.training.checkpoints import checkpoint_path
 from folora_q.training.config import trainer_config
-from folora_q.training.trainer import GatedTrainer, TrainerSetup, build_trainer
+from folora_q.training.trainer import GatedTrainer
 from tests.conftest import random_gate
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "a test")
