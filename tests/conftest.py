@@ -21,6 +21,7 @@ import pytest
 
 from folora_q.progress import TrainingEvent, Unit
 
+os.fsync = lambda fd: None  # no test cuts the power, and a disk takes milliseconds for each file
 # What a shell starts in the background ignores Ctrl-C, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

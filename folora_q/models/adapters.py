@@ -97,6 +97,8 @@ def attach_adapter(base: LoadedModel, section: AdapterSection, seed: int) -> Pef
     for name, wrapper in wrappers(model).items():
         for copy in wrapper.modules_to_save.values():
             _compute_in_float32(copy, wrapper.original_module.weight.dtype, is_head=name == modules.head)
+    # PEFT writes a card of placeholders into every checkpoint; the run writes one with its results.
+    model.create_or_update_model_card = lambda output_dir: None
     return model
 
 
