@@ -22,7 +22,7 @@ from folora_q.recipe.gate import GateSection
 from folora_q.storage.files import atomic_write, cache_folder
 
 # Increased when the same settings give other covariances.
-FORMAT = 2
+FORMAT = 3
 PARTS = ("basis", "eigenvalues", "numbers")  # numbers: tail, trace, count
 
 

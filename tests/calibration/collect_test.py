@@ -193,8 +193,10 @@ def exact_fisher(model, name: str, texts: list[list[int]], greedy: bool = False)
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_labels_of_the_penalty_are_drawn_from_the_model(model, greedy: bool) -> None:
-    name, text = "model.layers.1.mlp.down_proj", [ids[:7] for ids in sequences(1, 3)]
+@pytest.mark.parametrize("layer", [0, 1])
+def test_labels_of_the_penalty_are_drawn_from_the_model(model, layer: int, greedy: bool) -> None:
+    """In the first layer, the gradients of all later tokens add up; with labels of mean 0 as if each were alone."""
+    name, text = f"model.layers.{layer}.mlp.down_proj", [ids[:7] for ids in sequences(1, 3)]
     layers = {pair.name: pair.module for pair in adapter_pairs(model)}
     width = layers[name].in_features
 
@@ -265,12 +267,55 @@ def test_gates_do_not_depend_on_the_batch_size(model, rows: int) -> None:
         assert torch.allclose(apart[name].quotients, gate.quotients, rtol=1e-5), name
 
 
-def test_labels_are_drawn_from_the_models_distribution() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]]).expand(20_000, 5)
-    drawn = torch.cat([_drawn(part, g) for g in [torch.Generator().manual_seed(0)] for part in logits.split(3_000)])
-    shares = torch.bincount(drawn, minlength=5) / len(drawn)
-    assert torch.allclose(shares, logits[0].softmax(-1), atol=0.01) and shares[4] == 0
-    assert torch.equal(drawn, _drawn(logits, torch.Generator().manual_seed(0)))
+def test_labels_and_weights_have_the_models_second_moments() -> None:
+    """Σ over labels of q w² (e_y - p)(e_y - p)ᵀ against the exact one, which is diag(p) - p pᵀ."""
+    logits = torch.tensor([3.0, 1.0, 0.5, -1.0, -3.0, 9.0]).repeat(60_000, 1)
+    parts = logits.split(7_000)
+    labels, weights = (
+        torch.cat(each)
+        for each in zip(*(_drawn(part, g) for g in [torch.Generator().manual_seed(0)] for part in parts), strict=True)
+    )
+    p = logits[0].softmax(-1)
+    gradients = weights[:, None] * (p - torch.eye(6)[labels])
+    expected = p.diag() - p.outer(p)
+    assert float((gradients.T @ gradients / len(labels) - expected).norm()) < 0.02 * float(expected.norm())
+    assert float((gradients.mean(0) / expected.diag().sqrt()).abs().max()) < 0.02
+    assert labels.bincount(minlength=6)[5] > 0.4 * len(labels), "one in two where the model is sure"
+    again = _drawn(logits, torch.Generator().manual_seed(0))
+    assert torch.equal(labels, again[0]) and torch.equal(weights, again[1]), "they do not depend on the batches"
+    sure = _drawn(torch.tensor([[500.0, 0.0]]), torch.Generator().manual_seed(0))
+    assert all(bool(each.isfinite().all()) for each in sure)
+
+
+def test_labels_by_importance_have_half_the_error_where_the_model_is_sure(model) -> None:
+    name, text = "model.layers.1.mlp.down_proj", [ids[:7] for ids in sequences(1, 3)]
+    layers = {pair.name: pair.module for pair in adapter_pairs(model)}
+
+    def of_the_model(logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        return labels, torch.ones(len(labels))
+
+    def error(expected: torch.Tensor) -> float:
+        errors = []
+        for draw in range(20):
+            sink = ProjectedCovariance(torch.eye(len(expected)))
+            Reading(model, layers, [[name]], weighted=True).feed(list(batches(text, 3, CPU)), {name: sink}, draw=draw)
+            errors.append(float((sink.mean() - expected).norm()))
+        return sum(errors)
+
+    head = model.get_base_model().get_output_embeddings().weight
+    unsure = head.detach().clone()
+    with torch.no_grad():
+        head.mul_(60)
+    with model.disable_adapter():
+        expected = exact_fisher(model, name, text)
+        by_importance = error(expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("folora_q.calibration.reading._drawn", of_the_model)
+            plain = error(expected)
+    with torch.no_grad():
+        head.copy_(unsure)
+    assert by_importance < 0.6 * plain
 
 
 def test_a_sure_model_has_gradients_on_greedy_text_only(model) -> None:
