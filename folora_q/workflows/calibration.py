@@ -29,6 +29,8 @@ from folora_q.recipe.schema import Recipe
 from folora_q.recipe.training import TrainingSection
 
 Gates = Mapping[str, SpectralGate]
+# The most texts on which the penalty of A's rows is measured: a ratio of sums over thousands of tokens.
+PENALTY_TEXTS = 64
 Samples = Sequence[ProxySample]
 # Tokens and labels of earlier tasks' rows.
 EarlierRows = tuple[list[Sequence[int]], list[Sequence[int]]]
@@ -148,7 +150,8 @@ class Calibration:
     def penalties(self, model: PeftModel, gates: Gates, text: CalibrationText) -> dict[str, tuple[float, float]]:
         """Measure the penalty of A's rows on text that the gates were computed from, and on as much held-out text."""
         size, device = self.recipe.statistics_batch_size, model.device
-        both = text.seen[: len(text.held_out)], text.held_out
+        count = min(len(text.held_out), PENALTY_TEXTS)
+        both = text.seen[:count], text.held_out[:count]
         seen, unseen = (list(batches([sample.ids for sample in of], size, device)) for of in both)
         penalties = row_penalties(model, gates, (seen, unseen), self.settings, self.timer)
         inside, outside = (sum(both[of] for both in penalties.values()) for of in (0, 1))

@@ -19,6 +19,7 @@ from folora_q.recipe.objectives import OBJECTIVE_FACTS
 from folora_q.recipe.schema import Recipe
 from folora_q.recipe.training import TrainingSection
 from folora_q.training.budget import COMPLETE, MEASUREMENTS
+from folora_q.workflows.calibration import PENALTY_TEXTS
 
 # A token costs one unit in a forward pass, and as much again for the gradients of its inputs: weights are frozen.
 FORWARD, FORWARD_BACKWARD = 1, 2
@@ -147,7 +148,7 @@ def _statistics_tokens(recipe: Recipe, data: TaskTokens, kept: Sequence[KeptSour
     whole = section.num_samples * section.max_new_tokens
     public = PUBLIC_TEXT.stat().st_size / BYTES_PER_TOKEN if section.public_share else 0
     task = train.tokens * min(1, gate.num_task_samples / train.sequences)
-    penalties = 2 * section.num_heldout_samples * section.max_new_tokens  # of A's rows, in sample and held out
+    penalties = 2 * min(section.num_heldout_samples, PENALTY_TEXTS) * section.max_new_tokens  # of A's rows
     answers = sum(_tokens(each, each.prompts.penalty, each.texts.penalty) for each in kept if recipe.keep.share)
     return (1 + len(gate.readings)) * (whole * (1 + CROPPED) + public + task + answers) + penalties
 
@@ -155,10 +156,11 @@ def _statistics_tokens(recipe: Recipe, data: TaskTokens, kept: Sequence[KeptSour
 def _evaluation(recipe: Recipe, data: TaskTokens) -> float:
     """Return the work of the evaluation after training; base and tuned model each read and answer everything."""
     section, heldout = recipe.evaluation, data.heldout.counts
-    sampled = recipe.proxy.num_heldout_samples * recipe.proxy.max_new_tokens * (1 + CROPPED)
+    texts = recipe.proxy.num_heldout_samples - recipe.steering_texts
+    sampled = texts * recipe.proxy.max_new_tokens * (1 + CROPPED)
     general = sum(path.stat().st_size for path in general_texts(section).values()) / BYTES_PER_TOKEN
     per_row = heldout.tokens / max(heldout.sequences, 1)
-    drift = min(1, DRIFT_TEXTS / recipe.proxy.num_heldout_samples) * sampled
+    drift = min(1, DRIFT_TEXTS / texts) * sampled
     drift += min(DRIFT_TEXTS, heldout.sequences) * per_row
     few = SAMPLE_ANSWERS if section.metric == "none" else heldout.examples
     prompts = min(heldout.examples, few if section.num_answers is None else section.num_answers)
