@@ -40,8 +40,11 @@ LABELS = {name: path.label for name, path in PATHS.items()} | {
 }
 # The name of PEFT's adapter with fewer intruders, next to the original.
 REDUCED = "reduced"
-# PEFT's mitigation_lambda: how much of the intruder dimensions is left. Its default is 0.75.
-LEFT = (1.0, 0.75, 0.5, 0.25, 0.0)
+# The points of each curve: shares of the penalty, PEFT's mitigation_lambda (how much of the intruder dimensions is
+# left; its default is 0.75), and a number of the run's checkpoints.
+SHARES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)
+LEFT = (1.0, 0.75, 0.5, 0.0)
+CHECKPOINTS = 5
 
 
 @click.command()
@@ -50,9 +53,8 @@ LEFT = (1.0, 0.75, 0.5, 0.25, 0.0)
 @click.option("--top-k", default=10, show_default=True, help="PEFT's top_k: singular vectors to search.")
 def main(run: str, output: Path, top_k: int) -> None:
     """Measure the adapter of a RUN along every way, and draw the curves."""
-    trim = TrimRun(TrimRequest(run, curve=True), StageTimer(Silence()))
-    prepared = trim.prepare()
-    points, _ = trim.measure(prepared.measuring)
+    prepared = TrimRun(TrimRequest(run), StageTimer(Silence())).prepare()
+    points = [prepared.measuring.point(path, share) for path in PATHS for share in SHARES]
     points += [*intruders_reduced(prepared, top_k), *earlier_steps(prepared)]
     output.mkdir(parents=True, exist_ok=True)
     (output / "points.json").write_text(json.dumps([asdict(point) for point in points], indent=1), encoding="utf-8")
@@ -93,7 +95,7 @@ def earlier_steps(prepared: PreparedTrim) -> list[TrimPoint]:
     run = prepared.target.run
     found = [] if run is None else checkpoints(run.path)
     model, points = cast(PeftModel, prepared.measuring.model_pair.adapted), []
-    for checkpoint in found:
+    for checkpoint in found[:: max(len(found) // CHECKPOINTS, 1)]:
         set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
         then = {pair.name: (pair.a.detach().clone(), pair.b.detach().clone()) for pair in prepared.update.pairs}
         points.append(prepared.measuring.point_with(EARLIER, step_of(checkpoint) / step_of(found[0]), then))

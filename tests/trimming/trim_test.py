@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.trim.__main__ import INTRUDERS, main
+from benchmarks.trim.__main__ import EARLIER, INTRUDERS, main
 from folora_q.calibration.gate_store import load_gates
 from folora_q.core.shrink import together
 from folora_q.errors import UserError
@@ -36,7 +36,17 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setenv("FOLORA_Q_CACHE", str(folder / "cache"))
         recipe = write_recipe(folder, tiny_folder)
         assert run("train", recipe, *MUCH, f"training.output_dir={folder / 'gated'}") == 0
-        assert run("train", recipe, *MUCH, "gate.enabled=false", f"training.output_dir={folder / 'plain'}") == 0
+        assert (
+            run(
+                "train",
+                recipe,
+                *MUCH,
+                "gate.enabled=false",
+                "training.save_steps=15",
+                f"training.output_dir={folder / 'plain'}",
+            )
+            == 0
+        )
     return folder
 
 
@@ -68,7 +78,7 @@ def test_directions_of_low_quotient_are_shrunk_most(runs: Path) -> None:
     assert together([update.energies]).penalty == update.energies.penalty
 
 
-def test_the_benchmark_reduces_intruders_as_peft_does(runs: Path, tmp_path: Path) -> None:
+def test_the_benchmark_reduces_intruders_as_peft_does_and_measures_earlier_steps(runs: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [str(runs / "plain"), "--output", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0 and (tmp_path / "trade-off.png").is_file() and INTRUDERS not in PATHS
     points = {(each["path"], each["share"]): each for each in json.loads((tmp_path / "points.json").read_text())}
@@ -76,6 +86,8 @@ def test_the_benchmark_reduces_intruders_as_peft_does(runs: Path, tmp_path: Path
     assert none_reduced["loss"] == pytest.approx(whole["loss"], rel=1e-3), "1 leaves the adapter as it is"
     assert none_reduced["kl"]["value"] == pytest.approx(whole["kl"]["value"], rel=1e-2)
     assert points[INTRUDERS, 0.0]["kl"]["value"] != pytest.approx(whole["kl"]["value"], rel=1e-2)
+    assert points[EARLIER, 1.0]["kl"]["value"] == pytest.approx(whole["kl"]["value"], rel=1e-3)
+    assert points[EARLIER, 0.5]["kl"]["value"] != pytest.approx(whole["kl"]["value"], rel=1e-2)
 
 
 def test_a_run_is_trimmed_to_a_kl_and_merged(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
