@@ -7,8 +7,9 @@ training continues along the surface of equal penalty, towards the task. Steps a
 reached, so that the budget is spent in the first part of the run, and the rest of the run uses it well.
 
 The value differs much between texts, so that few of them give a wrong mean; but the ratio of the mean over many texts
-to that over few of them hardly changes during a run. So most measurements read few texts, and three read all: when the
-limit is reached, at three quarters of the run, and at its end (a ratio estimator: Cochran, Sampling Techniques, 6.2).
+to that over few of them changes little during a run. So most measurements read few texts, and four read all: when the
+limit is reached, at half and at three quarters of the run, and at its end (a ratio estimator: Cochran, Sampling
+Techniques, 6.2).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ NEAR, MAX_GAP = 0.1, 8
 FILLING = 0.4
 # The least share that it is to be reached in, from wherever the run is.
 LEAST_LEFT = 0.05
-# Number of measurements that read all texts, and the share of the run's steps after which the second one is taken:
-# early enough to use what is left.
-COMPLETE, LATE = 3, 0.75
+# Number of measurements that read all texts, and the shares of the run's steps after which the second and the third are
+# taken: early enough to use what is left.
+COMPLETE, LATER = 4, (0.5, 0.75)
 # Factors on the learning rate, and by how much it changes at a time.
 MAX_PACE, MAX_CHANGE = 16.0, 2.0
 # A measurement this many times as large as the first shows the update, not rounding.
@@ -188,15 +189,16 @@ class Budget:
 
     def _is_measured(self, step: int) -> bool:
         early = step < self._every and step & (step - 1) == 0  # 1, 2, 4, ...
-        return early or step >= max(self.state.due, self._every) or step in (self._late, self.plan.steps)
+        return early or step >= max(self.state.due, self._every) or step in self._later
 
     @property
-    def _late(self) -> int:
-        return ceil(LATE * self.plan.steps)
+    def _later(self) -> set[int]:
+        """The steps after which all texts are read, whatever was found before."""
+        return {ceil(share * self.plan.steps) for share in (*LATER, 1.0)}
 
     def _is_complete(self, step: int) -> bool:
         """Whether the measurement after a step reads all texts."""
-        return step in (self._late, self.plan.steps) or (self.state.filled and not self.state.complete)
+        return step in self._later or (self.state.filled and not self.state.complete)
 
     def _keep_to_the_limit(self) -> None:
         state = self.state
