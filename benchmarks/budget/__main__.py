@@ -38,7 +38,7 @@ from folora_q.targets.find import find_target
 from folora_q.targets.load import load_target
 
 # The texts that steer a budget, those of them that are measured often, and those that are measured afterwards.
-STEERING, OFTEN, UNSEEN = 320, 64, 320
+STEERING, OFTEN, UNSEEN = 320, 128, 320
 # The runs' own evaluation is small: what counts is measured here.
 SMALL = (
     *(f"proxy.num_heldout_samples={STEERING + 2}", f"evaluation.num_proxy_samples={OFTEN}"),

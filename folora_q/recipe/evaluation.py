@@ -32,7 +32,7 @@ class EvaluationSection(Section):
     """Number of steps between evaluations during training: held-out loss, KL, loss on general text. Default: none."""
     num_proxy_samples: PositiveInt = 16
     """Number of held-out samples, and of windows of general text, for evaluations during training. Default: 16,
-    with gate.budget 64."""
+    with gate.budget 128."""
     max_kl: Positive | None = None
     """Stop when KL(base ‖ tuned) exceeds this value in nats per token, and keep the best checkpoint below it. Requires
     evaluation.steps."""

@@ -22,7 +22,7 @@ FAR_RATE = 5
 EXTREME_RATE = 50
 # Held-out samples with a budget, whose share that steers it, and how many of those are measured often: a KL differs
 # much between texts, and the ratio of its means over many and few texts does not.
-BUDGET_TEXTS, STEERING_SHARE, OFTEN = 384, 5 / 6, 64
+BUDGET_TEXTS, STEERING_SHARE, OFTEN = 384, 5 / 6, 128
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
 

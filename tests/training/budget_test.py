@@ -106,7 +106,7 @@ def test_a_budget_has_more_texts_by_default(recipe_file: Path) -> None:
     recipe["evaluation"].pop("num_proxy_samples", None)
     recipe_file.write_text(yaml.safe_dump(recipe), "utf-8")
     assert texts() == (16, 0, 32)
-    assert texts("gate.budget={kl: 0.02}") == (64, 320, 384)
+    assert texts("gate.budget={kl: 0.02}") == (128, 320, 384)
     assert texts("gate.budget={kl: 0.02, num_texts: 50}") == (50, 50, 384)
     assert texts("gate.budget={kl: 0.02}", "proxy.num_heldout_samples=30") == (25, 25, 30)
     assert texts("gate.budget={kl: 0.02}", "evaluation.num_proxy_samples=9") == (9, 320, 384)
