@@ -20,8 +20,8 @@ from folora_q.recipe.training import TrainingSection
 FAR_RATE = 5
 # With this many times the default, plain training diverges.
 EXTREME_RATE = 50
-# Held-out samples with a budget, whose share that steers it, and how many of those are measured often: a KL differs
-# much between texts, and the ratio of its means over many and few texts does not.
+# Held-out samples with a budget, the share of them that steers it, and how many of those are measured often: a KL
+# differs much between texts, and the ratio of its means over many and few texts changes little.
 BUDGET_TEXTS, STEERING_SHARE, OFTEN = 384, 5 / 6, 128
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
@@ -61,7 +61,7 @@ class ProxySection(Section):
     num_samples: PositiveInt = 256
     """Number of samples for the statistics."""
     num_heldout_samples: PositiveInt = 32
-    """Number of further samples, used for measuring only. Default: 32, with gate.budget 384."""
+    """Number of further samples, used for measuring only. Default: 32, with gate.budget.kl 384."""
     max_new_tokens: Annotated[int, Field(ge=16)] = 256
     """Maximum length of a sample in tokens."""
     decoding: Literal["plain", "paper"] = "plain"
@@ -115,6 +115,8 @@ def _texts_of_a_budget(given: dict[str, Any], gate: dict[str, Any]) -> dict[str,
     proxy, evaluation, budget = given.get("proxy") or {}, given.get("evaluation") or {}, gate["budget"]
     if not all(isinstance(section, dict) for section in (proxy, evaluation, budget)):
         return {}
+    if budget.get("kl") is None:  # of `forgetting`, which is measured on as many windows of real text
+        return {"evaluation": {"num_proxy_samples": OFTEN} | evaluation}
     held = proxy.get("num_heldout_samples", BUDGET_TEXTS)
     if not isinstance(held, int):
         return {}
@@ -181,7 +183,7 @@ class Recipe(Section):
             raise ValueError(
                 f"of the proxy.num_heldout_samples ({held}) texts, gate.budget.num_texts ({steering}) steer the "
                 f"budget, of which evaluation.num_proxy_samples ({often}) are measured often, and the others show what "
-                "was spent: each number must be less than the one before it"
+                "was spent: raise the first number, or lower the others"
             )
         return self
 

@@ -110,7 +110,7 @@ def test_a_budget_has_more_texts_by_default(recipe_file: Path) -> None:
     assert texts("gate.budget={kl: 0.02, num_texts: 50}") == (50, 50, 384)
     assert texts("gate.budget={kl: 0.02}", "proxy.num_heldout_samples=30") == (25, 25, 30)
     assert texts("gate.budget={kl: 0.02}", "evaluation.num_proxy_samples=9") == (9, 320, 384)
-    assert texts("gate.budget={forgetting: 0.02}")[1] == 0
+    assert texts("gate.budget={forgetting: 0.02}") == (128, 0, 32)
 
 
 def test_a_budget_of_forgetting_is_kept(recipe_file: Path, tmp_path: Path) -> None:
