@@ -97,8 +97,8 @@ def earlier_steps(prepared: PreparedTrim) -> list[TrimPoint]:
     model, points = cast(PeftModel, prepared.measuring.model_pair.adapted), []
     for checkpoint in found[:: max(len(found) // CHECKPOINTS, 1)]:
         set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
-        then = {pair.name: (pair.a.detach().clone(), pair.b.detach().clone()) for pair in prepared.update.pairs}
-        points.append(prepared.measuring.point_with(EARLIER, step_of(checkpoint) / step_of(found[0]), then))
+        share = step_of(checkpoint) / step_of(found[0])
+        points.append(prepared.measuring.point_with(EARLIER, share, prepared.update.present()))
     return points
 
 

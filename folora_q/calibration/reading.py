@@ -166,7 +166,7 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     The numbers are from a generator on the CPU, so labels depend on neither the device nor the batch size.
     """
     p = logits.float().softmax(-1)
-    cumulative = (p * (1 - p)).cumsum(-1)
+    cumulative = (1 - p).mul_(p).cumsum_(-1)
     numbers, signs = _numbers(len(logits), generator, logits.device)
     total = cumulative[:, -1:]
     labels = torch.searchsorted(cumulative, numbers * total, right=True).clamp_max(logits.shape[-1] - 1)

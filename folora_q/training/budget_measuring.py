@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from folora_q.evaluation.divergence import HeldOutText
 from folora_q.recipe.gate import BudgetSection
@@ -19,31 +20,21 @@ def measuring_of(section: BudgetSection, monitored: Monitored, compare: Comparin
     Args:
         compare: compares the model with its base on a text.
     """
-    return _Rise(monitored, compare) if section.kl is None else _KL(monitored, compare)
+    return partial(_rise if section.kl is None else _kl, monitored, compare)
 
 
-class _KL:
-    """The KL from the base on model-generated text."""
-
-    def __init__(self, monitored: Monitored, compare: Comparing) -> None:
-        assert monitored.generated_text is not None, "a run with a budget has such text"
-        self.few, self.further, self.compare = monitored.generated_text, monitored.further_text, compare
-
-    def __call__(self, complete: bool) -> Spent:
-        few = self.compare(self.few)
-        if not complete or self.further is None:
-            return Spent(few.kl.value)
-        parts = few, self.compare(self.further)
-        tokens = sum(part.tokens for part in parts)
-        return Spent(few.kl.value, sum(part.kl.value * part.tokens for part in parts) / tokens)
+def _kl(monitored: Monitored, compare: Comparing, complete: bool) -> Spent:
+    """Measure the KL from the base on model-generated text."""
+    assert monitored.generated_text is not None, "a run with a budget has such text"
+    few = compare(monitored.generated_text)
+    if not complete or monitored.further_text is None:
+        return Spent(few.kl.value)
+    parts = few, compare(monitored.further_text)
+    tokens = sum(part.tokens for part in parts)
+    return Spent(few.kl.value, sum(part.kl.value * part.tokens for part in parts) / tokens)
 
 
-class _Rise:
-    """The mean rise of the loss on real text, always on the same windows."""
-
-    def __init__(self, monitored: Monitored, compare: Comparing) -> None:
-        self.texts, self.compare = monitored.real_text, compare
-
-    def __call__(self, complete: bool) -> Spent:
-        rises = [self.compare(text).loss.change.value for text in self.texts]
-        return Spent(sum(rises) / len(rises))
+def _rise(monitored: Monitored, compare: Comparing, complete: bool) -> Spent:
+    """Measure the mean rise of the loss on real text, always on the same windows."""
+    rises = [compare(text).loss.change.value for text in monitored.real_text]
+    return Spent(sum(rises) / len(rises))

@@ -38,12 +38,16 @@ class Update:
             raise UserError(f"{other.name} has a variant of LoRA, such as DoRA, whose update is not a product B A")
         shared = {id(gate): shrinking(gate) for gate in gates.values()}
         self.gates = {pair.name: shared[id(gates[pair.name])] for pair in self.pairs if pair.name in gates}
-        self.factors: Factors = {p.name: (p.a.detach().clone(), p.b.detach().clone()) for p in self.pairs}
+        self.factors = self.present()
         self.energies: Energies = together(self._energies(pair) for pair in self.pairs if pair.name in self.gates)
 
     def _energies(self, pair: AdapterPair) -> Energies:
         a, b = self.factors[pair.name]
         return energies(self.gates[pair.name], a, b * pair.scale)
+
+    def present(self) -> Factors:
+        """Return a copy of the factors that the model has now."""
+        return {pair.name: (pair.a.detach().clone(), pair.b.detach().clone()) for pair in self.pairs}
 
     @contextmanager
     def replaced(self, factors: Factors) -> Iterator[None]:

@@ -193,7 +193,7 @@ class RunInputs:
         windows = math.ceil(often / max(len(general), 1))
         return Monitored(
             generated(0, often),
-            generated(often, max(often, recipe.steering_texts)),
+            generated(often, recipe.steering_texts),
             [replace(each, batches=first_rows(each.batches, windows)) for each in general],
         )
 

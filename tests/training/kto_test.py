@@ -37,7 +37,7 @@ from tests.training.reference import (
 )
 
 # Of weights that move by more than 1e-2, between two orders of summation: Adam divides by small gradients.
-ROUNDING = 2e-4
+ROUNDING = 1e-4
 KTO = [
     *("training.objective=kto", *PLAIN, "training.desirable_weight=0.7", "training.undesirable_weight=1.3"),
     *("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"),
@@ -75,7 +75,7 @@ def test_losses_and_adapter_are_those_of_trls_trainer(labelled_file: Path, tmp_p
     assert len(mine.seen) == STEPS and mine.seen[-1] < 0.9 * mine.seen[0], "something was learned"
     assert max(line["kl"] for line in theirs.logs) > 0.1, "z is above its limit in some step"
     assert mine.seen == pytest.approx(theirs.seen, abs=1e-6)
-    assert apart(adapter(trainer), start) > 1e-2 and apart(adapter(trainer), adapter(reference)) < ROUNDING
+    assert apart(adapter(trainer), start) > 1e-2 and apart(adapter(trainer), adapter(reference)) < 5e-5
 
 
 def test_a_step_is_the_same_however_its_batch_is_cut(labelled_file: Path) -> None:
