@@ -83,7 +83,7 @@ def build_gates(
         tokens = len(shares) * readings * (count_tokens(proxy) + count_tokens(task))
         tokens -= count_tokens(proxy) * sum(cached.exists for cached in caches)
         with clock.stage("statistics of both texts", tokens, "tokens") as done:
-            splitter = BatchSplitter("taking statistics of", clock.warn, enabled=not settings.processes.sharded)
+            splitter = BatchSplitter("taking statistics of", clock.warn, enabled=settings.processes.independent)
             how = section.weighted, settings.recompute
             reading = Reading(model, modules, groups, *how, done, splitter, settings.processes)
             for each, cached in zip(widths, caches, strict=True):
@@ -127,7 +127,7 @@ def row_penalties(
     model.eval()
     title, tokens = "penalty of A's rows, in sample and held out", sum(map(count_tokens, texts))
     with adapter_off(model), clock.stage(title, tokens, "tokens") as done:
-        splitter = BatchSplitter("taking statistics of", clock.warn, enabled=not settings.processes.sharded)
+        splitter = BatchSplitter("taking statistics of", clock.warn, enabled=settings.processes.independent)
         how = settings.gate.weighted, settings.recompute
         reading = Reading(model, modules, groups, *how, done, splitter, settings.processes)
         draw = 0 if reading.weighted else None

@@ -64,7 +64,7 @@ def load_or_sample(
     readers = processes.readers
     part = _part(section, readers)
     with clock.stage("sampling text from the base model", part.num_samples, "texts") as done:
-        splitter = BatchSplitter("sampling", clock.warn, enabled=not processes.sharded)
+        splitter = BatchSplitter("sampling", clock.warn, enabled=processes.independent)
         samples = sample_proxy(model, tokenizer, part, SamplingContext(done, splitter, processes))
     samples = [sample for each in readers.gather(samples) for sample in each]
     if not processes.first:

@@ -32,7 +32,7 @@ class Processes:
         rank: the number of this process.
         count: the number of processes.
         device: where this process computes, and sends from.
-        sharded: they share one base (`folora_q.distributed.sharding`), so each forward pass is one of all processes.
+        sharded: they share one base (`folora_q.models.sharding`), so each forward pass is one of all processes.
     """
 
     rank: int = 0
@@ -44,6 +44,11 @@ class Processes:
     def first(self) -> bool:
         """Whether this process owns the run folder and the terminal."""
         return self.rank == 0
+
+    @property
+    def independent(self) -> bool:
+        """Whether each may divide its batches as its own memory requires: with a sharded base all must do the same."""
+        return not self.sharded
 
     @property
     def readers(self) -> Processes:

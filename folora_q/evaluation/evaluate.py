@@ -197,7 +197,7 @@ def evaluate(
 ) -> Measurements:
     """Measure losses and predictions on every text, and answer and score every question."""
     compared = compare_texts(model_pair, on, clock)
-    splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
+    splitter = BatchSplitter("measuring", clock.warn, enabled=model_pair.processes.independent)
     prompts = sum(len(kept.source.prompts.held_out) for kept in on.kept)  # which the base has answered before
     with clock.stage("answering, as base and as tuned", 2 * len(on.questions) + prompts, "answers") as done:
         generation = Generation(section.max_new_tokens, section.batch_size, done, splitter, model_pair.processes)
@@ -217,7 +217,7 @@ def evaluate(
 def compare_texts(model_pair: ModelPair, on: HeldOut, clock: StageTimer) -> Compared:
     """Measure losses and predictions on every text, and rewards of answers; all processes of the pair take part."""
     model_pair.eval()
-    splitter = BatchSplitter("measuring", clock.warn, enabled=not model_pair.processes.sharded)
+    splitter = BatchSplitter("measuring", clock.warn, enabled=model_pair.processes.independent)
     tokens = sum(count_tokens(text.batches) for text in (*on.texts, *([on.rewarded] if on.rewarded else [])))
     with clock.stage("comparing losses and predictions", tokens, "tokens") as done:
         texts = [compare(model_pair, text, done, splitter) for text in on.texts]
@@ -239,7 +239,7 @@ def evaluate_layers(
         energy_kept: by layer, the share of the steps' energy that passed the gate.
     """
     measured: dict[str, dict[str, float]] = {}
-    splitter = BatchSplitter("measuring drift of", clock.warn, enabled=not model_pair.processes.sharded)
+    splitter = BatchSplitter("measuring drift of", clock.warn, enabled=model_pair.processes.independent)
     tokens = sum(map(count_tokens, on.drift.values()))
     with clock.stage("measuring how far each layer moved", tokens, "tokens") as done:
         for kind, text in on.drift.items():

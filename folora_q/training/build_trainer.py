@@ -104,7 +104,7 @@ def _fault_tolerance(setup: TrainerSetup) -> FaultTolerance:
     for name, gate in (setup.gates or {}).items():
         readers.setdefault(id(gate), []).append(name)
     kernels = StepKernels(setup.model, training.kernels, list(readers.values()), setup.notify)
-    splits = training.auto_batch_size and not setup.processes.sharded
+    splits = training.auto_batch_size and setup.processes.independent
     splitter = BatchSplitter("training on", setup.notify, splits)
     return FaultTolerance(
         micro_batches=MicroBatches(splitter, kernels.stop_compiling),

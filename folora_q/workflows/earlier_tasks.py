@@ -114,7 +114,7 @@ def held_out_texts(tasks: Sequence[EarlierTask], batch_size: int, device: torch.
 def score_earlier(model_pair: ModelPair, tasks: Sequence[EarlierTask], timer: StageTimer) -> list[ScoreResult]:
     """Answer the held-out prompts of earlier tasks with both models, and score the answers by their own metrics."""
     scores = []
-    splitter = BatchSplitter("measuring", timer.warn, enabled=not model_pair.processes.sharded)
+    splitter = BatchSplitter("measuring", timer.warn, enabled=model_pair.processes.independent)
     for task in tasks:
         section = task.recipe.evaluation
         answerable = with_answers(task.data.task.heldout)[: section.num_answers]

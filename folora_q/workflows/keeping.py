@@ -73,7 +73,7 @@ class BaseAnswers:
             return []
         readers, model = self.processes.readers, self.base.model
         mine = [[prompt.ids for prompt in half.prompts][readers.rank :: readers.count] for half in halves]
-        splitter = BatchSplitter("answering", self.clock.warn, enabled=not self.processes.sharded)
+        splitter = BatchSplitter("answering", self.clock.warn, enabled=self.processes.independent)
         ends, found = end_tokens(model), []
         with self.clock.stage("answering the prompts to keep, as base", sum(map(len, mine)), "answers") as done:
             for half, prompts in zip(halves, mine, strict=True):
