@@ -159,11 +159,13 @@ def _of_file(file: KeepFile, renderer: Renderer, length: int, most: int | None) 
     # The default of the template: its thoughts, if it has any, are part of what is kept.
     prompts = _alternating(_rendered(file.prompts, renderer, None, None if most is None else most - length))
     texts = _windows(file.texts, renderer)
-    few = len(prompts.held_out) if file.prompts else len(texts.held_out)
+    halves = prompts if file.prompts else texts
+    few = min(len(halves.penalty), len(halves.held_out))
     if few < MIN_HELD_OUT:
         what = "prompts that the chat template renders" if file.prompts else f"windows of {WINDOW} tokens"
         raise UserError(
-            f"keep.files: {file.name} gives {few} held-out {what}, and {MIN_HELD_OUT} are needed", "add to the file"
+            f"keep.files: a half of {file.name} gives {few} {what}, and {MIN_HELD_OUT} are needed in each half",
+            "add to the file, or order it otherwise: every second row is held out",
         )
     return KeptSource(file.name, None, _limited(prompts), _limited(texts), None, length)
 

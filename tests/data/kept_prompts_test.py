@@ -121,7 +121,8 @@ def test_a_text_is_cut_into_windows_whose_second_half_is_held_out(tmp_path: Path
         ('{"prompt": "hi"}\n{"text": "ho"}\n', "line 2: .* holds both prompts and texts"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "`messages` has no turn before the assistant's"),
         ("no JSON\n", "line 1: it is not JSON"),
-        ('{"text": "short"}\n', "gives 0 held-out windows"),
+        ('{"text": "short"}\n', "a half of .* gives 0 windows"),
+        (('{"text": "short"}\n' + json.dumps({"text": "long " * 99}) + "\n") * 20, "a half of .* gives 0 windows"),
     ],
 )
 def test_a_file_that_cannot_be_kept_is_refused(tmp_path: Path, content: str, message: str) -> None:
