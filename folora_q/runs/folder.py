@@ -109,6 +109,11 @@ class RunFolder:
         return self.added if self.earlier.is_dir() else self.adapter
 
     @property
+    def trimmed(self) -> Path:
+        """The adapter that `folora-q trim` saves."""
+        return self.path / "trimmed"
+
+    @property
     def merged(self) -> Path:
         """The merged model, if it was merged."""
         return self.path / "merged"
@@ -152,7 +157,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of the run only; run.json last, so that an interrupted removal can be repeated."""
         self.discard_unfinished()
-        for folder in (self.merged, self.figures, self.earlier, *self.path.glob("checkpoint-*")):
+        for folder in (self.merged, self.trimmed, self.figures, self.earlier, *self.path.glob("checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
         for file in self.path.glob("merged-*.gguf"):
             file.unlink()

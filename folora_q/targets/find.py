@@ -22,7 +22,7 @@ from folora_q.storage.untrusted import read_object, read_text
 from folora_q.training.checkpoints import checkpoints
 
 # Folders inside a run folder that can be named as targets.
-INSIDE_A_RUN = re.compile(r"adapter|added|earlier|merged|checkpoint-\d+")
+INSIDE_A_RUN = re.compile(r"adapter|added|earlier|trimmed|merged|checkpoint-\d+")
 # Those that hold a run's own adapter without the earlier one (`model.adapter`) that it was trained on.
 WITHOUT_EARLIER = re.compile(r"added|checkpoint-\d+")
 WHAT_TO_MERGE = "name a folder with run.json or adapter_config.json"
@@ -145,8 +145,8 @@ def merged_folder(source: Path) -> Path:
 
 def trimmed_folder(target: Target) -> Path:
     """Return the folder of the trimmed adapter of a run or an adapter, if no other is named."""
-    if target.run is not None and target.adapter == target.run.adapter:
-        return target.run.path / "trimmed"
+    if target.run is not None and target.adapter == target.run.trained:
+        return target.run.trimmed
     assert target.adapter is not None, "the target of a trim is an adapter"
     return target.adapter.with_name(f"{target.adapter.resolve().name}-trimmed")
 

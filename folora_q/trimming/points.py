@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from folora_q.data.tokens import Batch
+from folora_q.data.batch_splitting import BatchSplitter
+from folora_q.errors import UserError
 from folora_q.evaluation.divergence import HeldOutText, compare
-from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
-from folora_q.models.parts import base_of
 from folora_q.runs.results import Interval
 from folora_q.trimming.paths import BY_QUOTIENTS, PATHS, Factors, Update
 
@@ -27,7 +26,7 @@ class TrimPoint:
 
     Attributes:
         share: of the penalty that is left.
-        loss: on the task's held-out rows, in nats per token; None without a task.
+        loss: on the task's held-out rows, the objective's; None without a task.
         kl: from the base on held-out model-generated text, in nats per token.
     """
 
@@ -44,7 +43,8 @@ class Measuring:
     Attributes:
         chosen_on: model-generated text by which a point is chosen.
         reported_on: other such text, on which every reported KL is measured.
-        task: held-out rows; empty without a task.
+        task: returns the loss on the task's held-out rows; None without a task.
+        splitter: splits batches if memory runs out.
         on_progress: called with 1 after each point.
     """
 
@@ -52,7 +52,8 @@ class Measuring:
     update: Update
     chosen_on: HeldOutText
     reported_on: HeldOutText
-    task: Sequence[Batch]
+    task: Callable[[], float] | None
+    splitter: BatchSplitter
     on_progress: Callable[[int], None] = lambda points: None
 
     def point(self, path: str, share: float) -> TrimPoint:
@@ -62,23 +63,33 @@ class Measuring:
     def point_with(self, path: str, share: float, factors: Factors) -> TrimPoint:
         """Measure the update with these factors, under the name of a path."""
         with self.update.replaced(factors):
-            kl = compare(self.model_pair, self.reported_on).kl
-            loss = mean_loss(base_of(self.model_pair.model), self.task) if self.task else None
+            kl = compare(self.model_pair, self.reported_on, splitter=self.splitter).kl
+            loss = None if self.task is None else self.task()
         self.on_progress(1)
         return TrimPoint(path, share, loss, kl)
 
     def share_with(self, kl: float) -> float:
-        """Return the largest share on the path by quotients whose KL is at most this, by the text to choose on."""
+        """Return the largest share on the path by quotients whose KL is at most this, by the text to choose on.
+
+        Raises:
+            UserError: the KL is larger with hardly any of the update.
+        """
         if self._kl(1.0) <= kl:
             return 1.0
         low, high = LEAST_SHARE, 1.0
         for _ in range(STEPS):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if self._kl(middle) <= kl else (low, middle)
+        if low == LEAST_SHARE and (least := self._kl(low)) > kl:
+            raise UserError(
+                f"the KL is {least:.4f} with hardly any of the update, more than --kl {kl:g}: only adapters of linear "
+                "layers are shrunk, and rounding in 16 bits alone can make .002",
+                "give a larger --kl, or compute with --dtype float32",
+            )
         return low
 
     def _kl(self, share: float) -> float:
         with self.update.at(BY_QUOTIENTS, share):
-            found = compare(self.model_pair, self.chosen_on).kl.value
+            found = compare(self.model_pair, self.chosen_on, splitter=self.splitter).kl.value
         self.on_progress(1)
         return found

@@ -6,26 +6,31 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save_file
 
 from folora_q.models.adapter_file import PREFIX, read_tensors
 from folora_q.models.adapters import AdapterPair
-from folora_q.models.trust import PICKLED_ADAPTER, SAFE_ADAPTER
+from folora_q.models.earlier_adapter import read_earlier, stack
+from folora_q.models.trust import ADAPTER_CONFIG, PICKLED_ADAPTER, SAFE_ADAPTER
 from folora_q.storage.files import atomic_write, commit_directory
 
 CARD = "README.md"
 REPORT = "trim.json"
 
 
-def save_trimmed(adapter: Path, pairs: Sequence[AdapterPair], folder: Path, report: Mapping[str, Any]) -> None:
+def save_trimmed(
+    adapter: Path, pairs: Sequence[AdapterPair], folder: Path, report: Mapping[str, Any], earlier: str | None = None
+) -> None:
     """Write an adapter with the present factors in the original's format and dtype.
 
     Args:
         adapter: the folder of the original.
         pairs: the adapted layers, as they are now.
         report: what was measured, for trim.json.
+        earlier: the folder of an adapter that the base carries; the sum of both is written, for the original base.
     """
     tensors = read_tensors(adapter)
     for pair in pairs:
@@ -36,7 +41,13 @@ def save_trimmed(adapter: Path, pairs: Sequence[AdapterPair], folder: Path, repo
         for file in adapter.iterdir():
             if file.is_file() and file.name not in (CARD, SAFE_ADAPTER, PICKLED_ADAPTER):
                 shutil.copyfile(file, staging / file.name)
-        save_file(tensors, staging / SAFE_ADAPTER, metadata={"format": "pt"})
+        if earlier is None:
+            save_file(tensors, staging / SAFE_ADAPTER, metadata={"format": "pt"})
+        else:
+            with TemporaryDirectory(prefix="folora-q-") as added:
+                shutil.copyfile(staging / ADAPTER_CONFIG, Path(added, ADAPTER_CONFIG))
+                save_file(tensors, Path(added, SAFE_ADAPTER), metadata={"format": "pt"})
+                stack(read_earlier(earlier), Path(added), staging, next(iter(tensors.values())).dtype)
         atomic_write(staging / REPORT, json.dumps(report, indent=2) + "\n")
         atomic_write(staging / CARD, _card(report))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 from folora_q.calibration.gate_store import load_gates
+from folora_q.calibration.sample import ProxySample
 from folora_q.calibration.sample_cache import SampledModel, load_or_sample, read_samples
 from folora_q.data.kept_prompts import kept_sources
 from folora_q.data.rendering import Renderer
@@ -123,13 +125,12 @@ def _evaluate(
     clock.note(f"{target.kind}, {loaded.held}")
     if loaded.hardware.others is not None:
         clock.note(loaded.hardware.others)
-    if request.recipe is not None and (template := chat_template(request.recipe)) is not None:
-        loaded.tokenizer.chat_template = template
+    use_template_of(request.recipe, loaded)
     model_pair = ModelPair(loaded.model, loaded.base)
     data = task_of(request, recipe, loaded, model_pair, clock)
     kept = _kept(request, recipe, loaded, model_pair, clock)
     training = None if recipe is None else recipe.training
-    sources = HeldOutSources(*generated_text(request, recipe, loaded, model_pair, clock), data, kept, training)
+    sources = HeldOutSources(*generated_text(request, loaded, model_pair, clock), data, kept, training)
     length = {"max_length": recipe.training.max_length} if recipe else {}
     on = held_out(loaded.tokenizer, section, model_pair.device, sources, **length)
     how = TaskReading(loaded.target.section, clock, request.allow_code, request.trust, required=False)
@@ -161,6 +162,24 @@ def recipe_of(target: Target) -> Recipe | None:
         raise UserError(f"{target.run.recipe} cannot be read: {first_line(error)}", "give --recipe") from None
 
 
+def use_template_of(recipe: Recipe | None, loaded: LoadedTarget) -> None:
+    """Render chats with the template of a recipe that the user named, if it has one; a run's adapter has its own."""
+    if recipe is not None and (template := chat_template(recipe)) is not None:
+        loaded.tokenizer.chat_template = template
+
+
+def samples_of_run(loaded: LoadedTarget) -> tuple[list[ProxySample], Recipe] | None:
+    """Return the text that a run sampled, with its recipe, which says what each sample was for; None without either."""
+    run = loaded.target.run
+    if run is None or not run.recipe.is_file():
+        return None
+    with suppress(OSError, ValueError):
+        recipe = run.read_recipe()
+        if samples := read_samples(run.proxy, embedding_rows(loaded.model)):
+            return samples, recipe
+    return None
+
+
 def task_of(
     request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
 ) -> TaskTokens | None:
@@ -190,14 +209,19 @@ def _earlier(request: EvaluationRequest, recipe: Recipe, clock: StageTimer) -> l
 
 
 def generated_text(
-    request: EvaluationRequest, recipe: Recipe | None, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer
+    request: EvaluationRequest, loaded: LoadedTarget, model_pair: ModelPair, clock: StageTimer, least: int = 1
 ) -> tuple[list[list[int]], int]:
-    """Return model-generated text of the base (the run's held-out samples, or new ones), and the seed that crops it."""
+    """Return model-generated text of the base (the run's held-out samples, or new ones), and the seed that crops it.
+
+    Args:
+        least: the number of samples below which new ones are generated.
+    """
     run = loaded.target.run
     of_base = run is not None and (loaded.target.section.adapter is not None or not run.earlier.is_dir())
-    if run is not None and recipe is not None and request.against is None and of_base:
-        samples = read_samples(run.proxy, embedding_rows(loaded.model)) or []
-        if kept := samples[recipe.proxy.num_samples + recipe.steering_texts :]:
+    if request.against is None and of_base and (sampled := samples_of_run(loaded)) is not None:
+        samples, recipe = sampled
+        kept = samples[recipe.proxy.num_samples + recipe.steering_texts :]
+        if len(kept) >= least:
             return [sample.ids for sample in kept], recipe.proxy.seed
     section = ProxySection(
         source="bos" if loaded.tokenizer.chat_template is None else "mixed",

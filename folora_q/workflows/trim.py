@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -11,14 +11,17 @@ from peft import PeftModel
 
 from folora_q.calibration.gate_store import load_gates
 from folora_q.calibration.sample import ProxySample
-from folora_q.calibration.sample_cache import read_samples
 from folora_q.core import SpectralGate
+from folora_q.data.batch_splitting import BatchSplitter
 from folora_q.data.task_data import TaskTokens
 from folora_q.errors import UserError
 from folora_q.evaluation.evaluate import task_batches, whole_and_cut
+from folora_q.evaluation.loss import mean_loss
 from folora_q.evaluation.model_pair import ModelPair
+from folora_q.evaluation.preference import held_out_answers, measure_rewards
+from folora_q.models.adapters import wrappers
 from folora_q.models.hardware import PeakMemory
-from folora_q.models.parts import embedding_rows
+from folora_q.models.parts import base_of
 from folora_q.models.trust import NOTHING, Trust
 from folora_q.progress import Progress, StageTimer
 from folora_q.recipe.evaluation import EvaluationSection
@@ -31,10 +34,19 @@ from folora_q.trimming.paths import BY_QUOTIENTS, PATHS, Update
 from folora_q.trimming.points import FEW_SHARES, SHARES, STEPS, Measuring, TrimPoint
 from folora_q.trimming.save import save_trimmed
 from folora_q.workflows.calibration import Calibration
-from folora_q.workflows.evaluate import EvaluationRequest, generated_text, recipe_of, task_of
+from folora_q.workflows.evaluate import (
+    EvaluationRequest,
+    generated_text,
+    recipe_of,
+    samples_of_run,
+    task_of,
+    use_template_of,
+)
 
 # Directions for which no run has statistics are measured on this many texts that the base generates.
 SAMPLES = 64
+# With fewer held-out samples of a run, new ones are generated: half of them choose a point, and half report it.
+LEAST_HELD_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class TrimRun:
             report = {"adapter": request.name, "kl": request.kl, "chosen": asdict(chosen)}
             report["points"] = [asdict(point) for point in points]
             with update.at(chosen.path, chosen.share):
-                save_trimmed(target.adapter, update.pairs, folder, report)
+                save_trimmed(target.adapter, update.pairs, folder, report, target.section.adapter)
         trajectory = [] if target.run is None else load_run(target.run.path).points
         return TrimResult(points, chosen, trajectory, folder if chosen is not None else None)
 
@@ -127,6 +139,11 @@ class TrimRun:
         target = fetched(find_target(request.name))
         if target.adapter is None:
             raise UserError(f"{request.name} is not an adapter", "name a run, or the folder of a PEFT adapter")
+        if target.run is not None and target.run.earlier.is_dir() and target.adapter == target.run.adapter:
+            raise UserError(
+                f"{request.name} is the sum of an earlier adapter and of what the run added to it",
+                f"trim what it added: folora-q trim {target.run.path}",
+            )
         folder = request.output or trimmed_folder(target)
         if request.kl is not None and folder.exists() and not request.overwrite:
             raise UserError(f"{folder} already exists", "add --overwrite, or name another place with --output")
@@ -134,10 +151,13 @@ class TrimRun:
         with self.timer.stage(f"loading {request.name}", None):
             loaded = load_target(target, Precision(request.dtype), compare=True, trust=request.trust)
         self.timer.meter = PeakMemory(loaded.hardware.device)
+        use_template_of(request.recipe, loaded)
         model = cast(PeftModel, loaded.model)
+        if whole := sorted(wrappers(model)):
+            self.timer.note(f"trained in full, and left as it is: {', '.join(whole)}")
         model_pair = ModelPair(model, remember=True)
         data = task_of(self.evaluation, recipe, loaded, model_pair, self.timer)
-        seen, held_out, seed = self.generated(loaded, recipe, model_pair)
+        seen, held_out, seed = self.generated(loaded, model_pair)
         update = Update(model, self.gates(loaded, recipe, data, seen))
         half = len(held_out) // 2
         measuring = Measuring(
@@ -145,21 +165,29 @@ class TrimRun:
             update,
             chosen_on=whole_and_cut(held_out[:half], seed, self.rows, model.device),
             reported_on=whole_and_cut(held_out[half:], seed, self.rows, model.device),
-            task=[] if data is None else task_batches(data, self.rows, model.device),
+            task=self.task_loss(recipe, data, model_pair),
+            splitter=BatchSplitter("measuring", self.timer.warn),
         )
         return PreparedTrim(target, update, measuring)
 
-    def generated(
-        self, loaded: LoadedTarget, recipe: Recipe | None, model_pair: ModelPair
-    ) -> tuple[list[ProxySample], list[list[int]], int]:
+    def task_loss(
+        self, recipe: Recipe | None, data: TaskTokens | None, model_pair: ModelPair
+    ) -> Callable[[], float] | None:
+        """Return what measures the loss on held-out rows, that of the task's objective; None without a task."""
+        if recipe is None or data is None:
+            return None
+        device, splitter = model_pair.device, BatchSplitter("measuring", self.timer.warn)
+        if recipe.training.compares:
+            answers = held_out_answers(data.heldout.sequences[:], recipe.training, self.rows, device)
+            return lambda: measure_rewards(model_pair, answers, splitter=splitter).loss.tuned.value
+        text = task_batches(data, self.rows, device)
+        return lambda: mean_loss(base_of(model_pair.model), text, splitter=splitter)
+
+    def generated(self, loaded: LoadedTarget, model_pair: ModelPair) -> tuple[list[ProxySample], list[list[int]], int]:
         """Return model-generated text for the statistics, held-out text, and the seed that crops it."""
-        run = loaded.target.run
-        held_out, seed = generated_text(self.evaluation, recipe, loaded, model_pair, self.timer)
-        if (
-            run is not None
-            and recipe is not None
-            and (samples := read_samples(run.proxy, embedding_rows(loaded.model)))
-        ):
+        held_out, seed = generated_text(self.evaluation, loaded, model_pair, self.timer, LEAST_HELD_OUT)
+        if (sampled := samples_of_run(loaded)) is not None:
+            samples, recipe = sampled
             return samples[: recipe.proxy.num_samples], held_out, seed
         half = len(held_out) // 2
         return [ProxySample(ids, "sampled") for ids in held_out[:half]], held_out[half:], seed
@@ -169,7 +197,7 @@ class TrimRun:
     ) -> Mapping[str, SpectralGate]:
         """Load the run's statistics, or take them now."""
         run, model = loaded.target.run, cast(PeftModel, loaded.model)
-        if run is not None and loaded.target.adapter == run.adapter and run.gates.is_file():
+        if run is not None and loaded.target.adapter == run.trained and run.gates.is_file():
             self.timer.note(f"statistics read from {run.gates}")
             return load_gates(run.gates, model.device)
         if recipe is None or data is None:

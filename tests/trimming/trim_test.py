@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,15 +21,24 @@ from benchmarks.trim.__main__ import EARLIER, INTRUDERS, main
 from folora_q.calibration.gate_store import load_gates
 from folora_q.core.shrink import together
 from folora_q.errors import UserError
+from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.models.adapters import adapter_pairs
+from folora_q.progress import StageTimer
+from folora_q.recipe import load_recipe
+from folora_q.runs.folder import RunFolder
+from folora_q.runs.results import TextResult
 from folora_q.targets.find import find_target
 from folora_q.targets.load import Precision, load_target
+from folora_q.trimming import points
 from folora_q.trimming.paths import BY_QUOTIENTS, BY_SCALE, PATHS, Update
-from folora_q.workflows.trim import TrimRequest, run_trim
+from folora_q.workflows.trim import TrimRequest, TrimRun, run_trim
 from tests.cli.commands_test import run
 from tests.conftest import Silent, write_recipe
 
-MUCH = ["training.max_steps=30", "training.learning_rate=0.02", "logging.logging_steps=5", "evaluation.steps=10"]
+MUCH = [
+    *("training.max_steps=30", "training.learning_rate=0.02", "logging.logging_steps=5", "evaluation.steps=10"),
+    "proxy.num_heldout_samples=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +147,82 @@ def test_an_adapter_alone_needs_a_task(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no task to take them of") as caught:
         run_trim(TrimRequest(str(adapter), samples=8), Silent())
     assert re.search("--recipe", caught.value.hint or "")
+
+
+def test_a_kl_that_cannot_be_reached_is_refused(runs: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(points, "compare", above(0.0018))
+    with pytest.raises(UserError, match=r"the KL is 0.0018 with hardly any of the update, more than --kl 0.001"):
+        run_trim(TrimRequest(str(runs / "gated"), kl=1e-3, output=tmp_path / "trimmed"), Silent())
+    assert not (tmp_path / "trimmed").exists()
+
+
+def above(floor: float) -> Callable[..., TextResult]:
+    """Return a comparison whose KL is larger by a constant, as rounding makes it."""
+
+    def compared(*arguments: Any, **named: Any) -> TextResult:
+        found = compare(*arguments, **named)
+        return replace(found, kl=replace(found.kl, value=found.kl.value + floor))
+
+    return compared
+
+
+def test_what_a_second_task_added_is_trimmed(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The result is the sum of the first adapter and of less of the second, on the original base."""
+    second = tmp_path / "second"
+    adapter = f"model.adapter={runs / 'gated'}"
+    assert run("train", runs / "recipe.yaml", *MUCH, adapter, f"training.output_dir={second}") == 0
+    assert run("trim", second / "adapter") == 2
+    assert f"folora-q trim {second}" in capfd.readouterr().err
+    assert run("trim", second, "--kl", 1e-3) == 0
+    assert f"folora-q merge {second / 'trimmed'}" in capfd.readouterr().out
+    first, added, trimmed = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (runs / "gated" / "adapter", second / "added", second / "trimmed")
+    )
+    for name in (name for name in first if ".lora_A." in name):
+        rank = len(first[name])
+        assert len(trimmed[name]) == rank + len(added[name])
+        assert torch.equal(trimmed[name][:rank], first[name])
+        assert float(trimmed[name][rank:].norm()) < 0.9 * float(added[name].norm())
+        assert float(trimmed[name][rank:].norm()) > 0
+    assert run("eval", second / "trimmed", "--output", tmp_path / "eval") == 0
+
+
+@pytest.mark.parametrize("held", ["few", "another recipe"])
+def test_what_is_measured_on_was_held_out_by_the_run(runs: Path, tmp_path: Path, held: str, monkeypatch) -> None:
+    """A recipe that is named divides no samples of a run; with fewer than needed, new ones are generated."""
+    recipe = load_recipe(runs / "recipe.yaml", ["proxy.num_samples=1"] if held == "another recipe" else [])
+    copy = tmp_path / "gated"
+    shutil.copytree(runs / "gated", copy)
+    lines = (copy / "proxy.jsonl").read_text().splitlines(keepends=True)
+    own = RunFolder(copy).read_recipe().proxy
+    if held == "few":
+        lines = lines[: own.num_samples + 1]
+        (copy / "proxy.jsonl").write_text("".join(lines))
+    prepared = TrimRun(TrimRequest(str(copy), recipe=recipe, samples=8), StageTimer(Silent())).prepare()
+    seen = {tuple(json.loads(line)["ids"]) for line in lines[: own.num_samples]}
+    texts = [text for part in (prepared.measuring.chosen_on, prepared.measuring.reported_on) for text in rows_of(part)]
+    assert len(texts) >= 8 and not seen & set(texts)
+
+
+def rows_of(text: HeldOutText) -> list[tuple[int, ...]]:
+    return [
+        tuple(row[mask.bool()].tolist())
+        for batch in text.batches
+        for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+
+
+def test_the_template_of_a_named_recipe_is_used(runs: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}<<{{ m.role }}>>{{ m.content }}<|im_end|>{% endfor %}")
+    recipe = load_recipe(runs / "recipe.yaml", [f"data.chat_template={template}"])
+    request = TrimRequest(str(runs / "gated"), recipe=recipe)
+    losses = [
+        cast(Callable[[], float], TrimRun(each, StageTimer(Silent())).prepare().measuring.task)()
+        for each in (request, TrimRequest(str(runs / "gated")))
+    ]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_what_is_no_adapter_is_refused(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
