@@ -23,6 +23,8 @@ EXTREME_RATE = 50
 # Held-out samples with a budget, the share of them that steers it, and how many of those are measured often: a KL
 # differs much between texts, and the ratio of its means over many and few texts changes little.
 BUDGET_TEXTS, STEERING_SHARE, OFTEN = 384, 5 / 6, 128
+# The least evaluation.max_kl with a budget, relative to it: a single measurement of few texts differs from the mean.
+LEAST_MAX_KL = 2
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
 
@@ -184,6 +186,25 @@ class Recipe(Section):
                 f"of the proxy.num_heldout_samples ({held}) texts, gate.budget.num_texts ({steering}) steer the "
                 f"budget, of which evaluation.num_proxy_samples ({often}) are measured often, and the others show what "
                 "was spent: raise the first number, or lower the others"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_budget_is_kept_by_the_adapter_alone(self) -> Recipe:
+        budget, limit = self.gate.budget, self.evaluation.max_kl
+        if budget is None:
+            return self
+        if self.adapter.modules_to_save:
+            raise ValueError(
+                f"gate.budget shrinks adapters, and cannot limit what modules that are trained in full forget: leave "
+                f"out adapter.modules_to_save ({', '.join(self.adapter.modules_to_save)})"
+            )
+        if budget.forgetting is not None and self.evaluation.general_text == []:
+            raise ValueError("gate.budget.forgetting is measured on evaluation.general_text, which is empty")
+        if budget.kl is not None and limit is not None and limit < LEAST_MAX_KL * budget.kl:
+            raise ValueError(
+                f"evaluation.max_kl ({limit:g}) would stop a run that spends its gate.budget ({budget.kl:g}), since "
+                f"single measurements differ: leave it out, or set at least {LEAST_MAX_KL * budget.kl:g}"
             )
         return self
 

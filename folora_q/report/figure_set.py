@@ -41,9 +41,9 @@ def budget_pictures(run: Run) -> list[Picture]:
         return []
     caption = (
         f"The budget is a {budget.of} of {short(budget.limit)} nats per token. Predicted: from the penalty of the "
-        "update, known at every step. Measured: on the texts that steer the budget, which the tables leave out."
+        f"update, known at every step. Measured: on {budget.texts}."
     )
-    alt = f"{short(budget.spent)} of {short(budget.limit)} nats per token was spent at the last step."
+    alt = f"{short(budget.spent)} of {short(budget.limit)} nats per token was spent."
     return [Picture("budget", "How the budget was spent", caption, alt, spending(budget))]
 
 

@@ -8,6 +8,12 @@ from typing import Any
 
 from folora_q.storage.untrusted import finite
 
+# Keys of gate.budget: what each limits, and the texts on which that was measured.
+KINDS = (
+    ("kl", "KL from the base", "the texts that steer the budget, which the tables leave out"),
+    ("forgetting", "rise of the loss on real text", "real text that the tables show too"),
+)
+
 
 @dataclass(frozen=True)
 class SpentBudget:
@@ -15,18 +21,24 @@ class SpentBudget:
 
     Attributes:
         of: what is limited, for display.
+        texts: the texts on which it was measured, for display.
         predicted: (step, value) as logged, from the penalty.
         measured: (step, value) on the texts that steer the budget; only finished runs have them.
+        kept: what the update that was kept spent, as measured; None before the end, and in runs of earlier versions.
     """
 
     limit: float
     of: str
+    texts: str
     predicted: list[tuple[int, float]]
     measured: list[tuple[int, float]]
+    kept: float | None = None
 
     @property
     def spent(self) -> float | None:
-        """What was measured last, or predicted if nothing was measured."""
+        """What the update spends: as measured at the end, or as last measured, or predicted."""
+        if self.kept is not None:
+            return self.kept
         known = self.measured or self.predicted
         return known[-1][1] if known else None
 
@@ -39,12 +51,14 @@ def spent_budget(
     budget = gate.get("budget") if isinstance(gate, dict) else None
     if not isinstance(budget, dict):
         return None
-    for key, of in (("kl", "KL from the base"), ("forgetting", "rise of the loss on real text")):
+    for key, of, texts in KINDS:
         if (limit := finite(budget.get(key))) is not None and limit > 0:
             record = manifest.get("budget")
-            measured = record.get("measured") if isinstance(record, dict) else None
+            record = record if isinstance(record, dict) else {}
+            measured = record.get("measured")
             logged = [(line.get("step"), line.get("budget_spent")) for line in metrics]
-            return SpentBudget(limit, of, _points(logged), _points(measured if isinstance(measured, list) else []))
+            points = _points(measured if isinstance(measured, list) else [])
+            return SpentBudget(limit, of, texts, _points(logged), points, finite(record.get("spent")))
     return None
 
 

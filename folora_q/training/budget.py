@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from math import ceil
+from math import ceil, isfinite
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -26,7 +26,9 @@ from torch.optim import Optimizer
 from folora_q.core.shrink import FrozenRows
 
 # The limit to keep to, as a share of the budget: the rest is for the error of its measurement.
-AIM = 0.95
+AIM = 0.97
+# The share of the aim that counts as used: below it, steps are made longer.
+FULL = 0.98
 # Number of measurements in a run, besides the early ones after 1, 2, 4, ... steps; fewer while they are as predicted.
 MEASUREMENTS = 12
 # A prediction this near to its measurement, as a share of it, doubles the number of steps to the next one, to 8 times.
@@ -42,6 +44,8 @@ COMPLETE, LATER = 4, (0.5, 0.75)
 MAX_PACE, MAX_CHANGE = 16.0, 2.0
 # A measurement this many times as large as the first shows the update, not rounding.
 CLEAR = 1.5
+# The share of the budget to which the first measurement is believed to be rounding: more shows a large first step.
+ROUNDING = 0.5
 # Corrections after the last step, each followed by a measurement.
 CORRECTIONS = 4
 
@@ -52,7 +56,7 @@ class BudgetState:
 
     Attributes:
         rate: what is limited, per unit of penalty; None before it is known.
-        floor: what was measured after the first step, when the model had hardly changed: rounding in 16 bits.
+        floor: what rounding in 16 bits makes: measured after the first step, when the model had hardly changed.
         pace: the factor on the learning rate.
         strength: μ of the last shrinking; 0 if nothing was shrunk.
         learned: the sum of the steps' learning rates, without and with the pace.
@@ -128,10 +132,20 @@ class Budget:
         self._rates: list[float] = []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the budget and its measurements, for run.json."""
+        """Return the budget and its measurements, for run.json; `spent` is the last one."""
         state = self.state
         names = ("measured", "pace", "strength", "correction")
-        return {"limit": self.plan.limit} | {name: getattr(state, name) for name in names}
+        return {"limit": self.plan.limit, "spent": self.spent} | {name: getattr(state, name) for name in names}
+
+    @property
+    def spent(self) -> float | None:
+        """What was measured last."""
+        return self.state.measured[-1][1] if self.state.measured else None
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the last measurement is over the budget."""
+        return self.spent is not None and self.spent > self.plan.limit
 
     def metrics(self) -> dict[str, float]:
         """Return what is spent by the present prediction, and how: for a line of metrics."""
@@ -163,11 +177,20 @@ class Budget:
         state.learned = state.learned[0] + rate, state.learned[1] + rate * state.pace
         self._keep_to_the_limit()
         if self._is_measured(step):
-            self._measure(step)
+            self._measure(step, self._is_complete(step))
             self._keep_to_the_limit()
             if step == self.plan.steps:
                 self._correct(step)
             self._choose_pace()
+
+    def conclude(self, step: int) -> None:
+        """Keep an update to the limit that is not that of the last planned step: an earlier one was kept.
+
+        Args:
+            step: after which the model had this update.
+        """
+        self._measure(step, complete=True)
+        self._correct(step)
 
     @property
     def _left(self) -> float:
@@ -210,10 +233,16 @@ class Budget:
                 state.filled = True
                 self.layers.shrink(state.strength)
 
-    def _measure(self, step: int) -> None:
+    def _measure(self, step: int, complete: bool) -> None:
+        """Measure what is spent, on all texts if `complete`, and learn from it."""
         state, penalty, predicted = self.state, self.layers.energies().penalty, self._predicted
+        if not penalty:  # no step has changed B
+            return
         with self._timed("measuring"):
-            spent = self.plan.measure(self._is_complete(step))
+            spent = self.plan.measure(complete)
+        if not all(value is None or isfinite(value) for value in spent):
+            self.plan.tell(f"budget at step {step}: what is spent is not finite, and this measurement is ignored")
+            return
         value = spent.few * state.correction
         if spent.all is not None:
             state.complete += 1
@@ -223,24 +252,33 @@ class Budget:
         near = state.filled and predicted is not None and abs(predicted - value) <= NEAR * value
         state.gap = min(2 * state.gap, MAX_GAP) if near else 1
         state.due = step + state.gap * self._every
-        state.floor = max(value, 0.0) if state.floor is None else max(min(state.floor, value), 0.0)
-        if penalty > 0 and value > CLEAR * state.floor:
-            state.rate = (value - state.floor) / penalty
+        self._learn(value, penalty)
         how = f"shrunk with μ = {state.strength:.2g}" if state.filled else f"learning rate x {state.pace:.2g}"
         self.plan.tell(f"budget at step {step}: {value:.4f} of {self.plan.limit:g} is spent; {how}")
 
+    def _learn(self, value: float, penalty: float) -> None:
+        """Learn from a measurement what rounding makes, and what a unit of penalty costs."""
+        state = self.state
+        if state.floor is None:
+            state.floor = value if value <= ROUNDING * self.plan.limit else 0.0
+        state.floor = max(min(state.floor, value), 0.0)
+        if value > CLEAR * state.floor:
+            state.rate = (value - state.floor) / penalty
+        elif state.rate is not None:  # it costs less than can be told from rounding
+            state.rate = min(state.rate, max(state.rate / 2, (CLEAR - 1) * state.floor / penalty))
+
     def _correct(self, step: int) -> None:
-        """Shrink until the last measurement is within the limit."""
+        """Shrink until the last measurement, of all texts, is within the limit."""
         for _ in range(CORRECTIONS):
-            if self.state.measured[-1][1] <= self.plan.limit:
+            if not self.exceeded:
                 return
             self._keep_to_the_limit()
-            self._measure(step)
+            self._measure(step, complete=True)
 
     def _choose_pace(self) -> None:
         """Choose the pace with which the limit is reached in time, from the speed since the last choice."""
         state, plan = self.state, self.plan
-        if state.filled and (state.strength or (self._predicted or 0.0) > (1 - NEAR) * plan.aim):
+        if state.filled and (state.strength or (self._predicted or 0.0) > FULL * plan.aim):
             return
         if state.rate is None:
             state.pace = min(state.pace * MAX_CHANGE, MAX_PACE)

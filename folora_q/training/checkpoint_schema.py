@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from folora_q.storage.untrusted import MIB, read_text
+from folora_q.training.budget import BudgetState
 
 # What exact resumption needs and the Trainer does not save: see `folora_q.training.resumable_trainer`.
 PROGRESS = "progress.json"
@@ -23,21 +24,6 @@ class Saved(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class SavedBudget(Saved):
-    """State of a forgetting budget (`folora_q.training.budget.BudgetState`)."""
-
-    rate: float | None
-    floor: float | None
-    pace: float
-    strength: float
-    learned: tuple[float, float]
-    filled: bool
-    before: tuple[float, float]
-    measured: list[tuple[Count, float]]
-    due: Count
-    gap: Count
-
-
 class SavedProgress(Saved):
     """Content of progress.json."""
 
@@ -50,7 +36,7 @@ class SavedProgress(Saved):
     losses: tuple[list[float], list[float]]
     rows_that_fit: tuple[Count | None, Count | None]
     compiled: bool = False
-    budget: SavedBudget | None = None
+    budget: BudgetState | None = None
     tokens: int | float
     metrics: dict[Literal["train", "eval"], dict[str, list[int | float]]]
 

@@ -26,7 +26,7 @@ from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import FoloraError, RunError, first_line
 from folora_q.kernels.step_kernels import StepKernels
 from folora_q.storage.files import atomic_write, commit_directory
-from folora_q.training.budget import Budget, BudgetState
+from folora_q.training.budget import Budget
 from folora_q.training.checkpoint_schema import PROGRESS, TRAINER_STATE, SavedProgress, SavedState, read_saved
 from folora_q.training.checkpoints import checkpoint_path, damage, rotate, seal, step_of
 from folora_q.training.step_guards import MicroBatches, SkippedSteps
@@ -239,7 +239,7 @@ class ResumableTrainer(SFTTrainer):
         self.micro_batches.splitter.rows, self.measuring.rows = saved.rows_that_fit
         self._total_train_tokens = saved.tokens
         if self.budget is not None and saved.budget is not None:
-            self.budget.state = BudgetState(**saved.budget.model_dump())
+            self.budget.state = saved.budget
         self._metrics = {kind: defaultdict(list, saved.metrics.get(kind, {})) for kind in ("train", "eval")}
         self.last_good = checkpoint if self.skipped.in_a_row == 0 else None
         # The run folder may have been moved, or be named by another path.

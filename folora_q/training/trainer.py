@@ -14,14 +14,14 @@ from transformers import PrinterCallback
 from folora_q.core import GatedOptimizer, SpectralGate
 from folora_q.core.optimizer import TOLERATED_FAILURES
 from folora_q.core.shrink import FrozenRows
-from folora_q.errors import RunError, first_line
+from folora_q.errors import RunError, UserError, first_line
 from folora_q.evaluation.divergence import HeldOutText, compare
 from folora_q.models.adapters import adapter_pairs, wrappers
 from folora_q.recipe.gate import BudgetSection
 from folora_q.recipe.schema import Recipe
 from folora_q.rules import AdamSettings, OptimizerContext, rule_of
 from folora_q.runs.results import TextResult
-from folora_q.training.budget import Budget, BudgetPlan
+from folora_q.training.budget import Budget, BudgetPlan, Spent
 from folora_q.training.budget_measuring import measuring_of
 from folora_q.training.callbacks import BeforeTraining, Spending
 from folora_q.training.config import BEST
@@ -66,10 +66,21 @@ class GatedTrainer(FaultTolerantTrainer):
     def _new_budget(self, section: BudgetSection) -> Budget:
         gates, steps = cast(Mapping[str, SpectralGate], self.gates), self.state.max_steps
         pairs = [pair for pair in adapter_pairs(self.model) if pair.name in gates]
+        gated = {id(parameter) for pair in pairs for parameter in (pair.a, pair.b)}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in gated:
+                raise UserError(
+                    f"gate.budget limits what gated adapters forget, and {name} is trained without a gate",
+                    "leave its module out of adapter.target_modules, or train without gate.budget",
+                )
         layers = FrozenRows([(pair.a, pair.b, gates[pair.name], pair.scale) for pair in pairs])
         rates = getattr(self.lr_scheduler, "lr_lambdas", [lambda step: 1.0])
         learning = self.args.learning_rate * sum(rates[0](step) for step in range(steps))
-        measure = measuring_of(section, self.monitored, self._compared)
+        measure_here = measuring_of(section, self.monitored, self._compared)
+
+        def measure(complete: bool) -> Spent:
+            return self.processes.gather(measure_here(complete))[0]  # those of others may differ by rounding
+
         return Budget(BudgetPlan(section.limit, steps, learning, measure, self.note), layers)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,6 +204,15 @@ class GatedTrainer(FaultTolerantTrainer):
             tell("no step is the best, since no held-out loss was finite: the last one is kept")
         elif self.args.load_best_model_at_end:
             tell(f"kept step {state.best_global_step}, with the least held-out loss: {state.best_metric:.4f}")
+        self._conclude_budget(steps)
+
+    def _conclude_budget(self, steps: int) -> None:
+        """Keep to the budget, which was last measured after the last planned step, if another step's update is kept."""
+        state = self.state
+        best = state.best_global_step if self.args.load_best_model_at_end else None
+        kept = best or state.global_step
+        if self.budget is not None and kept != steps:
+            self.budget.conclude(kept)
 
     def require_learned(self) -> None:
         """Check that training changed the adapter.

@@ -191,6 +191,14 @@ class TrainingRun(RunInputs):
         trainer.conclude(steps, note)
         if trainer.budget is not None:
             self.manifest["budget"] = trainer.budget.to_dict() | {"seconds": trainer.budget.seconds}
+            if trainer.budget.exceeded:
+                warning = (
+                    f"gate.budget was not kept: {trainer.budget.spent:.4f} of {trainer.budget.plan.limit:g} nats per "
+                    "token were spent, by the texts that steer it; rounding in 16 bits alone can make .002 "
+                    "(model.dtype: float32 has none)"
+                )
+                self.timer.warn(warning)
+                self.manifest["warnings"].append(warning)
         trainer.require_learned()
 
     def save(self, base: LoadedModel, model: PeftModel) -> None:

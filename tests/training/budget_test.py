@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from folora_q.report.page import report_page
 from folora_q.report.run_record import load_run
 from folora_q.report.text import short
 from folora_q.training.budget import COMPLETE, Budget, BudgetPlan, Spent
+from folora_q.training.trainer import GatedTrainer
 from tests.core.gate_test import gate_of, rows
 from tests.faults.commands import assert_the_same_run, manifest, run
 from tests.faults.resume_test import stop_at
@@ -52,32 +54,122 @@ def test_a_budget_is_spent_and_not_exceeded(recipe_file: Path, tmp_path: Path, k
     assert f"of {short(kl)}, by the texts that steered it" in report_page(shown).html
 
 
+class Straight:
+    """Steps of a linear schedule in one direction; what is limited is a function of the penalty, and of the step."""
+
+    def __init__(self, spent: Callable[[float, int], Spent], steps: int = 120, limit: float = 1.0, rate: float = 0.02):
+        self.steps, self.rate, self.step, self.complete = steps, rate, 0, list[bool]()
+        self.b = torch.zeros(7, 5)
+        self.layers = FrozenRows([(rows(), self.b, gate_of(), 1.0)])
+        self.told: list[str] = []
+
+        def measure(all_texts: bool) -> Spent:
+            self.complete.append(all_texts)
+            few, complete = spent(self.penalty, self.step)
+            return Spent(few, complete if all_texts else None)
+
+        self.budget = Budget(BudgetPlan(limit, steps, rate * (steps + 1) / 2, measure, self.told.append), self.layers)
+
+    @property
+    def penalty(self) -> float:
+        return self.layers.energies().penalty
+
+    def train(self, until: int | None = None, skipped: int = 0) -> list[float]:
+        """Take steps, the first ones without effect, and return the penalties after them."""
+        direction = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
+        optimizer = torch.optim.SGD([torch.nn.Parameter(self.b)], lr=self.rate)
+        penalties = []
+        while self.step < (until or self.steps):
+            self.step += 1
+            optimizer.param_groups[0]["lr"] = self.rate * (self.steps + 1 - self.step) / self.steps
+            self.budget.before_step(optimizer)
+            if self.step > skipped:
+                self.b += optimizer.param_groups[0]["lr"] * direction
+            self.budget.after_step(optimizer, self.step)
+            penalties.append(self.penalty)
+        return penalties
+
+
 @pytest.mark.parametrize("error", [0.5, 1.0, 2.0])
 def test_few_texts_that_are_not_like_all_are_corrected(error: float) -> None:
-    """Steps of a linear schedule in one direction; what is limited is the penalty, and few texts are wrong by a factor.
+    """Where few texts show too much, the budget seems reached too early: what is left must still be used."""
+    run = Straight(lambda penalty, step: Spent(error * penalty, penalty))
+    run.train()
+    assert sum(run.complete) == COMPLETE
+    assert run.budget.state.correction == pytest.approx(1 / error, rel=0.01)
+    assert 0.94 < run.penalty <= 1
 
-    Where few texts show too much, the budget seems reached too early: what is left must still be used.
-    """
-    steps, rate, limit, b = 120, 0.02, 1.0, torch.zeros(7, 5)
-    direction = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
-    layers = FrozenRows([(rows(), b, gate_of(), 1.0)])
-    complete: list[int] = []
 
-    def measure(all_texts: bool) -> Spent:
-        value = layers.energies().penalty
-        complete.append(all_texts)
-        return Spent(error * value, value if all_texts else None)
+def test_rounding_is_told_from_what_is_spent() -> None:
+    run = Straight(lambda penalty, step: Spent(0.3 + penalty, 0.3 + penalty))
+    run.train()
+    assert 0.85 < 0.3 + run.penalty <= 1 and not run.budget.exceeded
 
-    budget = Budget(BudgetPlan(limit, steps, rate * (steps + 1) / 2, measure), layers)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(b)], lr=rate)
-    for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = rate * (steps + 1 - step) / steps
-        budget.before_step(optimizer)
-        b += optimizer.param_groups[0]["lr"] * direction
-        budget.after_step(optimizer, step)
-    assert sum(complete) == COMPLETE
-    assert budget.state.correction == pytest.approx(1 / error, rel=0.01)
-    assert 0.9 * limit < layers.energies().penalty <= limit
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 120])
+def test_a_first_step_over_the_limit_is_shrunk(steps: int) -> None:
+    """It is not taken for rounding, and the learning rate is not raised."""
+    run = Straight(lambda penalty, step: Spent(penalty, penalty), steps, rate=20.0)
+    penalties = run.train()
+    assert max(penalties) <= 1.0001 and run.budget.state.pace == 1
+    assert run.penalty > 0.8 and not run.budget.exceeded
+
+
+def test_less_than_rounding_cannot_be_kept_and_the_rate_is_not_raised() -> None:
+    run = Straight(lambda penalty, step: Spent(1.8 + penalty, 1.8 + penalty))
+    run.train()
+    assert run.budget.exceeded and run.budget.state.pace == 1 and run.penalty < 0.01
+
+
+def test_an_update_that_turns_out_to_cost_nothing_is_not_held_back() -> None:
+    """As the rise of a loss, which may fall again."""
+    run = Straight(lambda penalty, step: Spent(*[penalty if step < 30 else -0.003] * 2))
+    penalties = run.train()
+    assert penalties[28] <= 1 < 4 < run.penalty and run.budget.state.strength == 0
+
+
+def test_steps_without_effect_are_not_measured() -> None:
+    run = Straight(lambda penalty, step: Spent(penalty, penalty))
+    run.train(skipped=2)
+    assert run.budget.state.measured[0][0] == 4 and 0.9 < run.penalty <= 1
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [1, 60, 120])
+def test_a_measurement_that_is_not_finite_is_ignored(wrong: float, at: int) -> None:
+    run = Straight(lambda penalty, step: Spent(*[wrong if step == at else penalty] * 2))
+    run.train()
+    assert 0.85 < run.penalty <= 1 and run.budget.state.correction == 1
+    assert any("is not finite" in line for line in run.told)
+
+
+def test_an_earlier_update_is_kept_to_the_limit_too() -> None:
+    run = Straight(lambda penalty, step: Spent(penalty if step < 60 else 2 * penalty, penalty * (1 + (step >= 60))))
+    run.train(until=50)
+    earlier = run.b.clone()
+    run.train()
+    run.b.copy_(earlier)
+    assert 2 * run.penalty > 1
+    run.budget.conclude(50)
+    assert 0.9 < 2 * run.penalty <= 1 and run.budget.to_dict()["spent"] == pytest.approx(2 * run.penalty)
+
+
+@pytest.mark.parametrize("ends", ["training.load_best_model_at_end=true", "training.early_stopping_patience=1"])
+def test_the_best_step_is_kept_to_the_budget(recipe_file: Path, tmp_path: Path, ends: str, monkeypatch) -> None:
+    """The held-out loss rises from step 20 on, so the update of that step is kept, measured and shrunk."""
+    measured, folder = GatedTrainer._measured, tmp_path / "spent"
+
+    def rising(self: GatedTrainer, prefix: str) -> dict[str, float]:
+        step = self.state.global_step
+        return measured(self, prefix) | {f"{prefix}_loss": 1 + abs(step - 20) / 40}
+
+    monkeypatch.setattr(GatedTrainer, "_measured", rising)
+    arguments = [recipe_file, *FROZEN, *TEXTS, "evaluation.steps=10", "training.save_steps=10", ends]
+    assert run(*arguments, "gate.budget={kl: 0.05, num_texts: 12}", f"training.output_dir={folder}") == 0
+    record = manifest(folder)["budget"]
+    step, value = record["measured"][-1]
+    assert step == 20 and record["spent"] == value <= 0.05 and load_run(folder).budget.spent == value
+    assert 0.5 * value <= unseen_kl(folder) <= 1.3 * value, "the adapter that was saved is the one that was measured"
 
 
 def test_a_later_evaluation_leaves_out_what_steered(recipe_file: Path, tmp_path: Path) -> None:
@@ -120,14 +212,21 @@ def test_a_budget_of_forgetting_is_kept(recipe_file: Path, tmp_path: Path) -> No
     assert manifest(folder)["budget"]["measured"][-1][1] <= 0.02
 
 
-def test_a_resumed_run_spends_as_one_that_was_not_interrupted(recipe_file: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("budget", "rate"), [("gate.budget={kl: 0.05, num_texts: 12}", 2e-3), ("gate.budget={kl: 1, num_texts: 12}", 2e-5)]
+)
+def test_a_resumed_run_spends_as_one_that_was_not_interrupted(
+    recipe_file: Path, tmp_path: Path, budget: str, rate: float, monkeypatch
+) -> None:
+    """The second budget is not reached: few texts are measured after each step, and corrected."""
     arguments = [
         recipe_file,
         *FROZEN,
         *TEXTS,
         "training.max_steps=12",
         "training.save_steps=4",
-        "gate.budget={kl: 0.05, num_texts: 12}",
+        budget,
+        f"training.learning_rate={rate}",
     ]
     straight, stopped = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
     assert run(*arguments, f"training.output_dir={straight}") == 0
@@ -151,6 +250,9 @@ def test_a_resumed_run_spends_as_one_that_was_not_interrupted(recipe_file: Path,
             ["gate.budget={kl: 0.02}", "gate.rule=frozen", "evaluation.num_proxy_samples=99"],
             "proxy.num_heldout_samples",
         ),
+        (["gate.budget={kl: 0.02}", "gate.rule=frozen", "adapter.modules_to_save=[lm_head]"], "modules_to_save"),
+        (["gate.budget={forgetting: 0.02}", "gate.rule=frozen", "evaluation.general_text=[]"], "which is empty"),
+        (["gate.budget={kl: 0.02}", "gate.rule=frozen", "evaluation.steps=2", "evaluation.max_kl=0.03"], "0.04"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_is_refused(recipe_file: Path, overrides: list[str], says: str) -> None:
