@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from folora_q.recipe import Recipe
 from folora_q.recipe.dataset import DataSection, Source
-from folora_q.recipe.explain import default_of, describe_type
+from folora_q.recipe.explain import default_of, describe_type, mappings_in
 
 TARGET = Path(__file__).with_name("recipe.md")
 HEAD = """# The recipe, key by key
@@ -31,12 +32,17 @@ def reference() -> str:
     parts = [HEAD]
     for name, section in Recipe.model_fields.items():
         model = section.annotation
-        parts.append(f"\n## `{name}`\n\n{model.__doc__}\n\n| key | type | default | |\n|---|---|---|---|\n")
-        parts += [_row(key, field) for key, field in model.model_fields.items()]
+        parts += _table(f"## `{name}`", model)
+        for key, nested in mappings_in(model).items():
+            parts += _table(f"### `{name}.{key}`", nested)
         if model is DataSection:
-            parts.append(f"\n### A source\n\n{Source.__doc__}\n\n| key | type | default | |\n|---|---|---|---|\n")
-            parts += [_row(key, field) for key, field in Source.model_fields.items()]
+            parts += _table("### A source", Source)
     return "".join(parts)
+
+
+def _table(title: str, model: type[BaseModel]) -> list[str]:
+    head = f"\n{title}\n\n{model.__doc__}\n\n| key | type | default | |\n|---|---|---|---|\n"
+    return [head, *(_row(key, field) for key, field in model.model_fields.items())]
 
 
 def _row(key: str, field: FieldInfo) -> str:

@@ -102,9 +102,22 @@ def _suggestion(name: str) -> str:
 def _section(name: str) -> SectionFacts:
     model = SECTIONS[name]
     keys = [_key(f"{name}.{key}", field) for key, field in model.model_fields.items()]
+    for key, nested in mappings_in(model).items():
+        keys += [_key(f"{name}.{key}.{inner}", field) for inner, field in nested.model_fields.items()]
     if model is DataSection:
         keys += [_key(f"{name}.{key}", field, of_source=True) for key, field in Source.model_fields.items()]
     return SectionFacts(name, " ".join((model.__doc__ or "").split()), tuple(keys))
+
+
+def mappings_in(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Return the keys of a section whose value is a mapping with keys of its own, apart from sources of rows."""
+    kinds = {
+        key: [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        for key, field in model.model_fields.items()
+    }
+    return {
+        key: kind for key, found in kinds.items() for kind in found if issubclass(kind, Section) and kind is not Source
+    }
 
 
 def _key(name: str, field: FieldInfo, of_source: bool = False) -> KeyFacts:

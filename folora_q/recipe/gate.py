@@ -28,7 +28,7 @@ def sketch_rank(rows: int) -> int:
 
 
 class BudgetSection(Section):
-    """How much may be forgotten; the run ends at or below it, with as much of the task learned as possible."""
+    """How much may be forgotten, by `kl` or `forgetting`; the run ends at or below it, and learns what that allows."""
 
     kl: Positive | None = None
     """KL from the base on held-out model-generated text, in nats per token."""
@@ -121,8 +121,8 @@ class GateSection(Section):
     """Rule spectral: outside the sketched directions, A's steps are gated by one common value, or A is frozen there."""
 
     budget: BudgetSection | None = None
-    """Rule frozen: how much may be forgotten, e.g. {kl: 0.02}. Steps are made longer until that much is, and then
-    shrunk along the directions of lowest quotient. Default: no limit."""
+    """Rule frozen: how much may be forgotten, e.g. {kl: 0.02}. The learning rate is raised until that much is. From
+    then on the update is shrunk after each step, most in directions of low quotient. Default: no limit."""
 
     @property
     def readings(self) -> list[tuple[int, bool]]:

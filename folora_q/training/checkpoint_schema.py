@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from folora_q.storage.untrusted import MIB, read_text
-from folora_q.training.budget import BudgetState
+from folora_q.training.budget_state import BudgetState
 
 # What exact resumption needs and the Trainer does not save: see `folora_q.training.resumable_trainer`.
 PROGRESS = "progress.json"

@@ -1,1 +1,4 @@
-"""The three jobs: train a recipe, evaluate a target, merge an adapter. Each takes a request and returns a result."""
+"""The jobs: train a recipe, evaluate a target, trim or merge an adapter, compare two adapters.
+
+Each takes a request and returns a result.
+"""
