@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from folora_q.data.batch_splitting import BatchSplitter, divided
 from folora_q.data.tokens import Batch, count_tokens
 from folora_q.evaluation.intervals import Tally, change, estimate
 from folora_q.evaluation.model_pair import ModelPair
-from folora_q.models.logits import chunks, head_logits, hidden_states, verify_chunked_logits
+from folora_q.models.logits import chunks, hidden_states, verify_chunked_logits
 from folora_q.runs.results import TextKind, TextResult
 
 
@@ -103,10 +102,7 @@ def _tally(model_pair: ModelPair, batch: Batch) -> tuple[Tensor, Tensor]:
     wanted, owners = batch.targets, counted.nonzero()[:, 0].cpu()
     sums = torch.zeros(4, len(counted), dtype=torch.float64)
     for part in chunks(len(wanted)):
-        with model_pair.base(head_only=True) as base:
-            log_p = log_softmax(head_logits(base, of_base[part], exact=True), dim=-1)
-        with model_pair.tuned() as tuned:
-            log_q = log_softmax(head_logits(tuned, of_tuned[part], exact=True), dim=-1)
+        log_p, log_q = model_pair.log_probabilities(of_base[part], of_tuned[part])
         sums.index_add_(1, owners[part], _at_tokens(log_p, log_q, wanted[part]).double().cpu())
     return sums, counted.sum(1).double().cpu()
 

@@ -11,13 +11,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from folora_q.data.tokens import Batch
 from folora_q.distributed.processes import ONE, Processes
 from folora_q.errors import UserError
 from folora_q.models.adapters import adapter_off
-from folora_q.models.logits import hidden_states
+from folora_q.models.logits import head_logits, hidden_states
 from folora_q.models.parts import base_of
 
 
@@ -62,19 +63,23 @@ class ModelPair:
         return self.model.device
 
     @contextmanager
-    def base(self, head_only: bool = False) -> Iterator[PreTrainedModel]:
-        """Provide the base within this context.
-
-        Args:
-            head_only: only the head is used. Most adapters do not change it, and switching takes milliseconds.
-        """
+    def base(self) -> Iterator[PreTrainedModel]:
+        """Provide the base within this context."""
         if self.other is not None:
             yield self.other
-        elif self.adapted is None or (head_only and not self.switches_head):
-            yield self.model
-        else:
+        elif self.adapted is not None:
             with adapter_off(self.adapted):
                 yield self.model
+
+    def log_probabilities(self, of_base: Tensor, of_tuned: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the float32 log-probabilities (n, vocabulary) of base and tuned model from hidden states, (n, h)."""
+        if self.other is None and not self.switches_head:  # one head: its weights are converted once
+            both = head_logits(self.model, torch.cat([of_base, of_tuned]), exact=True)
+            log_p, log_q = log_softmax(both, dim=-1).chunk(2)
+            return log_p, log_q
+        with self.base() as base:
+            log_p = log_softmax(head_logits(base, of_base, exact=True), dim=-1)
+        return log_p, log_softmax(head_logits(self.model, of_tuned, exact=True), dim=-1)
 
     def base_states(self, batch: Batch) -> Tensor:
         """Return the base's hidden states at the tokens of a batch that count, (n, h)."""
