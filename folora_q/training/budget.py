@@ -66,7 +66,7 @@ class BudgetPlan:
         limit: the budget, in nats per token.
         steps: of the run.
         learning: the sum of the schedule's learning rates over the run.
-        measure: measures what is limited, on text that no table shows; with True on all of it, else on a part.
+        measure: measures what is limited, with True on all texts that steer the budget, else on a part of them.
         tell: receives a line for each measurement.
     """
 
@@ -143,10 +143,11 @@ class Budget:
         self._keep_to_the_limit()
         if self._is_measured(step):
             self._measure(step, self._is_complete(step))
-            self._keep_to_the_limit()
             if step == self.plan.steps:
                 self._correct(step)
-            self._choose_pace()
+            else:
+                self._keep_to_the_limit()
+                self._choose_pace()
 
     def conclude(self, step: int) -> None:
         """Keep an update to the limit that is not that of the last planned step: an earlier one was kept.
