@@ -25,6 +25,8 @@ EXTREME_RATE = 50
 BUDGET_TEXTS, STEERING_SHARE, OFTEN = 384, 5 / 6, 128
 # The least evaluation.max_kl with a budget, relative to it: a single measurement of few texts differs from the mean.
 LEAST_MAX_KL = 2
+# With fewer texts that steer a budget, their KL says little about other text.
+FEW_STEERING = 128
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "dvclive"]
 
 
@@ -293,9 +295,20 @@ class Recipe(Section):
         )
 
     @property
+    def budget_advice(self) -> str | None:
+        """A warning about a budget that few texts steer; None otherwise."""
+        if not 0 < self.steering_texts < FEW_STEERING:
+            return None
+        return (
+            f"{self.steering_texts} held-out texts steer gate.budget: a few texts have most of the KL, so on others "
+            f"it may be half or twice as much; proxy.num_heldout_samples: {BUDGET_TEXTS} is the default with a budget"
+        )
+
+    @property
     def advice(self) -> list[str]:
         """Warnings about settings that are valid but rarely intended."""
-        return [sentence for sentence in (self.rate_advice, self.rank_advice) if sentence is not None]
+        found = self.rate_advice, self.rank_advice, self.budget_advice
+        return [sentence for sentence in found if sentence is not None]
 
     def changed(self, sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """Return a copy with other values, by section and key; they are not validated."""

@@ -205,6 +205,16 @@ def test_a_budget_has_more_texts_by_default(recipe_file: Path) -> None:
     assert texts("gate.budget={forgetting: 0.02}") == (128, 0, 32)
 
 
+def test_few_texts_that_steer_are_a_warning(recipe_file: Path) -> None:
+    def advice(*overrides: str) -> str:
+        return "".join(load_recipe(recipe_file, [*FROZEN, *overrides]).advice)
+
+    few = ["gate.budget={kl: 0.02}", "proxy.num_heldout_samples=30", "evaluation.num_proxy_samples=9"]
+    assert "25 held-out texts steer gate.budget" in advice(*few)
+    assert "steer" not in advice("gate.budget={kl: 0.02}", "proxy.num_heldout_samples=384")
+    assert "steer" not in advice("gate.budget={forgetting: 0.02}") + advice()
+
+
 def test_a_budget_of_forgetting_is_kept(recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "spent"
     arguments = [recipe_file, *FROZEN, *TEXTS, f"training.output_dir={folder}", "gate.budget={forgetting: 0.02}"]
