@@ -139,10 +139,10 @@ class TrimRun:
         target = fetched(find_target(request.name))
         if target.adapter is None:
             raise UserError(f"{request.name} is not an adapter", "name a run, or the folder of a PEFT adapter")
-        if target.run is not None and target.run.earlier.is_dir() and target.adapter == target.run.adapter:
+        if target.run is not None and target.run.earlier.is_dir() and target.section.adapter is None:
             raise UserError(
-                f"{request.name} is the sum of an earlier adapter and of what the run added to it",
-                f"trim what it added: folora-q trim {target.run.path}",
+                f"{request.name} is an earlier adapter or a sum with one, and only what a run added can be trimmed",
+                f"folora-q trim {target.run.path}",
             )
         folder = request.output or trimmed_folder(target)
         if request.kl is not None and folder.exists() and not request.overwrite:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,9 @@ def test_a_gated_run_reports_what_it_prefers_and_eval_measures_the_same(
     assert outcome("eval", folder, "--output", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())["preference"]
     assert again["loss"]["tuned"]["value"] == pytest.approx(pairs["loss"]["tuned"]["value"], abs=1e-5)
+    capfd.readouterr()
+    assert outcome("trim", folder, "--samples", 16) == 0
+    assert re.search(rf"100.0%.* {pairs['loss']['tuned']['value']:.4f}", capfd.readouterr().out)
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(pairs_file: Path, tmp_path: Path, monkeypatch) -> None:
