@@ -492,7 +492,7 @@ def test_outside_the_environment_the_script_says_what_to_do() -> None:
 
 
 def test_an_interrupted_run_says_so(recipe_file: Path, tmp_path: Path) -> None:
-    endless = ["training.max_steps=1000000", "evaluation.metric=none", "gate.enabled=false"]
+    endless = ["training.max_steps=20000", "evaluation.metric=none", "gate.enabled=false"]
     output, metrics = tmp_path / "output.txt", tmp_path / "run" / "metrics.jsonl"
     with forked(["train", recipe_file, *endless], output) as process:
         wait_until(lambda: metrics.exists() and '"training"' in metrics.read_text(), process, output)
