@@ -160,23 +160,24 @@ class TrimRun:
         seen, held_out, seed = self.generated(loaded, model_pair)
         update = Update(model, self.gates(loaded, recipe, data, seen))
         half = len(held_out) // 2
+        splitter = BatchSplitter("measuring", self.timer.warn)
         measuring = Measuring(
             model_pair,
             update,
             chosen_on=whole_and_cut(held_out[:half], seed, self.rows, model.device),
             reported_on=whole_and_cut(held_out[half:], seed, self.rows, model.device),
-            task=self.task_loss(recipe, data, model_pair),
-            splitter=BatchSplitter("measuring", self.timer.warn),
+            task=self.task_loss(recipe, data, model_pair, splitter),
+            splitter=splitter,
         )
         return PreparedTrim(target, update, measuring)
 
     def task_loss(
-        self, recipe: Recipe | None, data: TaskTokens | None, model_pair: ModelPair
+        self, recipe: Recipe | None, data: TaskTokens | None, model_pair: ModelPair, splitter: BatchSplitter
     ) -> Callable[[], float] | None:
         """Return what measures the loss on held-out rows, that of the task's objective; None without a task."""
         if recipe is None or data is None:
             return None
-        device, splitter = model_pair.device, BatchSplitter("measuring", self.timer.warn)
+        device = model_pair.device
         if recipe.training.compares:
             answers = held_out_answers(data.heldout.sequences[:], recipe.training, self.rows, device)
             return lambda: measure_rewards(model_pair, answers, splitter=splitter).loss.tuned.value

@@ -39,7 +39,7 @@ EVALUATION = [
     "answering, as base and as tuned",
     "measuring how far each layer moved",
 ]
-KILLS = [([SAMPLING], 1), ([STATISTICS], 1), ([TRAINING], 1), ([SAVING], 1), (EVALUATION, 1)]
+KILLS = [([SAMPLING], 1), ([STATISTICS], 1), ([TRAINING], 1), ([SAVING], 2), (EVALUATION, 1)]
 
 
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(

@@ -154,7 +154,8 @@ def test_an_earlier_update_is_kept_to_the_limit_too() -> None:
     assert 0.9 < 2 * run.penalty <= 1 and run.budget.to_dict()["spent"] == pytest.approx(2 * run.penalty)
 
 
-def test_the_best_step_is_kept_to_the_budget(recipe_file: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("ends", ["training.load_best_model_at_end=true", "training.early_stopping_patience=1"])
+def test_the_best_step_is_kept_to_the_budget(recipe_file: Path, tmp_path: Path, ends: str, monkeypatch) -> None:
     """The held-out loss rises from step 20 on, so the update of that step is kept, measured and shrunk."""
     measured, folder = GatedTrainer._measured, tmp_path / "spent"
 
@@ -163,8 +164,7 @@ def test_the_best_step_is_kept_to_the_budget(recipe_file: Path, tmp_path: Path, 
         return measured(self, prefix) | {f"{prefix}_loss": 1 + abs(step - 20) / 40}
 
     monkeypatch.setattr(GatedTrainer, "_measured", rising)
-    arguments = [recipe_file, *FROZEN, *TEXTS, "evaluation.steps=10", "training.save_steps=10"]
-    arguments.append("training.early_stopping_patience=1")
+    arguments = [recipe_file, *FROZEN, *TEXTS, "evaluation.steps=10", "training.save_steps=10", ends]
     assert run(*arguments, "gate.budget={kl: 0.05, num_texts: 12}", f"training.output_dir={folder}") == 0
     record = manifest(folder)["budget"]
     step, value = record["measured"][-1]
@@ -222,16 +222,19 @@ def test_a_budget_of_forgetting_is_kept(recipe_file: Path, tmp_path: Path) -> No
     assert manifest(folder)["budget"]["measured"][-1][1] <= 0.02
 
 
-def test_a_resumed_run_spends_as_one_that_was_not_interrupted(recipe_file: Path, tmp_path: Path, monkeypatch) -> None:
-    """The budget is not reached: few texts are measured after each step, and corrected."""
+@pytest.mark.parametrize(("kl", "rate"), [(0.05, 2e-3), (1, 2e-5)])
+def test_a_resumed_run_spends_as_one_that_was_not_interrupted(
+    recipe_file: Path, tmp_path: Path, kl: float, rate: float, monkeypatch
+) -> None:
+    """The second budget is not reached: few texts are measured after each step, and corrected."""
     arguments = [
         recipe_file,
         *FROZEN,
         *TEXTS,
         "training.max_steps=12",
         "training.save_steps=4",
-        "gate.budget={kl: 1, num_texts: 12}",
-        "training.learning_rate=2e-5",
+        f"gate.budget={{kl: {kl}, num_texts: 12}}",
+        f"training.learning_rate={rate}",
     ]
     straight, stopped = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
     assert run(*arguments, f"training.output_dir={straight}") == 0
